@@ -1,0 +1,77 @@
+// The one matrix-product kernel of this package: C[m, n] (op)= sum_k A(m, k) * B[k, n], all float32.
+//
+// B and C are row-major with n on the vector lanes; A is read one broadcast element at a time, so it may have any strides and serves
+// transposed operands for free. A tile of MR x NV vectors of C stays in registers over the whole k loop: for each k it costs NV loads
+// of B and MR broadcasts for MR * NV fused multiply-adds, which keeps the multipliers, not the loads, busy.
+#pragma once
+
+#include "simd.h"
+
+namespace sora::SORA_TIER {
+
+// 32 registers hold 24 accumulators and the operands, 16 registers 12.
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = W == 16 ? 4 : 2;
+
+enum class Init {
+  kZero,   // C = A B
+  kAdd,    // C = C + A B
+  kScale,  // C = C * scale[n] + A B
+};
+
+struct Matrix {  // an operand: element (i, j) is data[i * row + j * column]
+  const float* data;
+  int64_t row, column = 1;
+};
+
+template <int MR, int NV, Init init>
+__attribute__((noinline)) void gemm_tile(int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* scale) {
+  vf acc[MR][NV];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) {
+      acc[m][n] = vf{};
+      if (init == Init::kAdd) acc[m][n] = load(c + m * ldc + n * W);
+      if (init == Init::kScale) acc[m][n] = load(c + m * ldc + n * W) * load(scale + n * W);
+    }
+  const float* a_k = a.data;
+  for (int k = 0; k < k_size; ++k, b += ldb, a_k += a.column) {
+    vf b_n[NV];
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) b_n[n] = load(b + n * W);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      vf a_m = broadcast(a_k[m * a.row]);
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; ++n) acc[m][n] += a_m * b_n[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) store(c + m * ldc + n * W, acc[m][n]);
+}
+
+template <int MR, int NV, Init init>
+inline void gemm_rows(int rows, int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* scale) {
+  for (; rows >= MR; rows -= MR) {
+    gemm_tile<MR, NV, init>(k_size, a, b, ldb, c, ldc, scale);
+    a.data += MR * a.row;
+    c += MR * ldc;
+  }
+  if constexpr (MR > 1)
+    if (rows > 0) gemm_rows<MR - 1, NV, init>(rows, k_size, a, b, ldb, c, ldc, scale);
+}
+
+// m_size x n_size x k_size; n_size is rounded up to whole vectors, so B and C must be readable and writable up to there.
+template <Init init, int NV = kTileVectors>
+inline void gemm(int m_size, int n_size, int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* scale = nullptr) {
+  int n = 0;
+  for (; n + (NV - 1) * W < n_size; n += NV * W)
+    gemm_rows<kTileRows, NV, init>(m_size, k_size, a, b + n, ldb, c + n, ldc, scale ? scale + n : nullptr);
+  if constexpr (NV > 1)
+    if (n < n_size) gemm<init, NV - 1>(m_size, n_size - n, k_size, a, b + n, ldb, c + n, ldc, scale ? scale + n : nullptr);
+}
+
+}  // namespace sora::SORA_TIER

@@ -1,0 +1,92 @@
+// What the bindings and the kernels share: the arguments of each op, checked and decoded, and the table of one tier's entry points.
+#pragma once
+
+#include <cstdint>
+
+#include "../tensor.h"
+
+namespace sora {
+
+// Rows past the last boundary of a packed tensor, or a sample of a dense one.
+struct Sample {
+  int64_t q_start, k_start;  // first token (packed) or 0 (dense)
+  int64_t q_batch, k_batch;  // 0 (packed) or the batch index (dense)
+  int64_t q_size, k_size;
+  int32_t first_span, num_spans;  // of a windowed sample
+};
+
+// A piece of attention: some consecutive queries of one head (forward), or one key head (backward), of a sample.
+struct AttentionItem {
+  int32_t sample, head;
+  int64_t q_begin, q_end;
+};
+
+struct Attention {
+  Tensor q, k, v, out, lse;
+  Tensor dout, dlse, dq, dk, dv;  // backward only
+  Tensor bias, alibi;
+  float scale, softcap;
+  int64_t left, right;
+  // Space-time windows.
+  bool windowed;
+  Tensor cu_spans, grid, step;
+  int32_t window[3];
+  bool causal[3];
+
+  const Sample* samples;
+  const AttentionItem* items;
+  int64_t num_items;
+  int64_t q_used, k_used;  // tokens inside the boundaries; the rest are slack
+};
+constexpr int kQueryBlock = 256;  // queries of a forward item
+
+struct Rope {
+  Tensor cu_spans, grid, origin, step;
+  double theta[3];
+  int32_t axes_dim[3];
+  bool interleaved, inverse;
+};
+
+struct QkNorm {
+  Tensor x, weight, rstd;     // one of q and k
+  Tensor out;                 // forward
+  Tensor dout, dx, dweight;   // backward
+};
+
+struct AdaLn {
+  Tensor residual, x, gate, shift, scale, cu_seqlens, weight, bias;
+  bool rms;
+  float eps;
+  Tensor residual_out, out, mean, rstd;
+  // Backward.
+  Tensor dresidual_out, dout, dresidual, dx, dgate, dshift, dscale, dweight, dbias;
+};
+
+struct PatchEmbed {
+  const Tensor* videos;
+  int64_t num_videos;
+  int32_t patch[3];
+  Tensor weight, bias, tokens;
+  Tensor dtokens, dweight, dbias;
+  const Tensor* dvideos;  // null: not wanted
+};
+
+struct Kernels {
+  const char* name;
+  int vector_bytes;
+  void (*attention_forward)(const Attention&);
+  void (*attention_backward)(const Attention&);
+  void (*rope_3d)(const Rope&, const Tensor& x, const Tensor& out);
+  void (*qk_norm_rope_3d_forward)(const Rope&, QkNorm (&)[2], bool across_heads, float eps);
+  void (*qk_norm_rope_3d_backward)(const Rope&, QkNorm (&)[2], bool across_heads);
+  void (*layer_norm_modulate_forward)(const AdaLn&);
+  void (*gate_residual_forward)(const AdaLn&);
+  void (*gate_residual_layer_norm_modulate_forward)(const AdaLn&);
+  void (*adaln_backward)(const AdaLn&);  // of all three
+  void (*patch_embed_3d_forward)(const PatchEmbed&);
+  void (*patch_embed_3d_backward)(const PatchEmbed&);
+  void (*patchify_3d)(const PatchEmbed&);
+  void (*unpatchify_3d)(const PatchEmbed&);
+};
+
+}  // namespace sora

@@ -1,0 +1,53 @@
+// Threads and their scratch memory.
+//
+// OpenMP, because an extension loaded after torch binds to torch's own OpenMP runtime: one pool of threads for both, and
+// torch.set_num_threads holds here too. Work is cut into pieces whose results do not depend on who computes them, so a result is the
+// same for any number of threads.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+
+namespace sora::SORA_TIER {
+
+// body(i) for i in 0..count, in any order, on all threads; the pieces may differ in size.
+template <class Body>
+void parallel_for(int64_t count, Body body) {
+#pragma omp parallel for schedule(dynamic, 1) if (count > 1)
+  for (int64_t i = 0; i < count; ++i) body(i);
+}
+
+// One block of floats per thread that only ever grows, so that a call allocates nothing once warm.
+class Scratch {
+ public:
+  ~Scratch() { free(data_); }
+
+  // `count` floats, 64-byte aligned, contents undefined. Valid until the same thread asks again.
+  static float* get(int64_t count) {
+    static thread_local Scratch scratch;
+    if (count > scratch.count_) {
+      free(scratch.data_);
+      scratch.count_ = (count + 15) / 16 * 16;
+      scratch.data_ = static_cast<float*>(aligned_alloc(64, scratch.count_ * sizeof(float)));
+      if (scratch.data_ == nullptr) abort();  // an exception must not leave a parallel region
+    }
+    return scratch.data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t count_ = 0;
+};
+
+// Hands out consecutive aligned pieces of a block.
+struct Pieces {
+  float* next;
+  float* take(int64_t count) {
+    float* piece = next;
+    next += (count + 15) / 16 * 16;
+    return piece;
+  }
+};
+constexpr int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
+
+}  // namespace sora::SORA_TIER

@@ -1,0 +1,292 @@
+// 3D RoPE of packed tokens [N, H, d], alone or behind an RMS norm.
+//
+// cos and sin are computed in double once per index along each axis of a span: T + H + W rows instead of T * H * W. A work item is
+// kTokens consecutive tokens. Each token's row of cos and sin (d floats, which stay in L1) is put together from its three axis rows,
+// of which usually only W's has changed, and then serves all heads of q and k. Traffic is each element read and written once.
+//
+// Table rows are laid out as they are used: interleaved pairs have (cos, cos) and (-sin, sin), so that a rotation is
+// x * cos + swap_pairs(x) * sin; the half layout has one cos and one sin per pair.
+#include <cmath>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace sora::SORA_TIER {
+namespace {
+
+constexpr int64_t kTokens = 64;
+
+class AngleTables {
+ public:
+  explicit AngleTables(const Rope& rope) : rope_(rope), spans_(rope.grid.size[0]) {
+    int64_t floats = 0;
+    offset_ = static_cast<int64_t*>(malloc((3 * spans_ + 1) * sizeof(int64_t)));
+    for (int axis = 0; axis < 3; ++axis) width_[axis] = rope.interleaved ? rope.axes_dim[axis] : rope.axes_dim[axis] / 2;
+    for (int64_t i = 0; i < 3 * spans_; ++i) {
+      offset_[i] = floats;
+      floats += static_cast<int64_t>(rope.grid.ints()[i]) * 2 * width_[i % 3];
+    }
+    data_ = static_cast<float*>(malloc((floats + 1) * sizeof(float)));
+    if (offset_ == nullptr || data_ == nullptr) abort();
+    parallel_for(3 * spans_, [&](int64_t i) { fill(i / 3, i % 3); });
+  }
+  AngleTables(const AngleTables&) = delete;
+  ~AngleTables() { free(offset_), free(data_); }
+
+  int width(int axis) const { return width_[axis]; }
+  // width(axis) cosines, then as many sines.
+  const float* row(int64_t span, int axis, int64_t index) const { return data_ + offset_[3 * span + axis] + index * 2 * width_[axis]; }
+
+ private:
+  void fill(int64_t span, int axis) {
+    const double origin = static_cast<const float*>(rope_.origin.data)[3 * span + axis];
+    const double step = static_cast<const float*>(rope_.step.data)[3 * span + axis];
+    const int pairs = rope_.axes_dim[axis] / 2;
+    for (int p = 0; p < pairs; ++p) {
+      const double frequency = std::pow(rope_.theta[axis], -static_cast<double>(p) / pairs);
+      for (int64_t index = 0; index < rope_.grid.ints()[3 * span + axis]; ++index) {
+        const double angle = (origin + step * index) * frequency;
+        const float c = static_cast<float>(std::cos(angle)), s = static_cast<float>(rope_.inverse ? -std::sin(angle) : std::sin(angle));
+        float *cosines = data_ + offset_[3 * span + axis] + index * 2 * width_[axis], *sines = cosines + width_[axis];
+        if (rope_.interleaved) {
+          cosines[2 * p] = cosines[2 * p + 1] = c;
+          sines[2 * p] = -s, sines[2 * p + 1] = s;
+        } else {
+          cosines[p] = c, sines[p] = s;
+        }
+      }
+    }
+  }
+
+  const Rope& rope_;
+  int64_t spans_;
+  int width_[3];
+  int64_t* offset_;
+  float* data_;
+};
+
+// Calls body(n, cosines, sines) for each token of an item, the rows [d] or [d / 2] being valid during the call.
+template <class Body>
+void each_token(const Rope& rope, const AngleTables& tables, int64_t begin, int64_t end, float* rows, Body body) {
+  const int32_t* cu = rope.cu_spans.ints();
+  const int32_t* grid = rope.grid.ints();
+  const int total = tables.width(0) + tables.width(1) + tables.width(2);
+  float *cosines = rows, *sines = rows + total;
+  int64_t span = 0, spans = rope.grid.size[0];
+  for (int64_t high = spans; span + 1 < high;) {  // the last span that starts at or before the token
+    const int64_t middle = (span + high) / 2;
+    (cu[middle] <= begin ? span : high) = middle;
+  }
+  for (int64_t n = begin; n < end; ++n) {
+    bool all = n == begin;
+    while (n >= cu[span + 1]) ++span, all = true;
+    const int32_t *size = grid + 3 * span, offset = static_cast<int32_t>(n - cu[span]);
+    const int32_t index[3] = {offset / (size[1] * size[2]), offset / size[2] % size[1], offset % size[2]};
+    all |= offset == 0;
+    for (int axis = 0, at = 0; axis < 3; at += tables.width(axis++)) {
+      const bool changed = axis == 2 || index[2] == 0 || all;
+      if (!changed) continue;
+      const float* row = tables.row(span, axis, index[axis]);
+      memcpy(cosines + at, row, tables.width(axis) * sizeof(float));
+      memcpy(sines + at, row + tables.width(axis), tables.width(axis) * sizeof(float));
+    }
+    body(n, cosines, sines);
+  }
+}
+
+// Rotates one head: read(i, lanes) gives channels i.., write(i, x, lanes) takes them.
+template <class Read, class Write>
+SORA_INLINE void rotate(bool interleaved, int d, const float* cosines, const float* sines, Read read, Write write) {
+  if (interleaved) {
+    each_vector(d, [&](int64_t i, int lanes) {
+      const vf x = read(i, lanes);
+      write(i, x * load_lanes(cosines + i, lanes) + swap_pairs(x) * load_lanes(sines + i, lanes), lanes);
+    });
+  } else {
+    const int half = d / 2;
+    each_vector(half, [&](int64_t i, int lanes) {
+      const vf u = read(i, lanes), v = read(i + half, lanes), c = load_lanes(cosines + i, lanes), s = load_lanes(sines + i, lanes);
+      write(i, u * c - v * s, lanes);
+      write(i + half, v * c + u * s, lanes);
+    });
+  }
+}
+
+template <class T>
+T* at(const Tensor& x, int64_t n, int64_t h) {
+  return static_cast<T*>(x.data) + n * x.stride[0] + h * x.stride[1];
+}
+
+template <class T>
+void zero_token(const Tensor& x, int64_t n) {
+  for (int64_t h = 0; h < x.size[1]; ++h) memset(at<T>(x, n, h), 0, x.size[2] * sizeof(T));
+}
+
+int64_t used_tokens(const Rope& rope) { return rope.cu_spans.ints()[rope.cu_spans.size[0] - 1]; }
+
+// Calls body(begin, end) for pieces of kTokens of the tokens inside the spans, zero(n) for each token of the slack.
+template <class Body, class Zero>
+void each_piece(int64_t used, int64_t total, Body body, Zero zero) {
+  parallel_for((total + kTokens - 1) / kTokens, [&](int64_t i) {
+    const int64_t begin = i * kTokens, end = begin + kTokens < total ? begin + kTokens : total;
+    const int64_t middle = end < used ? end : begin < used ? used : begin;
+    if (begin < middle) body(begin, middle);
+    for (int64_t n = middle; n < end; ++n) zero(n);
+  });
+}
+
+template <class T>
+void rope_forward(const Rope& rope, const Tensor& x, const Tensor& out) {
+  const AngleTables tables(rope);
+  const int d = static_cast<int>(x.size[2]);
+  each_piece(
+      used_tokens(rope), x.size[0],
+      [&](int64_t begin, int64_t end) {
+        each_token(rope, tables, begin, end, Scratch::get(2 * d), [&](int64_t n, const float* c, const float* s) {
+          for (int64_t h = 0; h < x.size[1]; ++h) {
+            const T* from = at<const T>(x, n, h);
+            T* to = at<T>(out, n, h);
+            rotate(
+                rope.interleaved, d, c, s, [=](int64_t i, int lanes) { return load_lanes(from + i, lanes); },
+                [=](int64_t i, vf y, int lanes) { store_lanes(to + i, y, lanes); });
+          }
+        });
+      },
+      [&](int64_t n) { zero_token<T>(out, n); });
+}
+
+// The norm's weight at channel i of head h; ones if there is none.
+template <class T>
+SORA_INLINE vf weight_at(const QkNorm& p, bool across_heads, int64_t h, int64_t i, int lanes) {
+  if (!p.weight) return vf{} + 1.0f;
+  return load_lanes(static_cast<const T*>(p.weight.data) + (across_heads ? h * p.x.size[2] : 0) + i, lanes);
+}
+
+template <class T>
+void norm_rope_token(const Rope& rope, const QkNorm& p, bool across_heads, float eps, int64_t n, const float* c, const float* s) {
+  const int64_t num_heads = p.x.size[1];
+  const int d = static_cast<int>(p.x.size[2]);
+  float* rstd = static_cast<float*>(p.rstd.data) + n * p.rstd.size[1];
+  vf squares = {};
+  for (int64_t h = 0; h < num_heads; ++h) {
+    if (!across_heads) squares = vf{};
+    each_vector(d, [&](int64_t i, int lanes) {
+      const vf x = load_lanes(at<const T>(p.x, n, h) + i, lanes);
+      squares += x * x;
+    });
+    if (!across_heads) rstd[h] = 1 / std::sqrt(sum(squares) / d + eps);
+  }
+  if (across_heads) rstd[0] = 1 / std::sqrt(sum(squares) / (d * num_heads) + eps);
+  for (int64_t h = 0; h < num_heads; ++h) {
+    const T* from = at<const T>(p.x, n, h);
+    T* to = at<T>(p.out, n, h);
+    const float r = rstd[across_heads ? 0 : h];
+    rotate(
+        rope.interleaved, d, c, s, [&](int64_t i, int lanes) { return load_lanes(from + i, lanes) * r * weight_at<T>(p, across_heads, h, i, lanes); },
+        [=](int64_t i, vf y, int lanes) { store_lanes(to + i, y, lanes); });
+  }
+}
+
+template <class T>
+void norm_rope_forward(const Rope& rope, QkNorm (&parts)[2], bool across_heads, float eps) {
+  const AngleTables tables(rope);
+  each_piece(
+      used_tokens(rope), parts[0].x.size[0],
+      [&](int64_t begin, int64_t end) {
+        each_token(rope, tables, begin, end, Scratch::get(2 * parts[0].x.size[2]), [&](int64_t n, const float* c, const float* s) {
+          for (const QkNorm& p : parts) norm_rope_token<T>(rope, p, across_heads, eps, n, c, s);
+        });
+      },
+      [&](int64_t n) {
+        for (const QkNorm& p : parts) {
+          zero_token<T>(p.out, n);
+          memset(static_cast<float*>(p.rstd.data) + n * p.rstd.size[1], 0, p.rstd.size[1] * sizeof(float));
+        }
+      });
+}
+
+// With g the gradient turned back, xhat = x * rstd and u = g * weight:
+//   dx = rstd * (u - xhat * mean(u * xhat)),   dweight += g * xhat
+template <class T>
+void norm_rope_backward_token(const Rope& rope, const QkNorm& p, bool across_heads, int64_t n, const float* c, const float* s, float* g, float* dweight) {
+  const int64_t num_heads = p.x.size[1];
+  const int d = static_cast<int>(p.x.size[2]);
+  const float* rstd = static_cast<const float*>(p.rstd.data) + n * p.rstd.size[1];
+  vf dot = {};
+  const auto finish = [&](int64_t h) {
+    const float r = rstd[across_heads ? 0 : h], mean = sum(dot) / (across_heads ? d * num_heads : d);
+    each_vector(d, [&](int64_t i, int lanes) {
+      const vf xhat = load_lanes(at<const T>(p.x, n, h) + i, lanes) * r;
+      const vf u = load_lanes(g + h * d + i, lanes) * weight_at<T>(p, across_heads, h, i, lanes);
+      store_lanes(at<T>(p.dx, n, h) + i, (u - xhat * mean) * r, lanes);
+    });
+  };
+  for (int64_t h = 0; h < num_heads; ++h) {
+    const T* from = at<const T>(p.dout, n, h);
+    rotate(
+        rope.interleaved, d, c, s, [=](int64_t i, int lanes) { return load_lanes(from + i, lanes); },
+        [&](int64_t i, vf y, int lanes) { store_lanes(g + h * d + i, y, lanes); });
+    if (!across_heads) dot = vf{};
+    float* dw = dweight + (across_heads ? h * d : 0);
+    each_vector(d, [&](int64_t i, int lanes) {
+      const vf product = load_lanes(g + h * d + i, lanes) * load_lanes(at<const T>(p.x, n, h) + i, lanes) * rstd[across_heads ? 0 : h];
+      dot += product * weight_at<T>(p, across_heads, h, i, lanes);
+      store_lanes(dw + i, load_lanes(dw + i, lanes) + product, lanes);
+    });
+    if (!across_heads) finish(h);
+  }
+  if (across_heads)
+    for (int64_t h = 0; h < num_heads; ++h) finish(h);
+}
+
+template <class T>
+void norm_rope_backward(const Rope& rope, QkNorm (&parts)[2], bool across_heads) {
+  const AngleTables tables(rope);
+  const int64_t total = parts[0].x.size[0], pieces = (total + kTokens - 1) / kTokens, d = parts[0].x.size[2];
+  // Each piece sums its own weight gradients; adding those in order makes the result independent of the threads.
+  int64_t weights[2];
+  for (int i = 0; i < 2; ++i) weights[i] = across_heads ? parts[i].x.size[1] * d : d;
+  const int64_t both = weights[0] + weights[1];
+  float* partial = static_cast<float*>(calloc(pieces * both + 1, sizeof(float)));
+  if (partial == nullptr) abort();
+  const int64_t widest = parts[0].x.size[1] > parts[1].x.size[1] ? parts[0].x.size[1] : parts[1].x.size[1];
+  each_piece(
+      used_tokens(rope), total,
+      [&](int64_t begin, int64_t end) {
+        float *rows = Scratch::get(padded(2 * d) + widest * d), *g = rows + padded(2 * d);
+        float* sums = partial + begin / kTokens * both;
+        each_token(rope, tables, begin, end, rows, [&](int64_t n, const float* c, const float* s) {
+          norm_rope_backward_token<T>(rope, parts[0], across_heads, n, c, s, g, sums);
+          norm_rope_backward_token<T>(rope, parts[1], across_heads, n, c, s, g, sums + weights[0]);
+        });
+      },
+      [&](int64_t n) {
+        for (const QkNorm& p : parts) zero_token<T>(p.dx, n);
+      });
+  for (int part = 0; part < 2; ++part) {
+    if (!parts[part].dweight) continue;
+    const float* first = partial + (part ? weights[0] : 0);
+    each_vector(weights[part], [&](int64_t i, int lanes) {
+      vf total_ = {};
+      for (int64_t piece = 0; piece < pieces; ++piece) total_ += load_lanes(first + piece * both + i, lanes);
+      store_lanes(static_cast<T*>(parts[part].dweight.data) + i, total_, lanes);
+    });
+  }
+  free(partial);
+}
+
+}  // namespace
+
+void rope_3d(const Rope& rope, const Tensor& x, const Tensor& out) {
+  dispatch(x.dtype, [&](auto t) { rope_forward<decltype(t)>(rope, x, out); });
+}
+
+void qk_norm_rope_3d_forward(const Rope& rope, QkNorm (&parts)[2], bool across_heads, float eps) {
+  dispatch(parts[0].x.dtype, [&](auto t) { norm_rope_forward<decltype(t)>(rope, parts, across_heads, eps); });
+}
+
+void qk_norm_rope_3d_backward(const Rope& rope, QkNorm (&parts)[2], bool across_heads) {
+  dispatch(parts[0].x.dtype, [&](auto t) { norm_rope_backward<decltype(t)>(rope, parts, across_heads); });
+}
+
+}  // namespace sora::SORA_TIER

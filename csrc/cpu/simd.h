@@ -1,0 +1,229 @@
+// Vectors of float32, in GCC/Clang's vector extensions: one source for every instruction set.
+//
+// SORA_TIER names the namespace and SORA_VECTOR_BYTES the vector width of the tier being compiled; the compiler turns the operators
+// below into that tier's instructions. Storage types are widened to float32 on load and rounded to nearest even on store.
+//
+// Code of a tier must not instantiate templates of the standard library: the linker keeps one copy of each, and if that is the
+// AVX-512 one, the baseline tier dies on an older machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace sora::SORA_TIER {
+
+constexpr int W = SORA_VECTOR_BYTES / 4;  // floats in a vector
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+#define SORA_INLINE inline __attribute__((always_inline))
+
+template <class To, class From>
+SORA_INLINE To bits(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from);
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+SORA_INLINE vf broadcast(float x) { return x - vf{}; }
+SORA_INLINE vi broadcast(int32_t x) { return x - vi{}; }
+
+SORA_INLINE vi lanes() {
+  vi index;
+  for (int i = 0; i < W; ++i) index[i] = i;
+  return index;
+}
+
+// A mask of the first n lanes.
+SORA_INLINE vi lanes_below(int n) { return lanes() < n; }
+
+// A maximum that keeps `a` where `b` is NaN.
+SORA_INLINE vf max(vf a, vf b) { return b > a ? b : a; }
+
+SORA_INLINE float sum(vf x) {
+  float total[W];
+  memcpy(total, &x, sizeof x);
+  for (int n = W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) total[i] += total[i + n];
+  return total[0];
+}
+
+// ---- float32 <-> storage
+
+SORA_INLINE vf widen(vh h, bfloat16) { return bits<vf>(__builtin_convertvector(h, vu) << 16); }
+
+SORA_INLINE vf widen(vh h, float16) {
+  vu u = __builtin_convertvector(h, vu);
+  // Moving exponent and mantissa into place leaves the exponent 112 too small; the product repairs it, subnormals included.
+  vu magnitude = bits<vu>(bits<vf>((u & 0x7fff) << 13) * 0x1p112f);
+  magnitude = (u & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : magnitude;  // infinity and NaN
+  return bits<vf>(magnitude | (u & 0x8000) << 16);
+}
+
+SORA_INLINE vh narrow(vf x, bfloat16) {
+  vu u = bits<vu>(x);
+  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  rounded = x != x ? (u >> 16) | 0x40 : rounded;  // rounding up could turn a NaN into infinity
+  return __builtin_convertvector(rounded, vh);
+}
+
+SORA_INLINE vh narrow(vf x, float16) {
+  vu u = bits<vu>(x), magnitude = u & 0x7fffffff;
+  // A normal result: rebias the exponent by -112 and round at bit 13. A value that rounds past 65504 becomes infinity by itself.
+  vu normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // A subnormal result: adding 0.5 aligns its last bit with float32's, and the addition rounds.
+  vu subnormal = bits<vu>(bits<vf>(magnitude) + 0.5f) - 0x3f000000;
+  vu half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x47800000 ? vu{} + 0x7c00 : half;
+  half = magnitude > 0x7f800000 ? vu{} + 0x7e00 : half;
+  return __builtin_convertvector(half | (u >> 31) << 15, vh);
+}
+
+SORA_INLINE vf load(const float* p) {
+  vf x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+SORA_INLINE void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
+
+template <class T>
+SORA_INLINE vf load(const T* p) {
+  vh h;
+  memcpy(&h, p, sizeof h);
+  return widen(h, T{});
+}
+template <class T>
+SORA_INLINE void store(T* p, vf x) {
+  vh h = narrow(x, T{});
+  memcpy(p, &h, sizeof h);
+}
+
+// The last n < W elements of a row; the other lanes are zero.
+template <class T>
+SORA_INLINE vf load(const T* p, int n) {
+  T padded[W] = {};
+  memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+template <class T>
+SORA_INLINE void store(T* p, vf x, int n) {
+  T padded[W];
+  store(padded, x);
+  memcpy(p, padded, n * sizeof(T));
+}
+
+// Single elements, by the same rounding.
+template <class T>
+SORA_INLINE float to_float(T x) {
+  return load(&x, 1)[0];
+}
+template <class T>
+SORA_INLINE void from_float(float x, T& to) {
+  store(&to, vf{} + x, 1);
+}
+SORA_INLINE float to_float(float x) { return x; }
+SORA_INLINE void from_float(float x, float& to) { to = x; }
+
+// Calls body(i, n) for each vector of a row of `length` elements: n is W, but in a last partial one.
+template <class Body>
+SORA_INLINE void each_vector(int64_t length, Body body) {
+  int64_t i = 0;
+  for (; i + W <= length; i += W) body(i, W);
+  if (i < length) body(i, static_cast<int>(length - i));
+}
+template <class T>
+SORA_INLINE vf load_lanes(const T* p, int n) {
+  return n == W ? load(p) : load(p, n);
+}
+template <class T>
+SORA_INLINE void store_lanes(T* p, vf x, int n) {
+  if (n == W)
+    store(p, x);
+  else
+    store(p, x, n);
+}
+
+// Calls body(T{}) with the storage type; the bindings let no other dtype through.
+template <class Body>
+void dispatch(DType dtype, Body body) {
+  if (dtype == DType::kFloat32) body(float{});
+  if (dtype == DType::kBfloat16) body(bfloat16{});
+  if (dtype == DType::kFloat16) body(float16{});
+}
+
+// ---- functions
+
+// 2**x to 1 ulp or so; exactly 0 for x <= -127, NaN for NaN. x = n + f with |f| <= 1/2; the constant's magnitude makes the sum's last
+// bit worth 1, which rounds x to n and leaves n + 127, the biased exponent, in the low bits.
+SORA_INLINE vf exp2(vf x) {
+  x = x < -127.0f ? vf{} - 127.0f : x;
+  const float magic = 0x1.8p23f + 127.0f;
+  vf shifted = x + magic;
+  vf f = x - (shifted - magic);
+  // Minimax fit of relative error 1e-7 on the interval, exact at 0.
+  vf p = 0x1.5bba14p-10f * f + 0x1.3cea88p-7f;
+  p = p * f + 0x1.c6b752p-5f;
+  p = p * f + 0x1.ebf9bcp-3f;
+  p = p * f + 0x1.62e42ap-1f;
+  p = p * f + 1.0f;
+  return p * bits<vf>(bits<vu>(shifted) << 23);
+}
+
+// tanh from exp2, accurate to a few ulp of 1: enough where a cap of some tens multiplies it.
+SORA_INLINE vf tanh(vf x) {
+  vf magnitude = bits<vf>(bits<vu>(x) & 0x7fffffff);
+  vf e = exp2(magnitude * -2.8853901f);  // exp(-2|x|)
+  vf t = (1.0f - e) / (1.0f + e);
+  // Near zero 1 - e cancels; the odd series is exact there to float32.
+  vf s = x * x;
+  vf small = magnitude * (1.0f + s * (-1.0f / 3 + s * (2.0f / 15 + s * (-17.0f / 315))));
+  t = magnitude < 0.1f ? small : t;
+  return bits<vf>(bits<vu>(t) | (bits<vu>(x) & 0x80000000));
+}
+
+// Lane i of the result is lane index(i) of a and b laid end to end; index must be known at compile time.
+template <class Index>
+SORA_INLINE vf shuffle(vf a, vf b, Index index) {
+#ifdef __clang__
+  vf result;  // clang folds the unrolled loop into one shuffle
+  for (int i = 0; i < W; ++i) result[i] = index(i) < W ? a[index(i)] : b[index(i) - W];
+  return result;
+#else
+  vi order;
+  for (int i = 0; i < W; ++i) order[i] = index(i);
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
+SORA_INLINE vf swap_pairs(vf x) {
+  return shuffle(x, x, [](int i) { return i ^ 1; });
+}
+
+// Transposes a W x W block held in W vectors: log2(W) rounds, each swapping the off-diagonal quarters of its 2S x 2S blocks.
+template <int S = 1>
+SORA_INLINE void transpose(vf (&row)[W]) {
+  if constexpr (S < W) {
+    for (int i = 0; i < W; ++i) {
+      if (i & S) continue;
+      vf a = row[i], b = row[i + S];
+      row[i] = shuffle(a, b, [](int j) { return j & S ? W + (j ^ S) : j; });
+      row[i + S] = shuffle(a, b, [](int j) { return j & S ? W + j : j ^ S; });
+    }
+    transpose<2 * S>(row);
+  }
+}
+
+}  // namespace sora::SORA_TIER

@@ -1,0 +1,96 @@
+// Turns a torch.Tensor argument into a sora::Tensor, through DLPack's C exchange API: no copy, no reference, no torch header.
+//
+// torch >= 2.10 publishes a table of functions as torch.Tensor.__dlpack_c_exchange_api__ (DLPack 1.3). One of them fills in a DLTensor
+// from a Python object in some 30 ns, so an argument costs about as much as an int. The view is valid while the caller holds
+// the tensor, that is, during the call. The structs below are DLPack's ABI, which is frozen.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "tensor.h"
+
+namespace dlpack {
+
+struct Device {
+  int32_t type, id;
+};
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+enum Code : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };
+struct Tensor {
+  void* data;
+  Device device;
+  int32_t ndim;
+  DataType dtype;
+  int64_t* sizes;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+struct ExchangeApi {
+  struct {
+    uint32_t major, minor;
+  } version;
+  void* previous;
+  void* allocator;
+  void* managed_from_object;
+  void* managed_to_object;
+  int (*tensor_from_object)(void* object, Tensor* out);
+  void* current_stream;
+};
+
+}  // namespace dlpack
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<sora::Tensor> {
+  PYBIND11_TYPE_CASTER(sora::Tensor, const_name("torch.Tensor"));
+
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;  // stays empty
+    const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(source.ptr()));
+    if (api == nullptr) return false;
+    dlpack::Tensor view;
+    if (api->tensor_from_object(source.ptr(), &view) != 0) throw error_already_set();
+    if (view.ndim < 1 || view.ndim > sora::Tensor::kMaxDims) return false;
+    value.data = static_cast<char*>(view.data) + view.byte_offset;
+    value.ndim = view.ndim;
+    value.dtype = dtype_of(view.dtype);
+    int64_t contiguous = 1;
+    for (int i = view.ndim - 1; i >= 0; --i) {
+      value.size[i] = view.sizes[i];
+      value.stride[i] = view.strides ? view.strides[i] : contiguous;
+      contiguous *= view.sizes[i];
+    }
+    return true;
+  }
+
+ private:
+  // Every argument of a call has the same type, torch.Tensor or a subclass such as Parameter: remember the table of the last type.
+  static const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
+    static PyTypeObject* known_type = nullptr;
+    static const dlpack::ExchangeApi* known_api = nullptr;
+    if (type == known_type) return known_api;
+    object capsule = getattr(handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", none());
+    if (capsule.is_none()) return nullptr;
+    void* api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+    if (api == nullptr) throw error_already_set();
+    if (static_cast<dlpack::ExchangeApi*>(api)->version.major != 1) return nullptr;
+    known_type = type;
+    return known_api = static_cast<dlpack::ExchangeApi*>(api);
+  }
+
+  static sora::DType dtype_of(dlpack::DataType type) {
+    if (type.code == dlpack::kFloat && type.bits == 32) return sora::DType::kFloat32;
+    if (type.code == dlpack::kFloat && type.bits == 16) return sora::DType::kFloat16;
+    if (type.code == dlpack::kBfloat && type.bits == 16) return sora::DType::kBfloat16;
+    if (type.code == dlpack::kInt && type.bits == 32) return sora::DType::kInt32;
+    return sora::DType::kOther;
+  }
+};
+
+}  // namespace pybind11::detail

@@ -1,0 +1,22 @@
+// A view of a strided tensor. It owns nothing: whoever made it keeps the memory alive.
+#pragma once
+
+#include <cstdint>
+
+namespace sora {
+
+enum class DType { kFloat32, kBfloat16, kFloat16, kInt32, kOther };
+
+struct Tensor {
+  static constexpr int kMaxDims = 6;
+  void* data = nullptr;  // null: an optional tensor that is absent
+  DType dtype = DType::kOther;
+  int ndim = 0;
+  int64_t size[kMaxDims] = {};
+  int64_t stride[kMaxDims] = {};  // in elements
+
+  explicit operator bool() const { return ndim > 0; }
+  const int32_t* ints() const { return static_cast<const int32_t*>(data); }
+};
+
+}  // namespace sora

@@ -1,0 +1,495 @@
+"""Attention over packed and dense batches, as drop-ins for flash_attn, torch's SDPA and varlen_attn, and over space-time windows.
+
+    s_ij = scale * q_i . k_j                          (softcap: s_ij <- c * tanh(s_ij / c); then + mask or ALiBi)
+    lse_i = log sum_j exp(s_ij)                       over the keys j that query i sees
+    out_i = sum_j exp(s_ij - lse_i) v_j
+
+computed with an online softmax over blocks of keys (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022): no S x S buffer
+exists at any time. A query that sees no key gets out 0 and lse -inf. Tokens past the last boundary get zeros. Sums are float32
+whatever the storage dtype, the backward is deterministic, and q, k and v may be views into one fused projection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .checks import check_boundaries, check_cu_seqlens, check_tensor, fail, triple
+from .layout import PackedLayout
+from .library import register
+
+UNBOUNDED = 2**30  # a window side without a limit
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Attention of a dense batch; signature and semantics of FlashAttention-2.
+
+    >>> q = torch.randn(2, 1024, 8, 64); k, v = torch.randn(2, 2, 2048, 4, 64)      # grouped-query: 8 heads share 4
+    >>> flash_attn_func(q, k, v, causal=True).shape
+    torch.Size([2, 1024, 8, 64])
+
+    Args:
+        q: [B, S, H, d].
+        k, v: [B, Sk, Hk, d]; H is a multiple of Hk, and consecutive query heads share a key head.
+        dropout_p: must be 0: diffusion transformers train without attention dropout.
+        softmax_scale: scale of q.k; default 1/sqrt(d).
+        causal: key j is seen by query i iff j <= i + Sk - S (aligned to the bottom right).
+        window_size: (L, R): keys i+Sk-S-L to i+Sk-S+R, both included, are seen; -1 is no limit.
+        softcap: c > 0 caps scores smoothly at +-c.
+        alibi_slopes: float32 [H] or [B, H]: subtracts slope * |i + Sk - S - j|.
+        deterministic: taken for compatibility; the backward always is.
+        return_attn_probs: also return lse, float32 [B, H, S], and an empty tensor where FlashAttention has its dropout mask.
+            lse is differentiable. It is -inf for a query without keys (FlashAttention-2 stores +inf).
+
+    Returns:
+        out [B, S, H, d], or (out, lse, empty).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    return _flash(
+        "flash_attn_func", q, k, v, None, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` on a fused projection qkv [B, S, 3, H, d] -> [B, S, H, d]."""
+    op = "flash_attn_qkvpacked_func"
+    check_tensor(op, "qkv", qkv, ("B", "S", 3, "H", "d"))
+    return _flash(
+        op, *qkv.unbind(2), None, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` on q [B, S, H, d] and a fused projection kv [B, Sk, 2, Hk, d] -> [B, S, H, d]."""
+    op = "flash_attn_kvpacked_func"
+    check_tensor(op, "kv", kv, ("B", "Sk", 2, "Hk", "d"))
+    return _flash(
+        op, q, *kv.unbind(2), None, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Any:
+    """Attention of a packed batch; signature and semantics of FlashAttention-2.
+
+    Sample b's queries are rows cu_seqlens_q[b]:cu_seqlens_q[b+1] of q, its keys rows cu_seqlens_k[b]:cu_seqlens_k[b+1] of k and v.
+
+    >>> q, k, v = torch.randn(3, 1600, 8, 64)
+    >>> cu = torch.tensor([0, 256, 256, 1536], dtype=torch.int32)                  # 256, 0 and 1280 tokens; 64 rows of slack
+    >>> flash_attn_varlen_func(q, k, v, cu, cu, 1280, 1280).shape
+    torch.Size([1600, 8, 64])
+
+    Args:
+        q: [Nq, H, d].
+        k, v: [Nk, Hk, d].
+        cu_seqlens_q, cu_seqlens_k: int32 [B+1], from 0, never falling, at most Nq and Nk.
+        max_seqlen_q, max_seqlen_k: taken for compatibility; the boundaries alone decide.
+        block_table: must be None: there is no paged cache here.
+        return_attn_probs: also return lse, float32 [H, Nq], and an empty tensor.
+
+    The others are `flash_attn_func`'s.
+
+    Returns:
+        out [Nq, H, d], or (out, lse, empty).
+    """
+    op = "flash_attn_varlen_func"
+    if block_table is not None:
+        fail(op, "block_table", "None (no paged cache)", type(block_table).__name__)
+    return _flash(
+        op, q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_varlen_func` on a fused projection qkv [N, 3, H, d] -> [N, H, d]."""
+    op = "flash_attn_varlen_qkvpacked_func"
+    check_tensor(op, "qkv", qkv, ("N", 3, "H", "d"))
+    return _flash(
+        op, *qkv.unbind(1), cu_seqlens, cu_seqlens, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_varlen_func` on q [Nq, H, d] and a fused projection kv [Nk, 2, Hk, d] -> [Nq, H, d]."""
+    op = "flash_attn_varlen_kvpacked_func"
+    check_tensor(op, "kv", kv, ("Nk", 2, "Hk", "d"))
+    return _flash(
+        op, q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, return_attn_probs,
+    )  # fmt: skip
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int | None = None,
+    max_k: int | None = None,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Any:
+    """Packed attention with the signature of `torch.nn.attention.varlen.varlen_attn`, on any device.
+
+    Args:
+        query: [Nq, H, d].
+        key, value: [Nk, Hk, d]; Hk may differ from H only with `enable_gqa`.
+        cu_seq_q, cu_seq_k: int32 [B+1]; None for the keys means the same as the queries.
+        return_aux: torch's `AuxRequest`; with `lse=True` returns (out, lse), lse float32 [H, Nq].
+        window_size: (-1, 0) is causal, (L, R) a window, as in `flash_attn_func`.
+    """
+    op = "varlen_attn"
+    check_tensor(op, "query", query, ("Nq", "H", "d"))
+    check_tensor(op, "key", key, ("Nk", "Hk", "d"))
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        fail(op, "key", f"{query.shape[1]} heads (or enable_gqa=True)", f"{key.shape[1]}")
+    cu_seq_k = cu_seq_q if cu_seq_k is None else cu_seq_k
+    out, lse, _ = _flash(op, query, key, value, cu_seq_q, cu_seq_k, 0.0, scale, False, window_size, 0.0, None, True)
+    return (out, lse) if return_aux is not None and return_aux.lse else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention of a dense batch; signature and semantics of `torch.nn.functional.scaled_dot_product_attention`.
+
+    >>> q = torch.randn(2, 8, 1024, 64); k, v = torch.randn(2, 2, 8, 77, 64)
+    >>> scaled_dot_product_attention(q, k, v).shape
+    torch.Size([2, 8, 1024, 64])
+
+    Args:
+        query: [..., H, S, d].
+        key, value: [..., Hk, Sk, d]; Hk may differ from H only with `enable_gqa`.
+        attn_mask: broadcastable to [..., H, S, Sk]: bool (True is seen) or float (added to the scores); not differentiable here.
+        is_causal: key j is seen by query i iff j <= i (aligned to the top left); excludes `attn_mask`.
+    """
+    op = "scaled_dot_product_attention"
+    check_tensor(op, "query", query)
+    if query.ndim < 3:
+        fail(op, "query", "shape [..., H, S, d]", str(list(query.shape)))
+    lead = query.shape[:-3]
+    for name, tensor in (("key", key), ("value", value)):
+        check_tensor(op, name, tensor, (*lead, "Hk", "Sk", "d"), like=query)
+    if not enable_gqa and query.shape[-3] != key.shape[-3]:
+        fail(op, "key", f"{query.shape[-3]} heads (or enable_gqa=True)", f"{key.shape[-3]}")
+    q, k, v = (x.reshape(-1, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value))
+    scores = (*lead, query.shape[-3], query.shape[-2], key.shape[-2])
+    bias = None if attn_mask is None else _bias(op, attn_mask, scores, is_causal, q).reshape(-1, *scores[-3:])
+    scale = _check(op, q, k, v, dropout_p, scale)
+    right = q.shape[1] - k.shape[1] if is_causal else UNBOUNDED
+    out, _ = _forward(q, k, v, None, None, bias, None, scale, UNBOUNDED, right, 0.0)
+    return out.transpose(1, 2).reshape(query.shape)
+
+
+def spatiotemporal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    *,
+    window: tuple[int | None, int | None, int | None] | None = None,
+    causal: tuple[bool, bool, bool] = (False, False, False),
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Attention of packed videos and images in which, inside a span, a token sees its (wt, wh, ww) neighbourhood.
+
+    Along an axis of L tokens a query at i sees exactly w = min(window, L) keys: from clamp(i - w//2, 0, L - w), so the window shifts
+    inward at the borders (NATTEN's rule). Along a causal axis it sees max(i - w + 1, 0) to i. Between spans of one sample
+    everything is seen, and so it is inside a span of step 0, whose tokens (text) all share one position.
+
+    >>> layout = PackedLayout.from_grids([(16, 32, 32), (1, 64, 36)])
+    >>> q, k, v = torch.randn(3, layout.num_tokens, 8, 64)
+    >>> spatiotemporal_attention(q, k, v, layout, window=(5, 9, 9), causal=(True, False, False)).shape
+    torch.Size([18688, 8, 64])
+
+    Args:
+        q: [N, H, d].
+        k, v: [N, Hk, d].
+        layout: of the N tokens.
+        window: keys seen along T, H and W; None (for all or for one axis) is the whole axis.
+        causal: per axis.
+        softmax_scale: default 1/sqrt(d).
+    """
+    op = "spatiotemporal_attention"
+    if not isinstance(layout, PackedLayout):
+        fail(op, "layout", "a PackedLayout", type(layout).__name__, TypeError)
+    check_tensor(op, "q", q, ("N", "H", "d"))
+    if layout.num_tokens > q.shape[0]:
+        fail(op, "layout", f"at most {q.shape[0]} tokens", f"{layout.num_tokens}")
+    check_cu_seqlens(op, "layout.cu_seqlens", layout.cu_seqlens, q)
+    check_tensor(op, "k", k, (q.shape[0], "Hk", "d"))
+    scale = _check(op, q, k, v, 0.0, softmax_scale)
+    sizes = [0 if w is None else w for w in ((None, None, None) if window is None else window)]
+    if len(sizes) != 3 or any(not isinstance(w, int) or w < 0 for w in sizes) or (window is not None and 0 in window):
+        fail(op, "window", "three sizes >= 1, or None for a whole axis", repr(window))
+    causal_axes = triple(op, "causal", causal, bool)
+    if not any(sizes) and not any(causal_axes):
+        cu = layout.cu_seqlens
+        return _forward(q, k, v, cu, cu, None, None, scale, UNBOUNDED, UNBOUNDED, 0.0)[0]
+    tables = layout.cu_seqlens, layout.cu_spans, layout.grid, layout.step
+    return _spatiotemporal_forward(q, k, v, *tables, sizes, causal_axes, scale)[0]
+
+
+def _flash(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_attn_probs: bool,
+) -> Any:
+    dense = op in ("flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_kvpacked_func")
+    check_tensor(op, "q", q, ("B", "S", "H", "d") if dense else ("Nq", "H", "d"))
+    scale = _check(op, q, k, v, dropout_p, softmax_scale)
+    if not dense:
+        check_cu_seqlens(op, "cu_seqlens_q", cu_q, q)  # type: ignore[arg-type]
+        check_cu_seqlens(op, "cu_seqlens_k", cu_k, q, cu_q.shape[0])  # type: ignore[arg-type,union-attr]
+    left, right = _decode_window(op, window_size, causal)
+    if not isinstance(softcap, int | float):
+        fail(op, "softcap", "a number", type(softcap).__name__, TypeError)
+    alibi = None
+    if alibi_slopes is not None:
+        batch, heads = (q.shape[0] if dense else cu_q.shape[0] - 1), q.shape[-2]  # type: ignore[union-attr]
+        check_tensor(op, "alibi_slopes", alibi_slopes, dtype=torch.float32, like=q)
+        if alibi_slopes.shape not in ((heads,), (batch, heads)):
+            fail(op, "alibi_slopes", f"shape [{heads}] or [{batch}, {heads}]", str(list(alibi_slopes.shape)))
+        alibi = alibi_slopes.expand(batch, heads)
+    out, lse = _forward(q, k, v, cu_q, cu_k, None, alibi, scale, left, right, max(float(softcap), 0.0))
+    return (out, lse, out.new_empty(0)) if return_attn_probs else out
+
+
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float | None) -> float:
+    """Checks k and v against q ([..., H, d], already checked) and returns the scale."""
+    check_tensor(op, "k", k, (*q.shape[:-3], "Nk", "Hk", q.shape[-1]), dtype=q.dtype, like=q)
+    check_tensor(op, "v", v, tuple(k.shape), dtype=q.dtype, like=q)
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        fail(op, "k", f"a head count that divides q's {q.shape[-2]}", f"{k.shape[-2]}")
+    if q.shape[-1] == 0:
+        fail(op, "q", "a head dim of at least 1", "0")
+    if dropout_p != 0.0:
+        fail(op, "dropout_p", "0 (attention dropout is not supported)", repr(dropout_p))
+    return q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+
+
+def _decode_window(op: str, window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
+    if len(window_size) != 2 or any(not isinstance(w, int) or w < -1 for w in window_size):
+        fail(op, "window_size", "two sizes >= -1 (left, right)", repr(window_size))
+    left, right = (UNBOUNDED if w == -1 else w for w in window_size)
+    return left, 0 if causal else right
+
+
+def _bias(op: str, mask: Tensor, scores: tuple[int, ...], is_causal: bool, q: Tensor) -> Tensor:
+    """The mask as numbers to add to the scores, expanded to their shape without copying."""
+    check_tensor(op, "attn_mask", mask, dtype=(torch.bool, torch.float32, q.dtype), like=q)
+    if is_causal:
+        fail(op, "attn_mask", "None with is_causal=True", "a mask")
+    if mask.requires_grad:
+        fail(op, "attn_mask", "a mask that needs no gradient", "requires_grad=True")
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=compute).masked_fill(~mask, float("-inf"))
+    try:
+        return mask.to(compute).expand(scores)
+    except RuntimeError:
+        fail(op, "attn_mask", f"a shape that broadcasts to {list(scores)}", str(list(mask.shape)))
+
+
+def _lse_like(q: Tensor) -> Tensor:
+    """[B, H, S] for dense q [B, S, H, d], [H, N] for packed q [N, H, d]; float32 at least."""
+    shape = (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
+    return q.new_empty(shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def _empty(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _run_forward(q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap):
+    if cu_q is not None:
+        check_boundaries("attention", "cu_seqlens_q", cu_q, q.shape[0])
+        check_boundaries("attention", "cu_seqlens_k", cu_k, k.shape[0])
+    out, lse = _fake_forward(q)
+    backends.call("attention_forward", q, q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap, out, lse)
+    return out, lse
+
+
+def _fake_forward(q, *_):
+    return _empty(q), _lse_like(q)
+
+
+def _run_backward(dout, dlse, q, k, v, out, lse, *rest):
+    grads = _empty(q), _empty(k), _empty(v)
+    backends.call("attention_backward", q, dout, dlse, q, k, v, out, lse, *rest, *grads)
+    return grads
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, bias, alibi, *ctx.scalars = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, bias, alibi)
+
+
+def _grad(ctx, dout, dlse):
+    if dout is None and dlse is None:
+        return (None,) * 11
+    q, *saved = ctx.saved_tensors
+    dout = torch.zeros_like(q) if dout is None else dout
+    return *_backward(dout, dlse, q, *saved, *ctx.scalars), *(None,) * 8
+
+
+_ARGUMENTS = "Tensor? cu_q, Tensor? cu_k, Tensor? bias, Tensor? alibi, float scale, SymInt left, SymInt right, float softcap"
+_backward = register(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    lambda dout, dlse, q, k, v, *_: (_empty(q), _empty(k), _empty(v)),
+)
+_forward = register(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _run_forward,
+    _fake_forward,
+    _grad,
+    _save,
+)
+
+
+def _run_spatiotemporal_forward(q, k, v, *rest):
+    out, lse = _fake_forward(q)
+    backends.call("spatiotemporal_attention_forward", q, q, k, v, *rest, out, lse)
+    return out, lse
+
+
+def _run_spatiotemporal_backward(dout, q, k, v, out, lse, *rest):
+    grads = _empty(q), _empty(k), _empty(v)
+    backends.call("spatiotemporal_attention_backward", q, dout, q, k, v, out, lse, *rest, *grads)
+    return grads
+
+
+def _save_spatiotemporal(ctx, inputs, output):
+    q, k, v, cu_seqlens, cu_spans, grid, step, *ctx.scalars = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_spans, grid, step)
+
+
+def _grad_spatiotemporal(ctx, dout, dlse):
+    return *_spatiotemporal_backward(dout, *ctx.saved_tensors, *ctx.scalars), *(None,) * 7
+
+
+_ARGUMENTS = "Tensor cu_seqlens, Tensor cu_spans, Tensor grid, Tensor step, SymInt[] window, bool[] causal, float scale"
+_spatiotemporal_backward = register(
+    "spatiotemporal_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _run_spatiotemporal_backward,
+    lambda dout, q, k, v, *_: (_empty(q), _empty(k), _empty(v)),
+)
+_spatiotemporal_forward = register(
+    f"spatiotemporal_attention_forward(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _run_spatiotemporal_forward,
+    _fake_forward,
+    _grad_spatiotemporal,
+    _save_spatiotemporal,
+)

@@ -1,0 +1,160 @@
+"""Which implementation runs: an ordered list per device, with the reason why one is passed over.
+
+A backend is a namespace (a module) with one function per op and pass, the same name and argument order everywhere, that writes into
+outputs the caller allocated. The first backend in the list of the tensor's device that can do the work does it. Nothing falls back
+in silence: `python -m sora_kernels.info` prints the list, `record()` tells which backend ran, and a forced backend that cannot
+run raises with the reason.
+
+Force one with the environment variable `SORA_KERNELS_BACKEND` or `with use_backend("reference"):`. Both hold for the whole
+process, so that autograd's own threads, which run the backward passes, obey too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .checks import check_choice
+
+_STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+
+FUNCTIONS = (
+    "attention_forward",
+    "attention_backward",
+    "spatiotemporal_attention_forward",
+    "spatiotemporal_attention_backward",
+    "rope_3d",
+    "qk_norm_rope_3d_forward",
+    "qk_norm_rope_3d_backward",
+    "layer_norm_modulate_forward",
+    "layer_norm_modulate_backward",
+    "gate_residual_forward",
+    "gate_residual_backward",
+    "gate_residual_layer_norm_modulate_forward",
+    "gate_residual_layer_norm_modulate_backward",
+    "patch_embed_3d_forward",
+    "patch_embed_3d_backward",
+    "patchify_3d",
+    "unpatchify_3d",
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation: where its functions live and what it can take."""
+
+    name: str
+    module: str
+    devices: tuple[str, ...] | None  # None: any
+    dtypes: tuple[torch.dtype, ...] | None
+
+    def load(self) -> ModuleType:
+        return importlib.import_module(self.module, __package__)
+
+    def unavailable(self, function: str, device: str, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot run `function`; None if it can."""
+        if self.devices is not None and device not in self.devices:
+            return f"takes {' and '.join(self.devices)} tensors, not {device}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"has no {str(dtype).removeprefix('torch.')} kernels"
+        try:
+            module = self.load()
+        except ImportError as error:
+            return f"cannot be imported: {error}"
+        return None if hasattr(module, function) else f"has no {function}"
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", "._cpu", ("cpu",), _STORAGE),
+        Backend("reference", ".reference", None, None),
+    )
+}
+# The order in which backends are asked, per device type; other devices ask the reference only.
+ORDER = {"cpu": ("cpu", "reference")}
+
+_forced: str | None = None
+_records: list[list[tuple[str, str]]] = []
+
+
+def candidates(function: str, device: str, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+    """(backend, why it cannot run or None), in the order in which they are asked."""
+    order = ORDER.get(device, ("reference",))
+    return [(name, BACKENDS[name].unavailable(function, device, dtype)) for name in order]
+
+
+@functools.cache
+def _select(function: str, device: str, dtype: torch.dtype, forced: str | None) -> tuple[str, Callable]:
+    if forced is not None:
+        reason = BACKENDS[forced].unavailable(function, device, dtype)
+        if reason is not None:
+            raise ValueError(f"{function}: backend {forced!r} was forced but {reason}")
+        return forced, getattr(BACKENDS[forced].load(), function)
+    asked = candidates(function, device, dtype)
+    for name, reason in asked:
+        if reason is None:
+            return name, getattr(BACKENDS[name].load(), function)
+    raise ValueError(f"{function}: no backend can run: " + "; ".join(f"{name} {reason}" for name, reason in asked))
+
+
+def call(function: str, like: Tensor, *args: object) -> None:
+    """Runs `function` on the backend that serves tensors such as `like`."""
+    name, run = _select(function, like.device.type, like.dtype, _forced)
+    for record_ in _records:
+        record_.append((function, name))
+    run(*args)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend for every op run inside, forward and backward, in the whole process.
+
+    >>> with use_backend("reference"):
+    ...     y = rope_3d(x, layout)
+
+    Raises:
+        ValueError: at once if the name is unknown; at the call if that backend cannot run it.
+    """
+    global _forced
+    check_choice("use_backend", "name", name, tuple(BACKENDS))
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[tuple[str, str]]]:
+    """Yields a list that fills with (function, backend) for every backend function run inside.
+
+    >>> with record() as calls:
+    ...     rope_3d(x, layout)
+    >>> calls
+    [('rope_3d', 'cpu')]
+    """
+    calls: list[tuple[str, str]] = []
+    _records.append(calls)
+    try:
+        yield calls
+    finally:
+        _records.remove(calls)
+
+
+def _from_environment() -> str | None:
+    name = os.environ.get("SORA_KERNELS_BACKEND")
+    if name:
+        check_choice("sora_kernels", "SORA_KERNELS_BACKEND", name, tuple(BACKENDS))
+    return name or None
+
+
+_forced = _from_environment()

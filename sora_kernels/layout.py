@@ -1,0 +1,232 @@
+"""How a packed batch is laid out: which tokens belong together, and where each one sits in space and time.
+
+A packed batch is N tokens laid end to end. A *sample* is the tokens that attend to each other; it is one or more *spans*; a span
+is a run of tokens on one (T, H, W) grid in raster order, t slowest. One layout serves attention (sample boundaries), RoPE (span
+boundaries, grids and positions), adaLN (frame boundaries), patching, the loss and the sampler.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checks import fail
+
+Grid = tuple[int, int, int]
+Position = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of tokens on one grid: token (t, h, w) has position `origin + step * (t, h, w)`.
+
+    >>> Span((4, 8, 8)).num_tokens
+    256
+    >>> Span((4, 8, 8), origin=(4, 0, 0))                     # the next four frames of the same video
+    >>> Span((4, 16, 16), step=(1, 0.5, 0.5))                 # twice the resolution over the same field of view
+    >>> Span.text(77)                                         # text in a joint sequence: no rotation
+
+    Args:
+        grid: tokens along T, H and W; zero is allowed.
+        origin: position of token (0, 0, 0) along T, H and W, in tokens. Negative and fractional values are fine.
+        step: distance between neighbours along T, H and W. An axis of step 0 and origin 0 is not rotated.
+    """
+
+    grid: Grid
+    origin: Position = (0.0, 0.0, 0.0)
+    step: Position = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("grid", int), ("origin", float), ("step", float)):
+            value = getattr(self, name)
+            try:
+                triple = tuple(kind(x) for x in value)
+            except (TypeError, ValueError):
+                triple = ()
+            if len(triple) != 3 or any(a != b for a, b in zip(triple, value, strict=True)):
+                fail("Span", name, f"three {kind.__name__}s (T, H, W)", repr(value))
+            object.__setattr__(self, name, triple)
+        if min(self.grid) < 0:
+            fail("Span", "grid", "sizes >= 0", repr(self.grid))
+
+    @property
+    def num_tokens(self) -> int:
+        t, h, w = self.grid
+        return t * h * w
+
+    @staticmethod
+    def text(length: int, origin: Position = (0.0, 0.0, 0.0)) -> Span:
+        """`length` tokens that all sit at `origin`: text next to video in a joint sequence."""
+        return Span((1, 1, length), origin, (0.0, 0.0, 0.0))
+
+
+class PackedLayout:
+    """Boundaries and positions of a packed batch. Build one with `from_grids` or `from_spans`.
+
+    >>> layout = PackedLayout.from_grids([(4, 8, 8), (1, 16, 9)])      # a video and an image
+    >>> layout.num_tokens, layout.cu_seqlens.tolist()
+    (400, [0, 256, 400])
+    >>> tokens = layout.pack([video_tokens, image_tokens])              # [256, D], [144, D] -> [400, D]
+    >>> video_tokens, image_tokens = layout.unpack(tokens)
+
+    Everything is computed on the host when the layout is built; `.to(device)` copies it, and nothing here reads back from the
+    device afterwards.
+
+    Attributes:
+        cu_seqlens: int32 [B+1], sample boundaries.
+        cu_spans: int32 [S+1], span boundaries.
+        cu_frames: int32 [F+1], boundaries of the latent frames: the H*W tokens that share one t of one span.
+        grid: int32 [S, 3], tokens along T, H, W of each span.
+        origin, step: float32 [S, 3], position of token (t, h, w) of a span = origin + step * (t, h, w).
+        max_seqlen: tokens of the longest sample.
+        spans: the same on the host, a tuple of `Span`s for each sample.
+    """
+
+    cu_seqlens: Tensor
+    cu_spans: Tensor
+    cu_frames: Tensor
+    grid: Tensor
+    origin: Tensor
+    step: Tensor
+    _tensors = ("cu_seqlens", "cu_spans", "cu_frames", "grid", "origin", "step")
+
+    def __init__(self, spans: Iterable[Iterable[Span]], device: torch.device | str | None = None) -> None:
+        self.spans: tuple[tuple[Span, ...], ...] = tuple(tuple(sample) for sample in spans)
+        flat = [span for sample in self.spans for span in sample]
+        for span in flat:
+            if not isinstance(span, Span):
+                fail("PackedLayout", "spans", "Span objects", type(span).__name__, TypeError)
+        seqlens = [sum(span.num_tokens for span in sample) for sample in self.spans]
+        self.seqlens: tuple[int, ...] = tuple(seqlens)
+        self.num_tokens = sum(seqlens)
+        self.max_seqlen = max(seqlens, default=0)
+        if self.num_tokens >= 2**31:
+            fail("PackedLayout", "spans", "fewer than 2**31 tokens", str(self.num_tokens))
+        frames = [np.full(span.grid[0], span.grid[1] * span.grid[2]) for span in flat]
+        self.cu_seqlens = _boundaries(seqlens)
+        self.cu_spans = _boundaries([span.num_tokens for span in flat])
+        self.cu_frames = _boundaries(np.concatenate(frames) if frames else [])
+        self.grid = _rows([span.grid for span in flat], torch.int32)
+        self.origin = _rows([span.origin for span in flat], torch.float32)
+        self.step = _rows([span.step for span in flat], torch.float32)
+        if device is not None:
+            self._move(device)
+
+    @classmethod
+    def from_grids(cls, grids: Iterable[Sequence[int]], device: torch.device | str | None = None) -> PackedLayout:
+        """One sample per (T, H, W) grid, positions counted from zero."""
+        return cls([[Span(tuple(grid))] for grid in grids], device)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_spans(cls, spans: Iterable[Iterable[Span]], device: torch.device | str | None = None) -> PackedLayout:
+        """One sample per inner list of spans."""
+        return cls(spans, device)
+
+    @classmethod
+    def concat(cls, layouts: Sequence[PackedLayout]) -> PackedLayout:
+        """The samples of several layouts, one after the other, on the first one's device."""
+        if not layouts:
+            fail("PackedLayout.concat", "layouts", "at least one layout", "none")
+        return cls(itertools.chain.from_iterable(layout.spans for layout in layouts), layouts[0].device)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.spans)
+
+    @property
+    def num_spans(self) -> int:
+        return self.grid.shape[0]
+
+    @property
+    def num_frames(self) -> int:
+        return self.cu_frames.shape[0] - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.cu_seqlens.device
+
+    def to(self, device: torch.device | str) -> PackedLayout:
+        """The same layout with its tensors on `device`."""
+        moved = object.__new__(PackedLayout)
+        moved.__dict__.update(self.__dict__)
+        moved._move(device)
+        return moved
+
+    def _move(self, device: torch.device | str) -> None:
+        for name in self._tensors:
+            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+
+    def select(self, samples: Sequence[int]) -> PackedLayout:
+        """The layout of some samples, in the order given; an index may be negative or repeated."""
+        for index in samples:
+            if not -self.num_samples <= index < self.num_samples:
+                fail("PackedLayout.select", "samples", f"indices of {self.num_samples} samples", str(index), IndexError)
+        return PackedLayout([self.spans[index] for index in samples], self.device)
+
+    def pack(self, samples: Sequence[Tensor]) -> Tensor:
+        """Lays samples [n_i, ...] end to end -> [N, ...]."""
+        lengths = tuple(sample.shape[0] for sample in samples)
+        if lengths != self.seqlens:
+            fail("PackedLayout.pack", "samples", f"lengths {list(self.seqlens)}", str(list(lengths)))
+        return torch.cat(list(samples))
+
+    def unpack(self, tokens: Tensor) -> list[Tensor]:
+        """Cuts [N, ...] into one view [n_i, ...] per sample; tokens past the last boundary are left out."""
+        if tokens.ndim < 1 or tokens.shape[0] < self.num_tokens:
+            fail("PackedLayout.unpack", "tokens", f"at least {self.num_tokens} rows", f"shape {tuple(tokens.shape)}")
+        return list(tokens[: self.num_tokens].split(list(self.seqlens)))
+
+    def positions(self) -> Tensor:
+        """Position of every token along T, H and W: float32 [N, 3]."""
+        device = self.device
+        lengths = self.cu_spans.diff()
+        span = torch.repeat_interleave(torch.arange(self.num_spans, device=device), lengths, output_size=self.num_tokens)
+        index = torch.arange(self.num_tokens, device=device) - self.cu_spans[:-1][span]
+        _, h, w = self.grid[span].unbind(1)
+        thw = torch.stack([index // (h * w), index // w % h, index % w], dim=1)
+        return self.origin[span] + self.step[span] * thw
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PackedLayout) and self.spans == other.spans
+
+    def __hash__(self) -> int:
+        return hash(self.spans)
+
+    def __repr__(self) -> str:
+        shown = [" + ".join(_describe(span) for span in sample) or "empty" for sample in self.spans[:8]]
+        if self.num_samples > 8:
+            shown.append(f"... {self.num_samples - 8} more")
+        return (
+            f"PackedLayout({self.num_samples} samples, {self.num_tokens} tokens, longest {self.max_seqlen}, "
+            f"{self.device}: {', '.join(shown)})"
+        )
+
+
+def _boundaries(lengths: Sequence[int] | np.ndarray) -> Tensor:
+    boundaries = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=boundaries[1:])
+    return torch.from_numpy(boundaries)
+
+
+def _rows(rows: list, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(rows, dtype=dtype).reshape(len(rows), 3)
+
+
+def _describe(span: Span) -> str:
+    if span.step == (0.0, 0.0, 0.0):
+        return f"{span.num_tokens} at {_short(span.origin)}" if any(span.origin) else f"text {span.num_tokens}"
+    text = "x".join(str(n) for n in span.grid)
+    if any(span.origin):
+        text += f" from {_short(span.origin)}"
+    if span.step != (1.0, 1.0, 1.0):
+        text += f" step {_short(span.step)}"
+    return text
+
+
+def _short(position: Position) -> str:
+    return "(" + ", ".join(f"{x:g}" for x in position) + ")"

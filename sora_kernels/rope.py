@@ -1,0 +1,220 @@
+"""3D rotary position embedding of packed queries and keys, alone or fused with QK-norm.
+
+Pair p of axis a (p = 0 .. n_a - 1, with n_a = axes_dim[a] / 2) of a token at position (x_t, x_h, x_w) turns by
+
+    angle = x_a * theta_a ** (-p / n_a)               computed in float64, once per index along each axis of a span
+    (u, v) <- (u cos - v sin, u sin + v cos)          in float32
+
+Source: Su et al., RoFormer (2021), with the channels split among the three axes as video models do. Positions come from the layout: a
+continuation in time is an `origin`, a change of resolution a `step`, and a token of text (origin and step 0) stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .checks import check_boundaries, check_cu_seqlens, check_tensor, fail, triple
+from .layout import PackedLayout
+from .library import register
+
+Theta = float | tuple[float, float, float]
+
+
+def default_axes_dim(head_dim: int) -> tuple[int, int, int]:
+    """Channels for T, H and W when none are given: of c = head_dim / 2 pairs, c - 2*(c//3), c//3 and c//3 (Wan's split).
+
+    >>> default_axes_dim(64), default_axes_dim(128)
+    ((24, 20, 20), (44, 42, 42))
+    """
+    third = head_dim // 2 // 3
+    return head_dim - 4 * third, 2 * third, 2 * third
+
+
+def rope_3d(
+    x: Tensor,
+    layout: PackedLayout,
+    *,
+    theta: Theta = 10000.0,
+    axes_dim: tuple[int, int, int] | None = None,
+    interleaved: bool = True,
+) -> Tensor:
+    """Rotates packed queries or keys by their positions in space and time.
+
+    >>> layout = PackedLayout.from_grids([(4, 8, 8), (1, 16, 9)])
+    >>> rope_3d(torch.randn(400, 8, 64), layout).shape
+    torch.Size([400, 8, 64])
+
+    Args:
+        x: [N, H, d], d even.
+        layout: of the N tokens; tokens past its end give zeros.
+        theta: base of the frequencies, one for all axes or one each for T, H, W.
+        axes_dim: channels for T, H and W, even, together d; default `default_axes_dim(d)`.
+        interleaved: pair i is channels (2i, 2i+1); if False (the "half" or GPT-NeoX layout) channels (i, i + d/2). Pairs are
+            counted over the axes laid end to end.
+
+    Returns:
+        [N, H, d] in x's dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    op = "rope_3d"
+    check_tensor(op, "x", x, ("N", "H", "d"))
+    tables = _check_layout(op, layout, x)
+    return _rope(x, *tables, *_check_angles(op, x.shape[-1], theta, axes_dim), interleaved, False)
+
+
+def qk_norm_rope_3d(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    layout: PackedLayout,
+    *,
+    across_heads: bool = False,
+    eps: float = 1e-6,
+    theta: Theta = 10000.0,
+    axes_dim: tuple[int, int, int] | None = None,
+    interleaved: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """RMS-normalises packed queries and keys, then rotates them, in one pass.
+
+        q <- rope_3d(q / sqrt(mean(q**2) + eps) * q_weight), and k alike
+
+    >>> layout = PackedLayout.from_grids([(4, 8, 8)])
+    >>> q, k = torch.randn(2, 256, 8, 64)
+    >>> q, k = qk_norm_rope_3d(q, k, torch.ones(64), torch.ones(64), layout)
+
+    Args:
+        q: [N, H, d].
+        k: [N, Hk, d].
+        q_weight, k_weight: scale after the norm, [d], or [H*d] and [Hk*d] with `across_heads`, in q's dtype; None is 1.
+        layout: of the N tokens.
+        across_heads: take the mean over all heads of a token (Wan) instead of each head's d channels (most others).
+        eps: added to the mean square.
+
+    The others are `rope_3d`'s.
+
+    Returns:
+        q and k in their shapes and dtype.
+    """
+    op = "qk_norm_rope_3d"
+    check_tensor(op, "q", q, ("N", "H", "d"))
+    check_tensor(op, "k", k, (q.shape[0], "Hk", q.shape[2]), dtype=q.dtype, like=q)
+    for name, weight, x in (("q_weight", q_weight, q), ("k_weight", k_weight, k)):
+        if weight is not None:
+            size = x.shape[1] * x.shape[2] if across_heads else x.shape[2]
+            check_tensor(op, name, weight, (size,), dtype=q.dtype, like=q)
+    tables = _check_layout(op, layout, q)
+    angles = _check_angles(op, q.shape[-1], theta, axes_dim)
+    return _norm_rope(q, k, q_weight, k_weight, *tables, *angles, interleaved, across_heads, float(eps))[:2]
+
+
+def _check_layout(op: str, layout: PackedLayout, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not isinstance(layout, PackedLayout):
+        fail(op, "layout", "a PackedLayout", type(layout).__name__, TypeError)
+    if layout.num_tokens > x.shape[0]:
+        fail(op, "layout", f"at most {x.shape[0]} tokens", f"{layout.num_tokens}")
+    check_cu_seqlens(op, "layout.cu_spans", layout.cu_spans, x, "S+1")
+    return layout.cu_spans, layout.grid, layout.origin, layout.step
+
+
+def _check_angles(op: str, d: int, theta: Theta, axes_dim: tuple[int, int, int] | None) -> tuple[list, list]:
+    if d % 2 or d == 0:
+        fail(op, "x" if op == "rope_3d" else "q", "an even head dim", f"{d}")
+    axes = triple(op, "axes_dim", default_axes_dim(d) if axes_dim is None else axes_dim, int)
+    if sum(axes) != d or any(n < 0 or n % 2 for n in axes):
+        fail(op, "axes_dim", f"three even sizes that add up to {d}", repr(axes_dim))
+    thetas = triple(op, "theta", (theta,) * 3 if isinstance(theta, int | float) else theta, float)
+    if not all(math.isfinite(t) and t > 0 for t in thetas):
+        fail(op, "theta", "positive numbers", repr(theta))
+    return thetas, axes
+
+
+def _run_rope(x, cu_spans, grid, origin, step, theta, axes_dim, interleaved, inverse):
+    check_boundaries("rope_3d", "layout.cu_spans", cu_spans, x.shape[0])
+    out = x.new_empty(x.shape)
+    backends.call("rope_3d", x, x, cu_spans, grid, origin, step, theta, axes_dim, interleaved, inverse, out)
+    return out
+
+
+def _save_rope(ctx, inputs, output):
+    _, *tables, ctx.theta, ctx.axes_dim, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(*tables)
+
+
+def _grad_rope(ctx, dout):
+    # A rotation's transpose is the rotation back.
+    dx = _rope(dout, *ctx.saved_tensors, ctx.theta, ctx.axes_dim, ctx.interleaved, not ctx.inverse)
+    return dx, *(None,) * 8
+
+
+_TABLES = "Tensor cu_spans, Tensor grid, Tensor origin, Tensor step, float[] theta, SymInt[] axes_dim, bool interleaved"
+_rope = register(
+    f"rope_3d(Tensor x, {_TABLES}, bool inverse) -> Tensor",
+    _run_rope,
+    lambda x, *_: x.new_empty(x.shape),
+    _grad_rope,
+    _save_rope,
+)
+
+
+def _run_norm_rope(q, k, q_weight, k_weight, *rest):
+    check_boundaries("qk_norm_rope_3d", "layout.cu_spans", rest[0], q.shape[0])
+    outputs = _fake_norm_rope(q, k, q_weight, k_weight, *rest)
+    backends.call("qk_norm_rope_3d_forward", q, q, k, q_weight, k_weight, *rest, *outputs)
+    return outputs
+
+
+def _fake_norm_rope(q, k, q_weight, k_weight, *rest):
+    across_heads = rest[-2]
+    stats = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rstd = (x.new_empty((x.shape[0], 1 if across_heads else x.shape[1]), dtype=stats) for x in (q, k))
+    return q.new_empty(q.shape), k.new_empty(k.shape), *rstd
+
+
+def _run_norm_rope_backward(dq_out, dk_out, q, k, q_weight, k_weight, *rest):
+    grads = _fake_norm_rope_backward(dq_out, dk_out, q, k, q_weight, k_weight)
+    weights = (grads[2] if q_weight is not None else None, grads[3] if k_weight is not None else None)
+    args = dq_out, dk_out, q, k, q_weight, k_weight, *rest
+    backends.call("qk_norm_rope_3d_backward", q, *args, *grads[:2], *weights)
+    return grads
+
+
+def _fake_norm_rope_backward(dq_out, dk_out, q, k, q_weight, k_weight, *_):
+    weights = (x.new_empty(0 if w is None else w.shape) for x, w in ((q, q_weight), (k, k_weight)))
+    return q.new_empty(q.shape), k.new_empty(k.shape), *weights
+
+
+def _save_norm_rope(ctx, inputs, output):
+    q, k, q_weight, k_weight, *tables, ctx.theta, ctx.axes_dim, ctx.interleaved, ctx.across_heads, _ = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(q, k, q_weight, k_weight, *output[2:], *tables)
+
+
+def _grad_norm_rope(ctx, dq_out, dk_out, *_):
+    saved = ctx.saved_tensors
+    args = dq_out, dk_out, *saved, ctx.theta, ctx.axes_dim, ctx.interleaved, ctx.across_heads
+    dq, dk, dq_weight, dk_weight = _norm_rope_backward(*args)
+    weights = (dq_weight if saved[2] is not None else None, dk_weight if saved[3] is not None else None)
+    return dq, dk, *weights, *(None,) * 9
+
+
+_norm_rope_backward = register(
+    "qk_norm_rope_3d_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, "
+    f"Tensor q_rstd, Tensor k_rstd, {_TABLES}, bool across_heads) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_norm_rope_backward,
+    _fake_norm_rope_backward,
+)
+_norm_rope = register(
+    f"qk_norm_rope_3d_forward(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, {_TABLES}, bool across_heads, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _run_norm_rope,
+    _fake_norm_rope,
+    _grad_norm_rope,
+    _save_norm_rope,
+)
