@@ -1,8 +1,8 @@
 // Turns a torch.Tensor argument into a sora::Tensor, through DLPack's C exchange API: no copy, no reference, no torch header.
 //
-// torch >= 2.10 publishes a table of functions as torch.Tensor.__dlpack_c_exchange_api__ (DLPack 1.3). One of them fills in a DLTensor
-// from a Python object in some 30 ns, so an argument costs about as much as an int. The view is valid while the caller holds
-// the tensor, that is, during the call. The structs below are DLPack's ABI, which is frozen.
+// torch >= 2.10 publishes a table of functions as torch.Tensor.__dlpack_c_exchange_api__ (DLPack 1.3). One of them fills in a
+// DLTensor from a Python object in some 30 ns, so an argument costs about as much as an int. The view is valid while the caller
+// holds the tensor, that is, during the call. The structs below are DLPack's ABI, which is frozen.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -4,9 +4,9 @@
     gate_residual                        residual + gate[r] * x
     gate_residual_layer_norm_modulate    residual <- residual + gate[r] * x;  y = norm(residual) * (1 + scale[r]) + shift[r]
 
-Row r of shift, scale and gate serves tokens cu_seqlens[r]:cu_seqlens[r+1]: a sample, a latent frame (`layout.cu_frames`) or a single
-token alike. norm is LayerNorm or RMSNorm over the last axis, with or without its own weight and bias. Each function reads its inputs
-once; sums and the gradients of shift, scale and gate are float32.
+Row r of shift, scale and gate serves tokens cu_seqlens[r]:cu_seqlens[r+1]: a sample, a latent frame (`layout.cu_frames`) or a
+single token alike. norm is LayerNorm or RMSNorm over the last axis, with or without its own weight and bias. Each function reads
+its inputs once; sums and the gradients of shift, scale and gate are float32.
 
 Source: Peebles and Xie, Scalable Diffusion Models with Transformers (2023), adaLN-Zero.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_boundaries, check_choice, check_cu_seqlens, check_tensor, fail
-from .library import register
+from .library import empty_like, register, rows
 
 
 def layer_norm_modulate(
@@ -124,7 +124,7 @@ def _check_norm(op: str, x: Tensor, norm: str, weight: Tensor | None, bias: Tens
 
 
 def _empty(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+    return tuple(map(empty_like, tensors))
 
 
 def _empty_affine(x: Tensor, *affine: Tensor | None) -> tuple[Tensor, ...]:
@@ -142,14 +142,16 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
 
 
-def _run_modulate(x, shift, scale, cu_seqlens, *norm):
+def _run_modulate(x, shift, scale, cu_seqlens, rms, weight, bias, eps):
     check_boundaries("layer_norm_modulate", "cu_seqlens", cu_seqlens, x.shape[0])
+    x, shift, scale, cu_seqlens, weight, bias = rows(x, shift, scale, cu_seqlens, weight, bias)
     outputs = *_empty(x), *_statistics(x)
-    backends.call("layer_norm_modulate_forward", x, x, shift, scale, cu_seqlens, *norm, *outputs)
+    backends.call("layer_norm_modulate_forward", x, x, shift, scale, cu_seqlens, rms, weight, bias, eps, *outputs)
     return outputs
 
 
 def _run_modulate_backward(dout, x, scale, cu_seqlens, rms, weight, bias, mean, rstd):
+    dout, x, scale, cu_seqlens, weight, bias = rows(dout, x, scale, cu_seqlens, weight, bias)
     grads = _fake_modulate_backward(dout, x, scale, cu_seqlens, rms, weight, bias)
     args = dout, x, scale, cu_seqlens, rms, weight, bias, mean, rstd
     backends.call("layer_norm_modulate_backward", x, *args, *grads[:3], *_present(grads[3:], weight, bias))
@@ -190,12 +192,14 @@ _modulate = register(
 
 def _run_gate(residual, x, gate, cu_seqlens):
     check_boundaries("gate_residual", "cu_seqlens", cu_seqlens, x.shape[0])
+    residual, x, gate, cu_seqlens = rows(residual, x, gate, cu_seqlens)
     (out,) = _empty(x)
     backends.call("gate_residual_forward", x, residual, x, gate, cu_seqlens, out)
     return out
 
 
 def _run_gate_backward(dout, x, gate, cu_seqlens):
+    dout, x, gate, cu_seqlens = rows(dout, x, gate, cu_seqlens)
     grads = _empty(x, x, gate)
     backends.call("gate_residual_backward", x, dout, x, gate, cu_seqlens, *grads)
     return grads
@@ -225,14 +229,15 @@ _gate = register(
 
 def _run_gate_modulate(residual, x, gate, shift, scale, cu_seqlens, *norm):
     check_boundaries("gate_residual_layer_norm_modulate", "cu_seqlens", cu_seqlens, x.shape[0])
+    args = *rows(residual, x, gate, shift, scale, cu_seqlens), norm[0], *rows(*norm[1:3]), norm[3]
     outputs = *_empty(x, x), *_statistics(x)
-    args = residual, x, gate, shift, scale, cu_seqlens, *norm
     backends.call("gate_residual_layer_norm_modulate_forward", x, *args, *outputs)
     return outputs
 
 
 def _run_gate_modulate_backward(dresidual_out, dout, residual_out, x, gate, scale, cu_seqlens, rms, weight, bias, mean, rstd):
-    args = dresidual_out, dout, residual_out, x, gate, scale, cu_seqlens, rms, weight, bias
+    tensors = rows(dresidual_out, dout, residual_out, x, gate, scale, cu_seqlens)
+    args = *tensors, rms, *rows(weight, bias)
     grads = _fake_gate_modulate_backward(*args)
     outputs = *grads[:5], *_present(grads[5:], weight, bias)
     backends.call("gate_residual_layer_norm_modulate_backward", x, *args, mean, rstd, *outputs)

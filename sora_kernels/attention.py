@@ -1,4 +1,4 @@
-"""Attention over packed and dense batches, as drop-ins for flash_attn, torch's SDPA and varlen_attn, and over space-time windows.
+"""Attention over packed and dense batches, as drop-ins for flash_attn, torch's SDPA and varlen_attn.
 
     s_ij = scale * q_i . k_j                          (softcap: s_ij <- c * tanh(s_ij / c); then + mask or ALiBi)
     lse_i = log sum_j exp(s_ij)                       over the keys j that query i sees
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_boundaries, check_cu_seqlens, check_tensor, fail, triple
-from .layout import PackedLayout
-from .library import register
+from .checks import check_boundaries, check_cu_seqlens, check_qkv, check_tensor, fail
+from .library import empty_like, lse_like, register, rows
+from .spatiotemporal_attention import spatiotemporal_attention as spatiotemporal_attention
 
 UNBOUNDED = 2**30  # a window side without a limit
 
@@ -82,8 +82,9 @@ def flash_attn_qkvpacked_func(
     """`flash_attn_func` on a fused projection qkv [B, S, 3, H, d] -> [B, S, H, d]."""
     op = "flash_attn_qkvpacked_func"
     check_tensor(op, "qkv", qkv, ("B", "S", 3, "H", "d"))
+    q, k, v = qkv.unbind(2)
     return _flash(
-        op, *qkv.unbind(2), None, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        op, q, k, v, None, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         return_attn_probs,
     )  # fmt: skip
 
@@ -103,8 +104,9 @@ def flash_attn_kvpacked_func(
     """`flash_attn_func` on q [B, S, H, d] and a fused projection kv [B, Sk, 2, Hk, d] -> [B, S, H, d]."""
     op = "flash_attn_kvpacked_func"
     check_tensor(op, "kv", kv, ("B", "Sk", 2, "Hk", "d"))
+    k, v = kv.unbind(2)
     return _flash(
-        op, q, *kv.unbind(2), None, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        op, q, k, v, None, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         return_attn_probs,
     )  # fmt: skip
 
@@ -174,8 +176,9 @@ def flash_attn_varlen_qkvpacked_func(
     """`flash_attn_varlen_func` on a fused projection qkv [N, 3, H, d] -> [N, H, d]."""
     op = "flash_attn_varlen_qkvpacked_func"
     check_tensor(op, "qkv", qkv, ("N", 3, "H", "d"))
+    q, k, v = qkv.unbind(1)
     return _flash(
-        op, *qkv.unbind(1), cu_seqlens, cu_seqlens, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        op, q, k, v, cu_seqlens, cu_seqlens, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         return_attn_probs,
     )  # fmt: skip
 
@@ -199,8 +202,9 @@ def flash_attn_varlen_kvpacked_func(
     """`flash_attn_varlen_func` on q [Nq, H, d] and a fused projection kv [Nk, 2, Hk, d] -> [Nq, H, d]."""
     op = "flash_attn_varlen_kvpacked_func"
     check_tensor(op, "kv", kv, ("Nk", 2, "Hk", "d"))
+    k, v = kv.unbind(1)
     return _flash(
-        op, q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, dropout_p, softmax_scale, causal, window_size, softcap,
+        op, q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p, softmax_scale, causal, window_size, softcap,
         alibi_slopes, return_attn_probs,
     )  # fmt: skip
 
@@ -272,59 +276,10 @@ def scaled_dot_product_attention(
     q, k, v = (x.reshape(-1, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value))
     scores = (*lead, query.shape[-3], query.shape[-2], key.shape[-2])
     bias = None if attn_mask is None else _bias(op, attn_mask, scores, is_causal, q).reshape(-1, *scores[-3:])
-    scale = _check(op, q, k, v, dropout_p, scale)
+    scale = check_qkv(op, q, k, v, dropout_p, scale)
     right = q.shape[1] - k.shape[1] if is_causal else UNBOUNDED
     out, _ = _forward(q, k, v, None, None, bias, None, scale, UNBOUNDED, right, 0.0)
     return out.transpose(1, 2).reshape(query.shape)
-
-
-def spatiotemporal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: PackedLayout,
-    *,
-    window: tuple[int | None, int | None, int | None] | None = None,
-    causal: tuple[bool, bool, bool] = (False, False, False),
-    softmax_scale: float | None = None,
-) -> Tensor:
-    """Attention of packed videos and images in which, inside a span, a token sees its (wt, wh, ww) neighbourhood.
-
-    Along an axis of L tokens a query at i sees exactly w = min(window, L) keys: from clamp(i - w//2, 0, L - w), so the window shifts
-    inward at the borders (NATTEN's rule). Along a causal axis it sees max(i - w + 1, 0) to i. Between spans of one sample
-    everything is seen, and so it is inside a span of step 0, whose tokens (text) all share one position.
-
-    >>> layout = PackedLayout.from_grids([(16, 32, 32), (1, 64, 36)])
-    >>> q, k, v = torch.randn(3, layout.num_tokens, 8, 64)
-    >>> spatiotemporal_attention(q, k, v, layout, window=(5, 9, 9), causal=(True, False, False)).shape
-    torch.Size([18688, 8, 64])
-
-    Args:
-        q: [N, H, d].
-        k, v: [N, Hk, d].
-        layout: of the N tokens.
-        window: keys seen along T, H and W; None (for all or for one axis) is the whole axis.
-        causal: per axis.
-        softmax_scale: default 1/sqrt(d).
-    """
-    op = "spatiotemporal_attention"
-    if not isinstance(layout, PackedLayout):
-        fail(op, "layout", "a PackedLayout", type(layout).__name__, TypeError)
-    check_tensor(op, "q", q, ("N", "H", "d"))
-    if layout.num_tokens > q.shape[0]:
-        fail(op, "layout", f"at most {q.shape[0]} tokens", f"{layout.num_tokens}")
-    check_cu_seqlens(op, "layout.cu_seqlens", layout.cu_seqlens, q)
-    check_tensor(op, "k", k, (q.shape[0], "Hk", "d"))
-    scale = _check(op, q, k, v, 0.0, softmax_scale)
-    sizes = [0 if w is None else w for w in ((None, None, None) if window is None else window)]
-    if len(sizes) != 3 or any(not isinstance(w, int) or w < 0 for w in sizes) or (window is not None and 0 in window):
-        fail(op, "window", "three sizes >= 1, or None for a whole axis", repr(window))
-    causal_axes = triple(op, "causal", causal, bool)
-    if not any(sizes) and not any(causal_axes):
-        cu = layout.cu_seqlens
-        return _forward(q, k, v, cu, cu, None, None, scale, UNBOUNDED, UNBOUNDED, 0.0)[0]
-    tables = layout.cu_seqlens, layout.cu_spans, layout.grid, layout.step
-    return _spatiotemporal_forward(q, k, v, *tables, sizes, causal_axes, scale)[0]
 
 
 def _flash(
@@ -344,7 +299,7 @@ def _flash(
 ) -> Any:
     dense = op in ("flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_kvpacked_func")
     check_tensor(op, "q", q, ("B", "S", "H", "d") if dense else ("Nq", "H", "d"))
-    scale = _check(op, q, k, v, dropout_p, softmax_scale)
+    scale = check_qkv(op, q, k, v, dropout_p, softmax_scale)
     if not dense:
         check_cu_seqlens(op, "cu_seqlens_q", cu_q, q)  # type: ignore[arg-type]
         check_cu_seqlens(op, "cu_seqlens_k", cu_k, q, cu_q.shape[0])  # type: ignore[arg-type,union-attr]
@@ -359,20 +314,7 @@ def _flash(
             fail(op, "alibi_slopes", f"shape [{heads}] or [{batch}, {heads}]", str(list(alibi_slopes.shape)))
         alibi = alibi_slopes.expand(batch, heads)
     out, lse = _forward(q, k, v, cu_q, cu_k, None, alibi, scale, left, right, max(float(softcap), 0.0))
-    return (out, lse, out.new_empty(0)) if return_attn_probs else out
-
-
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float | None) -> float:
-    """Checks k and v against q ([..., H, d], already checked) and returns the scale."""
-    check_tensor(op, "k", k, (*q.shape[:-3], "Nk", "Hk", q.shape[-1]), dtype=q.dtype, like=q)
-    check_tensor(op, "v", v, tuple(k.shape), dtype=q.dtype, like=q)
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        fail(op, "k", f"a head count that divides q's {q.shape[-2]}", f"{k.shape[-2]}")
-    if q.shape[-1] == 0:
-        fail(op, "q", "a head dim of at least 1", "0")
-    if dropout_p != 0.0:
-        fail(op, "dropout_p", "0 (attention dropout is not supported)", repr(dropout_p))
-    return q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    return (out, lse, out.newempty_like(0)) if return_attn_probs else out
 
 
 def _decode_window(op: str, window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
@@ -398,32 +340,24 @@ def _bias(op: str, mask: Tensor, scores: tuple[int, ...], is_causal: bool, q: Te
         fail(op, "attn_mask", f"a shape that broadcasts to {list(scores)}", str(list(mask.shape)))
 
 
-def _lse_like(q: Tensor) -> Tensor:
-    """[B, H, S] for dense q [B, S, H, d], [H, N] for packed q [N, H, d]; float32 at least."""
-    shape = (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
-    return q.new_empty(shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-
-
-def _empty(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 def _run_forward(q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap):
     if cu_q is not None:
         check_boundaries("attention", "cu_seqlens_q", cu_q, q.shape[0])
         check_boundaries("attention", "cu_seqlens_k", cu_k, k.shape[0])
+    q, k, v, cu_q, cu_k = rows(q, k, v, cu_q, cu_k)
     out, lse = _fake_forward(q)
     backends.call("attention_forward", q, q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap, out, lse)
     return out, lse
 
 
 def _fake_forward(q, *_):
-    return _empty(q), _lse_like(q)
+    return empty_like(q), lse_like(q)
 
 
-def _run_backward(dout, dlse, q, k, v, out, lse, *rest):
-    grads = _empty(q), _empty(k), _empty(v)
-    backends.call("attention_backward", q, dout, dlse, q, k, v, out, lse, *rest, *grads)
+def _run_backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, *rest):
+    dout, dlse, q, k, v, cu_q, cu_k = rows(dout, dlse, q, k, v, cu_q, cu_k)
+    grads = empty_like(q), empty_like(k), empty_like(v)
+    backends.call("attention_backward", q, dout, dlse, q, k, v, out, lse, cu_q, cu_k, *rest, *grads)
     return grads
 
 
@@ -446,7 +380,7 @@ _backward = register(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _run_backward,
-    lambda dout, dlse, q, k, v, *_: (_empty(q), _empty(k), _empty(v)),
+    lambda dout, dlse, q, k, v, *_: (empty_like(q), empty_like(k), empty_like(v)),
 )
 _forward = register(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)",
@@ -454,42 +388,4 @@ _forward = register(
     _fake_forward,
     _grad,
     _save,
-)
-
-
-def _run_spatiotemporal_forward(q, k, v, *rest):
-    out, lse = _fake_forward(q)
-    backends.call("spatiotemporal_attention_forward", q, q, k, v, *rest, out, lse)
-    return out, lse
-
-
-def _run_spatiotemporal_backward(dout, q, k, v, out, lse, *rest):
-    grads = _empty(q), _empty(k), _empty(v)
-    backends.call("spatiotemporal_attention_backward", q, dout, q, k, v, out, lse, *rest, *grads)
-    return grads
-
-
-def _save_spatiotemporal(ctx, inputs, output):
-    q, k, v, cu_seqlens, cu_spans, grid, step, *ctx.scalars = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_spans, grid, step)
-
-
-def _grad_spatiotemporal(ctx, dout, dlse):
-    return *_spatiotemporal_backward(dout, *ctx.saved_tensors, *ctx.scalars), *(None,) * 7
-
-
-_ARGUMENTS = "Tensor cu_seqlens, Tensor cu_spans, Tensor grid, Tensor step, SymInt[] window, bool[] causal, float scale"
-_spatiotemporal_backward = register(
-    "spatiotemporal_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    _run_spatiotemporal_backward,
-    lambda dout, q, k, v, *_: (_empty(q), _empty(k), _empty(v)),
-)
-_spatiotemporal_forward = register(
-    f"spatiotemporal_attention_forward(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)",
-    _run_spatiotemporal_forward,
-    _fake_forward,
-    _grad_spatiotemporal,
-    _save_spatiotemporal,
 )

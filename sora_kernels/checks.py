@@ -68,6 +68,19 @@ def check_boundaries(op: str, argument: str, boundaries: Tensor, num_tokens: int
         fail(op, argument, "entries that never fall", f"{values[i]} then {values[i + 1]} at entry {i + 1}")
 
 
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float | None) -> float:
+    """Checks k and v against q ([..., H, d], already checked) and returns the softmax scale."""
+    check_tensor(op, "k", k, (*q.shape[:-3], "Nk", "Hk", q.shape[-1]), dtype=q.dtype, like=q)
+    check_tensor(op, "v", v, tuple(k.shape), dtype=q.dtype, like=q)
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        fail(op, "k", f"a head count that divides q's {q.shape[-2]}", f"{k.shape[-2]}")
+    if q.shape[-1] == 0:
+        fail(op, "q", "a head dim of at least 1", "0")
+    if dropout_p != 0.0:
+        fail(op, "dropout_p", "0 (attention dropout is not supported)", repr(dropout_p))
+    return q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+
+
 def check_choice(op: str, argument: str, value: object, choices: tuple) -> None:
     if value not in choices:
         fail(op, argument, "one of " + ", ".join(map(repr, choices)), repr(value))

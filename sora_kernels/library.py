@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("sora_kernels", "DEF")
 
@@ -30,3 +31,19 @@ def register(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(torch.ops.sora_kernels, name).default
+
+
+def rows(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors as kernels want them: any strides but a contiguous last axis. Only one that lacks it is copied."""
+    return [x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def lse_like(q: Tensor) -> Tensor:
+    """[B, H, S] for dense q [B, S, H, d], [H, N] for packed q [N, H, d]; float32 at least."""
+    shape = (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
+    return q.new_empty(shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor, whatever the strides of x (torch.empty_like would keep those)."""
+    return x.new_empty(x.shape)

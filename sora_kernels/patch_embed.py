@@ -19,7 +19,7 @@ from torch import Tensor
 from . import backends
 from .checks import check_tensor, fail, triple
 from .layout import PackedLayout
-from .library import register
+from .library import register, rows
 
 Videos = Sequence[Tensor] | Tensor
 
@@ -112,13 +112,14 @@ def _check_videos(op: str, videos: Videos, patch: list[int], weight: Tensor | No
     clips = list(videos)
     if not clips:
         fail(op, "videos", "at least one video", "none")
+    check_tensor(op, "videos[0]", clips[0])
     first = clips[0]
+    like = first if weight is None else weight
+    channels: int | str = "C" if weight is None else weight.shape[1]
     for i, clip in enumerate(clips):
         name = f"videos[{i}]"
-        like = first if weight is None else weight
-        channels = first.shape[0] if weight is None and isinstance(first, Tensor) and first.ndim else "C"
-        shape = (channels if weight is None else weight.shape[1], "T", "H", "W")
-        check_tensor(op, name, clip, shape, **({} if like is clip else {"dtype": like.dtype, "like": like}))
+        check_tensor(op, name, clip, (channels, "T", "H", "W"), dtype=like.dtype, like=like)
+        channels = clip.shape[0]
         if any(n % p for n, p in zip(clip.shape[1:], patch, strict=True)):
             fail(op, name, f"(T, H, W) divisible by patch_size {tuple(patch)}", f"{tuple(clip.shape[1:])}")
     grids = [[n // p for n, p in zip(clip.shape[1:], patch, strict=True)] for clip in clips]
@@ -131,7 +132,7 @@ def _num_tokens(clips: Sequence[Tensor], patch: Sequence[int]) -> int:
 
 def _run_embed(videos, weight, bias, patch_size):
     tokens = _fake_embed(videos, weight, bias, patch_size)
-    backends.call("patch_embed_3d_forward", weight, videos, weight, bias, patch_size, tokens)
+    backends.call("patch_embed_3d_forward", weight, videos, weight.contiguous(), *rows(bias), patch_size, tokens)
     return tokens
 
 
@@ -143,7 +144,7 @@ def _run_embed_backward(dtokens, videos, weight, patch_size, videos_need_grad, h
     args = videos_need_grad, has_bias
     dvideos, dweight, dbias = grads = _fake_embed_backward(dtokens, videos, weight, patch_size, *args)
     outputs = dvideos or None, dweight, dbias if has_bias else None
-    backends.call("patch_embed_3d_backward", weight, dtokens, videos, weight, patch_size, *outputs)
+    backends.call("patch_embed_3d_backward", weight, *rows(dtokens), videos, weight.contiguous(), patch_size, *outputs)
     return grads
 
 
@@ -194,7 +195,7 @@ def _fake_patchify(videos, patch_size):
 
 def _run_unpatchify(tokens, sizes, patch_size):
     videos = _fake_unpatchify(tokens, sizes, patch_size)
-    backends.call("unpatchify_3d", tokens, tokens, patch_size, videos)
+    backends.call("unpatchify_3d", tokens, *rows(tokens), patch_size, videos)
     return videos
 
 

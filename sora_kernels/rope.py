@@ -5,8 +5,8 @@ Pair p of axis a (p = 0 .. n_a - 1, with n_a = axes_dim[a] / 2) of a token at po
     angle = x_a * theta_a ** (-p / n_a)               computed in float64, once per index along each axis of a span
     (u, v) <- (u cos - v sin, u sin + v cos)          in float32
 
-Source: Su et al., RoFormer (2021), with the channels split among the three axes as video models do. Positions come from the layout: a
-continuation in time is an `origin`, a change of resolution a `step`, and a token of text (origin and step 0) stays as it is.
+Source: Su et al., RoFormer (2021), with the channels split among the three axes as video models do. Positions come from the layout:
+a continuation in time is an `origin`, a change of resolution a `step`, and a token of text (origin and step 0) stays as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from . import backends
 from .checks import check_boundaries, check_cu_seqlens, check_tensor, fail, triple
 from .layout import PackedLayout
-from .library import register
+from .library import empty_like, register, rows
 
 Theta = float | tuple[float, float, float]
 
@@ -137,7 +137,8 @@ def _check_angles(op: str, d: int, theta: Theta, axes_dim: tuple[int, int, int] 
 
 def _run_rope(x, cu_spans, grid, origin, step, theta, axes_dim, interleaved, inverse):
     check_boundaries("rope_3d", "layout.cu_spans", cu_spans, x.shape[0])
-    out = x.new_empty(x.shape)
+    (x,) = rows(x)
+    out = empty_like(x)
     backends.call("rope_3d", x, x, cu_spans, grid, origin, step, theta, axes_dim, interleaved, inverse, out)
     return out
 
@@ -157,7 +158,7 @@ _TABLES = "Tensor cu_spans, Tensor grid, Tensor origin, Tensor step, float[] the
 _rope = register(
     f"rope_3d(Tensor x, {_TABLES}, bool inverse) -> Tensor",
     _run_rope,
-    lambda x, *_: x.new_empty(x.shape),
+    lambda x, *_: empty_like(x),
     _grad_rope,
     _save_rope,
 )
@@ -165,6 +166,7 @@ _rope = register(
 
 def _run_norm_rope(q, k, q_weight, k_weight, *rest):
     check_boundaries("qk_norm_rope_3d", "layout.cu_spans", rest[0], q.shape[0])
+    q, k, q_weight, k_weight = rows(q, k, q_weight, k_weight)
     outputs = _fake_norm_rope(q, k, q_weight, k_weight, *rest)
     backends.call("qk_norm_rope_3d_forward", q, q, k, q_weight, k_weight, *rest, *outputs)
     return outputs
@@ -174,10 +176,11 @@ def _fake_norm_rope(q, k, q_weight, k_weight, *rest):
     across_heads = rest[-2]
     stats = torch.float64 if q.dtype == torch.float64 else torch.float32
     rstd = (x.new_empty((x.shape[0], 1 if across_heads else x.shape[1]), dtype=stats) for x in (q, k))
-    return q.new_empty(q.shape), k.new_empty(k.shape), *rstd
+    return empty_like(q), empty_like(k), *rstd
 
 
 def _run_norm_rope_backward(dq_out, dk_out, q, k, q_weight, k_weight, *rest):
+    dq_out, dk_out, q, k, q_weight, k_weight = rows(dq_out, dk_out, q, k, q_weight, k_weight)
     grads = _fake_norm_rope_backward(dq_out, dk_out, q, k, q_weight, k_weight)
     weights = (grads[2] if q_weight is not None else None, grads[3] if k_weight is not None else None)
     args = dq_out, dk_out, q, k, q_weight, k_weight, *rest
@@ -187,7 +190,7 @@ def _run_norm_rope_backward(dq_out, dk_out, q, k, q_weight, k_weight, *rest):
 
 def _fake_norm_rope_backward(dq_out, dk_out, q, k, q_weight, k_weight, *_):
     weights = (x.new_empty(0 if w is None else w.shape) for x, w in ((q, q_weight), (k, k_weight)))
-    return q.new_empty(q.shape), k.new_empty(k.shape), *weights
+    return empty_like(q), empty_like(k), *weights
 
 
 def _save_norm_rope(ctx, inputs, output):

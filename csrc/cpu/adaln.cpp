@@ -1,9 +1,9 @@
 // adaLN: gated residual, normalisation and modulation of packed tokens [N, D], rows of shift, scale and gate by cu_seqlens.
 //
-// Forward: a work item is kTokens consecutive tokens; a row of D elements stays in L1 between the mean, the variance and the result, so
-// memory sees each input once. Backward: an item is up to kTokens tokens of one row r; it sums the gradients of that row's shift,
-// scale and gate in float32, and a second pass adds the items of each row in order. Items count from the row's first token, so the
-// result depends neither on the threads nor on what else is packed.
+// Forward: a work item is kTokens consecutive tokens; a row of D elements stays in L1 between the mean, the variance and the
+// result, so memory sees each input once. Backward: an item is up to kTokens tokens of one row r; it sums the gradients of that
+// row's shift, scale and gate in float32, and a second pass adds the items of each row in order. Items count from the row's first
+// token, so the result depends neither on the threads nor on what else is packed.
 #include <cmath>
 
 #include "parallel.h"
@@ -64,10 +64,12 @@ void norm_token(const AdaLn& a, const T* x, int64_t n, int64_t r) {
   const int64_t d = a.x.size[1];
   float mean = 0;
   if (!a.rms) mean = row_sum(d, [&](int64_t i, int lanes) { return load_lanes(x + i, lanes); }) / d;
-  const float variance = row_sum(d, [&](int64_t i, int lanes) {
-                           const vf c = load_lanes(x + i, lanes) - mean;
-                           return c * c;
-                         }) / d;
+  const float variance = row_sum(d,
+                                 [&](int64_t i, int lanes) {
+                                   const vf c = load_lanes(x + i, lanes) - mean;
+                                   return c * c;
+                                 }) /
+                         d;
   const float rstd = 1 / std::sqrt(variance + a.eps);
   static_cast<float*>(a.mean.data)[n] = mean;
   static_cast<float*>(a.rstd.data)[n] = rstd;
@@ -126,7 +128,8 @@ void backward_token(const AdaLn& a, int64_t n, int64_t r, float* sums) {
   const T* normed = norm ? row<const T>(gated ? a.residual_out : a.x, n) : nullptr;
   const T* scale = norm ? row<const T>(a.scale, r) : nullptr;
   const T* weight = static_cast<const T*>(a.weight.data);
-  const float mean = norm ? static_cast<const float*>(a.mean.data)[n] : 0, rstd = norm ? static_cast<const float*>(a.rstd.data)[n] : 0;
+  const float mean = norm ? static_cast<const float*>(a.mean.data)[n] : 0,
+              rstd = norm ? static_cast<const float*>(a.rstd.data)[n] : 0;
   float mean_u = 0, mean_ux = 0;
   const auto xhat_at = [&](int64_t i, int lanes) { return (load_lanes(normed + i, lanes) - mean) * rstd; };
   const auto u_at = [&](int64_t i, int lanes) {

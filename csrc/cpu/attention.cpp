@@ -1,7 +1,8 @@
 // Attention over packed samples, forward and backward.
 //
 // Everything is computed transposed: scores S^T [keys, queries] = K Q^T with queries on the vector lanes. So softmax runs down the
-// lanes with no horizontal step, K and V enter the products as they lie in memory, and a head dim needs no padding to the vector width.
+// lanes with no horizontal step, K and V enter the products as they lie in memory, and a head dim needs no padding to the vector
+// width.
 //
 //   forward    an item is up to kQueryBlock queries of one head. For each block of kKeyBlock keys: widen K and V to float32 once,
 //              then for each panel of kPanel queries S^T = K Q^T; P = 2^(S - m); O^T = O^T * 2^(m_old - m) + V^T P.
@@ -90,7 +91,7 @@ struct ScoreTerms {
   float cap;  // in units of log2; 0: none
   const float* bias;
   int64_t bias_q, bias_k;
-  float slope;  // in units of log2
+  float slope;       // in units of log2
   int64_t diagonal;  // Sk - S
 
   ScoreTerms(const Attention& a, const Sample& s, int head)
@@ -119,8 +120,7 @@ struct ScoreTerms {
         }
         if (bias != nullptr) {
           vf b = {};
-          for (int i = 0; i < W && c + i < num_queries; ++i)
-            b[i] = bias[(q_begin + c + i) * bias_q + (k_begin + j) * bias_k];
+          for (int i = 0; i < W && c + i < num_queries; ++i) b[i] = bias[(q_begin + c + i) * bias_q + (k_begin + j) * bias_k];
           x += b * kLog2e;
         }
         if (slope != 0) {
@@ -174,7 +174,8 @@ void forward_item(const Attention& a, const AttentionItem& item) {
   const Sample& s = a.samples[item.sample];
   const int d = static_cast<int>(a.q.size[a.q.ndim - 1]);
   const int head_k = item.head / (heads(a.q) / heads(a.k));
-  const Rows<const T> q(a.q, s.q_batch, s.q_start, item.head), k(a.k, s.k_batch, s.k_start, head_k), v(a.v, s.k_batch, s.k_start, head_k);
+  const Rows<const T> q(a.q, s.q_batch, s.q_start, item.head), k(a.k, s.k_batch, s.k_start, head_k),
+      v(a.v, s.k_batch, s.k_start, head_k);
   const Rows<T> out(a.out, s.q_batch, s.q_start, item.head);
   float* lse = lse_row(a.lse, s, item.head);
   const ScoreTerms terms(a, s, item.head);
@@ -250,8 +251,8 @@ void backward_item(const Attention& a, const AttentionItem& item) {
   const int panels = static_cast<int>((s.q_size + kPanel - 1) / kPanel);
   const int64_t tile = static_cast<int64_t>(d) * kPanel, rows = static_cast<int64_t>(width) * kPanel;
   const int64_t super_size = s.k_size < kKeySuper ? s.k_size : kKeySuper;
-  Pieces pieces{Scratch::get(group * panels * (padded(tile) + 2 * kPanel) + 2 * padded(super_size * d) + 2 * padded(super_size * width) +
-                             2 * padded(tile) + 2 * rows + 3 * kKeyBlock * kPanel + kPanel)};
+  Pieces pieces{Scratch::get(group * panels * (padded(tile) + 2 * kPanel) + 2 * padded(super_size * d) +
+                             2 * padded(super_size * width) + 2 * padded(tile) + 2 * rows + 3 * kKeyBlock * kPanel + kPanel)};
   float* dq_all = pieces.take(group * panels * padded(tile));
   float* lse_all = pieces.take(group * panels * kPanel);    // in units of log2; +inf where a query sees nothing
   float* delta_all = pieces.take(group * panels * kPanel);  // sum_c dO O - dlse
@@ -355,7 +356,8 @@ void forward(const Attention& a) {
   zero_slack<T>(a.out, a.q_used);
   if (a.lse.ndim == 2)
     for (int64_t h = 0; h < a.lse.size[0]; ++h)
-      for (int64_t n = a.q_used; n < a.lse.size[1]; ++n) static_cast<float*>(a.lse.data)[h * a.lse.stride[0] + n] = -__builtin_inff();
+      for (int64_t n = a.q_used; n < a.lse.size[1]; ++n)
+        static_cast<float*>(a.lse.data)[h * a.lse.stride[0] + n] = -__builtin_inff();
 }
 
 template <class T, class Mask>

@@ -1,8 +1,8 @@
 // The one matrix-product kernel of this package: C[m, n] (op)= sum_k A(m, k) * B[k, n], all float32.
 //
-// B and C are row-major with n on the vector lanes; A is read one broadcast element at a time, so it may have any strides and serves
-// transposed operands for free. A tile of MR x NV vectors of C stays in registers over the whole k loop: for each k it costs NV loads
-// of B and MR broadcasts for MR * NV fused multiply-adds, which keeps the multipliers, not the loads, busy.
+// B and C are row-major with n on the vector lanes; A is read one broadcast element at a time, so it may have any strides and
+// serves transposed operands for free. A tile of MR x NV vectors of C stays in registers over the whole k loop: for each k it costs
+// NV loads of B and MR broadcasts for MR * NV fused multiply-adds, which keeps the multipliers, not the loads, busy.
 #pragma once
 
 #include "simd.h"
@@ -25,7 +25,8 @@ struct Matrix {  // an operand: element (i, j) is data[i * row + j * column]
 };
 
 template <int MR, int NV, Init init>
-__attribute__((noinline)) void gemm_tile(int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* scale) {
+__attribute__((noinline)) void gemm_tile(int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
+                                         const float* scale) {
   vf acc[MR][NV];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
@@ -66,7 +67,8 @@ inline void gemm_rows(int rows, int k_size, Matrix a, const float* b, int64_t ld
 
 // m_size x n_size x k_size; n_size is rounded up to whole vectors, so B and C must be readable and writable up to there.
 template <Init init, int NV = kTileVectors>
-inline void gemm(int m_size, int n_size, int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* scale = nullptr) {
+inline void gemm(int m_size, int n_size, int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
+                 const float* scale = nullptr) {
   int n = 0;
   for (; n + (NV - 1) * W < n_size; n += NV * W)
     gemm_rows<kTileRows, NV, init>(m_size, k_size, a, b + n, ldb, c + n, ldc, scale ? scale + n : nullptr);

@@ -48,9 +48,9 @@ struct Rope {
 };
 
 struct QkNorm {
-  Tensor x, weight, rstd;     // one of q and k
-  Tensor out;                 // forward
-  Tensor dout, dx, dweight;   // backward
+  Tensor x, weight, rstd;    // one of q and k
+  Tensor out;                // forward
+  Tensor dout, dx, dweight;  // backward
 };
 
 struct AdaLn {

@@ -1,8 +1,8 @@
 // Threads and their scratch memory.
 //
 // OpenMP, because an extension loaded after torch binds to torch's own OpenMP runtime: one pool of threads for both, and
-// torch.set_num_threads holds here too. Work is cut into pieces whose results do not depend on who computes them, so a result is the
-// same for any number of threads.
+// torch.set_num_threads holds here too. Work is cut into pieces whose results do not depend on who computes them, so a result is
+// the same for any number of threads.
 #pragma once
 
 #include <cstdint>

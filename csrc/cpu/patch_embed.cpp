@@ -1,8 +1,8 @@
 // Patches of videos [C, T, H, W] of any sizes <-> packed tokens, with or without the embedding's matrix product.
 //
-// patch_embed_3d gathers kRows patches into an L1-sized block in float32 and multiplies it by the weight, which is transposed once per
-// call into column blocks of kColumns; the Conv3d it replaces is never built and no patch matrix is written to memory. The backward
-// gathers the patches once (dweight reads them for every column block) and scatters dvideos tile by tile.
+// patch_embed_3d gathers kRows patches into an L1-sized block in float32 and multiplies it by the weight, which is transposed once
+// per call into column blocks of kColumns; the Conv3d it replaces is never built and no patch matrix is written to memory. The
+// backward gathers the patches once (dweight reads them for every column block) and scatters dvideos tile by tile.
 //
 // Work items are runs of kRows tokens of one video, or column blocks of the weight, so sums have a fixed order.
 #include "gemm.h"
@@ -56,8 +56,8 @@ class Runs {
   Run* runs_;
 };
 
-// Visits every element of the patches of a run: body(row, c, i, j, l, element of the video), l the column within the patch. For each
-// line of the video it walks along, elements come in memory order.
+// Visits every element of the patches of a run: body(row, c, i, j, l, element of the video), l the column within the patch. For
+// each line of the video it walks along, elements come in memory order.
 template <class T, class Body>
 SORA_INLINE void each_element(const PatchEmbed& a, const Tensor& video, const Grid& g, const Runs::Run& run, Body body) {
   const int64_t *stride = video.stride, channels = video.size[0];
@@ -67,8 +67,8 @@ SORA_INLINE void each_element(const PatchEmbed& a, const Tensor& video, const Gr
     for (int64_t c = 0; c < channels; ++c)
       for (int i = 0; i < a.patch[0]; ++i)
         for (int j = 0; j < a.patch[1]; ++j) {
-          T* line = static_cast<T*>(video.data) + c * stride[0] + (t * a.patch[0] + i) * stride[1] + (h * a.patch[1] + j) * stride[2] +
-                    w * a.patch[2] * stride[3];
+          T* line = static_cast<T*>(video.data) + c * stride[0] + (t * a.patch[0] + i) * stride[1] +
+                    (h * a.patch[1] + j) * stride[2] + w * a.patch[2] * stride[3];
           for (int64_t x = 0; x < width; ++x)
             for (int l = 0; l < a.patch[2]; ++l) body(row + x, c, i, j, l, line[(x * a.patch[2] + l) * stride[3]]);
         }
@@ -101,7 +101,8 @@ void embed_forward(const PatchEmbed& a) {
   if (panels == nullptr) abort();
   parallel_for(blocks, [&](int64_t b) {
     for (int64_t n = b * kColumns; n < (b + 1) * kColumns; ++n)
-      for (int64_t i = 0; i < k; ++i) panels[b * k * kColumns + i * kColumns + n % kColumns] = n < d ? to_float(weight[n * k + i]) : 0;
+      for (int64_t i = 0; i < k; ++i)
+        panels[b * k * kColumns + i * kColumns + n % kColumns] = n < d ? to_float(weight[n * k + i]) : 0;
   });
   parallel_for(runs.count, [&](int64_t item) {
     const Runs::Run& run = runs[item];
@@ -155,7 +156,8 @@ void weight_gradient(const PatchEmbed& a, const Sizes& size, const float* patche
 
 // dvideos of a run: (dtokens weight) scattered back.
 template <class T>
-void video_gradient(const PatchEmbed& a, const Sizes& size, const Runs& runs, const Runs::Run& run, const float* weight, int64_t width) {
+void video_gradient(const PatchEmbed& a, const Sizes& size, const Runs& runs, const Runs::Run& run, const float* weight,
+                    int64_t width) {
   const Grid& g = runs.grid(run.video);
   Pieces pieces{Scratch::get(padded(kRows * size.d) + padded(kRows * width))};
   float *dtokens = pieces.take(kRows * size.d), *dpatches = pieces.take(kRows * width);
@@ -186,7 +188,8 @@ void embed_backward(const PatchEmbed& a) {
   if (a.dvideos != nullptr) {
     float* weight = patches + runs.num_tokens * k;  // [d, width], columns past k zero
     for (int64_t n = 0; n < d; ++n)
-      for (int64_t i = 0; i < width; ++i) weight[n * width + i] = i < k ? to_float(static_cast<const T*>(a.weight.data)[n * k + i]) : 0;
+      for (int64_t i = 0; i < width; ++i)
+        weight[n * width + i] = i < k ? to_float(static_cast<const T*>(a.weight.data)[n * k + i]) : 0;
     parallel_for(runs.count, [&](int64_t item) { video_gradient<T>(a, size, runs, runs[item], weight, width); });
   }
   free(patches);

@@ -1,8 +1,8 @@
 // 3D RoPE of packed tokens [N, H, d], alone or behind an RMS norm.
 //
 // cos and sin are computed in double once per index along each axis of a span: T + H + W rows instead of T * H * W. A work item is
-// kTokens consecutive tokens. Each token's row of cos and sin (d floats, which stay in L1) is put together from its three axis rows,
-// of which usually only W's has changed, and then serves all heads of q and k. Traffic is each element read and written once.
+// kTokens consecutive tokens. Each token's row of cos and sin (d floats, which stay in L1) is put together from its three axis
+// rows, of which usually only W's has changed, and then serves all heads of q and k. Traffic is each element read and written once.
 //
 // Table rows are laid out as they are used: interleaved pairs have (cos, cos) and (-sin, sin), so that a rotation is
 // x * cos + swap_pairs(x) * sin; the half layout has one cos and one sin per pair.
@@ -35,7 +35,9 @@ class AngleTables {
 
   int width(int axis) const { return width_[axis]; }
   // width(axis) cosines, then as many sines.
-  const float* row(int64_t span, int axis, int64_t index) const { return data_ + offset_[3 * span + axis] + index * 2 * width_[axis]; }
+  const float* row(int64_t span, int axis, int64_t index) const {
+    return data_ + offset_[3 * span + axis] + index * 2 * width_[axis];
+  }
 
  private:
   void fill(int64_t span, int axis) {
@@ -46,7 +48,8 @@ class AngleTables {
       const double frequency = std::pow(rope_.theta[axis], -static_cast<double>(p) / pairs);
       for (int64_t index = 0; index < rope_.grid.ints()[3 * span + axis]; ++index) {
         const double angle = (origin + step * index) * frequency;
-        const float c = static_cast<float>(std::cos(angle)), s = static_cast<float>(rope_.inverse ? -std::sin(angle) : std::sin(angle));
+        const float c = static_cast<float>(std::cos(angle)),
+                    s = static_cast<float>(rope_.inverse ? -std::sin(angle) : std::sin(angle));
         float *cosines = data_ + offset_[3 * span + axis] + index * 2 * width_[axis], *sines = cosines + width_[axis];
         if (rope_.interleaved) {
           cosines[2 * p] = cosines[2 * p + 1] = c;
@@ -182,7 +185,8 @@ void norm_rope_token(const Rope& rope, const QkNorm& p, bool across_heads, float
     T* to = at<T>(p.out, n, h);
     const float r = rstd[across_heads ? 0 : h];
     rotate(
-        rope.interleaved, d, c, s, [&](int64_t i, int lanes) { return load_lanes(from + i, lanes) * r * weight_at<T>(p, across_heads, h, i, lanes); },
+        rope.interleaved, d, c, s,
+        [&](int64_t i, int lanes) { return load_lanes(from + i, lanes) * r * weight_at<T>(p, across_heads, h, i, lanes); },
         [=](int64_t i, vf y, int lanes) { store_lanes(to + i, y, lanes); });
   }
 }
@@ -208,7 +212,8 @@ void norm_rope_forward(const Rope& rope, QkNorm (&parts)[2], bool across_heads, 
 // With g the gradient turned back, xhat = x * rstd and u = g * weight:
 //   dx = rstd * (u - xhat * mean(u * xhat)),   dweight += g * xhat
 template <class T>
-void norm_rope_backward_token(const Rope& rope, const QkNorm& p, bool across_heads, int64_t n, const float* c, const float* s, float* g, float* dweight) {
+void norm_rope_backward_token(const Rope& rope, const QkNorm& p, bool across_heads, int64_t n, const float* c, const float* s,
+                              float* g, float* dweight) {
   const int64_t num_heads = p.x.size[1];
   const int d = static_cast<int>(p.x.size[2]);
   const float* rstd = static_cast<const float*>(p.rstd.data) + n * p.rstd.size[1];
@@ -229,7 +234,8 @@ void norm_rope_backward_token(const Rope& rope, const QkNorm& p, bool across_hea
     if (!across_heads) dot = vf{};
     float* dw = dweight + (across_heads ? h * d : 0);
     each_vector(d, [&](int64_t i, int lanes) {
-      const vf product = load_lanes(g + h * d + i, lanes) * load_lanes(at<const T>(p.x, n, h) + i, lanes) * rstd[across_heads ? 0 : h];
+      const vf product =
+          load_lanes(g + h * d + i, lanes) * load_lanes(at<const T>(p.x, n, h) + i, lanes) * rstd[across_heads ? 0 : h];
       dot += product * weight_at<T>(p, across_heads, h, i, lanes);
       store_lanes(dw + i, load_lanes(dw + i, lanes) + product, lanes);
     });

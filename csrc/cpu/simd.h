@@ -166,8 +166,8 @@ void dispatch(DType dtype, Body body) {
 
 // ---- functions
 
-// 2**x to 1 ulp or so; exactly 0 for x <= -127, NaN for NaN. x = n + f with |f| <= 1/2; the constant's magnitude makes the sum's last
-// bit worth 1, which rounds x to n and leaves n + 127, the biased exponent, in the low bits.
+// 2**x to 1 ulp or so; exactly 0 for x <= -127, NaN for NaN. x = n + f with |f| <= 1/2; the constant's magnitude makes the sum's
+// last bit worth 1, which rounds x to n and leaves n + 127, the biased exponent, in the low bits.
 SORA_INLINE vf exp2(vf x) {
   x = x < -127.0f ? vf{} - 127.0f : x;
   const float magic = 0x1.8p23f + 127.0f;

@@ -1,0 +1,44 @@
+# make demo    everything from nothing: environment, install, build, training, videos
+# make test    environment, ruff, mypy, clang-format, tests
+# make bench   the benchmarks; make bench-report also writes their table and plot to docs/benchmarks
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test lint format bench bench-report clean
+
+# Reinstalled when what it is made from changes; ninja recompiles only what has to be.
+$(READY): pyproject.toml setup.py constraints.txt $(CSRC)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/sora demo --out outputs/demo
+
+test: $(READY) lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+bench-report: $(READY)
+	mkdir -p outputs
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=outputs/benchmarks.json
+	$(BIN)/python -m benchmarks.report outputs/benchmarks.json --out docs/benchmarks
+
+clean:
+	rm -rf build outputs *.egg-info sora_kernels/*.so

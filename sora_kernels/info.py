@@ -1,0 +1,70 @@
+"""What runs here: versions, processor, threads, GPUs and the backends of every op (`python -m sora_kernels.info`)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from . import __version__, backends
+
+_PACKAGES = ("torch", "triton", "flash-attn", "einops", "numpy", "diffusers", "transformers")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_lines() -> list[str]:
+    try:
+        _cpu: Any = backends.BACKENDS["cpu"].load()
+    except ImportError as error:
+        return [f"module _cpu: cannot be imported: {error}"]
+    tiers = ", ".join(name if supported else f"{name} (not supported here)" for name, supported in _cpu.isa_tiers())
+    forced = os.environ.get("SORA_KERNELS_ISA")
+    how = f"forced by SORA_KERNELS_ISA={forced}" if forced else "best supported"
+    return [
+        f"instruction set: {_cpu.isa()} ({how}; built: {tiers})",
+        f"threads: {_cpu.num_threads()} (torch: {torch.get_num_threads()}; set with torch.set_num_threads)",
+    ]
+
+
+def _gpu_lines() -> list[str]:
+    if not torch.cuda.is_available():
+        return ["GPUs: none"]
+    names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [f"GPU {i}: {p.name}, compute capability {p.major}.{p.minor}" for i, p in enumerate(names)]
+
+
+def _op_lines(device: str) -> list[str]:
+    lines = []
+    for function in backends.FUNCTIONS:
+        parts = []
+        for name, reason in backends.candidates(function, device, torch.float32):
+            parts.append(name if reason is None else f"{name} ({reason})")
+        lines.append(f"  {function:<44}{' -> '.join(parts)}")
+    return lines
+
+
+def report() -> str:
+    """The text that `python -m sora_kernels.info` prints."""
+    lines = [f"sora_kernels {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"]
+    lines.append(", ".join(f"{package} {_version(package)}" for package in _PACKAGES))
+    lines += _cpu_lines() + _gpu_lines()
+    forced = os.environ.get("SORA_KERNELS_BACKEND")
+    lines.append(f"backend: forced by SORA_KERNELS_BACKEND={forced}" if forced else "backend: the first in each list that can run")
+    for device in ("cpu", "cuda"):
+        lines += ["", f"backends for {device} tensors, in the order in which they are asked:", *_op_lines(device)]
+    refused = [f"{name} {reason}" for name, reason in backends.candidates("rope_3d", "cpu", torch.float64) if reason]
+    lines += ["", f"float64 on cpu: {'; '.join(refused)}; the reference serves it." if refused else ""]
+    return "\n".join(lines).rstrip()
+
+
+if __name__ == "__main__":
+    print(report())

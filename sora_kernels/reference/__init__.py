@@ -1,0 +1,103 @@
+"""The oracle: every op in plain torch and einops, readable first, for any device and any float dtype.
+
+Each file holds an op as differentiable functions and, under them, its backend functions: the forward copies into the
+outputs it is given, the backward is autograd through the differentiable function, so no gradient is derived by hand.
+float64 computes in float64, anything narrower in float32; a result is rounded once, when it is stored.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Tensors = Sequence[Tensor | None]
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in the dtype it is computed in: float64 stays, anything narrower becomes float32.
+
+    Contiguous, because a matrix product may give other last bits for other strides.
+    """
+    return (x if x.dtype == torch.float64 else x.float()).contiguous()
+
+
+def zero_rows(rows: Tensor, count: int) -> Tensor:
+    """`rows` [n, ...] followed by zeros up to `count` rows: the tokens past the last boundary.
+
+    >>> zero_rows(torch.ones(3, 8), 5).shape
+    torch.Size([5, 8])
+    """
+    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
+
+
+def write(values: Tensors, outputs: Tensors) -> None:
+    """Store each value in its output, in the output's dtype; an output of None is not wanted."""
+    for value, output in zip(values, outputs, strict=True):
+        if value is not None and output is not None:
+            output.copy_(value)
+
+
+def write_gradients(function: Callable[..., Sequence[Tensor]], inputs: Tensors, cotangents: Tensors, outputs: Tensors) -> None:
+    """Store in `outputs` the gradients of `function(*inputs)` for the given cotangents of its results.
+
+    An input of None is passed on as it is and has no gradient; a cotangent of None counts as zero.
+    """
+    # A registered op runs with autograd switched off in the dispatcher, where enable_grad alone has no effect.
+    autograd_on = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with torch.enable_grad(), autograd_on:
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+        pairs = zip(function(*leaves), cotangents, strict=True)
+        # a result of no sample at all depends on nothing
+        used = [(r, c.to(r.dtype).contiguous()) for r, c in pairs if c is not None and r.requires_grad]
+        present = [x for x in leaves if x is not None]
+        found = torch.autograd.grad([r for r, _ in used], present, [c for _, c in used], materialize_grads=True)
+    gradients = iter(found)
+    write([None if x is None else next(gradients) for x in inputs], outputs)
+
+
+# Below the helpers, because the files of the ops import them from here.
+from sora_kernels.reference.adaln import (  # noqa: E402
+    gate_residual_backward,
+    gate_residual_forward,
+    gate_residual_layer_norm_modulate_backward,
+    gate_residual_layer_norm_modulate_forward,
+    layer_norm_modulate_backward,
+    layer_norm_modulate_forward,
+)
+from sora_kernels.reference.attention import (  # noqa: E402
+    attention_backward,
+    attention_forward,
+    spatiotemporal_attention_backward,
+    spatiotemporal_attention_forward,
+)
+from sora_kernels.reference.patch_embed import (  # noqa: E402
+    patch_embed_3d_backward,
+    patch_embed_3d_forward,
+    patchify_3d,
+    unpatchify_3d,
+)
+from sora_kernels.reference.rope import (  # noqa: E402
+    qk_norm_rope_3d_backward,
+    qk_norm_rope_3d_forward,
+    rope_3d,
+)
+
+__all__ = [
+    "attention_backward",
+    "attention_forward",
+    "gate_residual_backward",
+    "gate_residual_forward",
+    "gate_residual_layer_norm_modulate_backward",
+    "gate_residual_layer_norm_modulate_forward",
+    "layer_norm_modulate_backward",
+    "layer_norm_modulate_forward",
+    "patch_embed_3d_backward",
+    "patch_embed_3d_forward",
+    "patchify_3d",
+    "qk_norm_rope_3d_backward",
+    "qk_norm_rope_3d_forward",
+    "rope_3d",
+    "spatiotemporal_attention_backward",
+    "spatiotemporal_attention_forward",
+    "unpatchify_3d",
+]

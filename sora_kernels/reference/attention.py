@@ -1,0 +1,225 @@
+"""Attention, dense, packed and over spacetime windows: one score matrix per sample.
+
+s[i,j] = scale · q[i]·k[j], softcapped, plus bias and ALiBi
+lse[i] = log Σ_j exp(s[i,j]) over the keys visible to i
+out[i] = Σ_j exp(s[i,j] - lse[i]) · v[j]
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from sora_kernels.reference import widen, write, write_gradients
+from sora_kernels.reference.rope import token_coordinates
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float = 0.0, added: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One sample: q [i,H,d], k, v [j,Hk,d], visible bool broadcastable to [H,i,j] -> out [i,H,d], lse [H,i].
+
+    Query head h reads key head h // (H / Hk). A query that sees no key gives out 0 and lse -inf, with zero gradients.
+    """
+    q, k, v = widen(q), widen(k), widen(v)
+    q = rearrange(q, "i (hk g) d -> i hk g d", hk=k.shape[1])
+    scores = scale * rearrange(einsum(q, k, "i hk g d, j hk d -> hk g i j"), "hk g i j -> (hk g) i j")
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if added is not None:
+        scores = scores + added
+        visible = visible & (added > -torch.inf)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    # exp(-inf - 0) is 0 where exp(-inf - (-inf)) would be NaN
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    weights = rearrange(weights, "(hk g) i j -> hk g i j", hk=k.shape[1])
+    return rearrange(einsum(weights, v, "hk g i j, j hk d -> i hk g d"), "i hk g d -> i (hk g) d"), lse
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Dense (`cu_q` None) or packed attention; key j is visible to query i iff i+Sk-Sq-left <= j <= i+Sk-Sq+right.
+
+    q [B,Sq,H,d], k, v [B,Sk,Hk,d] -> out [B,Sq,H,d], lse [B,H,Sq]; packed q [N,H,d], k, v [Nk,Hk,d] -> out [N,H,d],
+    lse [H,N]. bias [B,H,Sq,Sk] is added after the softcap, alibi [B,H] subtracts alibi·|i+Sk-Sq-j|.
+    """
+    if cu_q is None or cu_k is None:
+        samples = list(zip(q, k, v, strict=True))
+    else:
+        samples = list(zip(*(cut(x, cu) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))), strict=True))
+
+    results = []
+    for b, (q_b, k_b, v_b) in enumerate(samples):
+        i, j = torch.arange(len(q_b), device=q.device)[:, None], torch.arange(len(k_b), device=q.device)
+        distance = i + len(k_b) - len(q_b) - j
+        added = None if bias is None else widen(bias[b])
+        if alibi is not None:
+            slope = -widen(alibi[b])[:, None, None] * distance.abs()
+            added = slope if added is None else added + slope
+        results.append(attend(q_b, k_b, v_b, (distance <= left) & (distance >= -right), scale, softcap, added))
+
+    if cu_q is None:
+        batch, length = q.shape[:2]
+        out, lse = join(results, rearrange(q, "b i h d -> (b i) h d"))
+        return out.reshape(q.shape), rearrange(lse, "h (b i) -> b h i", b=batch, i=length)
+    return join(results, q)
+
+
+def spatiotemporal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_spans: Tensor,
+    grid: Tensor,
+    step: Tensor,
+    window: Sequence[int],
+    causal: Sequence[bool],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Packed attention where a query sees a window of its own span and all of the other spans of its sample.
+
+    q [N,H,d], k, v [N,Hk,d] -> out [N,H,d], lse [H,N].
+    """
+    span, coordinate = token_coordinates(cu_spans, grid)
+    start, stop = neighbourhood(coordinate, grid.long()[span], window, causal)
+    has_window = (step != 0).any(dim=-1)[span]
+
+    results = []
+    for first, last in boundaries(cu_seqlens):
+        own = slice(first, last)
+        key = rearrange(coordinate[own], "j thw -> 1 j thw")
+        near = (key >= start[own, None]) & (key < stop[own, None])
+        visible = near.all(dim=-1) | (span[own, None] != span[own]) | ~has_window[own, None]
+        results.append(attend(q[own], k[own], v[own], visible, scale))
+    return join(results, q)
+
+
+def neighbourhood(coordinate: Tensor, length: Tensor, window: Sequence[int], causal: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """First key and one past the last key [n,3] of the queries at `coordinate` [n,3] in spans of `length` [n,3].
+
+    A window of 0 is the whole axis. Otherwise w = min(window, length) keys: centred and shifted inward at the borders,
+    or the last w up to the query itself on a causal axis.
+    """
+    asked = torch.tensor([w or torch.iinfo(torch.int64).max for w in window], device=length.device)
+    w = torch.minimum(asked, length)
+    is_causal = torch.tensor(causal, device=length.device)
+    start = torch.where(is_causal, coordinate - w + 1, torch.minimum(coordinate - w // 2, length - w)).clamp(min=0)
+    return start, torch.where(is_causal, coordinate + 1, start + w)
+
+
+def boundaries(cu: Tensor) -> list[tuple[int, int]]:
+    """(first, one past the last) of each sample of `cu` [B+1]."""
+    return list(itertools.pairwise(cu.tolist()))
+
+
+def cut(x: Tensor, cu: Tensor) -> list[Tensor]:
+    """The samples of a packed tensor, as views."""
+    return [x[first:last] for first, last in boundaries(cu)]
+
+
+def join(results: list[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed out [N,H,d] and lse [H,N] of the samples' results; past the last boundary out is 0 and lse is -inf."""
+    slack = len(q) - sum(len(out) for out, _ in results)
+    nothing = (widen(q.new_zeros(slack, *q.shape[1:])), widen(q.new_full((q.shape[1], slack), -torch.inf)))
+    outs, lses = zip(*results, nothing, strict=True)
+    return torch.cat(outs), torch.cat(lses, dim=-1)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    write(attention(q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap), (out, lse))
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return attention(q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap)
+
+    write_gradients(function, (q, k, v), (dout, dlse), (dq, dk, dv))
+
+
+def spatiotemporal_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_spans: Tensor,
+    grid: Tensor,
+    step: Tensor,
+    window: Sequence[int],
+    causal: Sequence[bool],
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    write(spatiotemporal_attention(q, k, v, cu_seqlens, cu_spans, grid, step, window, causal, scale), (out, lse))
+
+
+def spatiotemporal_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_spans: Tensor,
+    grid: Tensor,
+    step: Tensor,
+    window: Sequence[int],
+    causal: Sequence[bool],
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return spatiotemporal_attention(q, k, v, cu_seqlens, cu_spans, grid, step, window, causal, scale)
+
+    write_gradients(function, (q, k, v), (dout, None), (dq, dk, dv))

@@ -1,0 +1,112 @@
+"""Attention of packed videos and images through windows in space and time.
+
+    out_i = sum_j softmax_j(scale * q_i . k_j) v_j        over the tokens j that token i sees
+
+Which these are is decided per axis of the grid of token i's span; see `spatiotemporal_attention`. The score matrix is never built,
+blocks of keys that no query of a tile sees are skipped, and the backward is deterministic.
+
+Source: Hassani et al., Neighborhood Attention Transformer (2023), whose window rule this follows.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import backends
+from .checks import check_cu_seqlens, check_qkv, check_tensor, fail, triple
+from .layout import PackedLayout
+from .library import empty_like, lse_like, register, rows
+
+
+def spatiotemporal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    *,
+    window: tuple[int | None, int | None, int | None] | None = None,
+    causal: tuple[bool, bool, bool] = (False, False, False),
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Attention of packed videos and images in which, inside a span, a token sees its (wt, wh, ww) neighbourhood.
+
+    Along an axis of L tokens a query at i sees exactly w = min(window, L) keys, from clamp(i - w//2, 0, L - w): the window shifts
+    inward at the borders (NATTEN's rule). Along a causal axis it sees max(i - w + 1, 0) to i. Between spans of one sample
+    everything is seen, and so it is inside a span of step 0, whose tokens (text) all share one position.
+
+    >>> layout = PackedLayout.from_grids([(16, 32, 32), (1, 64, 36)])
+    >>> q, k, v = torch.randn(3, layout.num_tokens, 8, 64)
+    >>> spatiotemporal_attention(q, k, v, layout, window=(5, 9, 9), causal=(True, False, False)).shape
+    torch.Size([18688, 8, 64])
+
+    Args:
+        q: [N, H, d].
+        k, v: [N, Hk, d].
+        layout: of the N tokens.
+        window: keys seen along T, H and W; None (for all or for one axis) is the whole axis.
+        causal: per axis.
+        softmax_scale: default 1/sqrt(d).
+    """
+    op = "spatiotemporal_attention"
+    if not isinstance(layout, PackedLayout):
+        fail(op, "layout", "a PackedLayout", type(layout).__name__, TypeError)
+    check_tensor(op, "q", q, ("N", "H", "d"))
+    if layout.num_tokens > q.shape[0]:
+        fail(op, "layout", f"at most {q.shape[0]} tokens", f"{layout.num_tokens}")
+    check_cu_seqlens(op, "layout.cu_seqlens", layout.cu_seqlens, q)
+    check_tensor(op, "k", k, (q.shape[0], "Hk", "d"))
+    scale = check_qkv(op, q, k, v, 0.0, softmax_scale)
+    sizes = [0 if w is None else w for w in ((None, None, None) if window is None else window)]
+    if len(sizes) != 3 or any(not isinstance(w, int) or w < 0 for w in sizes) or (window is not None and 0 in window):
+        fail(op, "window", "three sizes >= 1, or None for a whole axis", repr(window))
+    causal_axes = triple(op, "causal", causal, bool)
+    if not any(sizes) and not any(causal_axes):
+        from .attention import flash_attn_varlen_func  # here, as that module imports this one
+
+        return flash_attn_varlen_func(q, k, v, layout.cu_seqlens, layout.cu_seqlens, softmax_scale=scale)
+    tables = layout.cu_seqlens, layout.cu_spans, layout.grid, layout.step
+    return _forward(q, k, v, *tables, sizes, causal_axes, scale)[0]
+
+
+def _run_forward(q, k, v, *rest):
+    q, k, v = rows(q, k, v)
+    out, lse = _fake_forward(q)
+    backends.call("spatiotemporal_attention_forward", q, q, k, v, *rest, out, lse)
+    return out, lse
+
+
+def _run_backward(dout, q, k, v, out, lse, *rest):
+    dout, q, k, v = rows(dout, q, k, v)
+    grads = empty_like(q), empty_like(k), empty_like(v)
+    backends.call("spatiotemporal_attention_backward", q, dout, q, k, v, out, lse, *rest, *grads)
+    return grads
+
+
+def _fake_forward(q, *_):
+    return empty_like(q), lse_like(q)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu_seqlens, cu_spans, grid, step, *ctx.scalars = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_spans, grid, step)
+
+
+def _grad(ctx, dout, dlse):
+    return *_backward(dout, *ctx.saved_tensors, *ctx.scalars), *(None,) * 7
+
+
+_ARGUMENTS = "Tensor cu_seqlens, Tensor cu_spans, Tensor grid, Tensor step, SymInt[] window, bool[] causal, float scale"
+_backward = register(
+    "spatiotemporal_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    lambda dout, q, k, v, *_: (empty_like(q), empty_like(k), empty_like(v)),
+)
+_forward = register(
+    f"spatiotemporal_attention_forward(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    _run_forward,
+    _fake_forward,
+    _grad,
+    _save,
+)
