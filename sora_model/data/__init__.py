@@ -1,0 +1,26 @@
+"""Data: a procedural world with ground truth, folders of files, and batches of mixed sizes that fill a token budget."""
+
+from sora_model.data.folder import FolderSource
+from sora_model.data.judge import judge
+from sora_model.data.sampler import Batch, PackedSampler, Source, WorldSource
+from sora_model.data.video_io import MediaError, contact_sheet, probe, read_video, write_video
+from sora_model.data.world import ObjectTruth, Scene, Truth, World, WorldConfig
+
+__all__ = [
+    "Batch",
+    "FolderSource",
+    "MediaError",
+    "ObjectTruth",
+    "PackedSampler",
+    "Scene",
+    "Source",
+    "Truth",
+    "World",
+    "WorldConfig",
+    "WorldSource",
+    "contact_sheet",
+    "judge",
+    "probe",
+    "read_video",
+    "write_video",
+]

@@ -1,0 +1,150 @@
+"""A folder of videos and images with a caption beside each, at native sizes: `FolderSource`.
+
+clips/
+  surf.mp4      surf.txt        "a dog rides a wave at sunset"
+  cats/nap.png  cats/nap.txt    "a cat asleep on a radiator"
+
+source = FolderSource("clips", multiple_of=(1, 16, 16), max_frames=48, max_pixels=480 * 848)
+source.size(0)          # (1, 512, 768): nap.png, read from the file's header
+source.load(0)          # (float32 [3, 1, 512, 768] in [-1, 1], "a cat asleep on a radiator"), decoded now
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from sora_model.data.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, probe, read_video
+
+logger = logging.getLogger(__name__)
+
+
+class FolderSource:
+    """Videos and images of a folder and all folders in it, each with its caption in a .txt file of the same name.
+
+    Files are opened once here, for their sizes, and decoded when loaded. A file that cannot be used (broken, no caption,
+    smaller than `multiple_of`) is left out with one warning line that names it and says why.
+
+    folder: path. max_frames: longer videos give a clip of this many frames, drawn anew in every epoch.
+    frame_stride: take every n-th frame. max_pixels: frames of more than this height x width are scaled down, keeping their
+    aspect ratio. multiple_of: (T, H, W), what lengths and sizes must divide by (VAE stride x patch size); what is over is
+    cut off, evenly around the picture and at the end of the clip, never scaled. leading_frame: lengths become a multiple
+    of T plus 1, as VAEs want that code the first frame alone; an image then fits any T. seed: of the clips drawn.
+
+    Raises ValueError if the folder has no usable file.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        multiple_of: tuple[int, int, int] = (1, 1, 1),
+        leading_frame: bool = False,
+        max_frames: int | None = None,
+        frame_stride: int = 1,
+        max_pixels: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("max_frames", max_frames), ("frame_stride", frame_stride), ("max_pixels", max_pixels)):
+            if value is not None and value < 1:
+                raise ValueError(f"FolderSource: {name} must be at least 1, got {value}")
+        if len(multiple_of) != 3 or min(multiple_of) < 1:
+            raise ValueError(f"FolderSource: multiple_of must be three numbers of at least 1 (T, H, W), got {multiple_of}")
+        self.folder, self.multiple_of, self.leading_frame = Path(folder), tuple(multiple_of), leading_frame
+        self.max_frames, self.frame_stride, self.max_pixels, self.seed = max_frames, frame_stride, max_pixels, seed
+        self.paths: list[Path] = []
+        self.captions: list[str] = []
+        self._sizes: list[tuple[int, int, int]] = []
+        self._lengths: list[int] = []  # frames in the file
+        suffixes = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
+        found = sorted(
+            path
+            for path in self.folder.rglob("*")
+            if path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith(".")
+        )
+        for path in found:
+            try:
+                caption, native = self._caption(path), probe(path)
+                size = self._planned_size(path, native)
+            except MediaError as error:
+                logger.warning("left out: %s", error)
+                continue
+            self.paths.append(path)
+            self.captions.append(caption)
+            self._sizes.append(size)
+            self._lengths.append(native[0])
+        if not self.paths:
+            what = f"none of its {len(found)} video and image files can be used" if found else "it has none"
+            missing = "" if self.folder.is_dir() else " (there is no such folder)"
+            raise ValueError(
+                f"FolderSource: folder {self.folder}{missing} must hold videos or images ({' '.join(suffixes)}), each with "
+                f"its caption in a .txt file of the same name; {what}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def size(self, index: int) -> tuple[int, int, int]:
+        """Size (T, H, W) of sample `index` as `load` will return it, without decoding."""
+        return self._sizes[index]
+
+    def load(self, index: int, epoch: int = 0) -> tuple[torch.Tensor, str]:
+        """Decode sample `index`: video float32 [3, T, H, W] in [-1, 1], and its caption.
+
+        A longer video than max_frames gives the clip drawn for this epoch. A file whose end is missing can give fewer frames
+        than `size` said. Raises MediaError if it cannot be decoded.
+        """
+        path, rng = self.paths[index], np.random.default_rng((self.seed, epoch, index))
+        frames, height, width = self._sizes[index]
+        span = (frames - 1) * self.frame_stride + 1
+        start = int(rng.integers(self._lengths[index] - span + 1)) if self.max_frames else 0
+        video, _ = read_video(path, start=start, max_frames=frames, frame_stride=self.frame_stride)
+        frames = self._whole_frames(path, video.shape[1])
+        video = video[:, :frames].float().div_(127.5).sub_(1)
+        scaled_h, scaled_w = self._scaled(video.shape[2], video.shape[3])
+        if (scaled_h, scaled_w) != tuple(video.shape[2:]):
+            video = F.interpolate(video, (scaled_h, scaled_w), mode="bilinear", antialias=True).clamp_(-1, 1)
+        top, left = (scaled_h - height) // 2, (scaled_w - width) // 2
+        return video[:, :, top : top + height, left : left + width].contiguous(), self.captions[index]
+
+    def _caption(self, path: Path) -> str:
+        text = path.with_suffix(".txt")
+        try:
+            caption = " ".join(text.read_text(encoding="utf-8").split())
+        except FileNotFoundError:
+            raise MediaError(f"{path} has no caption: {text.name} is not beside it") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise MediaError(f"{path} has no caption: {text.name} cannot be read ({error})") from None
+        if not caption:
+            raise MediaError(f"{path} has no caption: {text.name} is empty")
+        return caption
+
+    def _planned_size(self, path: Path, native: tuple[int, int, int]) -> tuple[int, int, int]:
+        frames, height, width = native
+        frames = -(-frames // self.frame_stride)
+        frames = self._whole_frames(path, min(frames, self.max_frames or frames))
+        _, multiple_h, multiple_w = self.multiple_of
+        scaled_h, scaled_w = self._scaled(height, width)
+        if scaled_h < multiple_h or scaled_w < multiple_w:
+            raise MediaError(f"{path} is {height}x{width}, scaled {scaled_h}x{scaled_w}: less than {multiple_h}x{multiple_w}")
+        return frames, scaled_h - scaled_h % multiple_h, scaled_w - scaled_w % multiple_w
+
+    def _whole_frames(self, path: Path, frames: int) -> int:
+        """The most frames, out of `frames`, that the patching can take."""
+        multiple, lead = self.multiple_of[0], int(self.leading_frame)
+        whole = frames - (frames - lead) % multiple
+        if whole < 1:
+            raise MediaError(f"{path} has {frames} frames, less than {multiple}")
+        return whole
+
+    def _scaled(self, height: int, width: int) -> tuple[int, int]:
+        """Size within max_pixels, near the aspect ratio; a little is left to crop, so no side falls short of it."""
+        if self.max_pixels is None or height * width <= self.max_pixels:
+            return height, width
+        scale = (self.max_pixels / (height * width)) ** 0.5
+        return max(int(height * scale), 1), max(int(width * scale), 1)

@@ -1,0 +1,297 @@
+"""Batches of mixed sizes that fill a token budget, with no padding: `PackedSampler`, and `WorldSource` to feed it.
+
+A source has `size(index) -> (T, H, W)`, cheap and without decoding, and `load(index, epoch) -> (video, caption)`. A batch is
+chosen from a buffer of `lookahead` samples: the oldest ones with which some subset of the buffer fills 95% of the budget, or
+where none does, as much of it as can be (an exact subset sum).
+
+A source with a length is gone through epoch by epoch, each in its own random order; what a batch does not take stays in the
+buffer, so every sample is used once per epoch, whatever its size. A source without a length is endless: each batch has a
+buffer of its own, and what it does not take is never drawn.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from sora_model.data.video_io import MediaError
+from sora_model.data.world import World
+
+logger = logging.getLogger(__name__)
+
+Size = tuple[int, int, int]
+GOLDEN, SILVER = 0x9E3779B97F4A7C15, 0x6A09E667F3BCC909  # the fractions of (1 + sqrt 5) / 2 and of sqrt 2, in 2^-64
+
+
+class Source(Protocol):
+    """What the sampler draws from: `FolderSource`, which also has a length, or `WorldSource`, which has none."""
+
+    def size(self, index: int) -> Size: ...
+
+    def load(self, index: int, epoch: int = 0) -> tuple[torch.Tensor, str]: ...
+
+
+@dataclass
+class Batch:
+    """One step's samples: videos [3, T, H, W] of mixed sizes, captions, indices into the source, and tokens in all."""
+
+    videos: list[torch.Tensor]
+    captions: list[str]
+    indices: list[int]
+    tokens: int
+
+
+class Item(NamedTuple):
+    """A sample that waits to be used."""
+
+    number: int
+    epoch: int
+    size: Size
+    tokens: int
+
+
+class WorldSource:
+    """Endless scenes of a world, drawn at mixed sizes.
+
+        source = WorldSource(World(), [(8, 32, 32), (8, 24, 40), (8, 40, 24), (1, 32, 32)], weights=[3, 2, 2, 1])
+        source.load(0)     # (float32 [3, 8, 32, 32] in [-1, 1], "a blue circle moves left")
+
+    sizes: (T, H, W) to draw from; T = 1 is an image, whose caption names no motion. weights: how often each is offered,
+    relative (default: alike); a budget of few samples takes small ones more often than that, as they fill it up.
+    detailed: share of the captions that are the long ones.
+    """
+
+    def __init__(
+        self, world: World, sizes: Sequence[Size], *, weights: Sequence[float] | None = None, detailed: float = 0.0
+    ) -> None:
+        weights = [1.0] * len(sizes) if weights is None else list(weights)
+        if not sizes or any(len(size) != 3 or min(size) < 1 for size in sizes):
+            raise ValueError(f"WorldSource: sizes must be a list of (T, H, W), each at least 1, got {sizes}")
+        if len(weights) != len(sizes) or min(weights) <= 0:
+            raise ValueError(f"WorldSource: need a weight above 0 for each of {len(sizes)} sizes, got {weights}")
+        if not 0 <= detailed <= 1:
+            raise ValueError(f"WorldSource: need 0 <= detailed <= 1, got {detailed}")
+        self.world, self.sizes, self.detailed = world, [(t, h, w) for t, h, w in sizes], detailed
+        self._bounds = [bound / sum(weights) for bound in accumulate(weights)][:-1]
+
+    def size(self, index: int) -> Size:
+        return self.sizes[bisect_right(self._bounds, _spread(index, GOLDEN))]
+
+    def load(self, index: int, epoch: int = 0) -> tuple[torch.Tensor, str]:
+        frames, height, width = self.size(index)
+        scene = self.world.sample(index)
+        detailed = _spread(index, SILVER) < self.detailed
+        return scene.render(frames, height, width), scene.caption(detailed=detailed, frames=frames)
+
+
+class PackedSampler:
+    """Batches that fill `tokens_per_batch` with samples of mixed sizes; batch `step` depends on the seed and step alone.
+
+        sampler = PackedSampler(source, patch_size=(1, 2, 2), tokens_per_batch=4096, min_sizes=4)
+        sampler.batch(0)                              # Batch(videos=[...], captions=[...], indices=[...], tokens=4096)
+        for batch in sampler.stream(start=1000):      # as if the first 1000 had been drawn; goes on without end
+            ...
+
+    patch_size: (pt, ph, pw) of a token. latent_size: maps a video's (T, H, W) to its latent's, where a VAE stands between.
+    lookahead: samples in the buffer. min_sizes: the fewest different (T, H, W) in each batch: one sample of each is put in
+    before the rest is filled. That can be promised of an endless source only: from a finite one every sample must be used,
+    whatever sizes are left. rank, num_ranks: of several processes with the same seed, rank r takes batches r,
+    r + num_ranks, ... so that no two train on the same sample.
+
+    Raises ValueError for sizes that do not divide by the patches, a sample larger than the budget, or a budget that cannot
+    hold min_sizes different sizes. A sample that turns out to be unreadable is left out of its batch with a warning line.
+
+    Any step of an endless source is made at once. The order of a finite one is recomputed up to the step, at some
+    microseconds per sample; nothing is decoded for it.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        patch_size: Size,
+        tokens_per_batch: int,
+        *,
+        latent_size: Callable[[Size], Size] | None = None,
+        lookahead: int = 64,
+        min_sizes: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        if min(tokens_per_batch, lookahead, min_sizes, *patch_size) < 1 or len(patch_size) != 3:
+            raise ValueError(
+                "PackedSampler: patch_size (three numbers), tokens_per_batch, lookahead and min_sizes must be at least 1, "
+                f"got {patch_size}, {tokens_per_batch}, {lookahead}, {min_sizes}"
+            )
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"PackedSampler: need 0 <= rank < num_ranks, got {rank} and {num_ranks}")
+        self._length = len(source) if isinstance(source, Sized) else None
+        if self._length == 0:
+            raise ValueError("PackedSampler: source has no samples")
+        if self._length is not None and min_sizes > 1:
+            raise ValueError(f"PackedSampler: min_sizes = {min_sizes} needs an endless source, but source has {self._length}")
+        self.source, self.patch_size, self.tokens_per_batch = source, tuple(patch_size), tokens_per_batch
+        self.latent_size, self.lookahead, self.min_sizes = latent_size, lookahead, min_sizes
+        self.seed, self.rank, self.num_ranks = seed, rank, num_ranks
+        self._token_counts: dict[Size, int] = {}
+        self._warned: set[int] = set()
+        self._rewind()
+
+    def batch(self, step: int) -> Batch:
+        """The batch of this rank at `step`."""
+        if step < 0:
+            raise ValueError(f"PackedSampler.batch: step must be at least 0, got {step}")
+        batch = Batch([], [], [], 0)
+        for index, epoch, size, tokens in self._plan(step * self.num_ranks + self.rank):
+            try:
+                video, caption = self.source.load(index, epoch)
+            except MediaError as error:
+                if index not in self._warned:
+                    self._warned.add(index)
+                    logger.warning("left out of its batch: %s", error)
+                continue
+            batch.videos.append(video)
+            batch.captions.append(caption)
+            batch.indices.append(index)
+            frames, height, width = video.shape[1:]
+            loaded = (frames, height, width)
+            batch.tokens += tokens if loaded == size else self._tokens(index, loaded)
+        if batch.videos:
+            return batch
+        if len(self._warned) == self._length:
+            raise ValueError("PackedSampler: none of the source's samples can be decoded")
+        return self.batch(step + 1)  # nothing of this batch could be read
+
+    def stream(self, start: int = 0, *, prefetch: int = 0) -> Iterator[Batch]:
+        """Batches from step `start` on, without end; `prefetch` of them are made ahead by a thread (for decoding files)."""
+        if prefetch < 1:
+            step = start
+            while True:
+                yield self.batch(step)
+                step += 1
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            ahead: deque[Future[Batch]] = deque(pool.submit(self.batch, start + i) for i in range(prefetch))
+            step = start + prefetch
+            try:
+                while True:
+                    ahead.append(pool.submit(self.batch, step))
+                    step += 1
+                    yield ahead.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _rewind(self) -> None:
+        self._position = 0
+        self._buffer: list[Item] = []  # oldest first
+        self._epoch = -1
+        self._order: Iterator[int] = iter(())
+
+    def _plan(self, position: int) -> list[Item]:
+        """The samples of batch `position`, counted over all ranks."""
+        if self._length is None:
+            first = self.seed * 2**40 + position * 16 * self.lookahead
+            fresh: list[Item] = []
+            required = None
+            while required is None and len(fresh) < 16 * self.lookahead:  # looks on where a rare size is needed
+                fresh += [self._item(first + len(fresh) + i, 0) for i in range(self.lookahead)]
+                required = self._required(fresh)
+            if required is None:
+                tokens = {item.size: item.tokens for item in fresh}
+                raise ValueError(
+                    f"PackedSampler: a batch needs min_sizes = {self.min_sizes} different sizes within tokens_per_batch = "
+                    f"{self.tokens_per_batch}; the source has sizes (T, H, W) of so many tokens: {tokens}"
+                )
+            return [fresh[i] for i in sorted(self._fill_up(fresh, required))]
+        if position < self._position:
+            self._rewind()
+        while True:
+            self._refill(self._length)
+            chosen = self._fill_up(self._buffer, {0})  # the oldest: none waits for ever
+            batch = [self._buffer[i] for i in sorted(chosen)]
+            self._buffer = [item for i, item in enumerate(self._buffer) if i not in chosen]
+            self._position += 1
+            if self._position > position:
+                return batch
+
+    def _refill(self, length: int) -> None:
+        while len(self._buffer) < self.lookahead:
+            index = next(self._order, None)
+            if index is None:
+                self._epoch += 1
+                rng = np.random.default_rng((self.seed, self._epoch))
+                self._order = iter(rng.permutation(length).tolist())
+            else:
+                self._buffer.append(self._item(index, self._epoch))
+
+    def _fill_up(self, items: list[Item], chosen: set[int]) -> set[int]:
+        """Places of the samples that make a batch, with those in `chosen`."""
+        room = self.tokens_per_batch - sum(items[i].tokens for i in chosen)
+        rest = [i for i in range(len(items)) if i not in chosen]
+        return chosen | {rest[i] for i in _fill(room, self.tokens_per_batch // 20, [items[i].tokens for i in rest])}
+
+    def _required(self, items: list[Item]) -> set[int] | None:
+        """Places of one sample of each of `min_sizes` sizes: the oldest, or where they do not fit, the smallest."""
+        oldest_of: dict[Size, int] = {}
+        for i, item in enumerate(items):
+            oldest_of.setdefault(item.size, i)
+        by_age = list(oldest_of.values())
+        by_tokens = sorted(by_age, key=lambda i: items[i].tokens)
+        for order in (by_age, [by_age[0], *(i for i in by_tokens if i != by_age[0])], by_tokens):
+            places = set(order[: self.min_sizes])
+            if len(places) == self.min_sizes and sum(items[i].tokens for i in places) <= self.tokens_per_batch:
+                return places
+        return None
+
+    def _item(self, index: int, epoch: int) -> Item:
+        size = self.source.size(index)
+        return Item(index, epoch, size, self._tokens(index, size))
+
+    def _tokens(self, index: int, size: Size) -> int:
+        if size not in self._token_counts:
+            latent = self.latent_size(size) if self.latent_size else size
+            if any(length % patch for length, patch in zip(latent, self.patch_size, strict=True)):
+                what = f"{size}, as a latent {latent}," if self.latent_size else f"{size}"
+                raise ValueError(f"PackedSampler: sample {index} of size {what} does not divide by patch_size {self.patch_size}")
+            tokens = prod(latent) // prod(self.patch_size)
+            if tokens > self.tokens_per_batch:
+                raise ValueError(
+                    f"PackedSampler: sample {index} of size (T, H, W) = {size} is {tokens} tokens at patch_size "
+                    f"{self.patch_size}, more than tokens_per_batch = {self.tokens_per_batch}"
+                )
+            self._token_counts[size] = tokens
+        return self._token_counts[size]
+
+
+def _spread(index: int, ratio: int) -> float:
+    """A number in [0, 1) per index; those of consecutive indices lie evenly, and so does any few of them."""
+    return index * ratio % 2**64 / 2**64
+
+
+def _fill(room: int, slack: int, tokens: list[int]) -> list[int]:
+    """Places of numbers whose sum is within `slack` of `room`, or else as near as can be; the earliest that do.
+
+        _fill(10, 0, [6, 5, 5, 3])     # [1, 2]
+        _fill(10, 1, [6, 5, 5, 3])     # [0, 3]
+
+    Bit s of reach[i] says that some of tokens[i:] sum to s.
+    """
+    within, reach = (1 << (room + 1)) - 1, [1]
+    for count in reversed(tokens):
+        reach.append((reach[-1] | reach[-1] << count) & within)
+    reach.reverse()
+    low, high, places = min(reach[0].bit_length() - 1, room - slack), room, []
+    for i, count in enumerate(tokens):  # low and high: how much more must and may be taken
+        if count <= high and reach[i + 1] >> max(low - count, 0) & (1 << (high - max(low, count) + 1)) - 1:
+            places.append(i)
+            low, high = low - count, high - count
+    return places

@@ -1,0 +1,359 @@
+"""A small world of moving shapes, drawn exactly at any size, length and aspect ratio, with captions and ground truth.
+
+A scene is continuous: shapes are signed distance functions, evaluated at pixel centres and anti-aliased over one pixel, so
+the same scene can be rendered as an 8x32x32 clip, a 24x96x160 clip or one still image.
+
+    x, y      fractions of the width and height, x to the right and y down; (0.5, 0.5) is the centre of the view
+    radius    fraction of the shorter side, so that shapes stay round at every aspect ratio
+    frame     the unit of time: a longer clip shows more of the scene, not the same motion more slowly
+
+An object moves back and forth between the borders: its position along each axis is `margin + (1 - 2 margin) tri(u + v t)`,
+where `tri` is the triangle wave of period 2 and `margin` keeps the whole shape in view. Captions speak of `u` and `v`
+only, and hold at every aspect ratio.
+
+    world = World(WorldConfig.simple())
+    scene = world.sample(7)
+    scene.caption()                  # "a blue circle moves down"
+    scene.render(8, 32, 48)          # float32 [3, 8, 32, 48] in [-1, 1]
+    judge(scene.render(8, 32, 48), scene.truth(8, 32, 48))["correct"]      # True
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import pi
+
+import numpy as np
+import torch
+
+from sora_model.data.shapes import DIGITS, SHAPES, SPINNING, Array, moments, stamp
+
+COLORS = {
+    "red": (0.95, 0.15, 0.15), "orange": (1.0, 0.55, 0.1), "yellow": (0.98, 0.9, 0.15), "green": (0.15, 0.8, 0.25),
+    "cyan": (0.1, 0.85, 0.9), "blue": (0.2, 0.35, 1.0), "purple": (0.75, 0.25, 0.95), "white": (0.95, 0.95, 0.95),
+}  # fmt: skip
+BACKGROUNDS = {
+    "black": (0.06, 0.06, 0.06), "grey": (0.3, 0.3, 0.3), "navy": (0.07, 0.09, 0.28), "dark green": (0.05, 0.22, 0.12),
+    "maroon": (0.26, 0.07, 0.1),
+}  # fmt: skip
+SIZES = {"small": 0.13, "medium": 0.18, "large": 0.24}  # radius
+MOTIONS = {
+    "stay": (0, 0), "right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1),
+    "up and right": (1, -1), "up and left": (-1, -1), "down and right": (1, 1), "down and left": (-1, 1),
+}  # fmt: skip
+CAMERAS = {"still": (0, 0), "right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+CHANGES = ("none", "spin", "grow", "shrink")
+PAN_SPEED = 0.015  # of the shorter side, per frame
+SPIN_SPEED = 0.22  # radians per frame
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """What a world may contain. Every field is plain data, so a config survives JSON: `WorldConfig(**json.load(f))`.
+
+    colors, shapes, motions, sizes, backgrounds, cameras, changes: names to choose from, uniformly (see the tables above).
+    objects: fewest and most objects in a scene; colours within a scene differ.
+    texture: strength of the pattern on the background, 0 to 0.1 of the brightness range; it makes a panning camera visible.
+    speed: slowest and fastest motion, as a fraction of the free range per frame.
+    room: frames an object can travel before it meets a border, speed permitting; longer clips show it bounce.
+    """
+
+    colors: tuple[str, ...] = ("red", "green", "blue")
+    shapes: tuple[str, ...] = ("circle", "square", "triangle")
+    motions: tuple[str, ...] = ("left", "right", "up", "down")
+    sizes: tuple[str, ...] = ("medium",)
+    backgrounds: tuple[str, ...] = ("black",)
+    cameras: tuple[str, ...] = ("still",)
+    changes: tuple[str, ...] = ("none",)
+    objects: tuple[int, int] = (1, 1)
+    texture: float = 0.0
+    speed: tuple[float, float] = (0.06, 0.09)
+    room: int = 8
+    seed: int = 0
+
+    @classmethod
+    def simple(cls, seed: int = 0) -> WorldConfig:
+        """One object of 3 colours, 3 shapes and 4 motions on black: learnable in minutes on a CPU."""
+        return cls(seed=seed)
+
+    @classmethod
+    def rich(cls, seed: int = 0) -> WorldConfig:
+        """Everything the world has: up to three objects, digits, panning cameras, textured backgrounds, spin and growth."""
+        return cls(
+            colors=tuple(COLORS),
+            shapes=SHAPES,
+            motions=tuple(MOTIONS),
+            sizes=tuple(SIZES),
+            changes=CHANGES,
+            seed=seed,
+            backgrounds=tuple(BACKGROUNDS),
+            cameras=tuple(CAMERAS),
+            objects=(1, 3),
+            texture=0.06,
+            speed=(0.04, 0.09),
+        )
+
+    def __post_init__(self) -> None:
+        known = {
+            "colors": COLORS,
+            "shapes": SHAPES,
+            "motions": MOTIONS,
+            "sizes": SIZES,
+            "backgrounds": BACKGROUNDS,
+            "cameras": CAMERAS,
+            "changes": CHANGES,
+        }
+        for field, names in known.items():
+            given = tuple(getattr(self, field))
+            unknown = [name for name in given if name not in names]
+            if unknown or not given:
+                raise ValueError(f"WorldConfig: {field} must be names out of {list(names)}, got {list(given)}")
+            object.__setattr__(self, field, given)
+        object.__setattr__(self, "objects", tuple(self.objects))
+        object.__setattr__(self, "speed", tuple(self.speed))
+        if not 1 <= self.objects[0] <= self.objects[1] <= len(self.colors):
+            raise ValueError(
+                f"WorldConfig: objects must be 1 <= fewest <= most <= {len(self.colors)} colors (each object "
+                f"has its own colour), got {self.objects}"
+            )
+        if not 0 < self.speed[0] <= self.speed[1] <= 0.5 or self.room < 1 or not 0 <= self.texture <= 0.1:
+            raise ValueError(
+                "WorldConfig: need 0 < slowest <= fastest <= 0.5 in speed, room >= 1 and 0 <= texture <= 0.1, "
+                f"got speed={self.speed}, room={self.room}, texture={self.texture}"
+            )
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene: u and v are position and velocity in its free range (see the top of this file)."""
+
+    color: str
+    shape: str
+    motion: str
+    size: str
+    change: str
+    radius: float
+    u: tuple[float, float]
+    v: tuple[float, float]
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} digit {self.shape}" if self.shape in DIGITS else f"{self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class ObjectTruth:
+    """What one object does in a rendered clip of T frames.
+
+    path: [T, 2] (x, y) of its centre on the screen. radius, angle: [T] fraction of the shorter side, radians.
+    visible: [T] share of its area that is in view and not hidden by objects in front.
+    reach: free range along x and y as fractions of the view; a velocity v moves it v * reach per frame.
+    """
+
+    color: str
+    shape: str
+    motion: str
+    change: str
+    path: Array
+    radius: Array
+    angle: Array
+    visible: Array
+    reach: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Ground truth of a rendered clip: objects from back to front, background, camera and its path `pan` [T, 2]."""
+
+    objects: tuple[ObjectTruth, ...]
+    background: str
+    camera: str
+    pan: Array
+    config: WorldConfig
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A continuous scene; `things` from back to front. Made by `World.sample`."""
+
+    things: tuple[Thing, ...]
+    background: str
+    camera: str
+    phase: tuple[float, ...]
+    config: WorldConfig
+
+    def render(self, frames: int, height: int, width: int, *, start: float = 0.0) -> torch.Tensor:
+        """Draw frames `start`, `start + 1`, ... of the scene.
+
+            scene.render(8, 32, 48)              # float32 [3, 8, 32, 48] in [-1, 1]
+            scene.render(8, 32, 48, start=8)     # the continuation of that clip
+
+        frames, height, width: size of the clip, each at least 1; raises ValueError otherwise.
+        """
+        t = _times(frames, height, width, start)
+        video = np.empty((3, frames, height, width), np.float32)
+        video[:] = 2 * np.asarray(BACKGROUNDS[self.background], np.float32)[:, None, None, None] - 1
+        if self.config.texture:
+            video += 2 * self.config.texture * self._texture(t if self.camera != "still" else t[:1], height, width)
+        for thing in self.things:
+            path, radius, angle, _ = self._track(thing, t, height, width)
+            place, alpha = stamp(thing.shape, path, radius, angle, height, width)
+            window = (slice(None), *place)
+            color = 2 * np.asarray(COLORS[thing.color], np.float32)[:, None, None, None] - 1
+            video[window] += alpha * (color - video[window])
+        return torch.from_numpy(np.clip(video, -1, 1, out=video))
+
+    def caption(self, detailed: bool = False, frames: int | None = None) -> str:
+        """Say what is seen: short ("a red circle moves right"), or detailed with sizes, places, relations and camera.
+
+        frames: length of the clip. With 1 the caption speaks of a picture and names no motion; with more the detailed
+        caption tells of the borders that objects bounce off. None means a clip in which nothing bounces.
+        """
+        still = frames == 1
+        if not detailed:
+            parts = [_article(thing.name) + ("" if still else " " + _verb(thing)) for thing in self.things]
+            return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+        sentences = []
+        for thing in self.things:
+            who = _article(f"{thing.size} {thing.name}")
+            if still:
+                sentences.append(f"{who} is {_place(thing.u)}")
+                continue
+            change = {"none": "", "spin": " while spinning", "grow": " while growing", "shrink": " while shrinking"}
+            bounce = _bounces(thing, frames or 1)
+            sentences.append(
+                f"{who} starts {_place(thing.u)} and {_verb(thing)}{change[thing.change]}"
+                + (f", then bounces off the {bounce}" if bounce else "")
+            )
+        for back, front in pairwise(self.things):
+            (dx, dy), verb = np.subtract(front.u, back.u), "is" if still else "starts"
+            side = ("to the right of" if dx > 0 else "to the left of") if abs(dx) >= abs(dy) else ("below" if dy > 0 else "above")
+            sentences.append(f"the {front.name} {verb} {side} the {back.name} and is in front of it")
+        pattern = "patterned " if self.config.texture else ""
+        sentences.append(f"the background is {pattern}{self.background}")
+        if not still:
+            sentences.append("the camera stays still" if self.camera == "still" else f"the camera pans {self.camera}")
+        return " ".join(s[0].upper() + s[1:] + "." for s in sentences)
+
+    def truth(self, frames: int, height: int, width: int, *, start: float = 0.0) -> Truth:
+        """Ground truth of `render(frames, height, width, start=start)`; paths hold at that aspect ratio."""
+        t = _times(frames, height, width, start)
+        clear = np.ones((frames, height, width), np.float32)
+        objects = []
+        for thing in reversed(self.things):  # from front to back: what is left clear for those behind
+            path, radius, angle, reach = self._track(thing, t, height, width)
+            place, alpha = stamp(thing.shape, path, radius, angle, height, width)
+            whole = moments(thing.shape)[0] * (radius * min(height, width)) ** 2
+            visible = np.minimum((alpha * clear[place]).sum((1, 2)) / whole, 1)
+            clear[place] *= 1 - alpha
+            objects.append(ObjectTruth(thing.color, thing.shape, thing.motion, thing.change, path, radius, angle, visible, reach))
+        short = min(height, width)
+        pan = self._pan(t) * np.array([short / width, short / height])
+        return Truth(tuple(reversed(objects)), self.background, self.camera, pan, self.config)
+
+    def _pan(self, t: Array) -> Array:
+        """Shift of the view [T, 2] in shorter sides: to one side for `room` frames, then back."""
+        extent = PAN_SPEED * self.config.room
+        return np.outer(extent * (_tri(t / self.config.room) - 0.5), CAMERAS[self.camera])
+
+    def _track(self, thing: Thing, t: Array, height: int, width: int) -> tuple[Array, Array, Array, tuple[float, float]]:
+        short, size = min(height, width), np.array([width, height])
+        reach = 1 - 2 * np.minimum(thing.radius * short / size, 0.5)
+        path = 0.5 + reach * (_tri(np.array(thing.u) + np.outer(t, thing.v)) - 0.5) - self._pan(t) * short / size
+        swell = _tri(t / self.config.room + (thing.change == "shrink"))
+        radius = thing.radius * (0.6 + 0.4 * swell if thing.change in ("grow", "shrink") else np.ones_like(t))
+        angle = SPIN_SPEED * t if thing.change == "spin" else np.zeros_like(t)
+        return path, radius, angle, (float(reach[0]), float(reach[1]))
+
+    def _texture(self, t: Array, height: int, width: int) -> Array:
+        """Sum of two products of slow waves [T, H, W] in [-1, 1], fixed to the world and so moved by the camera."""
+        short, pan, phase = min(height, width), self._pan(t), np.reshape(self.phase, (2, 2, 1, 1))
+        x = pan[:, :1] + (np.arange(width) + 0.5) / short
+        y = pan[:, 1:] + (np.arange(height) + 0.5) / short
+        cycles = np.array([[1.3, 2.9], [3.1, 1.7]])[..., None, None]  # per shorter side, along x and y
+        wave_x, wave_y = (
+            np.sin(2 * pi * (cycles[:, 0] * x + phase[:, 0])),
+            np.sin(2 * pi * (cycles[:, 1] * y + phase[:, 1])),
+        )
+        return np.einsum("kth,ktw->thw", wave_y, wave_x).astype(np.float32) / 2
+
+
+class World:
+    """Scenes by number: `World(config).sample(i)` is the same scene on every machine and in every run."""
+
+    def __init__(self, config: WorldConfig | None = None) -> None:
+        self.config = config or WorldConfig()
+
+    def sample(self, index: int, *, color: str | None = None, shape: str | None = None, motion: str | None = None) -> Scene:
+        """Scene `index`; `color`, `shape` and `motion` fix those of its first object (to ask for one caption)."""
+        config, rng = self.config, np.random.default_rng((self.config.seed, index))
+
+        def pick(names: tuple[str, ...]) -> str:
+            return names[int(rng.integers(len(names)))]
+
+        colors = [config.colors[i] for i in rng.permutation(len(config.colors))]
+        if color is not None:
+            colors = [color, *(name for name in colors if name != color)]
+        things: list[Thing] = []
+        for i in range(int(rng.integers(config.objects[0], config.objects[1] + 1))):
+            kind, moves, change, size = (
+                pick(config.shapes),
+                pick(config.motions),
+                pick(config.changes),
+                pick(config.sizes),
+            )
+            if i == 0:
+                kind, moves = shape or kind, motion or moves
+            if kind not in SHAPES or moves not in MOTIONS or colors[i] not in COLORS:
+                raise ValueError(
+                    f"World.sample: unknown color, shape or motion in {colors[i]!r}, {kind!r}, {moves!r}; known "
+                    f"are {list(COLORS)}, {list(SHAPES)} and {list(MOTIONS)}"
+                )
+            change = "none" if change == "spin" and kind not in SPINNING else change
+            direction = np.array(MOTIONS[moves]) / max(np.hypot(*MOTIONS[moves]), 1)
+            v = rng.uniform(*config.speed) * direction
+            travel = v * (config.room - 1)
+            low, high = np.maximum(0, -travel), np.minimum(1, 1 - travel)
+            low, high = np.where(low > high, 0, low), np.where(low > high, 1, high)
+            for _ in range(8):  # a few tries to start apart from the others
+                u = rng.uniform(low, high)
+                if all(np.abs(u - other.u).max() > 0.35 for other in things):
+                    break
+            radius = SIZES[size] * rng.uniform(0.93, 1.07)
+            things.append(Thing(colors[i], kind, moves, size, change, float(radius), tuple(u.tolist()), tuple(v.tolist())))
+        phase = tuple(rng.uniform(size=4).tolist())
+        return Scene(tuple(things), pick(config.backgrounds), pick(config.cameras), phase, config)
+
+
+def _tri(z: Array) -> Array:
+    return 1 - np.abs(z % 2 - 1)
+
+
+def _times(frames: int, height: int, width: int, start: float) -> Array:
+    if min(frames, height, width) < 1:
+        raise ValueError(f"Scene: frames, height and width must be at least 1, got {frames}, {height}, {width}")
+    return start + np.arange(frames, dtype=np.float64)
+
+
+def _article(noun: str) -> str:
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def _verb(thing: Thing) -> str:
+    return "stays still" if thing.motion == "stay" else f"moves {thing.motion}"
+
+
+def _place(u: tuple[float, float]) -> str:
+    across = ("left", "", "right")[min(int(u[0] * 3), 2)]
+    down = ("top", "", "bottom")[min(int(u[1] * 3), 2)]
+    return f"at the {down} {across}".strip() if down else (f"on the {across}" if across else "in the centre")
+
+
+def _bounces(thing: Thing, frames: int) -> str:
+    sides = (("left", "right"), ("top", "bottom"))
+    hit = []
+    for u, v, (low, high) in zip(thing.u, thing.v, sides, strict=True):
+        end = u + v * (frames - 1)
+        hit += [high] if end > 1 else [low] if end < 0 else []
+    return " and ".join(hit) + (" edges" if len(hit) > 1 else " edge") if hit else ""

@@ -1,0 +1,296 @@
+"""Noise, loss, guidance and sampling with diffusers' schedulers, over latents of many sizes. Every task is a mask.
+
+Each token frame of a sample has its own noise level. A frame that is given has level 0: it is fed clean, it is left out of
+the loss, and sampling returns it as it came.
+
+    text to video    nothing is given            image to video    frame 0 is
+    extension        a prefix or a suffix is     joining           both ends are
+
+The training loss draws the same masks, so one network learns all of them.
+
+Flow matching follows FlowMatchEulerDiscreteScheduler: x_sigma = (1 - sigma) x + sigma noise, and the target is noise - x. The other
+schedulers say what they want in `prediction_type`: the noise ("epsilon"), the velocity ("v_prediction") or x ("sample").
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conditioning import PackedText
+from .dit import DiT
+
+Denoiser = Callable[[list[Tensor], Tensor], list[Tensor]]
+Callback = Callable[[int, Tensor, list[Tensor]], None]
+
+
+@dataclass(frozen=True)
+class TaskMix:
+    """How often each task is trained, as relative weights. Images and clips too short for a task are trained as a simpler one."""
+
+    text_to_video: float = 0.7
+    image_to_video: float = 0.1
+    extension: float = 0.1
+    joining: float = 0.1
+
+    def __post_init__(self) -> None:
+        weights = (self.text_to_video, self.image_to_video, self.extension, self.joining)
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"TaskMix: expected weights >= 0, not all 0, got {weights}")
+
+    def given(self, num_frames: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws a task and a mask for a clip: bool [num_frames], True where a frame is given. At least one is not.
+
+        >>> TaskMix(0, 0, 0, joining=1).given(6)
+        tensor([ True,  True, False, False, False,  True])
+        """
+        weights = torch.tensor([self.text_to_video, self.image_to_video, self.extension, self.joining], dtype=torch.float32)
+        task = int(torch.multinomial(weights, 1, generator=generator))
+
+        def between(low: int, high: int) -> int:
+            return int(torch.randint(low, high + 1, (), generator=generator))
+
+        head = tail = 0
+        if task == 3 and num_frames > 2:
+            head = between(1, num_frames - 2)
+            tail = between(1, num_frames - 1 - head)
+        elif task == 2 and num_frames > 1:
+            head = between(1, num_frames - 1)
+            if between(0, 1):
+                head, tail = 0, head
+        elif task > 0 and num_frames > 1:
+            head = 1
+        frame = torch.arange(num_frames)
+        return (frame < head) | (frame >= num_frames - tail)
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """A training step's input and target.
+
+    latents: [C, T, H, W] each, noised where not given. timesteps: [B], or [F] where frames are given; see `DiT.forward`.
+    targets: like latents. given: bool [T] each on the host, or None.
+    """
+
+    latents: list[Tensor]
+    timesteps: Tensor
+    targets: list[Tensor]
+    given: list[Tensor] | None
+
+
+def add_noise(
+    scheduler: Any,
+    latents: Sequence[Tensor],
+    *,
+    given: Sequence[Tensor] | None = None,
+    patch_frames: int = 1,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> NoisedBatch:
+    """Noises each latent to a random level of its own.
+
+    >>> masks = [TaskMix().given(latent.shape[1]) for latent in latents]
+    >>> batch = add_noise(scheduler, latents, given=masks)
+    >>> diffusion_loss(dit(batch.latents, batch.timesteps, text), batch).backward()
+
+    Args:
+        scheduler: of diffusers. With flow matching sigma is logit-normal (Esser et al., 2024), then moved by the scheduler's
+            `shift`; otherwise the timestep is uniform. Levels are spread evenly over the batch (Kingma et al., 2021).
+        latents: [C, T, H, W] each.
+        given: bool [T] each, True for the frames that stay clean; whole token frames.
+        patch_frames: pt.
+        logit_mean, logit_std: of the logit of sigma.
+        generator: on the host, so that a seed means the same on every device.
+    """
+    samples, device = len(latents), latents[0].device
+    noise = [torch.randn(latent.shape, generator=generator).to(latent) for latent in latents]
+    # One level from each of `samples` equal slices of (0, 1), in random order: less variance than independent draws.
+    slices = torch.randperm(samples, generator=generator)
+    levels = (slices + torch.rand(samples, generator=generator)) / samples
+    prediction = scheduler.config.get("prediction_type", "flow_prediction")
+    if prediction == "flow_prediction":
+        sigmas = torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(levels.clamp(1e-6, 1 - 1e-6)))
+        sigmas = scheduler.shift * sigmas / (1 + (scheduler.shift - 1) * sigmas)
+        timesteps = (sigmas * scheduler.config.num_train_timesteps).to(device)
+        pairs = list(zip(latents, noise, sigmas.tolist(), strict=True))
+        noised = [torch.lerp(x, n, sigma) for x, n, sigma in pairs]
+        targets = [n - x for x, n, _ in pairs]
+    else:
+        timesteps = (levels * scheduler.config.num_train_timesteps).long().to(device)
+        triples = list(zip(latents, noise, timesteps[:, None], strict=True))
+        noised = [scheduler.add_noise(x[None], n[None], t)[0] for x, n, t in triples]
+        if prediction == "epsilon":
+            targets = noise
+        elif prediction == "v_prediction":
+            targets = [scheduler.get_velocity(x[None], n[None], t)[0] for x, n, t in triples]
+        elif prediction == "sample":
+            targets = list(latents)
+        else:
+            raise ValueError(f"add_noise: scheduler: expected a known prediction_type, got {prediction!r}")
+    masks = _check_given(given, latents, patch_frames)
+    if masks is not None:
+        noised = _fill(noised, latents, masks)
+        timesteps = _frame_levels(timesteps, masks, patch_frames)
+    return NoisedBatch(noised, timesteps, targets, masks)
+
+
+def diffusion_loss(predictions: Sequence[Tensor], batch: NoisedBatch) -> Tensor:
+    """Mean squared error over everything that was not given, in float32: a scalar.
+
+    predictions: [C, T, H, W] each; channels past the target's (a learned variance) do not count.
+    """
+    total, count = torch.zeros((), device=batch.targets[0].device), 0
+    for i, (prediction, target) in enumerate(zip(predictions, batch.targets, strict=True)):
+        error = (prediction[: target.shape[0]].float() - target.float()).square()
+        frames = target.shape[1]
+        if batch.given is not None and batch.given[i].any():
+            wanted = ~batch.given[i]
+            frames = int(wanted.sum())
+            error = error * wanted.to(error)[:, None, None]
+        total = total + error.sum()
+        count += target[:, 0].numel() * frames
+    if count == 0:
+        raise ValueError("diffusion_loss: batch.given: expected at least one frame to learn, got all given")
+    return total / count
+
+
+def guided(
+    dit: DiT,
+    *,
+    text: PackedText | None = None,
+    null_text: PackedText | None = None,
+    labels: Tensor | None = None,
+    guidance_scale: float = 1.0,
+) -> Denoiser:
+    """Classifier-free guidance as a function of (latents, timesteps): null + guidance_scale * (conditioned - null).
+
+    Both predictions come from one packed batch of twice the samples. A guidance_scale of 1 needs the conditioned one alone.
+
+    Args:
+        text: captions of the samples.
+        null_text: what guidance leads away from: empty or negative captions. Default: no text at all.
+        labels: int64 [B]; num_classes is their null.
+    """
+    channels = dit.config.in_channels
+    if guidance_scale == 1:
+        return lambda latents, timesteps: [x[:channels] for x in dit(latents, timesteps, text, labels)]
+    if text is not None:
+        null = PackedText.empty(text.num_samples, text.tokens.shape[1]) if null_text is None else null_text
+        text = PackedText.concat([text, null.to(text.tokens.device, text.tokens.dtype)])
+    if labels is not None and dit.config.num_classes is not None:
+        labels = torch.cat([labels, torch.full_like(labels, dit.config.num_classes)])
+
+    def denoise(latents: list[Tensor], timesteps: Tensor) -> list[Tensor]:
+        both = [x[:channels] for x in dit([*latents, *latents], timesteps.repeat(2), text, labels)]
+        pairs = zip(both[: len(latents)], both[len(latents) :], strict=True)
+        return [torch.lerp(null, conditioned, guidance_scale) for conditioned, null in pairs]
+
+    return denoise
+
+
+def initial_noise(shapes: Sequence[Sequence[int]], seeds: Sequence[int]) -> tuple[list[Tensor], list[torch.Generator]]:
+    """Noise of each shape [C, T, H, W] from its own seed, and the generators, for schedulers that draw more of it.
+
+    On the host, so that a sample starts from the same noise on every device, alone or packed with others.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [torch.randn(tuple(s), generator=g) for s, g in zip(shapes, generators, strict=True)], generators
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoiser,
+    scheduler: Any,
+    noise: Sequence[Tensor],
+    *,
+    num_inference_steps: int = 50,
+    given: Sequence[tuple[Tensor, Tensor]] | None = None,
+    patch_frames: int = 1,
+    generators: Sequence[torch.Generator] | None = None,
+    callback: Callback | None = None,
+) -> list[Tensor]:
+    """Turns noise into latents, all samples together; what a sample becomes does not depend on the others.
+
+    >>> noise, generators = initial_noise([(3, 8, 32, 32), (3, 1, 32, 48)], seeds=[0, 1])
+    >>> latents = sample(guided(dit, text=text, guidance_scale=4), scheduler, noise, num_inference_steps=30)
+
+    Each sample is stepped by its own copy of the scheduler, so that those that keep a history, threshold or draw noise treat it as
+    if it were alone.
+
+    Args:
+        denoise: (latents, timesteps) -> predictions; see `guided`.
+        scheduler: any of diffusers' with set_timesteps and step.
+        noise: [C, T, H, W] each, float32, on the model's device.
+        num_inference_steps: steps.
+        given: for each sample a mask, bool [T], of the frames to keep (whole token frames), and a latent [C, T, H, W] with them.
+        patch_frames: pt.
+        generators: one per sample, for schedulers that draw noise.
+        callback: called after each step with (step, timestep, latents).
+    """
+    masks = _check_given([mask for mask, _ in given], noise, patch_frames) if given else None
+    clean = [latent for _, latent in given] if given else []
+    device = noise[0].device
+    steppers = [copy.deepcopy(scheduler) for _ in noise]
+    for stepper in steppers:
+        stepper.set_timesteps(num_inference_steps, device=device)
+    options: list[dict[str, Any]] = [{} for _ in noise]
+    if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
+        options = [{"generator": generator} for generator in generators]
+    latents = [x * getattr(stepper, "init_noise_sigma", 1.0) for x, stepper in zip(noise, steppers, strict=True)]
+    for step, t in enumerate(steppers[0].timesteps):
+        inputs = [_scaled(stepper, x, t) for stepper, x in zip(steppers, latents, strict=True)]
+        levels = t.expand(len(latents))
+        if masks is not None:
+            inputs = _fill(inputs, clean, masks)
+            levels = _frame_levels(levels, masks, patch_frames)
+        predictions = denoise(inputs, levels)
+        latents = [
+            stepper.step(prediction.to(x), t, x, **option, return_dict=False)[0]
+            for stepper, prediction, x, option in zip(steppers, predictions, latents, options, strict=True)
+        ]
+        if callback is not None:
+            callback(step, t, latents if masks is None else _fill(latents, clean, masks))
+    return latents if masks is None else _fill(latents, clean, masks)
+
+
+def _scaled(scheduler: Any, latent: Tensor, t: Tensor) -> Tensor:
+    """What the scheduler wants the model to see; flow matching has no such scaling."""
+    return scheduler.scale_model_input(latent, t) if hasattr(scheduler, "scale_model_input") else latent
+
+
+def _check_given(given: Sequence[Tensor] | None, latents: Sequence[Tensor], patch_frames: int) -> list[Tensor] | None:
+    """The masks on the host; None if they give nothing, as one level per sample is cheaper than one per frame."""
+    if given is None:
+        return None
+    for i, (mask, latent) in enumerate(zip(given, latents, strict=True)):
+        if mask.dtype != torch.bool or mask.shape != latent.shape[1:2]:
+            got = f"{mask.dtype} {list(mask.shape)}"
+            raise ValueError(f"given[{i}]: expected torch.bool [{latent.shape[1]}], one per latent frame, got {got}")
+        if not torch.equal(mask, mask[::patch_frames].repeat_interleave(patch_frames)):
+            where = mask.nonzero().flatten().tolist()
+            raise ValueError(f"given[{i}]: expected whole token frames of {patch_frames} latent frames, got frames {where}")
+    masks = [mask.cpu() for mask in given]
+    return masks if any(mask.any() for mask in masks) else None
+
+
+def _fill(latents: Sequence[Tensor], clean: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    """latents, with the given frames of `clean` in place."""
+    return [
+        torch.where(mask.to(x.device)[:, None, None], c.to(x), x) if mask.any() else x
+        for x, c, mask in zip(latents, clean, masks, strict=True)
+    ]
+
+
+def _frame_levels(levels: Tensor, masks: Sequence[Tensor], patch_frames: int) -> Tensor:
+    """One level per sample [B] -> one per token frame [F], 0 where given."""
+    kept = [~mask[::patch_frames] for mask in masks]
+    frames = torch.tensor([len(mask) for mask in kept], device=levels.device)
+    kept_frames = torch.cat(kept).to(levels.device)
+    return levels.repeat_interleave(frames, output_size=len(kept_frames)) * kept_frames

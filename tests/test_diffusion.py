@@ -1,0 +1,262 @@
+"""Noising, loss, guidance and sampling: right for diffusers' schedulers, for every task, and alone as packed."""
+
+import math
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from test_dit import CAPTIONS, SIZES, awake, latents_of, small
+from torch import Tensor
+
+from sora_model.conditioning import PackedText
+from sora_model.config import DiTConfig
+from sora_model.diffusion import NoisedBatch, TaskMix, add_noise, diffusion_loss, guided, initial_noise, sample
+from sora_model.dit import DiT
+from sora_model.text import WordEncoder
+
+SHAPES = [(4, *size) for size in SIZES]
+MASKS = [torch.tensor(mask) for mask in ([1, 0, 0, 1], [0], [1, 0], [1, 1, 1, 0, 0, 0])]
+GIVEN = [mask.bool() for mask in MASKS]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_flow_matching_pairs() -> None:
+    clean = latents_of(SIZES)
+    batch = add_noise(FlowMatchEulerDiscreteScheduler(), clean, generator=seeded())
+    assert batch.timesteps.shape == (4,)
+    for x, noised, target, t in zip(clean, batch.latents, batch.targets, batch.timesteps, strict=True):
+        noise = target + x
+        torch.testing.assert_close(noised, (1 - t / 1000) * x + t / 1000 * noise)
+        assert abs(noise.std() - 1) < 0.15
+    # A straight line: one Euler step of diffusers' own scheduler along the target ends at the clean latent.
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[batch.timesteps[0].item() / 1000])
+    end = scheduler.step(batch.targets[0], scheduler.timesteps[0], batch.latents[0]).prev_sample
+    torch.testing.assert_close(end, clean[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_sigmas_are_logit_normal_and_shifted(shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    batch = add_noise(scheduler, [torch.zeros(1, 1, 1, 1)] * 4000, logit_mean=0.5, logit_std=0.8, generator=seeded())
+    sigma = batch.timesteps / 1000
+    logit = torch.logit(sigma / (shift - (shift - 1) * sigma))  # the shift undone
+    assert abs(logit.mean() - 0.5) < 0.01
+    assert abs(logit.std() - 0.8) < 0.01
+
+
+def test_levels_are_spread_over_the_batch() -> None:
+    batch = add_noise(DDPMScheduler(), [torch.zeros(1, 1, 1, 1)] * 10, generator=seeded())
+    assert sorted(t // 100 for t in batch.timesteps.tolist()) == list(range(10))
+    assert batch.timesteps.tolist() != sorted(batch.timesteps.tolist())
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_ddpm_pairs_are_solved_by_ddim(prediction: str) -> None:
+    """A model that predicts the target exactly takes DDIM back to the clean latent in one step."""
+    clean = latents_of(SIZES)
+    config = {"prediction_type": prediction, "clip_sample": False}
+    batch = add_noise(DDPMScheduler(**config), clean, generator=seeded())
+    assert batch.timesteps.dtype == torch.int64
+    for x, noised, target, t in zip(clean, batch.latents, batch.targets, batch.timesteps, strict=True):
+        scheduler = DDIMScheduler(**config)
+        scheduler.set_timesteps(1)
+        back = scheduler.step(target, t, noised).pred_original_sample
+        torch.testing.assert_close(back, x, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), DDPMScheduler()], ids=["flow", "ddpm"])
+def test_given_frames_are_clean_and_at_level_0(scheduler) -> None:
+    clean = latents_of(SIZES)
+    batch = add_noise(scheduler, clean, given=GIVEN, generator=seeded())
+    assert batch.timesteps.shape == (sum(t for t, _, _ in SIZES),)
+    assert torch.equal(batch.timesteps == 0, torch.cat(GIVEN))
+    for x, noised, mask in zip(clean, batch.latents, GIVEN, strict=True):
+        assert torch.equal(noised[:, mask], x[:, mask])
+        assert (noised[:, ~mask] - x[:, ~mask]).abs().amax((0, 2, 3)).min() > 0.01
+    nothing = add_noise(scheduler, clean, given=[torch.zeros(t, dtype=torch.bool) for t, _, _ in SIZES])
+    assert nothing.timesteps.shape == (4,)  # rows per sample: cheaper, and the same
+
+
+def test_loss_leaves_out_what_was_given() -> None:
+    clean = latents_of(SIZES)
+    batch = add_noise(FlowMatchEulerDiscreteScheduler(), clean, given=GIVEN, generator=seeded())
+    predictions = [torch.randn(8, *x.shape[1:], requires_grad=True) for x in clean]  # four channels of variance too
+    loss = diffusion_loss(predictions, batch)
+    errors = [(p[:4] - target)[:, ~mask].flatten() for p, target, mask in zip(predictions, batch.targets, GIVEN, strict=True)]
+    torch.testing.assert_close(loss, torch.cat(errors).square().mean())
+    loss.backward()
+    for prediction, mask in zip(predictions, GIVEN, strict=True):
+        assert not prediction.grad[:, mask].any()
+        assert prediction.grad[:4][:, ~mask].all()
+    everything = NoisedBatch(batch.latents, batch.timesteps, batch.targets, [torch.ones_like(mask) for mask in GIVEN])
+    with pytest.raises(ValueError, match="all given"):
+        diffusion_loss(predictions, everything)
+
+
+def test_masks_must_fill_token_frames() -> None:
+    clean = latents_of([(4, 8, 8)])
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    batch = add_noise(scheduler, clean, given=[torch.tensor([True, True, False, False])], patch_frames=2)
+    assert (batch.timesteps == 0).tolist() == [True, False]
+    with pytest.raises(ValueError, match=r"given\[0\]: expected whole token frames of 2 latent frames, got frames \[0\]"):
+        add_noise(scheduler, clean, given=[torch.tensor([True, False, False, False])], patch_frames=2)
+    with pytest.raises(ValueError, match=r"given\[0\]: expected torch.bool \[4\]"):
+        add_noise(scheduler, clean, given=[torch.zeros(4)])
+
+
+def test_task_mix() -> None:
+    generator = seeded()
+    masks = {task: [mix.given(6, generator) for _ in range(200)] for task, mix in {
+        "text": TaskMix(1, 0, 0, 0), "image": TaskMix(0, 1, 0, 0), "extension": TaskMix(0, 0, 1, 0), "joining": TaskMix(0, 0, 0, 1)
+    }.items()}  # fmt: skip
+    assert not any(mask.any() for mask in masks["text"])
+    assert all(mask.tolist() == [True] + [False] * 5 for mask in masks["image"])
+    prefix = [mask for mask in masks["extension"] if mask[0]]
+    suffix = [mask for mask in masks["extension"] if not mask[0]]
+    assert {int(mask.sum()) for mask in prefix} == {int(mask.sum()) for mask in suffix} == {1, 2, 3, 4, 5}
+    assert all(mask.int().diff().abs().sum() == 1 for mask in masks["extension"])
+    assert all(mask[0] and mask[-1] and not mask.all() and mask.int().diff().abs().sum() == 2 for mask in masks["joining"])
+    assert not TaskMix(0, 1, 1, 1).given(1).any()  # an image
+    assert all(TaskMix(0, 1, 1, 1).given(2, generator).sum() == 1 for _ in range(20))
+    drawn = [TaskMix(3, 1, 0, 0).given(4, generator).any().item() for _ in range(1000)]
+    assert 200 < sum(drawn) < 300
+    with pytest.raises(ValueError, match="expected weights >= 0"):
+        TaskMix(0, 0, 0, 0)
+
+
+def model() -> tuple[DiT, WordEncoder]:
+    torch.manual_seed(0)
+    return awake(DiT(small())), awake(WordEncoder(32))
+
+
+@pytest.mark.parametrize("per_frame", [False, True], ids=["per sample", "per frame"])
+def test_guidance(per_frame: bool) -> None:
+    dit, encoder = model()
+    text, null, latents = encoder(CAPTIONS), encoder([""] * 4), latents_of(SIZES)
+    levels = torch.rand(sum(t for t, _, _ in SIZES) if per_frame else 4) * 1000
+    conditioned, unconditioned = dit(latents, levels, text), dit(latents, levels, null)
+    for scale in (0.0, 1.0, 4.0):
+        outputs = guided(dit, text=text, null_text=null, guidance_scale=scale)(latents, levels)
+        for output, c, u in zip(outputs, conditioned, unconditioned, strict=True):
+            torch.testing.assert_close(output, u + scale * (c - u), atol=1e-4, rtol=0)
+    default = guided(dit, text=text, guidance_scale=0.0)(latents, levels)
+    torch.testing.assert_close(default[0], dit(latents, levels, PackedText.empty(4, 32))[0], atol=1e-5, rtol=0)
+
+
+def test_guidance_of_classes_drops_the_variance() -> None:
+    config = DiTConfig.from_dict({**small(text_dim=None, num_classes=10, learn_sigma=True).to_dict()})
+    dit, latents, labels = awake(DiT(config)), latents_of(SIZES), torch.tensor([1, 2, 3, 4])
+    levels = torch.full((4,), 100.0)
+    outputs = guided(dit, labels=labels, guidance_scale=2.0)(latents, levels)
+    conditioned, null = dit(latents, levels, labels=labels), dit(latents, levels, labels=torch.full((4,), 10))
+    for output, c, u in zip(outputs, conditioned, null, strict=True):
+        torch.testing.assert_close(output, (2 * c - u)[:4], atol=1e-4, rtol=0)
+
+
+SCHEDULERS = {
+    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flow, stochastic": FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+    "ddim": DDIMScheduler(),
+    "ddim, thresholding": DDIMScheduler(thresholding=True),
+    "ddpm": DDPMScheduler(),
+    "euler": diffusers.EulerDiscreteScheduler(),
+    "dpm++": diffusers.DPMSolverMultistepScheduler(),
+    "unipc, flow": diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    "heun": diffusers.HeunDiscreteScheduler(),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS.keys())
+def test_packed_sampling_equals_sampling_alone(scheduler) -> None:
+    """Mixed tasks, mixed sizes, guidance: each sample is what it would have been alone, and given frames stay as they are."""
+    dit, encoder = model()
+    clean = latents_of(SIZES)
+
+    def run(which: list[int], masks: list[Tensor]) -> list[Tensor]:
+        noise, generators = initial_noise([SHAPES[i] for i in which], seeds=[10 + i for i in which])
+        text, null = encoder([CAPTIONS[i] for i in which]), encoder([""] * len(which))
+        denoise = guided(dit, text=text, null_text=null, guidance_scale=2.0)
+        given = [(masks[i], clean[i]) for i in which]
+        return sample(denoise, scheduler, noise, num_inference_steps=4, given=given, generators=generators)
+
+    packed = run([0, 1, 2, 3], GIVEN)
+    for i, mask in enumerate(GIVEN):
+        (alone,) = run([i], GIVEN)
+        assert alone.isfinite().all()
+        assert (packed[i] - alone).abs().max() < 1e-4 * alone.abs().max().clamp(min=1)
+        assert torch.equal(packed[i][:, mask], clean[i][:, mask])
+        assert not torch.allclose(packed[i][:, ~mask], clean[i][:, ~mask], atol=0.1)
+
+
+class Perfect:
+    """A denoiser that knows the one answer, and notes what it is asked."""
+
+    def __init__(self, answers: list[Tensor]) -> None:
+        self.answers, self.asked = answers, []
+
+    def __call__(self, latents: list[Tensor], timesteps: Tensor) -> list[Tensor]:
+        self.asked.append((latents, timesteps))
+        levels = timesteps if len(timesteps) == len(latents) else timesteps.view(len(latents), -1).amax(1)
+        # Flow: x_sigma = (1 - sigma) x + sigma noise, so that noise - x = (x_sigma - x) / sigma.
+        return [(x - answer) / (t / 1000) for x, answer, t in zip(latents, self.answers, levels, strict=True)]
+
+
+def test_a_perfect_model_is_sampled_to_its_answer() -> None:
+    answers = latents_of(SIZES)
+    denoise, seen = Perfect(answers), []
+    noise, _ = initial_noise(SHAPES, seeds=range(4))
+    latents = sample(
+        denoise, FlowMatchEulerDiscreteScheduler(), noise, num_inference_steps=7, callback=lambda *args: seen.append(args)
+    )
+    for latent, answer in zip(latents, answers, strict=True):
+        torch.testing.assert_close(latent, answer, atol=1e-5, rtol=0)
+    assert len(denoise.asked) == 7
+    assert [step for step, _, _ in seen] == list(range(7))
+    assert denoise.asked[0][1].tolist() == [1000.0] * 4
+    assert torch.equal(seen[-1][2][0], latents[0])
+
+
+def test_the_model_sees_given_frames_clean_at_every_step() -> None:
+    answers = latents_of([(4, 8, 8), (4, 4, 4)])
+    given = [torch.tensor([True, False, False, False]), torch.tensor([False, False, True, True])]
+    denoise = Perfect([x + 1 for x in answers])
+    noise, _ = initial_noise([x.shape for x in answers], seeds=[1, 2])
+    scheduler = diffusers.EulerDiscreteScheduler(prediction_type="epsilon")  # scales what the model sees
+    sample(denoise, scheduler, noise, num_inference_steps=3, given=list(zip(given, answers, strict=True)))
+    assert [timesteps[1].item() for _, timesteps in denoise.asked] == [999, 499.5, 0]
+    for latents, timesteps in denoise.asked:
+        assert torch.equal(timesteps, torch.where(torch.cat(given), 0, timesteps[1]))
+        for latent, answer, mask in zip(latents, answers, given, strict=True):
+            assert torch.equal(latent[:, mask], answer[:, mask])
+
+
+def test_initial_noise_depends_on_the_seed_alone() -> None:
+    together, _ = initial_noise(SHAPES, seeds=[5, 6, 7, 8])
+    (alone,), _ = initial_noise(SHAPES[2:3], seeds=[7])
+    assert torch.equal(together[2], alone)
+    assert abs(torch.cat([x.flatten() for x in together]).std() - 1) < 0.1
+
+
+def test_learns_two_images_by_their_captions() -> None:
+    """Training and sampling agree: a tiny model paints the picture that the caption names."""
+    torch.manual_seed(0)
+    dit = DiT(DiTConfig(in_channels=1, patch_size=(1, 2, 2), hidden_size=32, depth=2, num_heads=2, text_dim=16))
+    encoder, scheduler = WordEncoder(16, buckets=64, depth=0), FlowMatchEulerDiscreteScheduler()
+    optimizer = torch.optim.Adam([*dit.parameters(), *encoder.parameters()], lr=5e-3)
+    captions = ["white", "black"] * 4
+    images = [torch.full((1, 1, 4, 4), 1.0 if caption == "white" else -1.0) for caption in captions]
+    for _ in range(60):
+        batch = add_noise(scheduler, images, generator=seeded(len(captions)))
+        loss = diffusion_loss(dit(batch.latents, batch.timesteps, encoder(captions)), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    noise, _ = initial_noise([(1, 1, 4, 4)] * 2, seeds=[0, 1])
+    white, black = sample(guided(dit, text=encoder(["white", "black"])), scheduler, noise, num_inference_steps=8)
+    assert math.isclose(white.mean(), 1, abs_tol=0.3)
+    assert math.isclose(black.mean(), -1, abs_tol=0.3)

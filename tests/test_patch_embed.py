@@ -1,0 +1,228 @@
+"""Patch embedding of videos of mixed sizes, and its inverse."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from tolerance import (  # noqa: F401
+    Case,
+    Target,
+    assert_bit_equal,
+    assert_zero,
+    check_accuracy,
+    check_rejected,
+    run,
+    test_any_strides,
+    test_compiled,
+    test_default_backend,
+    test_registration,
+    test_repeatable,
+)
+from torch import Tensor
+from torch.nn.functional import conv3d
+
+from sora_kernels import patch_embed as ops
+from sora_kernels.layout import PackedLayout, Span
+from sora_kernels.reference import patch_embed as reference
+
+FUNCTION = "patch_embed_3d_forward"
+CASES = {
+    "dit": {"patch_size": (1, 2, 2), "grids": [(3, 4, 5), (1, 9, 2), (2, 1, 1)]},
+    "tubes": {"patch_size": (2, 4, 1), "grids": [(2, 3, 4), (1, 1, 7)]},
+    "pixels": {"patch_size": (1, 1, 1), "grids": [(1, 7, 11), (2, 5, 5)], "channels": 16},
+    "one_token": {"patch_size": (2, 2, 2), "grids": [(1, 1, 1)], "channels": 1, "d": 40},
+    "wide": {"patch_size": (1, 2, 2), "grids": [(2, 5, 7)], "channels": 16, "d": 200},
+    "odd": {"patch_size": (3, 1, 5), "grids": [(1, 4, 3), (2, 2, 2)], "channels": 5, "d": 37},
+    "many": {"patch_size": (1, 2, 2), "grids": [(1, h, w) for h in range(1, 5) for w in range(1, 5)]},
+    "empty_video": {"patch_size": (1, 2, 2), "grids": [(2, 3, 2), (0, 3, 2), (1, 2, 2)]},
+}
+
+
+def make_videos(target: Target, patch_size, grids, channels=4, **_) -> list[Tensor]:
+    sizes = [[n * p for n, p in zip(grid, patch_size, strict=True)] for grid in grids]
+    return [target.randn(channels, *size) for size in sizes]
+
+
+def make_weights(target: Target, patch_size, channels=4, d=24, **_) -> tuple[Tensor, Tensor]:
+    return target.randn(d, channels, *patch_size, scale=0.2), target.randn(d)
+
+
+def plain_embed(videos: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Conv3d on each video, which takes none without frames."""
+    patch_size = weight.shape[2:]
+    maps = [conv3d(video[None], weight, bias, patch_size)[0] for video in videos if video.numel()]
+    return torch.cat([x.flatten(1).T for x in maps])
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_patch_embed(target: Target, case: str, has_bias: bool) -> None:
+    """Tokens and the gradients of the videos, the weight and the bias obey the rule; the layout is that of the grids."""
+    patch_size, grids = CASES[case]["patch_size"], CASES[case]["grids"]
+    videos, (weight, bias) = make_videos(target, **CASES[case]), make_weights(target, **CASES[case])
+    inputs = {"weight": weight, **({"bias": bias} if has_bias else {})}
+    inputs |= {f"videos[{i}]": video for i, video in enumerate(videos)}
+
+    def bind(function):
+        def call(weight: Tensor, *rest: Tensor) -> Tensor:
+            bias, videos = (rest[0], rest[1:]) if has_bias else (None, rest)
+            return function(list(videos), weight, bias)
+
+        return call
+
+    def op(videos: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+        tokens, layout = ops.patch_embed_3d(videos, weight, bias, patch_size=patch_size)
+        assert layout == PackedLayout.from_grids(grids)
+        assert layout.device == tokens.device
+        return tokens
+
+    check_accuracy(bind(op), bind(plain_embed), bind(partial(reference.patch_embed_3d, patch_size=patch_size)), inputs)
+
+
+def test_videos_without_gradient(target: Target) -> None:
+    """Leaving out the videos' gradients changes no bit of the weights'."""
+    case = CASES["dit"]
+    videos, weights = make_videos(target, **case), make_weights(target, **case)
+
+    def embed(weight: Tensor, bias: Tensor, *clips: Tensor) -> Tensor:
+        return ops.patch_embed_3d(clips or videos, weight, bias, patch_size=case["patch_size"])[0]
+
+    alone, together = run(embed, weights), run(embed, [*weights, *videos])
+    assert_bit_equal(alone[0] + alone[1], together[0] + together[1][:2])
+
+
+def test_packed_equals_separate(target: Target) -> None:
+    """Each video's tokens have the bits of that video alone, and the gradients agree."""
+    case = CASES["many"]
+    videos, (weight, bias) = make_videos(target, **case), make_weights(target, **case)
+
+    def embed(*clips: Tensor) -> Tensor:
+        return ops.patch_embed_3d(clips, weight, bias, patch_size=case["patch_size"])[0]
+
+    together, apart = run(embed, videos, torch.clone), [run(embed, [video], torch.clone) for video in videos]
+    assert_bit_equal(together[0], [torch.cat([tokens for (tokens,), _ in apart])])
+    assert_bit_equal(together[1], [gradient for _, (gradient,) in apart])
+
+
+def test_batch(target: Target) -> None:
+    """One [B, C, T, H, W] is the list of its videos."""
+    videos = target.randn(3, 4, 2, 6, 4)
+    for function in (partial(ops.patch_embed_3d, weight=target.randn(8, 4, 1, 2, 2), bias=None), ops.patchify_3d):
+        tokens, layout = function(videos, patch_size=(1, 2, 2))
+        assert layout == PackedLayout.from_grids([(2, 3, 2)] * 3)
+        assert_bit_equal([tokens], [function(list(videos), patch_size=(1, 2, 2))[0]])
+
+
+def written_out(videos: list[Tensor], patch_size: tuple[int, int, int]) -> Tensor:
+    """Patches in raster order, t slowest, each with channels in the order (pt ph pw C), by slicing."""
+    rows = []
+    for video in videos:
+        starts = [range(0, n, p) for n, p in zip(video.shape[1:], patch_size, strict=True)]
+        for corner in itertools.product(*starts):
+            t, h, w = (slice(i, i + p) for i, p in zip(corner, patch_size, strict=True))
+            rows.append(video[:, t, h, w].permute(1, 2, 3, 0).flatten())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_patchify(target: Target, case: str) -> None:
+    """Patches and the gradient through them are exact copies, and unpatchify takes them back to the same videos."""
+    patch_size, videos = CASES[case]["patch_size"], make_videos(target, **CASES[case])
+    layout = PackedLayout.from_grids(CASES[case]["grids"], target.device)
+
+    def patchify(*clips: Tensor) -> Tensor:
+        tokens, found = ops.patchify_3d(clips, patch_size=patch_size)
+        assert found == layout
+        return tokens
+
+    (tokens,), gradients = run(patchify, videos, torch.clone)
+    assert_bit_equal([tokens], [written_out(videos, patch_size)])
+    assert_bit_equal(gradients, videos)
+
+    back, (dtokens,) = run(lambda x: ops.unpatchify_3d(x, layout, patch_size=patch_size), [tokens], torch.clone)
+    assert_bit_equal(back, videos)
+    assert_bit_equal([dtokens], [tokens])
+
+
+def test_unpatchify_slack(target: Target) -> None:
+    """Tokens past the layout's end are left out and have zero gradients."""
+    layout, tokens = PackedLayout.from_grids([(1, 2, 2)], target.device), target.randn(7, 12)
+    tokens[4:] = torch.nan
+    (video,), (gradient,) = run(lambda x: ops.unpatchify_3d(x, layout, patch_size=(1, 2, 2)), [tokens])
+    assert video.shape == (3, 1, 4, 4)
+    assert video.isfinite().all()
+    assert_zero(gradient[4:])
+
+
+def embed(patch_size, weight: Tensor, bias: Tensor, *videos: Tensor) -> Tensor:
+    return ops.patch_embed_3d(videos, weight, bias, patch_size=patch_size)[0]
+
+
+def cut(patch_size, *videos: Tensor) -> Tensor:
+    return ops.patchify_3d(videos, patch_size=patch_size)[0]
+
+
+def join(layout: PackedLayout, tokens: Tensor) -> list[Tensor]:
+    return ops.unpatchify_3d(tokens, layout, patch_size=(1, 2, 2))
+
+
+def embed_case(target: Target) -> Case:
+    inputs = [*make_weights(target, **CASES["dit"]), *make_videos(target, **CASES["dit"])]
+    return Case(embed, (1, 2, 2), inputs, {"patch_embed_3d_forward", "patch_embed_3d_backward"})
+
+
+def cut_case(target: Target) -> Case:
+    return Case(cut, (1, 2, 2), make_videos(target, **CASES["dit"]), {"patchify_3d", "unpatchify_3d"})
+
+
+def join_case(target: Target) -> Case:
+    layout = PackedLayout.from_grids(CASES["dit"]["grids"], target.device)
+    return Case(join, layout, [target.randn(layout.num_tokens, 16)], {"patchify_3d", "unpatchify_3d"})
+
+
+OPS = {"patch_embed": embed_case, "patchify": cut_case, "unpatchify": join_case}
+
+V, W, P = [torch.zeros(4, 2, 4, 6), torch.zeros(4, 1, 2, 2)], torch.zeros(8, 4, 1, 2, 2), (1, 2, 2)
+LAYOUT = PackedLayout.from_grids([(2, 2, 3), (1, 1, 1)])
+GOOD = {
+    "patch_embed_3d": {"videos": V, "weight": W, "bias": torch.zeros(8), "patch_size": P},
+    "patchify_3d": {"videos": V, "patch_size": P},
+    "unpatchify_3d": {"tokens": torch.zeros(13, 16), "layout": LAYOUT, "patch_size": P},
+}
+VIDEOS = [
+    ({"videos": []}, "videos: expected at least one video, got none"),
+    ({"videos": [V[0], 3]}, "videos[1]: expected a torch.Tensor, got int"),
+    ({"videos": [V[0][0]]}, "videos[0]: expected shape [~, T, H, W], got [2, 4, 6]"),
+    ({"videos": [V[0], V[1][:3]]}, "videos[1]: expected shape [4, T, H, W], got [3, 1, 2, 2]"),
+    ({"videos": [V[0], V[1].half()]}, "videos[1]: expected dtype float32, got float16"),
+    ({"videos": [V[0][..., 1:]]}, "videos[0]: expected (T, H, W) divisible by patch_size (1, 2, 2), got (2, 4, 5)"),
+    ({"videos": V[0]}, "videos[0]: expected shape [~, T, H, W], got [2, 4, 6]"),
+    ({"videos": 3}, "videos: expected ~, got ~int~"),
+    ({"patch_size": 2}, "patch_size: expected three ints (T, H, W), got 2"),
+    ({"patch_size": (1, 2)}, "patch_size: expected three ints (T, H, W), got (1, 2)"),
+    ({"patch_size": (0, 2, 2)}, "patch_size: expected three sizes >= 1, got (0, 2, 2)"),
+]
+BAD = {
+    "patchify_3d": VIDEOS,
+    "patch_embed_3d": [
+        *VIDEOS,
+        ({"weight": W[0]}, "weight: expected shape [D, C, pt, ph, pw], got [4, 1, 2, 2]"),
+        ({"patch_size": (2, 2, 2)}, "weight: expected shape [D, C, 2, 2, 2], got [8, 4, 1, 2, 2]"),
+        ({"bias": torch.zeros(7)}, "bias: expected shape [8], got [7]"),
+        ({"bias": torch.zeros(8).half()}, "bias: expected dtype float32, got float16"),
+    ],
+    "unpatchify_3d": [
+        ({"tokens": torch.zeros(16)}, "tokens: expected shape [N, pt*ph*pw*C], got [16]"),
+        ({"tokens": torch.zeros(12, 16)}, "layout: expected at most 12 tokens, got 13"),
+        ({"tokens": torch.zeros(13, 15)}, "tokens: expected a width divisible by 4~, got 15"),
+        ({"layout": 3}, "layout: expected a PackedLayout, got int"),
+        ({"layout": PackedLayout([[Span.text(2), Span.text(2)]])}, "layout: expected one span per sample, got ~2 spans"),
+        ({"patch_size": (1, 2)}, "patch_size: expected three ints (T, H, W), got (1, 2)"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "wrong", "message"), [(name, *row) for name, rows in BAD.items() for row in rows])
+def test_bad_input(name: str, wrong: dict, message: str) -> None:
+    check_rejected(getattr(ops, name), {**GOOD[name], **wrong}, f"{name}: {message}")

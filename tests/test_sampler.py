@@ -1,0 +1,212 @@
+"""Packing by token budget: full batches, mixed sizes, every sample once, and the same batches after resuming."""
+
+from collections import Counter
+from itertools import islice
+from time import perf_counter
+
+import pytest
+import torch
+
+from sora_model.data import MediaError, PackedSampler, World, WorldConfig, WorldSource
+
+# Tokens at patch (1, 2, 2): 2048, 1920, 1920, 640, 256, 1024
+MIXED = [(8, 32, 32), (8, 24, 40), (8, 40, 24), (4, 20, 32), (1, 32, 32), (16, 16, 16)]
+
+
+class Sizes:
+    """A source of blank clips of given sizes; those in `broken` cannot be decoded."""
+
+    def __init__(self, sizes, broken=()):
+        self.sizes, self.broken, self.loaded = sizes, set(broken), 0
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def size(self, index):
+        return self.sizes[index]
+
+    def load(self, index, epoch=0):
+        if index in self.broken:
+            raise MediaError(f"cannot read clip {index}: it is broken")
+        self.loaded += 1
+        return torch.zeros(3, *self.sizes[index]), f"clip {index}"
+
+
+def world_source(**options) -> WorldSource:
+    return WorldSource(World(WorldConfig.simple()), MIXED, **options)
+
+
+def sizes_of(batch):
+    return [tuple(video.shape[1:]) for video in batch.videos]
+
+
+@pytest.mark.parametrize("budget", [2048, 4096, 6000, 9999, 20_000])
+@pytest.mark.parametrize("finite", [True, False])
+def test_batches_are_full_and_within_the_budget(budget, finite):
+    sampler = PackedSampler(Sizes(MIXED * 30) if finite else world_source(), (1, 2, 2), budget)
+    fill = []
+    for batch in islice(sampler.stream(), 60):
+        assert batch.tokens == sum(t * h * w // 4 for t, h, w in sizes_of(batch)) <= budget
+        assert len(batch.videos) == len(batch.captions) == len(batch.indices)
+        fill.append(batch.tokens / budget)
+    assert min(fill) >= 0.9, min(fill)
+    assert sum(fill) / len(fill) >= 0.96
+
+
+def test_awkward_sizes_still_fill():
+    generator = torch.Generator().manual_seed(0)
+    sides = torch.randint(3, 30, (500, 3), generator=generator).tolist()
+    sampler = PackedSampler(Sizes([tuple(s) for s in sides]), (1, 1, 1), 40_000)
+    assert min(sampler.batch(step).tokens for step in range(60)) >= 0.95 * 40_000
+
+
+def test_every_sample_is_used_once_per_epoch():
+    sampler = PackedSampler(Sizes(MIXED * 50), (1, 2, 2), 5000)
+    used = Counter()
+    for batch in sampler.stream():
+        used.update(batch.indices)
+        if used.total() <= 300 - sampler.lookahead:
+            assert max(used.values()) == 1
+        if used.total() >= 10 * 300:
+            break
+    assert set(used) == set(range(300))
+    assert min(used.values()) >= 9
+    assert max(used.values()) <= 11
+
+
+def test_each_epoch_has_its_own_order():
+    sampler = PackedSampler(Sizes([(1, 8, 8)] * 20), (1, 2, 2), 16, lookahead=1)
+    order = [sampler.batch(step).indices[0] for step in range(40)]
+    assert sorted(order[:20]) == sorted(order[20:]) == list(range(20))
+    assert order[:20] != order[20:]
+
+
+@pytest.mark.parametrize("step", [0, 7, 23])
+@pytest.mark.parametrize("finite", [True, False])
+def test_resuming_gives_the_same_batches(step, finite):
+    def stream(start):
+        return PackedSampler(Sizes(MIXED * 9) if finite else world_source(), (1, 2, 2), 4096).stream(start)
+
+    for a, b in zip(islice(stream(0), step, 30), islice(stream(step), 30 - step), strict=True):
+        assert a.indices == b.indices
+        assert a.captions == b.captions
+        assert all(torch.equal(u, v) for u, v in zip(a.videos, b.videos, strict=True))
+
+
+@pytest.mark.parametrize("source", [Sizes(MIXED * 9), world_source()])
+def test_batches_depend_on_seed_and_step_not_on_the_order_of_asking(source):
+    sampler = PackedSampler(source, (1, 2, 2), 4096)
+    forward = [sampler.batch(step).indices for step in range(10)]
+    assert [sampler.batch(step).indices for step in reversed(range(10))] == forward[::-1]
+    other = PackedSampler(source, (1, 2, 2), 4096, seed=1)
+    assert other.batch(0).indices != forward[0]
+
+
+def test_skipping_ahead_decodes_nothing():
+    source = Sizes(MIXED * 50)
+    batch = PackedSampler(source, (1, 2, 2), 5000).batch(500)
+    assert source.loaded == len(batch.videos)
+
+
+@pytest.mark.parametrize("weights", [None, [3, 2, 2, 1, 1, 1], [100, 1, 100, 1, 100, 1]])
+@pytest.mark.parametrize("budget", [4096, 6400, 16_384])
+def test_every_batch_holds_the_sizes_asked_for(weights, budget):
+    sampler = PackedSampler(world_source(weights=weights), (1, 2, 2), budget, min_sizes=4)
+    for batch in islice(sampler.stream(), 40):
+        assert len(set(sizes_of(batch))) >= 4
+        assert 0.9 * budget <= batch.tokens <= budget
+
+
+def test_sizes_asked_for_but_not_there():
+    source = WorldSource(World(), [(1, 8, 8), (2, 8, 8)])
+    with pytest.raises(ValueError, match=r"min_sizes = 3 different sizes .*\(2, 8, 8\): 32"):
+        PackedSampler(source, (1, 2, 2), 400, min_sizes=3).batch(0)
+    with pytest.raises(ValueError, match=r"min_sizes = 4 different sizes within tokens_per_batch = 3000; .*16, 16, 16.: 1024"):
+        PackedSampler(world_source(), (1, 2, 2), 3000, min_sizes=4).batch(0)
+    with pytest.raises(ValueError, match="min_sizes = 2 needs an endless source, but source has 6"):
+        PackedSampler(Sizes(MIXED), (1, 2, 2), 3000, min_sizes=2)
+
+
+def test_sample_too_large_for_the_budget_is_named():
+    sampler = PackedSampler(Sizes([(8, 32, 32)]), (1, 2, 2), 2047)
+    with pytest.raises(ValueError, match=r"sample 0 of size .*\(8, 32, 32\) is 2048 tokens .* tokens_per_batch = 2047"):
+        sampler.batch(0)
+
+
+def test_size_that_patches_do_not_divide():
+    with pytest.raises(ValueError, match=r"\(8, 33, 32\) does not divide by patch_size \(1, 2, 2\)"):
+        PackedSampler(Sizes([(8, 33, 32)]), (1, 2, 2), 4096).batch(0)
+
+
+def test_latent_sizes_count_tokens():
+    def latent(size):
+        return (size[0] - 1) // 4 + 1, size[1] // 8, size[2] // 8
+
+    batch = PackedSampler(Sizes([(9, 64, 96)]), (1, 2, 2), 3 * 24 * 5, latent_size=latent).batch(0)
+    assert batch.tokens == 3 * 24 * 5
+    assert len(batch.videos) == 5
+
+
+def test_ranks_share_the_samples():
+    whole = PackedSampler(world_source(), (1, 2, 2), 4096)
+    ranks = [PackedSampler(world_source(), (1, 2, 2), 4096, rank=r, num_ranks=2) for r in (0, 1)]
+    assert [ranks[n % 2].batch(n // 2).indices for n in range(8)] == [whole.batch(n).indices for n in range(8)]
+
+
+def test_broken_sample_is_left_out_with_one_line(caplog):
+    sampler = PackedSampler(Sizes([(1, 8, 8)] * 4, broken=[2]), (1, 2, 2), 32)
+    for step in range(12):
+        batch = sampler.batch(step)
+        assert batch.videos
+        assert 2 not in batch.indices
+        assert batch.tokens == 16 * len(batch.videos)
+    assert [record.getMessage() for record in caplog.records] == [
+        "left out of its batch: cannot read clip 2: it is broken",
+    ]
+    with pytest.raises(ValueError, match="none of the source's samples can be decoded"):
+        PackedSampler(Sizes([(1, 8, 8)], broken=[0]), (1, 2, 2), 32).batch(0)
+
+
+def test_prefetching_changes_nothing():
+    plain = islice(PackedSampler(world_source(), (1, 2, 2), 4096).stream(3), 10)
+    ahead = PackedSampler(world_source(), (1, 2, 2), 4096).stream(3, prefetch=3)
+    assert [a.indices for a in plain] == [b.indices for b in islice(ahead, 10)]
+    ahead.close()
+
+
+def test_world_source_keeps_its_proportions():
+    source = world_source(weights=[5, 1, 1, 1, 1, 1], detailed=0.25)
+    for first in (0, 10**12):
+        counts = Counter(source.size(first + i) for i in range(1000))
+        assert [counts[size] for size in MIXED] == pytest.approx([500, 100, 100, 100, 100, 100], abs=3)
+    captions = [source.load(i)[1] for i in range(400)]
+    assert sum(" starts " in c or " is " in c for c in captions) / 400 == pytest.approx(0.25, abs=0.02)
+    assert all("move" not in c for i, c in enumerate(captions) if source.size(i)[0] == 1)
+    video, caption = source.load(7)
+    assert tuple(video.shape[1:]) == source.size(7)
+    assert torch.equal(video, world_source().world.sample(7).render(*source.size(7)))
+    assert caption == source.load(7)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"weights": [1, 2]}, "a weight above 0 for each of 6 sizes"), ({"detailed": 2.0}, "0 <= detailed <= 1")],
+)
+def test_world_source_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        world_source(**options)
+
+
+@pytest.mark.parametrize("options", [{"tokens_per_batch": 0}, {"min_sizes": 0}, {"rank": 2, "num_ranks": 2}])
+def test_sampler_that_cannot_be(options):
+    with pytest.raises(ValueError, match="PackedSampler"):
+        PackedSampler(world_source(), **{"patch_size": (1, 2, 2), "tokens_per_batch": 4096, **options})
+
+
+def test_a_batch_costs_little():
+    sampler, times = PackedSampler(world_source(), (1, 2, 2), 8192, min_sizes=4), []
+    for step in range(30):
+        start = perf_counter()
+        sampler.batch(step)
+        times.append(perf_counter() - start)
+    assert min(times) < 0.02  # typically 0.004 s

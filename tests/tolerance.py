@@ -1,0 +1,257 @@
+"""What every op is held to, whatever the op, the backend and the dtype: the one tolerance rule and the shared tests.
+
+The rule: the error against the float64 reference is at most twice that of plain PyTorch at the same dtype, plus what
+storing the result in that dtype costs near 0.3. It holds for every output and for every gradient. In float64, where the
+reference is no more exact than the op, both must agree to AGREE_FLOAT64.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from sora_kernels import backends
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TIMES_PLAIN = 2.0
+ROUNDINGS = 2.0
+# Cotangents that the errors of gradients are taken over: of one, plain PyTorch's error can be small by luck.
+DRAWS = 4
+# Two ways to write a formula agree to this in float64, relative to the largest element.
+AGREE_FLOAT64 = 1e-12
+# Gradients of packed samples against each sample alone, relative to the largest element: sums may be split differently.
+AGREE_PACKED = 1e-5
+
+Run = tuple[list[Tensor], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Device, backend and dtype of one test."""
+
+    device: str
+    backend: str
+    dtype: torch.dtype
+
+    def randn(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape)).to(self.device, self.dtype)
+
+    def boundaries(self, *lengths: int) -> Tensor:
+        """Lengths 3, 0, 5 -> int32 [0, 3, 3, 8]."""
+        return torch.tensor([0, *lengths], device=self.device).cumsum(0).int()
+
+    def __str__(self) -> str:
+        return f"{self.device}-{self.backend}-{str(self.dtype).removeprefix('torch.')}"
+
+
+def random_like(output: Tensor, draw: int = 0) -> Tensor:
+    """A cotangent that depends on the shape and the draw only: bfloat16 numbers, which every dtype holds."""
+    generator = torch.Generator().manual_seed(output.numel() + 1_000_003 * draw)
+    return torch.randn(output.shape, generator=generator).bfloat16().to(output)
+
+
+def run(function: Callable, inputs: Iterable[Tensor], cotangent: Callable[[Tensor], Tensor] = random_like) -> Run:
+    """Outputs and gradients of `function(*inputs)`; leaves share the inputs' memory and strides."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    result = function(*leaves)
+    outputs = list(result) if isinstance(result, tuple | list) else [result]
+    cotangents = [cotangent(output.detach()) for output in outputs]
+    gradients = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, materialize_grads=True)
+    return [output.detach() for output in outputs], list(gradients)
+
+
+def run_draws(function: Callable, inputs: Iterable[Tensor]) -> Run:
+    """Outputs, and the gradients for each of DRAWS cotangents, stacked."""
+    inputs = list(inputs)
+    runs = [run(function, inputs, partial(random_like, draw=draw)) for draw in range(DRAWS)]
+    return runs[0][0], [torch.stack(gradients) for gradients in zip(*(gradients for _, gradients in runs), strict=True)]
+
+
+def largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def assert_bit_equal(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    torch.testing.assert_close(list(actual), list(expected), rtol=0, atol=0, equal_nan=True)
+
+
+def assert_zero(*tensors: Tensor) -> None:
+    for x in tensors:
+        assert not x.any(), f"expected zeros, got {x}"
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """Largest distance; infinities (the lse of a query without keys) must be the same, and NaN is as far as can be."""
+    infinite = exact.isinf()
+    if actual.shape != exact.shape or not torch.equal(actual[infinite].double(), exact[infinite]):
+        return torch.inf
+    return largest((actual.double() - exact).masked_fill(infinite, 0).nan_to_num(nan=torch.inf))
+
+
+def allowed_error(plain: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    """The rule, for a result stored in `dtype` where plain PyTorch computes `plain`."""
+    finite = exact.masked_fill(exact.isinf(), 0)
+    if dtype == torch.float64:
+        return AGREE_FLOAT64 * max(1, largest(finite))
+    stored = finite.to(dtype)
+    return TIMES_PLAIN * error(plain, exact) + ROUNDINGS * largest((stored + 0.3 - 0.3) - stored)
+
+
+def check_accuracy(op: Callable, plain: Callable, exact: Callable, inputs: dict[str, Tensor]) -> Run:
+    """Holds the outputs and all gradients of `op` to the rule; `plain` runs at the inputs' dtype, `exact` in float64.
+
+    `plain` in float64 must give what `exact` gives, so that the reference itself has a witness.
+    """
+    doubles = [x.double() for x in inputs.values()]
+    actual, rough = run_draws(op, inputs.values()), run_draws(plain, inputs.values())
+    truth, witness = run_draws(exact, doubles), run_draws(plain, doubles)
+    for kind, *results in zip(("output", "gradient"), actual, rough, truth, witness, strict=True):
+        for i, (got, at_dtype, right, second) in enumerate(zip(*results, strict=True)):
+            name = f"{kind} {i if kind == 'output' else list(inputs)[i]}"
+            distance = error(second, right)
+            assert distance <= allowed_error(second, right, torch.float64), f"{name}: the reference is off by {distance}"
+            distance, allowed = error(got, right), allowed_error(at_dtype, right, got.dtype)
+            assert distance <= allowed, f"{name} {list(right.shape)}: error {distance:.3g} exceeds {allowed:.3g}"
+    for gradient, x in zip(actual[1], inputs.values(), strict=True):
+        assert gradient.dtype == x.dtype
+    return actual[0], [gradient[0] for gradient in actual[1]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one packed batch: `op(layout, *inputs, *shared)`, and what it is made of, sample by sample."""
+
+    op: Callable
+    layout: Any
+    inputs: list[Tensor]
+    operators: set[str]  # what runs, of torch.ops.sora_kernels
+    shared: list[Tensor] = field(default_factory=list)  # weights
+    parts: list[tuple[Any, list[Tensor]]] = field(default_factory=list)  # (layout, inputs) of each sample
+
+    @classmethod
+    def of_samples(cls, op: Callable, layout: Any, parts: list[tuple[Any, list[Tensor]]], operators: set[str], *shared: Tensor):
+        inputs = [torch.cat(column) for column in zip(*(sample for _, sample in parts), strict=True)]
+        return cls(op, layout, inputs, operators, list(shared), parts)
+
+    @property
+    def arguments(self) -> list[Tensor]:
+        return self.inputs + self.shared
+
+    def __call__(self, *arguments: Tensor) -> Any:
+        return self.op(self.layout, *arguments)
+
+
+# The tests below run for every entry of a test module's OPS, a dict of functions that make a Case for a target.
+
+
+def test_packed_equals_separate(target: Target, make_case: Callable[[Target], Case]) -> None:
+    """The packed batch has the bits of its samples run one by one; gradients agree.
+
+    The cotangents are the outputs themselves, which makes them the same on both sides.
+    """
+    case = make_case(target)
+    together = run(case, case.arguments, torch.clone)
+    apart = [run(partial(case.op, layout), sample + case.shared, torch.clone) for layout, sample in case.parts]
+    for i, output in enumerate(together[0]):
+        assert_bit_equal([output], [torch.cat([outputs[i] for outputs, _ in apart])])
+    for i, gradient in enumerate(together[1]):
+        parts = [gradients[i] for _, gradients in apart]
+        if i < len(case.inputs):
+            expected = torch.cat(parts)
+        elif gradient.dtype.itemsize >= 4:
+            expected = torch.stack(parts).sum(dim=0)
+        else:
+            continue  # a weight's gradient rounded sample by sample is another number
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=AGREE_PACKED * max(1, largest(expected)))
+
+
+def test_repeatable(target: Target, make_case: Callable[[Target], Case]) -> None:
+    """The same run twice gives the same bits, forward and backward, and leaves the inputs as they were."""
+    case = make_case(target)
+    before = [x.clone() for x in case.arguments]
+    first, second = run(case, case.arguments), run(case, case.arguments)
+    assert_bit_equal(first[0] + first[1], second[0] + second[1])
+    assert_bit_equal(case.arguments, before)
+
+
+@pytest.mark.parametrize("strided", ["rows", "columns", "cotangent"])
+def test_any_strides(target: Target, make_case: Callable[[Target], Case], strided: str) -> None:
+    """Rows of a wider buffer, a last dimension of stride 2 or a cotangent of stride 0 (that of a sum) change no bit."""
+    case = make_case(target)
+    inputs, ones = case.arguments, torch.ones_like
+    expected = run(case, inputs, ones)
+    if strided == "rows":
+        inputs = [torch.cat([torch.full_like(x, torch.nan), x], dim=-1)[..., x.shape[-1] :] for x in inputs]
+    elif strided == "columns":
+        inputs = [torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0] for x in inputs]
+    else:
+        ones = lambda output: output.new_ones(()).expand(output.shape)  # noqa: E731
+    actual = run(case, inputs, ones)
+    assert_bit_equal(actual[0] + actual[1], expected[0] + expected[1])
+
+
+@pytest.mark.skipif("SORA_KERNELS_BACKEND" in os.environ, reason="the environment forces a backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_default_backend(make_case: Callable[[Target], Case], dtype: torch.dtype) -> None:
+    """Left alone, every function runs on the first backend in the list that can run it, forward and backward."""
+    case = make_case(Target("cpu", "any", dtype))
+    with backends.record() as calls:
+        run(case, case.arguments)
+    assert {function for function, _ in calls} == case.operators
+    for function, name in calls:
+        able = [candidate for candidate, reason in backends.candidates(function, "cpu", dtype) if reason is None]
+        assert name == able[0]
+
+
+class RecordOps(TorchDispatchMode):
+    """Collects the calls of this library's registered operators: (operator, arguments)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "sora_kernels":
+            self.calls.append((func, tree_map_only(Tensor, Tensor.detach, args)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_registration(target32: Target, make_case: Callable[[Target], Case]) -> None:
+    """Exactly the expected operators run, forward and backward, and each passes torch.library.opcheck."""
+    case = make_case(target32)
+    with RecordOps() as recorded:
+        run(case, case.arguments)
+    leaves = {x.data_ptr() for x in case.arguments}
+    assert {func.name().removeprefix("sora_kernels::") for func, _ in recorded.calls} == case.operators
+    for func, args in recorded.calls:
+        if not func.name().endswith("_backward"):
+            args = tree_map_only(Tensor, lambda x: x.requires_grad_(x.data_ptr() in leaves), args)
+        torch.library.opcheck(func, args)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled(target32: Target, make_case: Callable[[Target], Case], compiler: str) -> None:
+    """One graph under torch.compile, and the bits of the eager run, forward and backward."""
+    case = make_case(target32)
+    torch.compiler.reset()
+    compiled = torch.compile(case, fullgraph=True, backend=compiler)
+    actual, expected = run(compiled, case.arguments), run(case, case.arguments)
+    assert_bit_equal(actual[0] + actual[1], expected[0] + expected[1])
+
+
+def check_rejected(function: Callable, arguments: dict[str, Any], message: str) -> None:
+    """Bad input raises ValueError or TypeError with "op: argument: expected ..., got ..."; `~` stands for any text."""
+    assert re.fullmatch(r"\w+: .+: expected .+, got .+", message), message
+    pattern = ".*".join(map(re.escape, message.split("~")))
+    with pytest.raises((ValueError, TypeError), match=f"^{pattern}$"):
+        function(**arguments)
