@@ -87,6 +87,7 @@ struct type_caster<sora::Tensor> {
   static sora::DType dtype_of(dlpack::DataType type) {
     if (type.code == dlpack::kFloat && type.bits == 32) return sora::DType::kFloat32;
     if (type.code == dlpack::kFloat && type.bits == 16) return sora::DType::kFloat16;
+    if (type.code == dlpack::kFloat && type.bits == 64) return sora::DType::kFloat64;
     if (type.code == dlpack::kBfloat && type.bits == 16) return sora::DType::kBfloat16;
     if (type.code == dlpack::kInt && type.bits == 32) return sora::DType::kInt32;
     return sora::DType::kOther;

@@ -5,7 +5,7 @@
 
 namespace sora {
 
-enum class DType { kFloat32, kBfloat16, kFloat16, kInt32, kOther };
+enum class DType { kFloat32, kBfloat16, kFloat16, kFloat64, kInt32, kOther };
 
 struct Tensor {
   static constexpr int kMaxDims = 6;
@@ -15,8 +15,9 @@ struct Tensor {
   int64_t size[kMaxDims] = {};
   int64_t stride[kMaxDims] = {};  // in elements
 
-  explicit operator bool() const { return ndim > 0; }
-  const int32_t* ints() const { return static_cast<const int32_t*>(data); }
+  // Inlined always: were they left as functions, the linker would share one tier's copy among all tiers.
+  __attribute__((always_inline)) explicit operator bool() const { return ndim > 0; }
+  __attribute__((always_inline)) const int32_t* ints() const { return static_cast<const int32_t*>(data); }
 };
 
 }  // namespace sora

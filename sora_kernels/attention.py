@@ -314,11 +314,14 @@ def _flash(
             fail(op, "alibi_slopes", f"shape [{heads}] or [{batch}, {heads}]", str(list(alibi_slopes.shape)))
         alibi = alibi_slopes.expand(batch, heads)
     out, lse = _forward(q, k, v, cu_q, cu_k, None, alibi, scale, left, right, max(float(softcap), 0.0))
-    return (out, lse, out.newempty_like(0)) if return_attn_probs else out
+    if not return_attn_probs:
+        return out
+    return out, lse if q.dtype == torch.float64 else lse.float(), out.new_empty(0)
 
 
 def _decode_window(op: str, window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
-    if len(window_size) != 2 or any(not isinstance(w, int) or w < -1 for w in window_size):
+    pair = isinstance(window_size, tuple | list) and len(window_size) == 2
+    if not pair or any(not isinstance(w, int) or w < -1 for w in window_size):
         fail(op, "window_size", "two sizes >= -1 (left, right)", repr(window_size))
     left, right = (UNBOUNDED if w == -1 else w for w in window_size)
     return left, 0 if causal else right

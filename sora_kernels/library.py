@@ -39,9 +39,12 @@ def rows(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def lse_like(q: Tensor) -> Tensor:
-    """[B, H, S] for dense q [B, S, H, d], [H, N] for packed q [N, H, d]; float32 at least."""
+    """An uninitialised log-sum-exp: [B, H, S] for dense q [B, S, H, d], [H, N] for packed q [N, H, d].
+
+    Always float64: the backward recomputes each row's probabilities from one number, whose rounding would scale the whole row.
+    """
     shape = (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
-    return q.new_empty(shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return q.new_empty(shape, dtype=torch.float64)
 
 
 def empty_like(x: Tensor) -> Tensor:

@@ -109,6 +109,8 @@ def _check_patch(op: str, patch_size: tuple[int, int, int]) -> list[int]:
 
 
 def _check_videos(op: str, videos: Videos, patch: list[int], weight: Tensor | None) -> tuple[list[Tensor], PackedLayout]:
+    if not isinstance(videos, Tensor | list | tuple):
+        fail(op, "videos", "a list of tensors [C, T, H, W] or one [B, C, T, H, W]", type(videos).__name__, TypeError)
     clips = list(videos)
     if not clips:
         fail(op, "videos", "at least one video", "none")

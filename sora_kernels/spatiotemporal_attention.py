@@ -56,9 +56,10 @@ def spatiotemporal_attention(
     check_cu_seqlens(op, "layout.cu_seqlens", layout.cu_seqlens, q)
     check_tensor(op, "k", k, (q.shape[0], "Hk", "d"))
     scale = check_qkv(op, q, k, v, 0.0, softmax_scale)
-    sizes = [0 if w is None else w for w in ((None, None, None) if window is None else window)]
-    if len(sizes) != 3 or any(not isinstance(w, int) or w < 0 for w in sizes) or (window is not None and 0 in window):
+    axes = (None, None, None) if window is None else window
+    if not isinstance(axes, tuple | list) or len(axes) != 3 or any(w is not None and (not isinstance(w, int) or w < 1) for w in axes):
         fail(op, "window", "three sizes >= 1, or None for a whole axis", repr(window))
+    sizes = [0 if w is None else w for w in axes]
     causal_axes = triple(op, "causal", causal, bool)
     if not any(sizes) and not any(causal_axes):
         from .attention import flash_attn_varlen_func  # here, as that module imports this one

@@ -66,7 +66,7 @@ def one_line_errors() -> Iterator[None]:
 
 @app.callback()
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)])
+    logging.getLogger("sora_model").handlers = [RichHandler(console=errors, show_path=False, show_time=False)]
 
 
 @app.command()

@@ -84,6 +84,11 @@ class NoisedBatch:
     given: list[Tensor] | None
 
 
+def prediction_type(scheduler: Any) -> str:
+    """What the scheduler wants predicted: "flow_prediction", "epsilon", "v_prediction" or "sample"."""
+    return scheduler.config.get("prediction_type", "flow_prediction")
+
+
 def add_noise(
     scheduler: Any,
     latents: Sequence[Tensor],
@@ -114,10 +119,11 @@ def add_noise(
     # One level from each of `samples` equal slices of (0, 1), in random order: less variance than independent draws.
     slices = torch.randperm(samples, generator=generator)
     levels = (slices + torch.rand(samples, generator=generator)) / samples
-    prediction = scheduler.config.get("prediction_type", "flow_prediction")
+    prediction = prediction_type(scheduler)
     if prediction == "flow_prediction":
         sigmas = torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(levels.clamp(1e-6, 1 - 1e-6)))
-        sigmas = scheduler.shift * sigmas / (1 + (scheduler.shift - 1) * sigmas)
+        shift = scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))
+        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
         timesteps = (sigmas * scheduler.config.num_train_timesteps).to(device)
         pairs = list(zip(latents, noise, sigmas.tolist(), strict=True))
         noised = [torch.lerp(x, n, sigma) for x, n, sigma in pairs]

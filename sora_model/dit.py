@@ -11,7 +11,8 @@ Each residual step and the norm and modulation that follow it, even across block
 block is therefore the pair (x, y): the residual stream, and y = modulate(norm(x)), the next sub-layer's input.
 
 Sources: Peebles and Xie, Scalable Diffusion Models with Transformers (2023): blocks, adaLN-Zero, embeddings, initialisation; Chen
-et al., PixArt-alpha (2023): ungated cross-attention between the two, its output projection zero at first.
+et al., PixArt-alpha (2023): ungated cross-attention between the two, its output projection zero at first; Li and He, Back to
+Basics: Let Denoising Generative Models Denoise (JiT, 2025): a network that puts out x, trained on velocities.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from .conditioning import PackedText
 from .config import DiTConfig
 
 FREQUENCIES = 256  # channels of the timestep's sinusoids
+TIMESTEPS = 1000  # the timestep of pure noise
+SMALLEST_SIGMA = 0.05  # below it errors of a predicted x count no more than there, as in JiT
 
 
 def sinusoids(positions: Tensor, dim: int, shift: int = 0) -> Tensor:
@@ -168,15 +171,15 @@ class DiT(nn.Module):
             labels: int64 [B], for a model with classes.
 
         Returns:
-            B tensors [out_channels, T, H, W] in the model's dtype.
+            B tensors [out_channels, T, H, W], in the model's dtype or, with prediction="clean", in the latents' if that is wider.
 
         Raises:
             ValueError: sizes that the patch does not divide, a number of timesteps, captions or labels that does not fit,
                 a video for a model with sin-cos positions.
         """
         weight, patch = self.final.weight, self.config.patch_size
-        latents = [latent.to(weight) for latent in latents]
-        x, layout = patch_embed_3d(latents, self.patch_embed.weight, self.patch_embed.bias, patch_size=patch)
+        inputs = [latent.to(weight) for latent in latents]
+        x, layout = patch_embed_3d(inputs, self.patch_embed.weight, self.patch_embed.bias, patch_size=patch)
         if self.config.positions == "sincos":
             x = x + self._sincos(layout).to(x)
         if text_dim := self.config.text_dim:
@@ -193,7 +196,18 @@ class DiT(nn.Module):
                 x, y = checkpoint(block, *args, use_reentrant=False)
             else:
                 x, y = block(*args)
-        return unpatchify_3d(self.final(y), layout, patch_size=patch)
+        outputs = unpatchify_3d(self.final(y), layout, patch_size=patch)
+        return outputs if self.config.prediction == "direct" else self._velocities(latents, outputs, timesteps)
+
+    def _velocities(self, latents: Sequence[Tensor], clean: list[Tensor], timesteps: Tensor) -> list[Tensor]:
+        """(x_sigma - x) / sigma of each latent."""
+        pt = self.config.patch_size[0]
+        levels = [1 if len(timesteps) == len(latents) else latent.shape[1] // pt for latent in latents]
+        sigmas = (timesteps.to(clean[0].device) / TIMESTEPS).clamp(min=SMALLEST_SIGMA).split(levels)
+        return [
+            (noised.to(x.device) - x) / sigma.repeat_interleave(x.shape[1] // len(sigma))[:, None, None]
+            for noised, x, sigma in zip(latents, clean, sigmas, strict=True)
+        ]
 
     def _condition(
         self, layout: PackedLayout, timesteps: Tensor, text: PackedText | None, labels: Tensor | None
@@ -240,16 +254,14 @@ class DiT(nn.Module):
         return torch.cat([sinusoids(axis, half).roll(half // 2, dims=1) for axis in (w, h)], dim=1)
 
     def _initialize(self) -> None:
-        """As in the DiT paper's code; zero wherever a residual or the output begins."""
+        """As in the DiT paper's code, but for the embedders, whose 0.02 suits wide models only. Residuals and output begin at zero."""
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter.view(parameter.shape[0], -1))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        for embed in (self.time_embed, self.text_embed, self.label_embed):
-            for parameter in embed.parameters() if embed is not None else ():
-                if parameter.ndim > 1:
-                    nn.init.normal_(parameter, std=0.02)
+        if self.label_embed is not None:
+            nn.init.normal_(self.label_embed.weight, std=0.02)
         zero = [self.final, self.final_modulation, *(block.modulation for block in self.blocks)]
         zero += [block.cross_attention.out for block in self.blocks if block.cross_attention is not None]
         for layer in zero:

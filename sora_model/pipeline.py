@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .conditioning import TextEncoder
 from .config import DiTConfig
-from .diffusion import Callback, guided, initial_noise, sample
-from .dit import DiT
+from .diffusion import Callback, guided, initial_noise, prediction_type, sample
+from .dit import TIMESTEPS, DiT
 from .text import WordEncoder
 from .vae import Codec, PixelCodec
 
@@ -49,6 +49,12 @@ class SoraPipeline:
         ):
             if wanted != got:
                 raise ValueError(f"SoraPipeline: dit.config.{what}: expected {wanted}, got {got}")
+        kind, timesteps = prediction_type(scheduler), scheduler.config.num_train_timesteps
+        if dit.config.prediction == "clean" and (kind, timesteps) != ("flow_prediction", TIMESTEPS):
+            raise ValueError(
+                f"SoraPipeline: scheduler: expected flow matching with {TIMESTEPS} timesteps, as dit.config.prediction is 'clean', "
+                f"got {type(scheduler).__name__} of {kind} with {timesteps}"
+            )
 
     @property
     def unit(self) -> Size:

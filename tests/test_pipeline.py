@@ -98,6 +98,9 @@ def test_wrong_inputs_are_named(pipeline: SoraPipeline) -> None:
         pipeline(["x"], [(4, 16, 16)], given=[{0: torch.zeros(3, 1, 16, 16)}])
     with pytest.raises(ValueError, match="text_dim: expected 16, got 32"):
         SoraPipeline(pipeline.dit, WordEncoder(16), pipeline.scheduler)
+    clean = DiT(small(in_channels=3, prediction="clean"))
+    with pytest.raises(ValueError, match=r"expected flow matching with 1000 timesteps.*got DDIMScheduler of epsilon"):
+        SoraPipeline(clean, pipeline.text_encoder, DDIMScheduler())
 
 
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(shift=3.0), DDIMScheduler(clip_sample=False)])

@@ -60,21 +60,30 @@ def random_like(output: Tensor, draw: int = 0) -> Tensor:
     return torch.randn(output.shape, generator=generator).bfloat16().to(output)
 
 
-def run(function: Callable, inputs: Iterable[Tensor], cotangent: Callable[[Tensor], Tensor] = random_like) -> Run:
-    """Outputs and gradients of `function(*inputs)`; leaves share the inputs' memory and strides."""
+def forward(function: Callable, inputs: Iterable[Tensor]) -> Run:
+    """Leaves that share the inputs' memory and strides, and the outputs of `function` on them."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     result = function(*leaves)
-    outputs = list(result) if isinstance(result, tuple | list) else [result]
+    return leaves, list(result) if isinstance(result, tuple | list) else [result]
+
+
+def backward(leaves: list[Tensor], outputs: list[Tensor], cotangent: Callable, retain_graph: bool = False) -> list[Tensor]:
     cotangents = [cotangent(output.detach()) for output in outputs]
-    gradients = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, materialize_grads=True)
-    return [output.detach() for output in outputs], list(gradients)
+    options = {"retain_graph": retain_graph, "allow_unused": True, "materialize_grads": True}
+    return list(torch.autograd.grad(outputs, leaves, cotangents, **options))
+
+
+def run(function: Callable, inputs: Iterable[Tensor], cotangent: Callable[[Tensor], Tensor] = random_like) -> Run:
+    """Outputs and gradients of `function(*inputs)`."""
+    leaves, outputs = forward(function, inputs)
+    return [output.detach() for output in outputs], backward(leaves, outputs, cotangent)
 
 
 def run_draws(function: Callable, inputs: Iterable[Tensor]) -> Run:
     """Outputs, and the gradients for each of DRAWS cotangents, stacked."""
-    inputs = list(inputs)
-    runs = [run(function, inputs, partial(random_like, draw=draw)) for draw in range(DRAWS)]
-    return runs[0][0], [torch.stack(gradients) for gradients in zip(*(gradients for _, gradients in runs), strict=True)]
+    leaves, outputs = forward(function, inputs)
+    draws = [backward(leaves, outputs, partial(random_like, draw=draw), retain_graph=True) for draw in range(DRAWS)]
+    return [output.detach() for output in outputs], [torch.stack(gradients) for gradients in zip(*draws, strict=True)]
 
 
 def largest(x: Tensor) -> float:
@@ -113,15 +122,18 @@ def check_accuracy(op: Callable, plain: Callable, exact: Callable, inputs: dict[
     `plain` in float64 must give what `exact` gives, so that the reference itself has a witness.
     """
     doubles = [x.double() for x in inputs.values()]
-    actual, rough = run_draws(op, inputs.values()), run_draws(plain, inputs.values())
-    truth, witness = run_draws(exact, doubles), run_draws(plain, doubles)
-    for kind, *results in zip(("output", "gradient"), actual, rough, truth, witness, strict=True):
-        for i, (got, at_dtype, right, second) in enumerate(zip(*results, strict=True)):
+    actual, rough, truth = run_draws(op, inputs.values()), run_draws(plain, inputs.values()), run_draws(exact, doubles)
+    for kind, *results in zip(("output", "gradient"), actual, rough, truth, strict=True):
+        for i, (got, at_dtype, right) in enumerate(zip(*results, strict=True)):
             name = f"{kind} {i if kind == 'output' else list(inputs)[i]}"
-            distance = error(second, right)
-            assert distance <= allowed_error(second, right, torch.float64), f"{name}: the reference is off by {distance}"
             distance, allowed = error(got, right), allowed_error(at_dtype, right, got.dtype)
-            assert distance <= allowed, f"{name} {list(right.shape)}: error {distance:.3g} exceeds {allowed:.3g}"
+            assert distance <= allowed < torch.inf, f"{name} {list(right.shape)}: error {distance:.3g} exceeds {allowed:.3g}"
+
+    witness = run(plain, doubles)
+    truth = truth[0], [gradient[0] for gradient in truth[1]]
+    for right, second in zip(truth[0] + truth[1], witness[0] + witness[1], strict=True):
+        distance = error(second, right)
+        assert distance <= allowed_error(second, right, torch.float64), f"the reference is off by {distance:.3g}"
     for gradient, x in zip(actual[1], inputs.values(), strict=True):
         assert gradient.dtype == x.dtype
     return actual[0], [gradient[0] for gradient in actual[1]]

@@ -4,8 +4,6 @@
 // result, so memory sees each input once. Backward: an item is up to kTokens tokens of one row r; it sums the gradients of that
 // row's shift, scale and gate in float32, and a second pass adds the items of each row in order. Items count from the row's first
 // token, so the result depends neither on the threads nor on what else is packed.
-#include <cmath>
-
 #include "parallel.h"
 #include "simd.h"
 
@@ -13,6 +11,7 @@ namespace sora::SORA_TIER {
 namespace {
 
 constexpr int64_t kTokens = 64;
+constexpr int64_t kGroup = 8;  // tokens whose gradients are summed before they join a longer sum, which keeps rounding errors small
 
 template <class T>
 T* row(const Tensor& x, int64_t n) {
@@ -70,7 +69,7 @@ void norm_token(const AdaLn& a, const T* x, int64_t n, int64_t r) {
                                    return c * c;
                                  }) /
                          d;
-  const float rstd = 1 / std::sqrt(variance + a.eps);
+  const float rstd = 1 / __builtin_sqrtf(variance + a.eps);
   static_cast<float*>(a.mean.data)[n] = mean;
   static_cast<float*>(a.rstd.data)[n] = rstd;
   const T *scale = row<const T>(a.scale, r), *shift = row<const T>(a.shift, r);
@@ -182,7 +181,14 @@ void backward(const AdaLn& a) {
       (first[middle] <= item ? r : high) = middle;
     }
     const int64_t begin = cu[r] + (item - first[r]) * kTokens, end = begin + kTokens < cu[r + 1] ? begin + kTokens : cu[r + 1];
-    for (int64_t n = begin; n < end; ++n) backward_token<T>(a, n, r, partial + item * stride);
+    float *total = partial + item * stride, *group = Scratch::get(stride);
+    for (int64_t n = begin; n < end; n += kGroup) {
+      memset(group, 0, stride * sizeof(float));
+      for (int64_t m = n; m < end && m < n + kGroup; ++m) backward_token<T>(a, m, r, group);
+      each_vector(stride, [&](int64_t i, int lanes) {
+        store_lanes(total + i, load_lanes(total + i, lanes) + load_lanes(group + i, lanes), lanes);
+      });
+    }
   });
   for (int64_t n = used_tokens(a); n < a.x.size[0]; ++n) zero_row<T>(a.dx, n), zero_row<T>(a.dresidual, n);
 
@@ -193,21 +199,22 @@ void backward(const AdaLn& a) {
       const vf one = vf{} + 1.0f;
       const vf weight = a.weight ? load_lanes(static_cast<const T*>(a.weight.data) + i, lanes) : one;
       const vf bias = a.bias ? load_lanes(static_cast<const T*>(a.bias.data) + i, lanes) : vf{};
-      vf dweight = {}, dbias = {};
+      Total dweight, dbias;
       for (int64_t r = 0; r < rows; ++r) {
-        vf total[kSums] = {};
+        Total totals[kSums];
         for (int64_t item = first[r]; item < first[r + 1]; ++item)
-          for (int k = 0; k < kSums; ++k) total[k] += load_lanes(partial + item * stride + k * d + i, lanes);
+          for (int k = 0; k < kSums; ++k) totals[k].add(load_lanes(partial + item * stride + k * d + i, lanes));
+        const vf total[kSums] = {totals[kShift].value(), totals[kScale].value(), totals[kGate].value()};
         if (a.scale) {
           store_lanes(row<T>(a.dshift, r) + i, total[kShift], lanes);
           store_lanes(row<T>(a.dscale, r) + i, total[kScale] * weight + total[kShift] * bias, lanes);
           const vf factor = 1.0f + load_lanes(row<const T>(a.scale, r) + i, lanes);
-          dweight += total[kScale] * factor, dbias += total[kShift] * factor;
+          dweight.add(total[kScale] * factor), dbias.add(total[kShift] * factor);
         }
         if (a.gate) store_lanes(row<T>(a.dgate, r) + i, total[kGate], lanes);
       }
-      if (a.dweight) store_lanes(static_cast<T*>(a.dweight.data) + i, dweight, lanes);
-      if (a.dbias) store_lanes(static_cast<T*>(a.dbias.data) + i, dbias, lanes);
+      if (a.dweight) store_lanes(static_cast<T*>(a.dweight.data) + i, dweight.value(), lanes);
+      if (a.dbias) store_lanes(static_cast<T*>(a.dbias.data) + i, dbias.value(), lanes);
     });
   });
   free(partial);

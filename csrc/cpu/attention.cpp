@@ -5,12 +5,12 @@
 // width.
 //
 //   forward    an item is up to kQueryBlock queries of one head. For each block of kKeyBlock keys: widen K and V to float32 once,
-//              then for each panel of kPanel queries S^T = K Q^T; P = 2^(S - m); O^T = O^T * 2^(m_old - m) + V^T P.
+//              then for each panel of kPanel queries S^T = K Q^T; P = exp(S - m); O^T = O^T * exp(m_old - m) + V^T P.
 //   backward   an item is one key head of a sample, with all its query heads. For each kKeySuper keys: for each panel of queries
 //              recompute P; dP^T = V dO^T; dS = P (dP - delta); dV += P dO; dK += dS Q; dQ^T += K^T dS. Nothing is shared between
 //              items, so there are no atomics and the sums have a fixed order.
 //
-// Scores are in units of log2 (Q carries scale * log2 e). Blocks count from a sample's first token, so a sample's result does not
+// Q carries the softmax scale. Blocks count from a sample's first token, so a sample's result does not
 // depend on what it is packed with. Memory is per thread; the backward's grows with the sample's queries (dQ in float32).
 #include "gemm.h"
 #include "mask.h"
@@ -22,7 +22,6 @@ namespace {
 constexpr int kPanel = 64;
 constexpr int kKeyBlock = 64;
 constexpr int kKeySuper = 512;
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 // Rows of one head of one sample: token n is at data + n * stride.
 template <class T>
@@ -38,8 +37,8 @@ struct Rows {
 };
 
 // lse is [B, H, S] dense, [H, N] packed.
-float* lse_row(const Tensor& lse, const Sample& s, int64_t head) {
-  float* data = static_cast<float*>(lse.data);
+double* lse_row(const Tensor& lse, const Sample& s, int64_t head) {
+  double* data = static_cast<double*>(lse.data);
   return lse.ndim == 3 ? data + s.q_batch * lse.stride[0] + head * lse.stride[1] : data + head * lse.stride[0] + s.q_start;
 }
 
@@ -88,21 +87,21 @@ void narrow_transposed(const float* src, const float* factor, Rows<T> rows, int6
 
 // What turns raw products into scores beyond the mask: soft cap, additive mask and ALiBi, for one head of one sample.
 struct ScoreTerms {
-  float cap;  // in units of log2; 0: none
+  float cap;  // 0: none
   const float* bias;
   int64_t bias_q, bias_k;
-  float slope;       // in units of log2
+  float slope;
   int64_t diagonal;  // Sk - S
 
   ScoreTerms(const Attention& a, const Sample& s, int head)
-      : cap(a.softcap * kLog2e), bias(nullptr), slope(0), diagonal(s.k_size - s.q_size) {
+      : cap(a.softcap), bias(nullptr), slope(0), diagonal(s.k_size - s.q_size) {
     if (a.bias) {
       bias = static_cast<const float*>(a.bias.data) + s.q_batch * a.bias.stride[0] + head * a.bias.stride[1];
       bias_q = a.bias.stride[2], bias_k = a.bias.stride[3];
     }
     if (a.alibi) {
       const int64_t b = &s - a.samples;
-      slope = static_cast<const float*>(a.alibi.data)[b * a.alibi.stride[0] + head * a.alibi.stride[1]] * kLog2e;
+      slope = static_cast<const float*>(a.alibi.data)[b * a.alibi.stride[0] + head * a.alibi.stride[1]];
     }
   }
   bool any() const { return cap > 0 || bias != nullptr || slope != 0; }
@@ -121,7 +120,7 @@ struct ScoreTerms {
         if (bias != nullptr) {
           vf b = {};
           for (int i = 0; i < W && c + i < num_queries; ++i) b[i] = bias[(q_begin + c + i) * bias_q + (k_begin + j) * bias_k];
-          x += b * kLog2e;
+          x += b;
         }
         if (slope != 0) {
           vf distance = __builtin_convertvector(lanes() + static_cast<int32_t>(q_begin + c + diagonal - k_begin - j), vf);
@@ -145,15 +144,15 @@ void online_softmax(float* s, int num_keys, float* m, float* l, float* correctio
   for (int c = 0; c < NV; ++c) {
     vf before = load(m + c * W);
     store(m + c * W, highest[c]);
-    highest[c] = highest[c] == -__builtin_inff() ? vf{} : highest[c];  // nothing seen yet: 2^(-inf - 0) is 0, not NaN
-    vf factor = exp2(before - highest[c]);
+    highest[c] = highest[c] == -__builtin_inff() ? vf{} : highest[c];  // nothing seen yet: exp(-inf - 0) is 0, not NaN
+    vf factor = exp(before - highest[c]);
     store(correction + c * W, factor);
     total[c] = load(l + c * W) * factor;
   }
   for (int j = 0; j < num_keys; ++j)
 #pragma GCC unroll 4
     for (int c = 0; c < NV; ++c) {
-      vf p = exp2(load(s + j * kPanel + c * W) - highest[c]);
+      vf p = exp(load(s + j * kPanel + c * W) - highest[c]);
       store(s + j * kPanel + c * W, p);
       total[c] += p;
     }
@@ -177,7 +176,7 @@ void forward_item(const Attention& a, const AttentionItem& item) {
   const Rows<const T> q(a.q, s.q_batch, s.q_start, item.head), k(a.k, s.k_batch, s.k_start, head_k),
       v(a.v, s.k_batch, s.k_start, head_k);
   const Rows<T> out(a.out, s.q_batch, s.q_start, item.head);
-  float* lse = lse_row(a.lse, s, item.head);
+  double* lse = lse_row(a.lse, s, item.head);
   const ScoreTerms terms(a, s, item.head);
   const bool has_terms = terms.any();
 
@@ -201,7 +200,7 @@ void forward_item(const Attention& a, const AttentionItem& item) {
     p.q = pieces.take(tile), p.out = pieces.take(tile), p.m = pieces.take(kPanel), p.l = pieces.take(kPanel);
     p.seen = false;
     for (int c = 0; c < kPanel; ++c) p.m[c] = -__builtin_inff(), p.l[c] = 0;
-    widen_transposed(q, p.begin, p.count, d, a.scale * kLog2e, p.q);
+    widen_transposed(q, p.begin, p.count, d, a.scale, p.q);
     p.mask.start(a, s, p.begin, p.count);
     k_begin = p.mask.k_begin < k_begin ? p.mask.k_begin : k_begin;
     k_end = p.mask.k_end > k_end ? p.mask.k_end : k_end;
@@ -233,10 +232,33 @@ void forward_item(const Attention& a, const AttentionItem& item) {
     Panel& p = panel[i];
     if (!p.seen) memset(p.out, 0, tile * sizeof(float));
     for (int c = 0; c < p.count; ++c) {
-      lse[p.begin + c] = p.l[c] > 0 ? (p.m[c] + __builtin_log2f(p.l[c])) * kLn2 : p.l[c] == 0 ? -__builtin_inff() : p.l[c];
+      lse[p.begin + c] = p.m[c] + __builtin_log(p.l[c]);  // -inf if nothing was seen
       correction[c] = p.l[c] == 0 ? 0 : 1 / p.l[c];
     }
     narrow_transposed(p.out, correction, out, p.begin, p.count, d);
+  }
+}
+
+// What the backward needs to know of each query of a panel: lse in two floats, as the rounding of one would scale the whole row,
+// with +inf where a query sees nothing; and delta = dO . O - dlse, summed in float64, as it is subtracted from numbers close to it.
+template <class T>
+void row_statistics(const Attention& a, const Sample& s, int head, int64_t begin, int count, float* out_t, float* dout_t,
+                    float* lse, float* lse_rest, float* delta) {
+  const int d = static_cast<int>(a.q.size[a.q.ndim - 1]);
+  widen_transposed(Rows<const T>(a.out, s.q_batch, s.q_start, head), begin, count, d, 1.0f, out_t);
+  widen_transposed(Rows<const T>(a.dout, s.q_batch, s.q_start, head), begin, count, d, 1.0f, dout_t);
+  for (int c = 0; c < count; c += W) {
+    Total sum;
+    for (int i = 0; i < d; ++i) sum.add_product(load(out_t + i * kPanel + c), load(dout_t + i * kPanel + c));
+    store(delta + c, sum.value());
+  }
+  const double* from = lse_row(a.lse, s, head) + begin;
+  const double* dlse = a.dlse ? lse_row(a.dlse, s, head) + begin : nullptr;
+  for (int c = 0; c < kPanel; ++c) {
+    const bool seen = c < count && from[c] != -__builtin_inf();
+    lse[c] = seen ? static_cast<float>(from[c]) : __builtin_inff();
+    lse_rest[c] = seen ? static_cast<float>(from[c] - lse[c]) : 0;
+    delta[c] = seen ? delta[c] - (dlse ? static_cast<float>(dlse[c]) : 0) : 0;
   }
 }
 
@@ -251,11 +273,11 @@ void backward_item(const Attention& a, const AttentionItem& item) {
   const int panels = static_cast<int>((s.q_size + kPanel - 1) / kPanel);
   const int64_t tile = static_cast<int64_t>(d) * kPanel, rows = static_cast<int64_t>(width) * kPanel;
   const int64_t super_size = s.k_size < kKeySuper ? s.k_size : kKeySuper;
-  Pieces pieces{Scratch::get(group * panels * (padded(tile) + 2 * kPanel) + 2 * padded(super_size * d) +
+  Pieces pieces{Scratch::get(group * panels * (padded(tile) + 3 * kPanel) + 2 * padded(super_size * d) +
                              2 * padded(super_size * width) + 2 * padded(tile) + 2 * rows + 3 * kKeyBlock * kPanel + kPanel)};
   float* dq_all = pieces.take(group * panels * padded(tile));
-  float* lse_all = pieces.take(group * panels * kPanel);    // in units of log2; +inf where a query sees nothing
-  float* delta_all = pieces.take(group * panels * kPanel);  // sum_c dO O - dlse
+  float *lse_all = pieces.take(group * panels * kPanel), *lse_rest_all = pieces.take(group * panels * kPanel);
+  float* delta_all = pieces.take(group * panels * kPanel);
   float *k_rows = pieces.take(super_size * d), *v_rows = pieces.take(super_size * d);
   float *dk_rows = pieces.take(super_size * width), *dv_rows = pieces.take(super_size * width);
   float *q_t = pieces.take(tile), *dout_t = pieces.take(tile), *q_rows = pieces.take(rows), *dout_rows = pieces.take(rows);
@@ -263,21 +285,13 @@ void backward_item(const Attention& a, const AttentionItem& item) {
   float* scale_columns = pieces.take(kPanel);
   memset(dq_all, 0, group * panels * padded(tile) * sizeof(float));
 
-  for (int g = 0; g < group; ++g) {
-    const int head = item.head * group + g;
-    const Rows<const T> out(a.out, s.q_batch, s.q_start, head), dout(a.dout, s.q_batch, s.q_start, head);
-    const float* lse = lse_row(a.lse, s, head);
-    const float* dlse = a.dlse ? lse_row(a.dlse, s, head) : nullptr;
-    for (int64_t n = 0; n < static_cast<int64_t>(panels) * kPanel; ++n) {
-      const int64_t at = g * panels * kPanel + n;
-      lse_all[at] = __builtin_inff(), delta_all[at] = 0;
-      if (n >= s.q_size || lse[n] == -__builtin_inff()) continue;
-      vf total = {};
-      each_vector(d, [&](int64_t i, int lanes) { total += load_lanes(out[n] + i, lanes) * load_lanes(dout[n] + i, lanes); });
-      lse_all[at] = lse[n] * kLog2e;
-      delta_all[at] = sum(total) - (dlse ? dlse[n] : 0);
+  for (int g = 0; g < group; ++g)
+    for (int i = 0; i < panels; ++i) {
+      const int64_t begin = static_cast<int64_t>(i) * kPanel, first = (g * panels + i) * kPanel;
+      const int count = static_cast<int>(s.q_size - begin < kPanel ? s.q_size - begin : kPanel);
+      row_statistics<T>(a, s, item.head * group + g, begin, count, q_t, dout_t, lse_all + first, lse_rest_all + first,
+                        delta_all + first);
     }
-  }
 
   for (int64_t super = 0; super < s.k_size; super += kKeySuper) {
     const int64_t super_end = super + kKeySuper < s.k_size ? super + kKeySuper : s.k_size;
@@ -295,12 +309,13 @@ void backward_item(const Attention& a, const AttentionItem& item) {
         Mask mask;
         mask.start(a, s, begin, count);
         if (mask.k_end <= super || mask.k_begin >= super_end) continue;
-        widen_transposed(q, begin, count, d, a.scale * kLog2e, q_t);
+        widen_transposed(q, begin, count, d, a.scale, q_t);
         widen_transposed(dout, begin, count, d, 1.0f, dout_t);
         widen_rows(q, begin, count, d, width, a.scale, q_rows);
         widen_rows(dout, begin, count, d, width, 1.0f, dout_rows);
         float* dq_t = dq_all + (g * panels + i) * padded(tile);
-        const float *lse = lse_all + (g * panels + i) * kPanel, *delta = delta_all + (g * panels + i) * kPanel;
+        const int64_t first = (g * panels + i) * kPanel;
+        const float *lse = lse_all + first, *lse_rest = lse_rest_all + first, *delta = delta_all + first;
         for (int64_t block = super; block < super_end; block += kKeyBlock) {
           const int num_keys = static_cast<int>(super_end - block < kKeyBlock ? super_end - block : kKeyBlock);
           const Visible visible = mask.visible(block, num_keys);
@@ -309,11 +324,14 @@ void backward_item(const Attention& a, const AttentionItem& item) {
           gemm<Init::kZero>(num_keys, count, d, {k_block, d}, q_t, kPanel, p, kPanel);
           if (terms.any()) terms.apply(p, begin, count, block, num_keys, slopes);
           if (visible == Visible::kSome) mask.apply(p, kPanel, block, num_keys);
-          gemm<Init::kZero>(num_keys, count, d, {v_block, d}, dout_t, kPanel, ds, kPanel);
+          // In two halves: dP - delta cancels, so rounding in a long chain of additions would show.
+          const int half = d / 2;
+          gemm<Init::kZero>(num_keys, count, half, {v_block, d}, dout_t, kPanel, ds, kPanel);
+          gemm<Init::kAdd>(num_keys, count, d - half, {v_block + half, d}, dout_t + half * kPanel, kPanel, ds, kPanel);
           for (int j = 0; j < num_keys; ++j)
             for (int c = 0; c < count; c += W) {
               const int at = j * kPanel + c;
-              vf probability = exp2(load(p + at) - load(lse + c));
+              vf probability = exp(load(p + at) - load(lse + c) - load(lse_rest + c));
               vf gradient = probability * (load(ds + at) - load(delta + c));
               if (terms.cap > 0) gradient *= load(slopes + at);
               store(p + at, probability);
@@ -357,7 +375,7 @@ void forward(const Attention& a) {
   if (a.lse.ndim == 2)
     for (int64_t h = 0; h < a.lse.size[0]; ++h)
       for (int64_t n = a.q_used; n < a.lse.size[1]; ++n)
-        static_cast<float*>(a.lse.data)[h * a.lse.stride[0] + n] = -__builtin_inff();
+        static_cast<double*>(a.lse.data)[h * a.lse.stride[0] + n] = -__builtin_inf();
 }
 
 template <class T, class Mask>

@@ -6,6 +6,9 @@
 #include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -115,7 +118,7 @@ void same_storage(std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* t : tensors) {
     if (!*t) continue;
     if (dtype == DType::kOther) dtype = t->dtype;
-    require(t->dtype == dtype && dtype != DType::kOther && dtype != DType::kInt32, "float tensors of one dtype expected");
+    require(t->dtype == dtype && dtype <= DType::kFloat16, "float tensors of one dtype expected");
     require(t->size[t->ndim - 1] <= 1 || t->stride[t->ndim - 1] == 1, "the last axis must be contiguous");
   }
 }
@@ -149,6 +152,22 @@ void spans(const Tensor& cu_spans, const Tensor& grid, int64_t total) {
   }
 }
 
+// A fresh output of many megabytes costs more in page faults, one per 4 KiB, than in arithmetic. Asked for huge pages, the kernel
+// takes one fault per 2 MiB; where it does not, nothing changes.
+void expect_writes([[maybe_unused]] std::initializer_list<const Tensor*> outputs) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+  for (const Tensor* t : outputs) {
+    int64_t count = t->ndim > 0 ? 1 : 0;
+    for (int i = 0; i < t->ndim; ++i) count *= t->size[i];
+    const int64_t bytes = count * (t->dtype == DType::kFloat32 ? 4 : 2);
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(t->data) + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(t->data) + bytes) / kHugePage * kHugePage;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+}
+
 // ---- attention
 
 struct AttentionCall : Attention {
@@ -180,7 +199,7 @@ void add_samples(AttentionCall& a, const Tensor& cu_q, const Tensor& cu_k) {
     a.q_used = a.k_used = 0;
     shape(a.lse, {a.q.size[0], a.q.size[2], a.q.size[1]});
   }
-  require(a.lse.dtype == DType::kFloat32 && a.lse.stride[a.lse.ndim - 1] == 1, "lse must be float32");
+  require(a.lse.dtype == DType::kFloat64 && a.lse.stride[a.lse.ndim - 1] == 1, "lse must be float64");
   a.samples = a.sample_list.data();
 }
 
@@ -194,6 +213,7 @@ void run(AttentionCall& a, bool backward) {
       for (int64_t begin = 0; begin < size || (backward && begin == 0); begin += step)
         a.item_list.push_back({static_cast<int32_t>(b), h, begin, std::min(begin + step, size)});
   }
+  backward ? expect_writes({&a.dq, &a.dk, &a.dv}) : expect_writes({&a.out});
   // Longest first, so that no thread starts a long item when the others are done.
   std::stable_sort(a.item_list.begin(), a.item_list.end(), [&](const auto& x, const auto& y) { return a.work(x) > a.work(y); });
   a.items = a.item_list.data();
@@ -207,7 +227,7 @@ void add_gradients(AttentionCall& a, Tensor dout, Tensor dlse, Tensor dq, Tensor
   same_storage({&a.q, &dout, &dq, &dk, &dv});
   same_shape(dout, a.q), same_shape(dq, a.q), same_shape(dk, a.k), same_shape(dv, a.k);
   if (dlse)
-    same_shape(dlse, a.lse), require(dlse.dtype == DType::kFloat32 && dlse.stride[dlse.ndim - 1] == 1, "dlse must be float32");
+    same_shape(dlse, a.lse), require(dlse.dtype == DType::kFloat64 && dlse.stride[dlse.ndim - 1] == 1, "dlse must be float64");
 }
 
 AttentionCall attention_call(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_q, Tensor cu_k, Tensor bias,
@@ -274,6 +294,7 @@ void check_part(const QkNorm& p, bool across_heads, int64_t tokens) {
     if (*t) same_shape(*t, p.x);
   for (const Tensor* t : {&p.weight, &p.dweight})
     if (*t) shape(*t, {across_heads ? p.x.size[1] * p.x.size[2] : p.x.size[2]});
+  expect_writes({&p.out, &p.dx});
 }
 
 // ---- adaLN
@@ -292,6 +313,7 @@ void check_adaln(const AdaLn& a) {
     if (*t) shape(*t, {d});
   for (const Tensor* t : {&a.mean, &a.rstd})
     if (*t) shape(*t, {n}), require(t->dtype == DType::kFloat32, "statistics must be float32");
+  expect_writes({&a.residual_out, &a.out, &a.dresidual, &a.dx});
 }
 
 // ---- patch embedding
@@ -383,6 +405,7 @@ PYBIND11_MODULE(_cpu, m) {
     const Rope rope = rope_tables(cu_spans, grid, origin, step, theta, axes_dim, interleaved, inverse, x);
     same_storage({&x, &out});
     same_shape(x, out);
+    expect_writes({&out});
     py::gil_scoped_release release;
     kernels->rope_3d(rope, x, out);
   });
@@ -474,6 +497,7 @@ PYBIND11_MODULE(_cpu, m) {
     same_storage({&weight, &bias, &tokens});
     shape(tokens, {check_videos(videos, patch, weight.size[1], weight.dtype), weight.size[0]});
     if (bias) shape(bias, {weight.size[0]});
+    expect_writes({&tokens});
     py::gil_scoped_release release;
     kernels->patch_embed_3d_forward(a);
   });

@@ -27,15 +27,7 @@ struct Matrix {  // an operand: element (i, j) is data[i * row + j * column]
 template <int MR, int NV, Init init>
 __attribute__((noinline)) void gemm_tile(int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
                                          const float* scale) {
-  vf acc[MR][NV];
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) {
-      acc[m][n] = vf{};
-      if (init == Init::kAdd) acc[m][n] = load(c + m * ldc + n * W);
-      if (init == Init::kScale) acc[m][n] = load(c + m * ldc + n * W) * load(scale + n * W);
-    }
+  vf acc[MR][NV] = {};
   const float* a_k = a.data;
   for (int k = 0; k < k_size; ++k, b += ldb, a_k += a.column) {
     vf b_n[NV];
@@ -48,10 +40,16 @@ __attribute__((noinline)) void gemm_tile(int k_size, Matrix a, const float* b, i
       for (int n = 0; n < NV; ++n) acc[m][n] += a_m * b_n[n];
     }
   }
+  // What C held joins last: sums of one k loop each round less than one long chain.
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) store(c + m * ldc + n * W, acc[m][n]);
+    for (int n = 0; n < NV; ++n) {
+      float* to = c + m * ldc + n * W;
+      if (init == Init::kAdd) acc[m][n] += load(to);
+      if (init == Init::kScale) acc[m][n] += load(to) * load(scale + n * W);
+      store(to, acc[m][n]);
+    }
 }
 
 template <int MR, int NV, Init init>

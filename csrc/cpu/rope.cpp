@@ -15,6 +15,7 @@ namespace sora::SORA_TIER {
 namespace {
 
 constexpr int64_t kTokens = 64;
+constexpr int64_t kGroup = 4;  // tokens whose weight gradients are summed before they join a longer sum: smaller rounding errors
 
 class AngleTables {
  public:
@@ -177,9 +178,9 @@ void norm_rope_token(const Rope& rope, const QkNorm& p, bool across_heads, float
       const vf x = load_lanes(at<const T>(p.x, n, h) + i, lanes);
       squares += x * x;
     });
-    if (!across_heads) rstd[h] = 1 / std::sqrt(sum(squares) / d + eps);
+    if (!across_heads) rstd[h] = 1 / __builtin_sqrtf(sum(squares) / d + eps);
   }
-  if (across_heads) rstd[0] = 1 / std::sqrt(sum(squares) / (d * num_heads) + eps);
+  if (across_heads) rstd[0] = 1 / __builtin_sqrtf(sum(squares) / (d * num_heads) + eps);
   for (int64_t h = 0; h < num_heads; ++h) {
     const T* from = at<const T>(p.x, n, h);
     T* to = at<T>(p.out, n, h);
@@ -248,7 +249,7 @@ void norm_rope_backward_token(const Rope& rope, const QkNorm& p, bool across_hea
 template <class T>
 void norm_rope_backward(const Rope& rope, QkNorm (&parts)[2], bool across_heads) {
   const AngleTables tables(rope);
-  const int64_t total = parts[0].x.size[0], pieces = (total + kTokens - 1) / kTokens, d = parts[0].x.size[2];
+  const int64_t tokens = parts[0].x.size[0], pieces = (tokens + kTokens - 1) / kTokens, d = parts[0].x.size[2];
   // Each piece sums its own weight gradients; adding those in order makes the result independent of the threads.
   int64_t weights[2];
   for (int i = 0; i < 2; ++i) weights[i] = across_heads ? parts[i].x.size[1] * d : d;
@@ -257,13 +258,21 @@ void norm_rope_backward(const Rope& rope, QkNorm (&parts)[2], bool across_heads)
   if (partial == nullptr) abort();
   const int64_t widest = parts[0].x.size[1] > parts[1].x.size[1] ? parts[0].x.size[1] : parts[1].x.size[1];
   each_piece(
-      used_tokens(rope), total,
+      used_tokens(rope), tokens,
       [&](int64_t begin, int64_t end) {
-        float *rows = Scratch::get(padded(2 * d) + widest * d), *g = rows + padded(2 * d);
-        float* sums = partial + begin / kTokens * both;
+        Pieces scratch{Scratch::get(padded(2 * d) + padded(widest * d) + padded(both))};
+        float *rows = scratch.take(2 * d), *g = scratch.take(widest * d), *group = scratch.take(both);
+        float* total = partial + begin / kTokens * both;
+        memset(group, 0, both * sizeof(float));
         each_token(rope, tables, begin, end, rows, [&](int64_t n, const float* c, const float* s) {
-          norm_rope_backward_token<T>(rope, parts[0], across_heads, n, c, s, g, sums);
-          norm_rope_backward_token<T>(rope, parts[1], across_heads, n, c, s, g, sums + weights[0]);
+          norm_rope_backward_token<T>(rope, parts[0], across_heads, n, c, s, g, group);
+          norm_rope_backward_token<T>(rope, parts[1], across_heads, n, c, s, g, group + weights[0]);
+          if ((n + 1 - begin) % kGroup == 0 || n + 1 == end) {
+            each_vector(both, [&](int64_t i, int lanes) {
+              store_lanes(total + i, load_lanes(total + i, lanes) + load_lanes(group + i, lanes), lanes);
+            });
+            memset(group, 0, both * sizeof(float));
+          }
         });
       },
       [&](int64_t n) {
@@ -273,9 +282,9 @@ void norm_rope_backward(const Rope& rope, QkNorm (&parts)[2], bool across_heads)
     if (!parts[part].dweight) continue;
     const float* first = partial + (part ? weights[0] : 0);
     each_vector(weights[part], [&](int64_t i, int lanes) {
-      vf total_ = {};
-      for (int64_t piece = 0; piece < pieces; ++piece) total_ += load_lanes(first + piece * both + i, lanes);
-      store_lanes(static_cast<T*>(parts[part].dweight.data) + i, total_, lanes);
+      Total sum_of_pieces;
+      for (int64_t piece = 0; piece < pieces; ++piece) sum_of_pieces.add(load_lanes(first + piece * both + i, lanes));
+      store_lanes(static_cast<T*>(parts[part].dweight.data) + i, sum_of_pieces.value(), lanes);
     });
   }
   free(partial);

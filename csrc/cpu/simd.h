@@ -61,6 +61,18 @@ SORA_INLINE float sum(vf x) {
   return total[0];
 }
 
+// A sum of many vectors, kept in float64.
+class Total {
+ public:
+  SORA_INLINE void add(vf x) { sum_ += __builtin_convertvector(x, vd); }
+  SORA_INLINE void add_product(vf x, vf y) { sum_ += __builtin_convertvector(x, vd) * __builtin_convertvector(y, vd); }
+  SORA_INLINE vf value() const { return __builtin_convertvector(sum_, vf); }
+
+ private:
+  typedef double vd __attribute__((vector_size(W * 8)));
+  vd sum_ = {};
+};
+
 // ---- float32 <-> storage
 
 SORA_INLINE vf widen(vh h, bfloat16) { return bits<vf>(__builtin_convertvector(h, vu) << 16); }
@@ -166,26 +178,28 @@ void dispatch(DType dtype, Body body) {
 
 // ---- functions
 
-// 2**x to 1 ulp or so; exactly 0 for x <= -127, NaN for NaN. x = n + f with |f| <= 1/2; the constant's magnitude makes the sum's
-// last bit worth 1, which rounds x to n and leaves n + 127, the biased exponent, in the low bits.
-SORA_INLINE vf exp2(vf x) {
-  x = x < -127.0f ? vf{} - 127.0f : x;
-  const float magic = 0x1.8p23f + 127.0f;
-  vf shifted = x + magic;
-  vf f = x - (shifted - magic);
-  // Minimax fit of relative error 1e-7 on the interval, exact at 0.
-  vf p = 0x1.5bba14p-10f * f + 0x1.3cea88p-7f;
-  p = p * f + 0x1.c6b752p-5f;
-  p = p * f + 0x1.ebf9bcp-3f;
-  p = p * f + 0x1.62e42ap-1f;
+// e**x to 1 ulp or so; exactly 0 for x <= -88.1, NaN for NaN. x log2(e) = n + f with |f| <= 1/2: the constant's magnitude makes the
+// sum's last bit worth 1, which rounds to n and leaves n + 127, the biased exponent, in the low bits. Both steps are fused
+// multiply-adds, so the product is never rounded.
+SORA_INLINE vf exp(vf x) {
+  x = x < -88.1f ? vf{} - 88.1f : x;
+  const float magic = 0x1.8p23f + 127.0f, log2e = 1.44269504f;
+  const vf shifted = x * log2e + magic;
+  const vf f = x * log2e - (shifted - magic);
+  // Minimax fit of relative error 2e-09 on the interval, exact at 0.
+  vf p = 0x1.41fbbcp-13f * f + 0x1.5f3e54p-10f;
+  p = p * f + 0x1.3b2d4cp-7f;
+  p = p * f + 0x1.c6aee8p-5f;
+  p = p * f + 0x1.ebfbdcp-3f;
+  p = p * f + 0x1.62e43p-1f;
   p = p * f + 1.0f;
   return p * bits<vf>(bits<vu>(shifted) << 23);
 }
 
-// tanh from exp2, accurate to a few ulp of 1: enough where a cap of some tens multiplies it.
+// tanh from exp, accurate to a few ulp of 1: enough where a cap of some tens multiplies it.
 SORA_INLINE vf tanh(vf x) {
   vf magnitude = bits<vf>(bits<vu>(x) & 0x7fffffff);
-  vf e = exp2(magnitude * -2.8853901f);  // exp(-2|x|)
+  vf e = exp(magnitude * -2.0f);
   vf t = (1.0f - e) / (1.0f + e);
   // Near zero 1 - e cancels; the odd series is exact there to float32.
   vf s = x * x;

@@ -1,0 +1,93 @@
+"""One training step (loss and all gradients) of a two-block DiT of S width on a packed batch, against its weights in plain torch.
+
+The peers are a DiT on dense tensors, run over the samples one by one or on the batch padded to its longest sample, as one does
+without packing. Both get their latents cut into patches, and their RoPE tables, before the clock starts.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from benchmarks.workloads import OURS, Implementation, Race, modulate, norm_rotate, randn, rope_tables
+from sora_kernels.layout import PackedLayout
+from sora_model.config import DiTConfig
+from sora_model.dit import FREQUENCIES, DiT, sinusoids
+
+LAYOUT = PackedLayout.from_grids([(1, 16, 16), (4, 16, 16), (4, 20, 20), (1, 24, 24), (1, 32, 18)])
+CONFIG = DiTConfig.preset("S", patch=(1, 2, 2), in_channels=16, depth=2)
+
+
+def dense_dit(dit: DiT, patches: Tensor, timesteps: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
+    """patches [B, S, K], timesteps [B], cos and sin [B, S, 1, d/2], mask bool [B, S] -> predicted patches [B, S, K]."""
+
+    def attend(attention: torch.nn.Module, y: Tensor) -> Tensor:
+        q, k, v = attention.qkv(y).unflatten(-1, (3, CONFIG.num_heads, -1)).unbind(2)
+        q, k = norm_rotate(q, k, attention.q_norm, attention.k_norm, cos, sin)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        seen = None if mask is None else mask[:, None, None]
+        return attention.out(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
+
+    def same(row: Tensor) -> Tensor:  # [B, 1, D] serves the S tokens of its sample by broadcasting
+        return row
+
+    x = F.linear(patches, dit.patch_embed.weight.flatten(1), dit.patch_embed.bias)
+    c = F.silu(dit.time_embed(sinusoids(timesteps, FREQUENCIES)))[:, None]
+    for block in dit.blocks:
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.modulation(c).chunk(6, dim=-1)
+        x = x + gate * attend(block.attention, modulate(x, shift, scale, same))
+        x = x + gate_mlp * block.mlp(modulate(x, shift_mlp, scale_mlp, same))
+    return dit.final(modulate(x, *dit.final_modulation(c).chunk(2, dim=-1), same))
+
+
+def cut(videos: Sequence[Tensor], channels: str) -> list[Tensor]:
+    """Each video's patches [S, K], their channels in the given order."""
+    pt, ph, pw = CONFIG.patch_size
+    return [rearrange(x, f"c (t pt) (h ph) (w pw) -> (t h w) ({channels})", pt=pt, ph=ph, pw=pw) for x in videos]
+
+
+def training_step() -> Race:
+    torch.manual_seed(0)
+    dit = DiT(CONFIG)
+    parameters = list(dit.parameters())
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.05)  # at its own initialisation most gradients are zero
+    shapes = [[n * p for n, p in zip(sample[0].grid, CONFIG.patch_size, strict=True)] for sample in LAYOUT.spans]
+    latents, targets = ([randn(CONFIG.in_channels, *shape) for shape in shapes] for _ in range(2))
+    timesteps = torch.linspace(50, 950, LAYOUT.num_samples)
+    cos, sin = rope_tables(LAYOUT, CONFIG.hidden_size // CONFIG.num_heads, CONFIG.rope_theta)
+
+    inputs, outputs, cos, sin = cut(latents, "c pt ph pw"), cut(targets, "pt ph pw c"), LAYOUT.unpack(cos), LAYOUT.unpack(sin)
+    padded = [pad_sequence(list(x), batch_first=True) for x in (inputs, outputs, cos, sin)]
+    mask = torch.arange(LAYOUT.max_seqlen) < LAYOUT.cu_seqlens.diff()[:, None]
+
+    def loss(squared_errors: Sequence[Tensor]) -> Tensor:
+        return sum(x.sum() for x in squared_errors) / sum(x.numel() for x in targets)
+
+    def packed(_: Sequence[Tensor]) -> Tensor:
+        return loss([(x - y).square() for x, y in zip(dit(latents, timesteps), targets, strict=True)])
+
+    def per_sample(_: Sequence[Tensor]) -> Tensor:
+        samples = zip(inputs, timesteps, cos, sin, outputs, strict=True)
+        return loss([(dense_dit(dit, x[None], t[None], c[None], s[None])[0] - y).square() for x, t, c, s, y in samples])
+
+    def padded_batch(_: Sequence[Tensor]) -> Tensor:
+        x, y, c, s = padded
+        return loss([((dense_dit(dit, x, timesteps, c, s, mask) - y) * mask[..., None]).square()])
+
+    runs: dict[str, Callable] = {OURS: packed, "torch per sample": per_sample, "torch padded": padded_batch}
+    rows = {name: Implementation(run) for name, run in runs.items()}
+    per_token = sum(x.numel() for block in dit.blocks for m in (block.attention, block.mlp) for x in m.parameters() if x.ndim == 2)
+    ends = 2 * dit.patch_embed.weight.numel() + 3 * dit.final.weight.numel()  # the latents need no gradient
+    scores = CONFIG.depth * CONFIG.hidden_size * sum(n * n for n in LAYOUT.seqlens)
+    work = (2 * LAYOUT.num_tokens * (3 * per_token + ends) + 14 * scores) / 1e9
+    return Race("DiT training step", torch.float32, True, work, "gflops", [parameters], [torch.ones(())], per_sample, rows)
+
+
+@pytest.mark.parametrize("implementation", [OURS, "torch per sample", "torch padded"])
+def test_training_step(measure, implementation):
+    measure(implementation, training_step)

@@ -1,0 +1,111 @@
+"""Makes a markdown table and a plot of the benchmarks' results.
+
+pytest benchmarks --benchmark-only --benchmark-json=results.json
+python -m benchmarks.report results.json --out docs/benchmarks        ->  docs/benchmarks/benchmarks.{md,png}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from benchmarks.workloads import OURS
+
+UNITS = {"useful_gflops": "GFLOP/s", "useful_gbps": "GB/s"}
+HEADER = """\
+| op | dtype | pass | implementation | useful work | ms p20 / p50 / p80 | ours is faster by |
+|---|---|---|---|---:|---:|---:|"""
+RATIOS = (0.5, 1, 2, 4, 8, 16, 32)
+COLORS = {"compile": "#00798c", "no window": "#edae49", "padded": "#8d96a3", "": "#30638e"}  # by a word of the peer's name
+
+
+def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One flat dict for each row, skipped ones at the end of their group."""
+    rows = []
+    for benchmark in results["benchmarks"]:
+        info = benchmark["extra_info"]
+        key = next(key for key in UNITS if key in info)
+        times = sorted(benchmark["stats"]["data"])
+        cuts = statistics.quantiles(times, n=10, method="inclusive")
+        rows.append({**info, "work": info[key], "unit": UNITS[key], "ms": [1e3 * cuts[i] for i in (1, 4, 7)]})
+    order = {group(row): i for i, row in reversed(list(enumerate(rows)))}
+    return sorted(rows + results["skipped"], key=lambda row: order.get(group(row), len(order)))
+
+
+def group(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["op"], row["dtype"], row["pass"]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [HEADER]
+    for row in rows:
+        name = f"**{row['implementation']}**" if row["implementation"] == OURS else row["implementation"]
+        cells = [*group(row), name]
+        if "reason" in row:
+            cells += ["not supported", row["reason"].replace("|", "\\|"), ""]
+        else:
+            speedup = f"{row['speedup']:.2f}x" if "speedup" in row else ""
+            cells += [f"{row['work']:.1f} {row['unit']}", " / ".join(f"{t:.1f}" for t in row["ms"]), speedup]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Two columns, by unit; in each, a group per op, dtype and pass with a bar per peer: how much faster ours is."""
+    rows = [row for row in rows if "reason" not in row]
+    columns = [[row for row in rows if row["unit"] == unit] for unit in UNITS.values()]
+    height = max(len(column) + 0.6 * len(list(groupby(column, group))) for column in columns)
+    figure, axes = plt.subplots(1, 2, figsize=(16, 0.2 * height + 1), layout="constrained", sharex=True)
+    for axis, column, unit in zip(axes, columns, UNITS.values(), strict=True):
+        y = 0.0
+        for key, members in groupby(column, group):
+            title = " · ".join(key)
+            for row in members:
+                if row["implementation"] == OURS:
+                    axis.text(1.04, y, f"{title}    {row['work']:.3g} {unit}", weight="bold", va="center", fontsize=9)
+                else:
+                    ratio, name = row["speedup"], row["implementation"]
+                    fill = next(value for word, value in COLORS.items() if word in name)
+                    axis.barh(y, ratio - 1, left=1, height=0.85, color=fill)
+                    axis.text(max(ratio, 1) * 1.04, y, f"{ratio:.2f}x {name}", va="center", fontsize=8)
+                y += 1
+            y += 0.6
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set(
+            xscale="log", xlim=(0.35, 60), ylim=(height, -1), yticks=[], xticks=RATIOS, xticklabels=[f"{r:g}x" for r in RATIOS]
+        )
+        axis.set_xlabel(f"how many times faster {OURS} is than each peer", loc="left")
+        axis.minorticks_off()
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for benchmarks.md and benchmarks.png")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text())
+    rows = rows_of(results)
+    machine, threads = results["machine_info"], rows[0]["threads"]
+    summary = (
+        f"{machine['cpu'].get('brand_raw', machine['processor'])}, {threads} threads, kernels for {rows[0]['isa']}, "
+        f"torch {machine['torch']}, {results['datetime'][:10]}. Peers alternate with ours; the last column is the median of their "
+        "ratios. How work is counted: `benchmarks/workloads.py`."
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "benchmarks.md").write_text(f"# Benchmarks\n\n{summary}\n\n![](benchmarks.png)\n\n{table(rows)}\n")
+    plot(rows, arguments.out / "benchmarks.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The list of backends: order, forcing, recording, and what info says of it; instruction-set tiers."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sora_kernels import backends
+from sora_kernels.backends import record, use_backend
+from sora_kernels.info import report
+from sora_kernels.layout import PackedLayout
+from sora_kernels.rope import rope_3d
+
+LAYOUT = PackedLayout.from_grids([(2, 3, 4)])
+
+
+def rotate(dtype=torch.float32):
+    return rope_3d(torch.ones(24, 2, 8, dtype=dtype), LAYOUT)
+
+
+def run(code, **environment):
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+
+def test_every_function_is_in_every_backend():
+    for backend in backends.BACKENDS.values():
+        missing = [name for name in backends.FUNCTIONS if not hasattr(backend.load(), name)]
+        assert not missing, f"{backend.name} lacks {missing}"
+
+
+def test_first_able_backend_runs_and_is_recorded():
+    with record() as calls:
+        rotate()
+        rotate(torch.float64)
+        with use_backend("reference"):
+            rotate()
+    assert calls == [("rope_3d", "cpu"), ("rope_3d", "reference"), ("rope_3d", "reference")]
+
+
+def test_backward_obeys_the_forced_backend_too():
+    x = torch.randn(24, 2, 8, requires_grad=True)
+    with use_backend("reference"), record() as calls:
+        rope_3d(x, LAYOUT).sum().backward()
+    assert calls == [("rope_3d", "reference")] * 2
+
+
+def test_forcing_is_undone_after_an_error():
+    with pytest.raises(ValueError, match="backend 'cpu' was forced but has no float64 kernels"), use_backend("cpu"):
+        rotate(torch.float64)
+    with record() as calls:
+        rotate()
+    assert calls == [("rope_3d", "cpu")]
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="use_backend: name: expected one of 'cpu', 'reference', got 'fast'"), use_backend("fast"):
+        pass
+
+
+def test_environment_forces_a_backend():
+    code = "from tests.test_backends import *\nwith record() as calls: rotate()\nprint(calls)"
+    assert run(code, SORA_KERNELS_BACKEND="reference").stdout == "[('rope_3d', 'reference')]\n"
+    failed = run("import sora_kernels.rope", SORA_KERNELS_BACKEND="fast")
+    assert "SORA_KERNELS_BACKEND: expected one of 'cpu', 'reference', got 'fast'" in failed.stderr
+
+
+def test_unavailable_backend_says_why(monkeypatch):
+    broken = backends.Backend("cpu", "._no_such_module", ("cpu",), (torch.float32,))
+    monkeypatch.setitem(backends.BACKENDS, "cpu", broken)
+    (name, reason), (other, none) = backends.candidates("rope_3d", "cpu", torch.float32)
+    assert (name, other, none) == ("cpu", "reference", None)
+    assert reason.startswith("cannot be imported: No module named")
+    assert "cpu (cannot be imported: No module named" in report()
+
+
+def test_info_lists_every_function_and_the_tier():
+    text = report()
+    assert all(f"  {name} " in text for name in backends.FUNCTIONS)
+    assert f"instruction set: {backends.BACKENDS['cpu'].load().isa()} (" in text
+    assert f"threads: {torch.get_num_threads()} (torch: {torch.get_num_threads()};" in text
+
+
+TIERS = [name for name, supported in backends.BACKENDS["cpu"].load().isa_tiers() if supported]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_forced_tier_runs(tier):
+    assert run("import torch; from sora_kernels import _cpu; print(_cpu.isa())", SORA_KERNELS_ISA=tier).stdout == f"{tier}\n"
+
+
+def test_best_tier_is_the_default():
+    assert os.environ.get("SORA_KERNELS_ISA") or backends.BACKENDS["cpu"].load().isa() == TIERS[0]
+
+
+def test_unknown_tier_is_named():
+    failed = run("import torch; from sora_kernels import _cpu", SORA_KERNELS_ISA="sse9")
+    assert "SORA_KERNELS_ISA: expected one of" in failed.stderr
+    assert "got 'sse9'" in failed.stderr
+
+
+def test_threads_are_torchs():
+    code = "import torch; torch.set_num_threads(1); from sora_kernels import _cpu; print(_cpu.num_threads())"
+    assert run(code).stdout == "1\n"
+
+
+def test_import_costs_little_beyond_torch():
+    code = (
+        "import torch, numpy, einops, time\nstart = time.perf_counter()\n"
+        "import sora_kernels.attention, sora_kernels.rope, sora_kernels.adaln, sora_kernels.patch_embed\n"
+        "print(time.perf_counter() - start)"
+    )
+    assert min(float(run(code).stdout) for _ in range(3)) < 0.3

@@ -1,0 +1,157 @@
+"""Training end to end through the command line: real video files, resuming, generating, and one clear line for bad input."""
+
+import csv
+import json
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from sora_model.cli import app, parse_size
+from sora_model.data import read_video
+
+SIZES = [(6, 32, 32), (4, 24, 40), (9, 48, 24)]
+TINY = ["--patch", "1x8x8", "--tokens", "256"]
+
+
+def sora(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Three MP4 files of different sizes and lengths, written with PyAV, an image, captions, and one broken file."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for i, (frames, height, width) in enumerate(SIZES):
+        with av.open(str(folder / f"clip{i}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=8)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            color = rng.integers(64, 255, 3)
+            for t in range(frames):
+                image = np.zeros((height, width, 3), np.uint8)
+                image[8:16, 2 * t : 2 * t + 8] = color
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+        (folder / f"clip{i}.txt").write_text(f"a box of colour {i} moves right")
+    (folder / "broken.mp4").write_bytes(b"not a video")
+    (folder / "broken.txt").write_text("nothing")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(clips, tmp_path_factory):
+    """A run of 3 steps on those files."""
+    folder = tmp_path_factory.mktemp("runs") / "files"
+    result = sora("train", folder, "--data", clips, "--steps", 3, *TINY)
+    assert result.exit_code == 0, result.output
+    return folder, result
+
+
+def losses(folder):
+    with open(folder / "loss.csv", newline="") as file:
+        return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
+
+
+def test_trains_on_real_files_and_names_the_broken_one(run):
+    folder, result = run
+    assert list(losses(folder)) == [1, 2, 3]
+    assert all(np.isfinite(list(losses(folder).values())))
+    assert "broken.mp4" in result.output
+    assert list((folder / "tensorboard").iterdir())
+    assert (folder / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_resumed_run_equals_one_that_was_not_stopped(run, clips, tmp_path):
+    folder, _ = run
+    first = sora("train", tmp_path / "half", "--data", clips, "--steps", 3, *TINY)
+    assert first.exit_code == 0, first.output
+    assert losses(tmp_path / "half") == losses(folder), "the same seed must give the same run"
+    for path in (folder, tmp_path / "half"):
+        result = sora("train", path, "--data", clips, "--steps", 5, *TINY, "--resume")
+        assert result.exit_code == 0, result.output
+    a, b = losses(folder), losses(tmp_path / "half")
+    assert list(a) == [1, 2, 3, 4, 5]
+    assert a == b
+    one, other = (load_file(path / "checkpoint" / "model.safetensors") for path in (folder, tmp_path / "half"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_state_survives_saving(tmp_path, monkeypatch):
+    """A run resumed from disk goes on exactly as if it had not stopped."""
+    # The schedule follows the number of steps, which differs here.
+    monkeypatch.setattr("sora_model.train._schedule", lambda *_: 1.0)
+    from sora_model.cli import Prediction, _new_pipeline
+    from sora_model.data import PackedSampler, World, WorldSource
+    from sora_model.train import TrainConfig, Trainer
+
+    def trainer(folder, steps, **options):
+        pipeline = _new_pipeline("tiny", (1, 8, 8), Prediction.flow, 0, "cpu")
+        sampler = PackedSampler(WorldSource(World(), [(2, 16, 16), (1, 16, 24)]), pipeline.unit, 64)
+        return Trainer(pipeline, sampler, TrainConfig(steps=steps), tmp_path / folder, **options)
+
+    whole = [step.loss for step in trainer("whole", 4).train()]
+    parts = [step.loss for step in trainer("parts", 2).train()]
+    parts += [step.loss for step in trainer("parts", 4, resume=True).train()]
+    assert parts == whole
+
+
+def test_generates_mixed_sizes_in_one_batch(run, tmp_path):
+    folder, _ = run
+    prompts = ["a box of colour 1 moves right", "a box", "two boxes"]
+    sizes = ["--size", "4x24x40", "--size", "1x32x32", "--size", "6x40x24"]
+    result = sora("generate", *prompts, "--checkpoint", folder / "checkpoint", *sizes, "--steps", 2, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    names = ["00-a-box-of-colour-1-moves-right.mp4", "01-a-box.png", "02-two-boxes.mp4", "contact_sheet.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert [tuple(read_video(tmp_path / name)[0].shape) for name in names[:3]] == [(3, 4, 24, 40), (3, 1, 32, 32), (3, 6, 40, 24)]
+    assert all(name in result.output for name in names)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_ddpm_trains_and_samples(prediction, tmp_path):
+    world = ["--size", "2x16x16", "--size", "1x16x24"]
+    result = sora("train", tmp_path / "run", "--steps", 2, *world, "--tokens", 32, "--prediction", prediction)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "run" / "checkpoint" / "scheduler" / "scheduler_config.json").read_text())
+    assert config["_class_name"] == "DDIMScheduler"
+    out = ["--size", "2x16x16", "--steps", 2, "--out", tmp_path / "out", "--format", "gif"]
+    result = sora("generate", "a red circle", "--checkpoint", tmp_path / "run" / "checkpoint", *out)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "00-a-red-circle.gif").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "{tmp}/run", "--data", "{tmp}/none", "--steps", "1"], "none"),
+        (["train", "{tmp}/run", "--steps", "1", "--model", "XXL"], "--model: expected one of tiny, S, B, L, XL, got 'XXL'"),
+        (["train", "{tmp}/run", "--steps", "1", "--size", "3x20x20"], "(3, 20, 20)"),
+        (["train", "{tmp}/run", "--steps", "1", "--tokens", "4"], "4"),
+        (["train", "{tmp}/run", "--steps", "0"], "TrainConfig: steps: expected a number above 0, got 0"),
+        (["train", "{tmp}/run", "--resume"], "{tmp}/run"),
+        (["generate", "a cat", "--checkpoint", "{tmp}/none"], "expected a folder with config.json"),
+        (["generate", "a", "b", "--checkpoint", "x", "--size", "1x8x8", "--size", "1x8x8", "--size", "1x8x8"], "expected 1 or 2"),
+        (["generate", "a cat", "--checkpoint", "{tmp}", "--size", "big"], "expected TxHxW, such as 8x32x48, got 'big'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path):
+    result = sora(*(arg.replace("{tmp}", str(tmp_path)) for arg in args))
+    assert result.exit_code == 2
+    text = result.output.replace("\n", "")
+    assert message.replace("{tmp}", str(tmp_path)) in text
+    assert "Traceback" not in text
+    assert not list(tmp_path.rglob("*.safetensors")), "nothing half-written"
+
+
+def test_a_run_is_not_overwritten(run, clips):
+    result = sora("train", run[0], "--data", clips, "--steps", 1, *TINY)
+    assert result.exit_code == 2
+    assert "already holds a run" in result.output
+
+
+def test_parse_size():
+    assert parse_size("8x32x48") == (8, 32, 48)
