@@ -57,7 +57,11 @@ def spatiotemporal_attention(
     check_tensor(op, "k", k, (q.shape[0], "Hk", "d"))
     scale = check_qkv(op, q, k, v, 0.0, softmax_scale)
     axes = (None, None, None) if window is None else window
-    if not isinstance(axes, tuple | list) or len(axes) != 3 or any(w is not None and (not isinstance(w, int) or w < 1) for w in axes):
+    if (
+        not isinstance(axes, tuple | list)
+        or len(axes) != 3
+        or any(w is not None and (not isinstance(w, int) or w < 1) for w in axes)
+    ):
         fail(op, "window", "three sizes >= 1, or None for a whole axis", repr(window))
     sizes = [0 if w is None else w for w in axes]
     causal_axes = triple(op, "causal", causal, bool)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 PRESETS = {
+    "tiny": {"depth": 4, "hidden_size": 128, "num_heads": 4},
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
     "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
     "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
@@ -59,7 +60,7 @@ class DiTConfig:
 
     @classmethod
     def preset(cls, name: str, *, patch: tuple[int, int, int], in_channels: int, **changes: Any) -> DiTConfig:
-        """DiT-S, -B, -L or -XL of the DiT paper; `changes` are further fields."""
+        """DiT-S, -B, -L or -XL of the DiT paper, or "tiny" for a CPU and some minutes; `changes` are further fields."""
         if name not in PRESETS:
             raise ValueError(f"DiTConfig.preset: name: expected one of {', '.join(PRESETS)}, got {name!r}")
         return cls.from_dict({**PRESETS[name], "patch_size": patch, "in_channels": in_channels, **changes})

@@ -254,7 +254,7 @@ class DiT(nn.Module):
         return torch.cat([sinusoids(axis, half).roll(half // 2, dims=1) for axis in (w, h)], dim=1)
 
     def _initialize(self) -> None:
-        """As in the DiT paper's code, but for the embedders, whose 0.02 suits wide models only. Residuals and output begin at zero."""
+        """As in the DiT paper's code, but for the embedders, whose 0.02 suits wide models only. Residuals and output start at 0."""
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter.view(parameter.shape[0], -1))

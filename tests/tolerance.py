@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TIMES_PLAIN = 2.0
 ROUNDINGS = 2.0
 # Cotangents that the errors of gradients are taken over: of one, plain PyTorch's error can be small by luck.
-DRAWS = 4
+DRAWS = 16
 # Two ways to write a formula agree to this in float64, relative to the largest element.
 AGREE_FLOAT64 = 1e-12
 # Gradients of packed samples against each sample alone, relative to the largest element: sums may be split differently.

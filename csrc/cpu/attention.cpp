@@ -239,26 +239,49 @@ void forward_item(const Attention& a, const AttentionItem& item) {
   }
 }
 
-// What the backward needs to know of each query of a panel: lse in two floats, as the rounding of one would scale the whole row,
-// with +inf where a query sees nothing; and delta = dO . O - dlse, summed in float64, as it is subtracted from numbers close to it.
+// What the backward needs to know of each query of a panel. lse is in two floats, as the rounding of one would scale the whole row,
+// and +inf where a query sees nothing; delta = dO . O is summed in float64, as it is subtracted from numbers close to it.
+struct PanelStatistics {
+  float lse[kPanel], lse_rest[kPanel], delta[kPanel], dlse[kPanel];
+};
+
 template <class T>
 void row_statistics(const Attention& a, const Sample& s, int head, int64_t begin, int count, float* out_t, float* dout_t,
-                    float* lse, float* lse_rest, float* delta) {
+                    PanelStatistics& to) {
   const int d = static_cast<int>(a.q.size[a.q.ndim - 1]);
   widen_transposed(Rows<const T>(a.out, s.q_batch, s.q_start, head), begin, count, d, 1.0f, out_t);
   widen_transposed(Rows<const T>(a.dout, s.q_batch, s.q_start, head), begin, count, d, 1.0f, dout_t);
   for (int c = 0; c < count; c += W) {
     Total sum;
     for (int i = 0; i < d; ++i) sum.add_product(load(out_t + i * kPanel + c), load(dout_t + i * kPanel + c));
-    store(delta + c, sum.value());
+    store(to.delta + c, sum.value());
   }
-  const double* from = lse_row(a.lse, s, head) + begin;
+  const double* lse = lse_row(a.lse, s, head) + begin;
   const double* dlse = a.dlse ? lse_row(a.dlse, s, head) + begin : nullptr;
   for (int c = 0; c < kPanel; ++c) {
-    const bool seen = c < count && from[c] != -__builtin_inf();
-    lse[c] = seen ? static_cast<float>(from[c]) : __builtin_inff();
-    lse_rest[c] = seen ? static_cast<float>(from[c] - lse[c]) : 0;
-    delta[c] = seen ? delta[c] - (dlse ? static_cast<float>(dlse[c]) : 0) : 0;
+    const bool seen = c < count && lse[c] != -__builtin_inf();
+    to.lse[c] = seen ? static_cast<float>(lse[c]) : __builtin_inff();
+    to.lse_rest[c] = seen ? static_cast<float>(lse[c] - to.lse[c]) : 0;
+    to.delta[c] = seen ? to.delta[c] : 0;
+    to.dlse[c] = seen && dlse ? static_cast<float>(dlse[c]) : 0;
+  }
+}
+
+// Scores -> P and dP -> dS = P (dP - delta + dlse), both [num_keys, kPanel], in place. Where the block is all that the panel sees,
+// delta is taken as sum_j P dP, from the very numbers it is subtracted from: a query with a single key gets exactly 0.
+void score_gradients(float* p, float* ds, const float* slopes, int num_keys, int count, const PanelStatistics& row, bool whole) {
+  for (int c = 0; c < count; c += W) {
+    const vf lse = load(row.lse + c), rest = load(row.lse_rest + c), dlse = load(row.dlse + c);
+    vf delta = whole ? vf{} : load(row.delta + c);
+    if (whole)
+      for (int at = c; at < num_keys * kPanel; at += kPanel) delta += exp(load(p + at) - lse - rest) * load(ds + at);
+    for (int at = c; at < num_keys * kPanel; at += kPanel) {
+      const vf probability = exp(load(p + at) - lse - rest);
+      vf gradient = probability * (load(ds + at) - delta + dlse);
+      if (slopes != nullptr) gradient *= load(slopes + at);
+      store(p + at, probability);
+      store(ds + at, gradient);
+    }
   }
 }
 
@@ -273,11 +296,10 @@ void backward_item(const Attention& a, const AttentionItem& item) {
   const int panels = static_cast<int>((s.q_size + kPanel - 1) / kPanel);
   const int64_t tile = static_cast<int64_t>(d) * kPanel, rows = static_cast<int64_t>(width) * kPanel;
   const int64_t super_size = s.k_size < kKeySuper ? s.k_size : kKeySuper;
-  Pieces pieces{Scratch::get(group * panels * (padded(tile) + 3 * kPanel) + 2 * padded(super_size * d) +
+  Pieces pieces{Scratch::get(group * panels * (padded(tile) + 4 * kPanel) + 2 * padded(super_size * d) +
                              2 * padded(super_size * width) + 2 * padded(tile) + 2 * rows + 3 * kKeyBlock * kPanel + kPanel)};
   float* dq_all = pieces.take(group * panels * padded(tile));
-  float *lse_all = pieces.take(group * panels * kPanel), *lse_rest_all = pieces.take(group * panels * kPanel);
-  float* delta_all = pieces.take(group * panels * kPanel);
+  auto* statistics = reinterpret_cast<PanelStatistics*>(pieces.take(group * panels * 4 * kPanel));
   float *k_rows = pieces.take(super_size * d), *v_rows = pieces.take(super_size * d);
   float *dk_rows = pieces.take(super_size * width), *dv_rows = pieces.take(super_size * width);
   float *q_t = pieces.take(tile), *dout_t = pieces.take(tile), *q_rows = pieces.take(rows), *dout_rows = pieces.take(rows);
@@ -287,10 +309,9 @@ void backward_item(const Attention& a, const AttentionItem& item) {
 
   for (int g = 0; g < group; ++g)
     for (int i = 0; i < panels; ++i) {
-      const int64_t begin = static_cast<int64_t>(i) * kPanel, first = (g * panels + i) * kPanel;
+      const int64_t begin = static_cast<int64_t>(i) * kPanel;
       const int count = static_cast<int>(s.q_size - begin < kPanel ? s.q_size - begin : kPanel);
-      row_statistics<T>(a, s, item.head * group + g, begin, count, q_t, dout_t, lse_all + first, lse_rest_all + first,
-                        delta_all + first);
+      row_statistics<T>(a, s, item.head * group + g, begin, count, q_t, dout_t, statistics[g * panels + i]);
     }
 
   for (int64_t super = 0; super < s.k_size; super += kKeySuper) {
@@ -314,8 +335,7 @@ void backward_item(const Attention& a, const AttentionItem& item) {
         widen_rows(q, begin, count, d, width, a.scale, q_rows);
         widen_rows(dout, begin, count, d, width, 1.0f, dout_rows);
         float* dq_t = dq_all + (g * panels + i) * padded(tile);
-        const int64_t first = (g * panels + i) * kPanel;
-        const float *lse = lse_all + first, *lse_rest = lse_rest_all + first, *delta = delta_all + first;
+        const bool whole = mask.k_begin / kKeyBlock == (mask.k_end - 1) / kKeyBlock;
         for (int64_t block = super; block < super_end; block += kKeyBlock) {
           const int num_keys = static_cast<int>(super_end - block < kKeyBlock ? super_end - block : kKeyBlock);
           const Visible visible = mask.visible(block, num_keys);
@@ -328,15 +348,7 @@ void backward_item(const Attention& a, const AttentionItem& item) {
           const int half = d / 2;
           gemm<Init::kZero>(num_keys, count, half, {v_block, d}, dout_t, kPanel, ds, kPanel);
           gemm<Init::kAdd>(num_keys, count, d - half, {v_block + half, d}, dout_t + half * kPanel, kPanel, ds, kPanel);
-          for (int j = 0; j < num_keys; ++j)
-            for (int c = 0; c < count; c += W) {
-              const int at = j * kPanel + c;
-              vf probability = exp(load(p + at) - load(lse + c) - load(lse_rest + c));
-              vf gradient = probability * (load(ds + at) - load(delta + c));
-              if (terms.cap > 0) gradient *= load(slopes + at);
-              store(p + at, probability);
-              store(ds + at, gradient);
-            }
+          score_gradients(p, ds, terms.cap > 0 ? slopes : nullptr, num_keys, count, statistics[g * panels + i], whole);
           gemm<Init::kAdd>(num_keys, d, count, {p, kPanel}, dout_rows, width, dv_rows + (block - super) * width, width);
           gemm<Init::kAdd>(num_keys, d, count, {ds, kPanel}, q_rows, width, dk_rows + (block - super) * width, width);
           gemm<Init::kAdd>(d, count, num_keys, {k_block, 1, d}, ds, kPanel, dq_t, kPanel);

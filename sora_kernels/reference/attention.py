@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum, rearrange, repeat
 from torch import Tensor
 
 from sora_kernels.reference import widen, write, write_gradients
@@ -24,8 +24,8 @@ def attend(
     Query head h reads key head h // (H / Hk). A query that sees no key gives out 0 and lse -inf, with zero gradients.
     """
     q, k, v = widen(q), widen(k), widen(v)
-    q = rearrange(q, "i (hk g) d -> i hk g d", hk=k.shape[1])
-    scores = scale * rearrange(einsum(q, k, "i hk g d, j hk d -> hk g i j"), "hk g i j -> (hk g) i j")
+    k, v = (repeat(x, "j hk d -> j (hk g) d", g=q.shape[1] // x.shape[1]) for x in (k, v))
+    scores = scale * einsum(q, k, "i h d, j h d -> h i j")
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     if added is not None:
@@ -35,8 +35,7 @@ def attend(
     lse = torch.logsumexp(scores, dim=-1)
     # exp(-inf - 0) is 0 where exp(-inf - (-inf)) would be NaN
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    weights = rearrange(weights, "(hk g) i j -> hk g i j", hk=k.shape[1])
-    return rearrange(einsum(weights, v, "hk g i j, j hk d -> i hk g d"), "i hk g d -> i (hk g) d"), lse
+    return einsum(weights, v, "h i j, j h d -> i h d"), lse
 
 
 def attention(
