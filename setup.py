@@ -39,7 +39,8 @@ def ninja_file(output: Path, objects: Path) -> str:
         "  deps = gcc",
         "  description = compile $out",
         "rule link",
-        "  command = $cxx -shared -fopenmp -s $in -o $out",
+        # Moved into place whole: overwriting a library that a running process has mapped would crash that process.
+        "  command = $cxx -shared -fopenmp -s $in -o $out.new && mv $out.new $out",
         "  description = link $out",
     ]
     built = []
