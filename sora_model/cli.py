@@ -8,16 +8,14 @@ import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-if TYPE_CHECKING:
-    from .pipeline import SoraPipeline
-    from .train import Trainer
+from .config import Size
+from .terminal import generate_files, run_training
 
 # torch and diffusers take seconds to import, so commands import them: --help and a wrong option answer at once.
 
@@ -40,9 +38,6 @@ class Prediction(str, Enum):
 class Format(str, Enum):
     mp4 = "mp4"
     gif = "gif"
-
-
-Size = tuple[int, int, int]
 
 
 def parse_size(text: str) -> Size:
@@ -93,22 +88,27 @@ def train(
     """Train on packed batches of mixed sizes, from the procedural world or a folder of files."""
     with one_line_errors():
         from .data import FolderSource, PackedSampler, World, WorldConfig, WorldSource
+        from .pipeline import SoraPipeline
         from .train import TrainConfig, Trainer
 
         if steps is None and minutes is None:
             steps = 1000
-        pipeline = _resumed(out, device) if resume else _new_pipeline(model, parse_size(patch), prediction, seed, device)
-        cell = pipeline.unit
+        if resume:
+            pipeline = SoraPipeline.from_pretrained(out / "checkpoint", device=device)
+        else:
+            pipeline = SoraPipeline.from_preset(
+                model, patch=parse_size(patch), prediction=prediction.value, seed=seed, device=device
+            )
         source: Any
         if data is not None:
-            source = FolderSource(data, multiple_of=cell, max_frames=max_frames, max_pixels=max_pixels, seed=seed)
+            source = FolderSource(data, multiple_of=pipeline.unit, max_frames=max_frames, max_pixels=max_pixels, seed=seed)
         else:
-            sizes = [parse_size(text) for text in size or ["8x32x32", "8x24x40", "8x40x24", "1x32x32"]]
+            sizes = [parse_size(text) for text in size or ["6x24x24", "6x16x32", "6x32x16", "1x24x24"]]
             world = World(WorldConfig.rich(seed) if rich_world else WorldConfig.simple(seed))
             source = WorldSource(world, sizes, detailed=0.5 if rich_world else 0.0)
         sampler = PackedSampler(source, pipeline.unit, tokens, min_sizes=1 if data else min(len(source.sizes), 4), seed=seed)
         config = TrainConfig(steps=steps, minutes=minutes, learning_rate=learning_rate, seed=seed)
-        run_training(Trainer(pipeline, sampler, config, out, resume=resume))
+        run_training(Trainer(pipeline, sampler, config, out, resume=resume), console)
         console.print(f"checkpoint: {out / 'checkpoint'}")
 
 
@@ -130,7 +130,7 @@ def generate(
 ) -> None:
     """Generate videos and images of any sizes, all in one packed batch."""
     with one_line_errors():
-        sizes = [parse_size(text) for text in size or ["8x32x32"]]
+        sizes = [parse_size(text) for text in size or ["6x24x24"]]
         if len(sizes) == 1:
             sizes *= len(prompts)
         if len(sizes) != len(prompts):
@@ -138,7 +138,7 @@ def generate(
         from .pipeline import SoraPipeline
 
         pipeline = SoraPipeline.from_pretrained(checkpoint, device=device)
-        for path in generate_files(pipeline, prompts, sizes, out, steps, guidance, seed, fps, scale, format.value):
+        for path in generate_files(pipeline, prompts, sizes, out, steps, guidance, seed, fps, scale, format.value, console):
             console.print(str(path), highlight=False, soft_wrap=True)
 
 
@@ -153,83 +153,3 @@ def demo(
         from .demo import run
 
         run(out, minutes, seed, console)
-
-
-def run_training(trainer: Trainer) -> list[float]:
-    """Trains behind a progress bar; returns the losses."""
-    losses: list[float] = []
-    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("starting", total=1.0)
-        for step in trainer.train():
-            losses.append(step.loss)
-            recent = sum(losses[-20:]) / len(losses[-20:])
-            text = f"step {step.step}  loss {recent:.4f}  {step.tokens_per_second:,.0f} tokens/s"
-            progress.update(bar, completed=trainer.progress, description=text)
-    return losses
-
-
-def generate_files(
-    pipeline: SoraPipeline,
-    prompts: list[str],
-    sizes: list[Size],
-    out: Path,
-    steps: int,
-    guidance: float,
-    seed: int,
-    fps: float,
-    scale: int,
-    format: str,
-) -> list[Path]:
-    """Generates in one packed batch and writes one file each and a contact sheet; returns their paths."""
-    from .data import contact_sheet, write_video
-
-    columns = (TextColumn("denoising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=steps)
-        videos = pipeline(
-            prompts, sizes, num_inference_steps=steps, guidance_scale=guidance, seeds=seed,
-            callback=lambda *_: progress.advance(bar),
-        )  # fmt: skip
-    paths = []
-    for i, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
-        name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48]
-        suffix = "png" if video.shape[1] == 1 else format
-        paths.append(write_video(out / f"{i:02d}-{name}.{suffix}", video, fps=fps, scale=scale))
-    labels = [f"{prompt} ({'x'.join(map(str, size))})" for prompt, size in zip(prompts, sizes, strict=True)]
-    return [*paths, contact_sheet(out / "contact_sheet.png", videos, labels)]
-
-
-def _new_pipeline(model: str, patch: Size, prediction: Prediction, seed: int, device: str) -> SoraPipeline:
-    import diffusers
-    import torch
-
-    from .config import PRESETS, DiTConfig
-    from .dit import DiT
-    from .pipeline import SoraPipeline
-    from .text import WordEncoder
-
-    if model not in PRESETS:
-        raise ValueError(f"--model: expected one of {', '.join(PRESETS)}, got {model!r}")
-    torch.manual_seed(seed)
-    encoder = WordEncoder(dim=128)
-    # Pixels in large patches: what the network can tell easily is the clean video, not the noise in it.
-    output = "clean" if prediction is Prediction.flow else "direct"
-    config = DiTConfig.preset(model, patch=patch, in_channels=3, text_dim=encoder.dim, prediction=output)
-    scheduler: Any
-    if prediction is Prediction.flow:
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    else:
-        kind = "epsilon" if prediction is Prediction.epsilon else "v_prediction"
-        # Pixels are clipped to [-1, 1] while sampling; the zero-SNR end makes sampling start from what training saw.
-        scheduler = diffusers.DDIMScheduler(
-            prediction_type=kind, clip_sample=True, timestep_spacing="trailing",
-            rescale_betas_zero_snr=kind == "v_prediction", beta_schedule="squaredcos_cap_v2",
-        )  # fmt: skip
-    return SoraPipeline(DiT(config).to(device), encoder.to(device), scheduler)
-
-
-def _resumed(out: Path, device: str) -> SoraPipeline:
-    from .pipeline import SoraPipeline
-
-    return SoraPipeline.from_pretrained(out / "checkpoint", device=device)

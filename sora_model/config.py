@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-PRESETS = {
-    "tiny": {"depth": 4, "hidden_size": 128, "num_heads": 4},
+Size = tuple[int, int, int]  # frames, height and width
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"depth": 4, "hidden_size": 128, "num_heads": 4, "absolute_positions": True},
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
     "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
     "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
@@ -32,6 +34,9 @@ class DiTConfig:
         qk_norm: RMS-normalise queries and keys per head; with positions="rope" only.
         positions: "rope", 3D rotary for videos; "sincos", added to the tokens as in the DiT paper: h and w only, for images.
         rope_theta: base of the rotary frequencies.
+        absolute_positions: with positions="rope", also add to each token a learned linear map of sinusoids of where it lies, as
+            fractions of the clip's length, height and width (NaViT: Dehghani et al., 2023). Rotary positions are relative:
+            without this, a network finds out only late in its training which end of a clip is the first.
         sincos_size: tokens along a side of the grid that other grids are stretched onto, as diffusers does; None counts 0, 1, 2...
         text_dim: width of the text tokens; None for a model without text.
         num_classes: class labels; label num_classes means none. None for a model without labels.
@@ -51,6 +56,7 @@ class DiTConfig:
     qk_norm: bool = True
     positions: str = "rope"
     rope_theta: float = 256.0
+    absolute_positions: bool = False
     sincos_size: int | None = None
     text_dim: int | None = None
     num_classes: int | None = None
@@ -102,6 +108,8 @@ class DiTConfig:
             self._fail("prediction", "'direct' or 'clean'", self.prediction)
         if self.prediction == "clean" and self.learn_sigma:
             self._fail("learn_sigma", "False with prediction='clean'", self.learn_sigma)
+        if self.positions == "sincos" and self.absolute_positions:
+            self._fail("absolute_positions", "False with positions='sincos'", self.absolute_positions)
         if self.positions == "sincos" and self.qk_norm:
             self._fail("qk_norm", "False with positions='sincos'", self.qk_norm)
         if self.positions == "sincos" and self.hidden_size % 4:

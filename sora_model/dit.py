@@ -34,6 +34,7 @@ from .conditioning import PackedText
 from .config import DiTConfig
 
 FREQUENCIES = 256  # channels of the timestep's sinusoids
+PLACES = 32  # channels of the sinusoids of each of t, h and w, where positions are absolute too
 TIMESTEPS = 1000  # the timestep of pure noise
 SMALLEST_SIGMA = 0.05  # below it errors of a predicted x count no more than there, as in JiT
 
@@ -43,6 +44,14 @@ def sinusoids(positions: Tensor, dim: int, shift: int = 0) -> Tensor:
     half = torch.arange(dim // 2, dtype=torch.float64, device=positions.device)
     angles = positions.double()[:, None] * 10000 ** (-half / (dim // 2 - shift))
     return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def places(layout: PackedLayout) -> Tensor:
+    """Sinusoids of where each token lies on its grid, along each axis from 0 to 1: float32 [N, 3 * PLACES]."""
+    place = (layout.positions() + 0.5) / layout.grid.repeat_interleave(layout.cu_spans.diff(), 0, output_size=layout.num_tokens)
+    quarter_turns = torch.pi / 2 * torch.arange(PLACES // 2, device=place.device)
+    angles = (place[:, :, None] * quarter_turns).flatten(1)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def mlp(dim: int, hidden: int) -> nn.Sequential:
@@ -145,6 +154,7 @@ class DiT(nn.Module):
         dim = config.hidden_size
         # Conv3d only holds the weights: patch_embed_3d computes the same as one matrix product.
         self.patch_embed = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
+        self.place_embed = nn.Linear(3 * PLACES, dim, bias=False) if config.absolute_positions else None
         self.time_embed = embedder(FREQUENCIES, dim)
         self.text_embed = embedder(config.text_dim, dim) if config.text_dim else None
         self.label_embed = nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
@@ -182,6 +192,8 @@ class DiT(nn.Module):
         x, layout = patch_embed_3d(inputs, self.patch_embed.weight, self.patch_embed.bias, patch_size=patch)
         if self.config.positions == "sincos":
             x = x + self._sincos(layout).to(x)
+        if self.place_embed is not None:
+            x = x + self.place_embed(places(layout).to(x))
         if text_dim := self.config.text_dim:
             text = PackedText.empty(len(latents), text_dim) if text is None else text
             text = text.to(weight.device, weight.dtype)

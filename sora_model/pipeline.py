@@ -15,13 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .conditioning import TextEncoder
-from .config import DiTConfig
+from .config import DiTConfig, Size
 from .diffusion import Callback, guided, initial_noise, prediction_type, sample
 from .dit import TIMESTEPS, DiT
 from .text import WordEncoder
 from .vae import Codec, PixelCodec
-
-Size = tuple[int, int, int]
 
 
 class SoraPipeline:
@@ -177,6 +175,50 @@ class SoraPipeline:
                 folder.rename(target)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    @classmethod
+    def from_preset(
+        cls,
+        model: str,
+        *,
+        patch: Size,
+        prediction: str = "flow",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> SoraPipeline:
+        """An untrained pipeline on pixels.
+
+        >>> SoraPipeline.from_preset("tiny", patch=(1, 8, 8)).unit
+        (1, 8, 8)
+
+        Args:
+            model: see `DiTConfig.preset`.
+            patch: (pt, ph, pw) in pixels.
+            prediction: "flow" matching, or DDPM's "epsilon" or "v".
+            seed: of the weights.
+            device: to put it on.
+        """
+        if prediction not in ("flow", "epsilon", "v"):
+            raise ValueError(f"SoraPipeline.from_preset: prediction: expected flow, epsilon or v, got {prediction!r}")
+        torch.manual_seed(seed)
+        encoder = WordEncoder(dim=128)
+        # Pixels in large patches: what the network can tell easily is the clean video, not the noise in it.
+        output = "clean" if prediction == "flow" else "direct"
+        config = DiTConfig.preset(model, patch=patch, in_channels=3, text_dim=encoder.dim, prediction=output)
+        scheduler: Any
+        if prediction == "flow":
+            # Neighbouring pixels tell the same, so what a video shows is decided at high noise: Esser et al. (2024) shift by 3.
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        else:
+            # Pixels are clipped to [-1, 1] while sampling; the zero-SNR end makes sampling start from what training saw.
+            scheduler = diffusers.DDIMScheduler(
+                prediction_type="v_prediction" if prediction == "v" else "epsilon",
+                rescale_betas_zero_snr=prediction == "v",
+                beta_schedule="squaredcos_cap_v2",
+                timestep_spacing="trailing",
+                clip_sample=True,
+            )
+        return cls(DiT(config).to(device), encoder.to(device), scheduler)
 
     @classmethod
     def from_pretrained(

@@ -10,10 +10,11 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from sora_kernels import backends
+from sora_kernels.layout import PackedLayout
 from sora_model.conditioning import PackedText, drop_captions
 from sora_model.config import DiTConfig
 from sora_model.convert import from_diffusers_dit
-from sora_model.dit import DiT, sinusoids
+from sora_model.dit import DiT, places, sinusoids
 from sora_model.text import WordEncoder, hash_words
 
 SIZES = [(4, 8, 12), (1, 16, 8), (2, 4, 4), (6, 8, 8)]
@@ -47,11 +48,24 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str =
     assert error < tolerance, f"{what}: relative error {error:.2e}"
 
 
+def test_places_are_fractions_of_each_grid() -> None:
+    channels = places(PackedLayout.from_grids([(4, 2, 8), (1, 3, 5)])).unflatten(1, (2, 3, -1))  # cos and sin, of t, h and w
+    assert channels.shape == (64 + 15, 2, 3, 16)
+    last = torch.atan2(channels[:, 1, :, 1], channels[:, 0, :, 1]) / (torch.pi / 2)  # the slowest wave: a quarter turn
+    torch.testing.assert_close(last[[0, 63]], torch.tensor([[0.5 / 4, 0.5 / 2, 0.5 / 8], [3.5 / 4, 1.5 / 2, 7.5 / 8]]))
+    torch.testing.assert_close(last[64 + 7], torch.tensor([0.5, 1.5 / 3, 2.5 / 5]))
+
+
 @pytest.mark.parametrize("per_frame", [False, True], ids=["per sample", "per frame"])
 @pytest.mark.parametrize(
     "config",
-    [small(), small(qk_norm=False, patch_size=(2, 4, 2)), small(prediction="clean", patch_size=(2, 2, 2))],
-    ids=["qk_norm", "plain rope", "clean"],
+    [
+        small(),
+        small(qk_norm=False, patch_size=(2, 4, 2)),
+        small(prediction="clean", patch_size=(2, 2, 2)),
+        small(absolute_positions=True),
+    ],
+    ids=["qk_norm", "plain rope", "clean", "absolute"],
 )
 def test_packed_equals_sample_by_sample(config: DiTConfig, per_frame: bool) -> None:
     torch.manual_seed(0)

@@ -80,23 +80,31 @@ def test_resumed_run_equals_one_that_was_not_stopped(run, clips, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_state_survives_saving(tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_state_survives_saving(optimizer, tmp_path, monkeypatch):
     """A run resumed from disk goes on exactly as if it had not stopped."""
     # The schedule follows the number of steps, which differs here.
     monkeypatch.setattr("sora_model.train._schedule", lambda *_: 1.0)
-    from sora_model.cli import Prediction, _new_pipeline
     from sora_model.data import PackedSampler, World, WorldSource
+    from sora_model.pipeline import SoraPipeline
     from sora_model.train import TrainConfig, Trainer
 
     def trainer(folder, steps, **options):
-        pipeline = _new_pipeline("tiny", (1, 8, 8), Prediction.flow, 0, "cpu")
+        pipeline = SoraPipeline.from_preset("tiny", patch=(1, 8, 8))
         sampler = PackedSampler(WorldSource(World(), [(2, 16, 16), (1, 16, 24)]), pipeline.unit, 64)
-        return Trainer(pipeline, sampler, TrainConfig(steps=steps), tmp_path / folder, **options)
+        return Trainer(pipeline, sampler, TrainConfig(steps=steps, optimizer=optimizer), tmp_path / folder, **options)
 
     whole = [step.loss for step in trainer("whole", 4).train()]
     parts = [step.loss for step in trainer("parts", 2).train()]
     parts += [step.loss for step in trainer("parts", 4, resume=True).train()]
     assert parts == whole
+
+
+def test_unknown_optimizer():
+    from sora_model.train import TrainConfig
+
+    with pytest.raises(ValueError, match="TrainConfig: optimizer: expected 'muon' or 'adamw', got 'sgd'"):
+        TrainConfig(optimizer="sgd")
 
 
 def test_generates_mixed_sizes_in_one_batch(run, tmp_path):
@@ -128,7 +136,7 @@ def test_ddpm_trains_and_samples(prediction, tmp_path):
     ("args", "message"),
     [
         (["train", "{tmp}/run", "--data", "{tmp}/none", "--steps", "1"], "none"),
-        (["train", "{tmp}/run", "--steps", "1", "--model", "XXL"], "--model: expected one of tiny, S, B, L, XL, got 'XXL'"),
+        (["train", "{tmp}/run", "--steps", "1", "--model", "XXL"], "name: expected one of tiny, S, B, L, XL, got 'XXL'"),
         (["train", "{tmp}/run", "--steps", "1", "--size", "3x20x20"], "(3, 20, 20)"),
         (["train", "{tmp}/run", "--steps", "1", "--tokens", "4"], "4"),
         (["train", "{tmp}/run", "--steps", "0"], "TrainConfig: steps: expected a number above 0, got 0"),

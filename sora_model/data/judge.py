@@ -113,7 +113,7 @@ def _best_shape(mask: Array, path: Array, spins: bool, shapes: tuple[str, ...]) 
     mask, scores = sharpen(mask), {}
     for shape in shapes:
         area, center = moments(shape)
-        radius = np.sqrt(mask.sum((1, 2)) / area)  # in pixels
+        radius = np.sqrt(np.maximum(mask.sum((1, 2)), 1e-2) / area)  # in pixels; not 0 where a frame has nothing
         turns = np.arange(8) / 8 * 2 * pi / SPINNING[shape] if spins and shape in SPINNING else [0.0]
         overlaps = []
         for turn in turns:
