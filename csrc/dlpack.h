@@ -1,4 +1,5 @@
-// Turns a torch.Tensor argument into a sora::Tensor, through DLPack's C exchange API: no copy, no reference, no torch header.
+// Turns a torch.Tensor argument into a sora::Tensor, and memory of ours into a torch.Tensor, through DLPack's C exchange API: no
+// copy, no torch header.
 //
 // torch >= 2.10 publishes a table of functions as torch.Tensor.__dlpack_c_exchange_api__ (DLPack 1.3). One of them fills in a
 // DLTensor from a Python object in some 30 ns, so an argument costs about as much as an int. The view is valid while the caller
@@ -30,17 +31,41 @@ struct Tensor {
   int64_t* strides;
   uint64_t byte_offset;
 };
+struct Version {
+  uint32_t major, minor;
+};
+struct ManagedTensor {
+  Version version;
+  void* context;
+  void (*deleter)(ManagedTensor* self);
+  uint64_t flags;
+  Tensor tensor;
+};
 struct ExchangeApi {
-  struct {
-    uint32_t major, minor;
-  } version;
+  Version version;
   void* previous;
   void* allocator;
   void* managed_from_object;
-  void* managed_to_object;
+  int (*managed_to_object)(ManagedTensor* tensor, void** object);
   int (*tensor_from_object)(void* object, Tensor* out);
   void* current_stream;
 };
+
+// The table of a tensor type; null if it has none. Every argument of a call has the same type, torch.Tensor or a subclass such as
+// Parameter, so the table of the last type is remembered.
+inline const ExchangeApi* exchange_api(PyTypeObject* type) {
+  static PyTypeObject* known_type = nullptr;
+  static const ExchangeApi* known_api = nullptr;
+  if (type == known_type) return known_api;
+  namespace py = pybind11;
+  py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
+  if (capsule.is_none()) return nullptr;
+  auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  if (api->version.major != 1) return nullptr;
+  known_type = type;
+  return known_api = api;
+}
 
 }  // namespace dlpack
 
@@ -52,7 +77,7 @@ struct type_caster<sora::Tensor> {
 
   bool load(handle source, bool) {
     if (source.is_none()) return true;  // stays empty
-    const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(source.ptr()));
+    const dlpack::ExchangeApi* api = dlpack::exchange_api(Py_TYPE(source.ptr()));
     if (api == nullptr) return false;
     dlpack::Tensor view;
     if (api->tensor_from_object(source.ptr(), &view) != 0) throw error_already_set();
@@ -70,20 +95,6 @@ struct type_caster<sora::Tensor> {
   }
 
  private:
-  // Every argument of a call has the same type, torch.Tensor or a subclass such as Parameter: remember the table of the last type.
-  static const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
-    static PyTypeObject* known_type = nullptr;
-    static const dlpack::ExchangeApi* known_api = nullptr;
-    if (type == known_type) return known_api;
-    object capsule = getattr(handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", none());
-    if (capsule.is_none()) return nullptr;
-    void* api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
-    if (api == nullptr) throw error_already_set();
-    if (static_cast<dlpack::ExchangeApi*>(api)->version.major != 1) return nullptr;
-    known_type = type;
-    return known_api = static_cast<dlpack::ExchangeApi*>(api);
-  }
-
   static sora::DType dtype_of(dlpack::DataType type) {
     if (type.code == dlpack::kFloat && type.bits == 32) return sora::DType::kFloat32;
     if (type.code == dlpack::kFloat && type.bits == 16) return sora::DType::kFloat16;

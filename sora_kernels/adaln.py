@@ -18,7 +18,8 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_boundaries, check_choice, check_cu_seqlens, check_tensor, fail
-from .library import empty_like, register, rows
+from .library import register, rows
+from .memory import empty_like
 
 
 def layer_norm_modulate(

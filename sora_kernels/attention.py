@@ -18,7 +18,8 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_boundaries, check_cu_seqlens, check_qkv, check_tensor, fail
-from .library import empty_like, lse_like, register, rows
+from .library import lse_like, register, rows
+from .memory import empty_like
 from .spatiotemporal_attention import spatiotemporal_attention as spatiotemporal_attention
 
 UNBOUNDED = 2**30  # a window side without a limit

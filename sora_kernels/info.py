@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, memory
 
 _PACKAGES = ("torch", "triton", "flash-attn", "einops", "numpy", "diffusers", "transformers")
 
@@ -32,6 +32,7 @@ def _cpu_lines() -> list[str]:
     return [
         f"instruction set: {_cpu.isa()} ({how}; built: {tiers})",
         f"threads: {_cpu.num_threads()} (torch: {torch.get_num_threads()}; set with torch.set_num_threads)",
+        f"memory kept for large outputs: at most {memory.cache_limit() >> 20} MiB (SORA_KERNELS_CACHE_MB)",
     ]
 
 

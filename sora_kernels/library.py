@@ -45,8 +45,3 @@ def lse_like(q: Tensor) -> Tensor:
     """
     shape = (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
     return q.new_empty(shape, dtype=torch.float64)
-
-
-def empty_like(x: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor, whatever the strides of x (torch.empty_like would keep those)."""
-    return x.new_empty(x.shape)

@@ -20,6 +20,7 @@ from . import backends
 from .checks import check_tensor, fail, triple
 from .layout import PackedLayout
 from .library import register, rows
+from .memory import empty, empty_like
 
 Videos = Sequence[Tensor] | Tensor
 
@@ -139,7 +140,7 @@ def _run_embed(videos, weight, bias, patch_size):
 
 
 def _fake_embed(videos, weight, bias, patch_size):
-    return weight.new_empty(_num_tokens(videos, patch_size), weight.shape[0])
+    return empty(weight, (_num_tokens(videos, patch_size), weight.shape[0]))
 
 
 def _run_embed_backward(dtokens, videos, weight, patch_size, videos_need_grad, has_bias):
@@ -151,8 +152,8 @@ def _run_embed_backward(dtokens, videos, weight, patch_size, videos_need_grad, h
 
 
 def _fake_embed_backward(dtokens, videos, weight, patch_size, videos_need_grad, has_bias):
-    dvideos = [video.new_empty(video.shape) for video in videos] if videos_need_grad else []
-    return dvideos, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0] if has_bias else 0)
+    dvideos = [empty_like(video) for video in videos] if videos_need_grad else []
+    return dvideos, empty_like(weight), weight.new_empty(weight.shape[0] if has_bias else 0)
 
 
 def _save_embed(ctx, inputs, output):
@@ -192,7 +193,7 @@ def _run_patchify(videos, patch_size):
 
 def _fake_patchify(videos, patch_size):
     volume = patch_size[0] * patch_size[1] * patch_size[2]
-    return videos[0].new_empty(_num_tokens(videos, patch_size), volume * videos[0].shape[0])
+    return empty(videos[0], (_num_tokens(videos, patch_size), volume * videos[0].shape[0]))
 
 
 def _run_unpatchify(tokens, sizes, patch_size):
@@ -203,7 +204,7 @@ def _run_unpatchify(tokens, sizes, patch_size):
 
 def _fake_unpatchify(tokens, sizes, patch_size):
     channels = tokens.shape[1] // (patch_size[0] * patch_size[1] * patch_size[2])
-    return [tokens.new_empty(channels, *sizes[i : i + 3]) for i in range(0, len(sizes), 3)]
+    return [empty(tokens, (channels, *sizes[i : i + 3])) for i in range(0, len(sizes), 3)]
 
 
 def _save_patchify(ctx, inputs, output):

@@ -19,7 +19,8 @@ from torch import Tensor
 from . import backends
 from .checks import check_boundaries, check_cu_seqlens, check_tensor, fail, triple
 from .layout import PackedLayout
-from .library import empty_like, register, rows
+from .library import register, rows
+from .memory import empty_like
 
 Theta = float | tuple[float, float, float]
 

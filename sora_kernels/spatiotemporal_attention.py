@@ -15,7 +15,8 @@ from torch import Tensor
 from . import backends
 from .checks import check_cu_seqlens, check_qkv, check_tensor, fail, triple
 from .layout import PackedLayout
-from .library import empty_like, lse_like, register, rows
+from .library import lse_like, register, rows
+from .memory import empty_like
 
 
 def spatiotemporal_attention(

@@ -222,3 +222,23 @@ BAD["gate_residual_layer_norm_modulate"] = BAD["layer_norm_modulate"] + BAD["gat
 @pytest.mark.parametrize(("name", "wrong", "message"), [(name, *row) for name, rows in BAD.items() for row in EVERYWHERE + rows])
 def test_bad_input(name: str, wrong: dict, message: str) -> None:
     check_rejected(getattr(ops, name), {**GOOD[name], **wrong}, f"{name}: {message}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [1024, 1000, 333])
+def test_large_outputs_equal_small_ones(d: int, dtype: torch.dtype) -> None:
+    """Large outputs pass the caches by, where rows are aligned; the numbers are the same."""
+    tokens = (12 << 20) // (d * dtype.itemsize) // 2
+    x, y = torch.randn(2, 2 * tokens, d).to(dtype)
+    gate, shift, scale = torch.randn(3, 1, d).to(dtype)
+    runs = (
+        lambda x, y, cu, r: (ops.layer_norm_modulate(x, r(shift), r(scale), cu),),
+        lambda x, y, cu, r: (ops.gate_residual(x, y, r(gate), cu),),
+        lambda x, y, cu, r: ops.gate_residual_layer_norm_modulate(x, y, r(gate), r(shift), r(scale), cu),
+    )
+    one = torch.tensor([0, tokens], dtype=torch.int32)
+    both = torch.tensor([0, tokens, 2 * tokens], dtype=torch.int32)
+    for run in runs:
+        halves = [run(x[part], y[part], one, lambda row: row) for part in (slice(tokens), slice(tokens, None))]
+        for whole, *parts in zip(run(x, y, both, lambda row: row.repeat(2, 1)), *halves, strict=True):
+            assert torch.equal(whole, torch.cat(parts))

@@ -245,3 +245,20 @@ BAD = [
 @pytest.mark.parametrize(("name", "wrong", "message"), BAD)
 def test_bad_input(name: str, wrong: dict, message: str) -> None:
     check_rejected(getattr(ops, name), {**GOOD[name], **wrong}, f"{name}: {message}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [64, 72])
+def test_large_outputs_equal_small_ones(d: int, dtype: torch.dtype) -> None:
+    """Large outputs pass the caches by, where rows are aligned; the numbers are the same."""
+    tokens = (12 << 20) // (4 * d * dtype.itemsize) // 2
+    one, both = PackedLayout.from_grids([(1, 1, tokens)]), PackedLayout.from_grids([(1, 1, tokens)] * 2)
+    q, k = torch.randn(2, 2 * tokens, 4, d).to(dtype)
+    weight = torch.rand(d).to(dtype)
+    for run in (
+        lambda q, k, layout: (ops.rope_3d(q, layout),),
+        lambda q, k, layout: ops.qk_norm_rope_3d(q, k, weight, None, layout),
+    ):
+        halves = [run(q[part], k[part], one) for part in (slice(tokens), slice(tokens, None))]
+        for whole, *parts in zip(run(q, k, both), *halves, strict=True):
+            assert torch.equal(whole, torch.cat(parts))

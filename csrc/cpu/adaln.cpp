@@ -74,18 +74,19 @@ void norm_token(const AdaLn& a, const T* x, int64_t n, int64_t r) {
   static_cast<float*>(a.rstd.data)[n] = rstd;
   const T *scale = row<const T>(a.scale, r), *shift = row<const T>(a.shift, r);
   T* out = row<T>(a.out, n);
+  const bool stream = streams(a.out);
   each_vector(d, [&](int64_t i, int lanes) {
     const vf y = affine<T>(a, (load_lanes(x + i, lanes) - mean) * rstd, i, lanes);
-    store_lanes(out + i, y * (1.0f + load_lanes(scale + i, lanes)) + load_lanes(shift + i, lanes), lanes);
+    write_lanes(out + i, y * (1.0f + load_lanes(scale + i, lanes)) + load_lanes(shift + i, lanes), lanes, stream);
   });
 }
 
 template <class T>
-void gate_token(const AdaLn& a, const Tensor& out, int64_t n, int64_t r) {
+void gate_token(const AdaLn& a, const Tensor& out, bool stream, int64_t n, int64_t r) {
   const T *residual = row<const T>(a.residual, n), *x = row<const T>(a.x, n), *gate = row<const T>(a.gate, r);
   T* to = row<T>(out, n);
   each_vector(a.x.size[1], [&](int64_t i, int lanes) {
-    store_lanes(to + i, load_lanes(residual + i, lanes) + load_lanes(gate + i, lanes) * load_lanes(x + i, lanes), lanes);
+    write_lanes(to + i, load_lanes(residual + i, lanes) + load_lanes(gate + i, lanes) * load_lanes(x + i, lanes), lanes, stream);
   });
 }
 
@@ -111,6 +112,7 @@ void forward(const AdaLn& a, Token token) {
         if (a.mean) static_cast<float*>(a.mean.data)[n] = static_cast<float*>(a.rstd.data)[n] = 0;
       }
     }
+    finish_streams();
   });
 }
 
@@ -231,9 +233,10 @@ void layer_norm_modulate_forward(const AdaLn& a) {
 }
 
 void gate_residual_forward(const AdaLn& a) {
+  const bool stream = streams(a.out);
   dispatch(a.x.dtype, [&](auto t) {
     using T = decltype(t);
-    forward<T>(a, [&](int64_t n, int64_t r) { gate_token<T>(a, a.out, n, r); });
+    forward<T>(a, [&](int64_t n, int64_t r) { gate_token<T>(a, a.out, stream, n, r); });
   });
 }
 
@@ -241,7 +244,7 @@ void gate_residual_layer_norm_modulate_forward(const AdaLn& a) {
   dispatch(a.x.dtype, [&](auto t) {
     using T = decltype(t);
     forward<T>(a, [&](int64_t n, int64_t r) {
-      gate_token<T>(a, a.residual_out, n, r);
+      gate_token<T>(a, a.residual_out, false, n, r);  // the norm reads it at once
       norm_token(a, row<const T>(a.residual_out, n), n, r);
     });
   });

@@ -7,12 +7,12 @@
 
 namespace sora {
 
-// Rows past the last boundary of a packed tensor, or a sample of a dense one.
+// Where the queries and keys of one sample are, in a packed tensor or a dense one.
 struct Sample {
   int64_t q_start, k_start;  // first token (packed) or 0 (dense)
   int64_t q_batch, k_batch;  // 0 (packed) or the batch index (dense)
   int64_t q_size, k_size;
-  int32_t first_span, num_spans;  // of a windowed sample
+  int32_t first_span;  // windowed: its first span that holds tokens
 };
 
 // A piece of attention: some consecutive queries of one head (forward), or one key head (backward), of a sample.

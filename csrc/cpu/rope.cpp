@@ -143,6 +143,7 @@ template <class T>
 void rope_forward(const Rope& rope, const Tensor& x, const Tensor& out) {
   const AngleTables tables(rope);
   const int d = static_cast<int>(x.size[2]);
+  const bool stream = streams(out);
   each_piece(
       used_tokens(rope), x.size[0],
       [&](int64_t begin, int64_t end) {
@@ -152,9 +153,10 @@ void rope_forward(const Rope& rope, const Tensor& x, const Tensor& out) {
             T* to = at<T>(out, n, h);
             rotate(
                 rope.interleaved, d, c, s, [=](int64_t i, int lanes) { return load_lanes(from + i, lanes); },
-                [=](int64_t i, vf y, int lanes) { store_lanes(to + i, y, lanes); });
+                [=](int64_t i, vf y, int lanes) { write_lanes(to + i, y, lanes, stream); });
           }
         });
+        finish_streams();
       },
       [&](int64_t n) { zero_token<T>(out, n); });
 }
@@ -170,6 +172,7 @@ template <class T>
 void norm_rope_token(const Rope& rope, const QkNorm& p, bool across_heads, float eps, int64_t n, const float* c, const float* s) {
   const int64_t num_heads = p.x.size[1];
   const int d = static_cast<int>(p.x.size[2]);
+  const bool stream = streams(p.out);
   float* rstd = static_cast<float*>(p.rstd.data) + n * p.rstd.size[1];
   vf squares = {};
   for (int64_t h = 0; h < num_heads; ++h) {
@@ -188,7 +191,7 @@ void norm_rope_token(const Rope& rope, const QkNorm& p, bool across_heads, float
     rotate(
         rope.interleaved, d, c, s,
         [&](int64_t i, int lanes) { return load_lanes(from + i, lanes) * r * weight_at<T>(p, across_heads, h, i, lanes); },
-        [=](int64_t i, vf y, int lanes) { store_lanes(to + i, y, lanes); });
+        [=](int64_t i, vf y, int lanes) { write_lanes(to + i, y, lanes, stream); });
   }
 }
 
@@ -201,6 +204,7 @@ void norm_rope_forward(const Rope& rope, QkNorm (&parts)[2], bool across_heads, 
         each_token(rope, tables, begin, end, Scratch::get(2 * parts[0].x.size[2]), [&](int64_t n, const float* c, const float* s) {
           for (const QkNorm& p : parts) norm_rope_token<T>(rope, p, across_heads, eps, n, c, s);
         });
+        finish_streams();
       },
       [&](int64_t n) {
         for (const QkNorm& p : parts) {

@@ -10,6 +10,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "kernels.h"
 
 namespace sora::SORA_TIER {
@@ -31,7 +35,7 @@ struct float16 {
 #define SORA_INLINE inline __attribute__((always_inline))
 
 template <class To, class From>
-SORA_INLINE To bits(From from) {
+SORA_INLINE To bits(const From& from) {
   To to;
   static_assert(sizeof to == sizeof from);
   memcpy(&to, &from, sizeof to);
@@ -39,7 +43,6 @@ SORA_INLINE To bits(From from) {
 }
 
 SORA_INLINE vf broadcast(float x) { return x - vf{}; }
-SORA_INLINE vi broadcast(int32_t x) { return x - vi{}; }
 
 SORA_INLINE vi lanes() {
   vi index;
@@ -166,6 +169,53 @@ SORA_INLINE void store_lanes(T* p, vf x, int n) {
     store(p, x);
   else
     store(p, x, n);
+}
+
+// ---- outputs that pass the caches by
+
+// A plain store first reads the line it writes and pushes another one out of the cache. An output that the caches cannot hold until
+// it is used gains nothing from that.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+SORA_INLINE bool streams(const Tensor& out) {
+  int64_t bytes = out.dtype == DType::kFloat32 ? 4 : 2;
+  for (int i = 0; i < out.ndim; ++i) bytes *= out.size[i];
+  return bytes >= kStreamBytes;
+}
+
+// store_lanes, past the caches if `stream`; finish_streams() orders such stores before what other threads do next.
+template <class T>
+SORA_INLINE void write_lanes(T* p, vf x, int n, bool stream) {
+#if defined(__x86_64__)
+  if (stream && n == W && reinterpret_cast<uintptr_t>(p) % (W * sizeof(T)) == 0) {
+    alignas(W * sizeof(T)) T line[W];
+    store(line, x);
+#if SORA_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits<__m512i>(line));
+    else
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits<__m256i>(line));
+#elif SORA_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits<__m256i>(line));
+    else
+      _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits<__m128i>(line));
+#else
+    if constexpr (sizeof(T) == 4)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits<__m128i>(line));
+    else
+      _mm_stream_si64(reinterpret_cast<long long*>(p), bits<long long>(line));
+#endif
+    return;
+  }
+#endif
+  store_lanes(p, x, n);
+}
+
+SORA_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // Calls body(T{}) with the storage type; the bindings let no other dtype through.

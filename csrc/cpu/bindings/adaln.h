@@ -1,0 +1,91 @@
+// adaLN: checks.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../../dlpack.h"
+#include "checks.h"
+
+namespace sora {
+
+namespace py = pybind11;
+
+inline void check_adaln(const AdaLn& a) {
+  require(a.x.ndim == 2, "[N, D] expected");
+  boundaries(a.cu_seqlens, a.x.size[0]);
+  const int64_t n = a.x.size[0], d = a.x.size[1], rows = a.cu_seqlens.size[0] - 1;
+  same_storage({&a.x, &a.residual, &a.gate, &a.shift, &a.scale, &a.weight, &a.bias, &a.residual_out, &a.out, &a.dresidual_out,
+                &a.dout, &a.dresidual, &a.dx, &a.dgate, &a.dshift, &a.dscale, &a.dweight, &a.dbias});
+  for (const Tensor* t : {&a.residual, &a.residual_out, &a.out, &a.dresidual_out, &a.dout, &a.dresidual, &a.dx})
+    if (*t) shape(*t, {n, d});
+  for (const Tensor* t : {&a.gate, &a.shift, &a.scale, &a.dgate, &a.dshift, &a.dscale})
+    if (*t) shape(*t, {rows, d});
+  for (const Tensor* t : {&a.weight, &a.bias, &a.dweight, &a.dbias})
+    if (*t) shape(*t, {d});
+  for (const Tensor* t : {&a.mean, &a.rstd})
+    if (*t) shape(*t, {n}), require(t->dtype == DType::kFloat32, "statistics must be float32");
+}
+
+inline void bind_adaln(py::module_& m) {
+  m.def("layer_norm_modulate_forward", [](Tensor x, Tensor shift, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias,
+                                          float eps, Tensor out, Tensor mean, Tensor rstd) {
+    AdaLn a{};
+    a.x = x, a.shift = shift, a.scale = scale, a.cu_seqlens = cu, a.rms = rms, a.weight = weight, a.bias = bias, a.eps = eps;
+    a.out = out, a.mean = mean, a.rstd = rstd;
+    check_adaln(a);
+    py::gil_scoped_release release;
+    kernels->layer_norm_modulate_forward(a);
+  });
+  m.def("layer_norm_modulate_backward",
+        [](Tensor dout, Tensor x, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,
+           Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias) {
+          AdaLn a{};
+          a.dout = dout, a.x = x, a.scale = scale, a.cu_seqlens = cu, a.rms = rms, a.weight = weight, a.bias = bias, a.mean = mean,
+          a.rstd = rstd;
+          a.dx = dx, a.dshift = dshift, a.dscale = dscale, a.dweight = dweight, a.dbias = dbias;
+          check_adaln(a);
+          py::gil_scoped_release release;
+          kernels->adaln_backward(a);
+        });
+  m.def("gate_residual_forward", [](Tensor residual, Tensor x, Tensor gate, Tensor cu, Tensor out) {
+    AdaLn a{};
+    a.residual = residual, a.x = x, a.gate = gate, a.cu_seqlens = cu, a.out = out;
+    check_adaln(a);
+    py::gil_scoped_release release;
+    kernels->gate_residual_forward(a);
+  });
+  m.def("gate_residual_backward", [](Tensor dout, Tensor x, Tensor gate, Tensor cu, Tensor dresidual, Tensor dx, Tensor dgate) {
+    AdaLn a{};
+    a.dout = dout, a.x = x, a.gate = gate, a.cu_seqlens = cu, a.dresidual = dresidual, a.dx = dx, a.dgate = dgate;
+    check_adaln(a);
+    py::gil_scoped_release release;
+    kernels->adaln_backward(a);
+  });
+  m.def("gate_residual_layer_norm_modulate_forward",
+        [](Tensor residual, Tensor x, Tensor gate, Tensor shift, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias,
+           float eps, Tensor residual_out, Tensor out, Tensor mean, Tensor rstd) {
+          AdaLn a{};
+          a.residual = residual, a.x = x, a.gate = gate, a.shift = shift, a.scale = scale, a.cu_seqlens = cu;
+          a.rms = rms, a.weight = weight, a.bias = bias, a.eps = eps, a.residual_out = residual_out, a.out = out, a.mean = mean,
+          a.rstd = rstd;
+          check_adaln(a);
+          py::gil_scoped_release release;
+          kernels->gate_residual_layer_norm_modulate_forward(a);
+        });
+  m.def("gate_residual_layer_norm_modulate_backward", [](Tensor dresidual_out, Tensor dout, Tensor residual_out, Tensor x,
+                                                         Tensor gate, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias,
+                                                         Tensor mean, Tensor rstd, Tensor dresidual, Tensor dx, Tensor dgate,
+                                                         Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias) {
+    AdaLn a{};
+    a.dresidual_out = dresidual_out, a.dout = dout, a.residual_out = residual_out, a.x = x, a.gate = gate, a.scale = scale,
+    a.cu_seqlens = cu;
+    a.rms = rms, a.weight = weight, a.bias = bias, a.mean = mean, a.rstd = rstd;
+    a.dresidual = dresidual, a.dx = dx, a.dgate = dgate, a.dshift = dshift, a.dscale = dscale, a.dweight = dweight, a.dbias = dbias;
+    check_adaln(a);
+    py::gil_scoped_release release;
+    kernels->adaln_backward(a);
+  });
+}
+
+}  // namespace sora

@@ -1,0 +1,143 @@
+// Attention: checks, samples and work items; packed, dense and windowed.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "../../dlpack.h"
+#include "checks.h"
+
+namespace sora {
+
+namespace py = pybind11;
+
+struct AttentionCall : Attention {
+  std::vector<Sample> sample_list;
+  std::vector<AttentionItem> item_list;
+  double work(const AttentionItem& item) const { return double(item.q_end - item.q_begin) * sample_list[item.sample].k_size; }
+};
+
+inline void add_samples(AttentionCall& a, const Tensor& cu_q, const Tensor& cu_k) {
+  same_storage({&a.q, &a.k, &a.v, &a.out});
+  same_shape(a.q, a.out);
+  same_shape(a.k, a.v);
+  const int n = a.q.ndim;
+  require(a.k.ndim == n && (cu_q ? n == 3 && cu_k : n == 4), "packed [N, H, d] with boundaries or dense [B, S, H, d] expected");
+  require(a.k.size[n - 1] == a.q.size[n - 1] && a.k.size[n - 2] > 0 && a.q.size[n - 2] % a.k.size[n - 2] == 0,
+          "heads do not match");
+  if (cu_q) {
+    boundaries(cu_q, a.q.size[0]);
+    boundaries(cu_k, a.k.size[0]);
+    require(cu_q.size[0] == cu_k.size[0], "as many key samples as query samples expected");
+    const int32_t *q = cu_q.ints(), *k = cu_k.ints();
+    for (int64_t b = 0; b + 1 < cu_q.size[0]; ++b)
+      a.sample_list.push_back({q[b], k[b], 0, 0, q[b + 1] - q[b], k[b + 1] - k[b], 0});
+    a.q_used = q[cu_q.size[0] - 1], a.k_used = k[cu_q.size[0] - 1];
+    shape(a.lse, {a.q.size[1], a.q.size[0]});
+  } else {
+    require(a.k.size[0] == a.q.size[0], "batch sizes differ");
+    for (int64_t b = 0; b < a.q.size[0]; ++b) a.sample_list.push_back({0, 0, b, b, a.q.size[1], a.k.size[1], 0});
+    a.q_used = a.k_used = 0;
+    shape(a.lse, {a.q.size[0], a.q.size[2], a.q.size[1]});
+  }
+  require(a.lse.dtype == DType::kFloat64 && a.lse.stride[a.lse.ndim - 1] == 1, "lse must be float64");
+  a.samples = a.sample_list.data();
+}
+
+inline void run(AttentionCall& a, bool backward) {
+  const Tensor& split = backward ? a.k : a.q;
+  const int32_t num_heads = static_cast<int32_t>(split.size[split.ndim - 2]);
+  for (size_t b = 0; b < a.sample_list.size(); ++b) {
+    const int64_t size = a.sample_list[b].q_size, step = backward ? std::max<int64_t>(size, 1) : kQueryBlock;
+    for (int32_t h = 0; h < num_heads; ++h)
+      // A sample without queries still owes its keys zero gradients.
+      for (int64_t begin = 0; begin < size || (backward && begin == 0); begin += step)
+        a.item_list.push_back({static_cast<int32_t>(b), h, begin, std::min(begin + step, size)});
+  }
+  // Longest first, so that no thread starts a long item when the others are done.
+  std::stable_sort(a.item_list.begin(), a.item_list.end(), [&](const auto& x, const auto& y) { return a.work(x) > a.work(y); });
+  a.items = a.item_list.data();
+  a.num_items = static_cast<int64_t>(a.item_list.size());
+  py::gil_scoped_release release;
+  (backward ? kernels->attention_backward : kernels->attention_forward)(a);
+}
+
+inline void add_gradients(AttentionCall& a, Tensor dout, Tensor dlse, Tensor dq, Tensor dk, Tensor dv) {
+  a.dout = dout, a.dlse = dlse, a.dq = dq, a.dk = dk, a.dv = dv;
+  same_storage({&a.q, &dout, &dq, &dk, &dv});
+  same_shape(dout, a.q), same_shape(dq, a.q), same_shape(dk, a.k), same_shape(dv, a.k);
+  if (dlse)
+    same_shape(dlse, a.lse), require(dlse.dtype == DType::kFloat64 && dlse.stride[dlse.ndim - 1] == 1, "dlse must be float64");
+}
+
+inline AttentionCall attention_call(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_q, Tensor cu_k, Tensor bias,
+                                    Tensor alibi, float scale, int64_t left, int64_t right, float softcap) {
+  AttentionCall a{};
+  a.q = q, a.k = k, a.v = v, a.out = out, a.lse = lse, a.bias = bias, a.alibi = alibi;
+  a.scale = scale, a.left = left, a.right = right, a.softcap = softcap;
+  add_samples(a, cu_q, cu_k);
+  const int64_t batch = static_cast<int64_t>(a.sample_list.size()), num_heads = q.size[q.ndim - 2];
+  if (bias)
+    shape(bias, {batch, num_heads, q.size[1], k.size[1]}),
+        require(!cu_q && bias.dtype == DType::kFloat32, "bias must be float32, its batch dense");
+  if (alibi) shape(alibi, {batch, num_heads}), require(alibi.dtype == DType::kFloat32, "alibi must be float32");
+  return a;
+}
+
+inline AttentionCall windowed_call(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu, Tensor cu_spans, Tensor grid,
+                                   Tensor step, std::array<int32_t, 3> window, std::array<bool, 3> causal, float scale) {
+  AttentionCall a{};
+  a.q = q, a.k = k, a.v = v, a.out = out, a.lse = lse, a.scale = scale, a.windowed = true;
+  a.cu_spans = cu_spans, a.grid = grid, a.step = step;
+  std::copy(window.begin(), window.end(), a.window);
+  std::copy(causal.begin(), causal.end(), a.causal);
+  require(static_cast<bool>(cu), "boundaries expected");
+  add_samples(a, cu, cu);
+  require(q.size[0] == k.size[0], "as many keys as queries expected");
+  spans(cu_spans, grid, q.size[0]);
+  shape(step, {grid.size[0], 3});
+  int32_t span = 0;
+  const int32_t count = static_cast<int32_t>(grid.size[0]);
+  for (Sample& s : a.sample_list) {
+    while (span < count && cu_spans.ints()[span + 1] <= s.q_start) ++span;  // empty spans in between
+    s.first_span = span;
+    int64_t end = s.q_start;
+    for (; end < s.q_start + s.q_size && span < count; ++span) end = cu_spans.ints()[span + 1];
+    require(end == s.q_start + s.q_size, "spans must end where samples end");
+  }
+  return a;
+}
+
+inline void bind_attention(py::module_& m) {
+  m.def("attention_forward", [](Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, Tensor bias, Tensor alibi, float scale,
+                                int64_t left, int64_t right, float softcap, Tensor out, Tensor lse) {
+    AttentionCall a = attention_call(q, k, v, out, lse, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
+    run(a, false);
+  });
+  m.def("attention_backward",
+        [](Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_q, Tensor cu_k, Tensor bias,
+           Tensor alibi, float scale, int64_t left, int64_t right, float softcap, Tensor dq, Tensor dk, Tensor dv) {
+          AttentionCall a = attention_call(q, k, v, out, lse, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
+          add_gradients(a, dout, dlse, dq, dk, dv);
+          run(a, true);
+        });
+  m.def("spatiotemporal_attention_forward",
+        [](Tensor q, Tensor k, Tensor v, Tensor cu, Tensor cu_spans, Tensor grid, Tensor step, std::array<int32_t, 3> window,
+           std::array<bool, 3> causal, float scale, Tensor out, Tensor lse) {
+          AttentionCall a = windowed_call(q, k, v, out, lse, cu, cu_spans, grid, step, window, causal, scale);
+          run(a, false);
+        });
+  m.def("spatiotemporal_attention_backward",
+        [](Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu, Tensor cu_spans, Tensor grid, Tensor step,
+           std::array<int32_t, 3> window, std::array<bool, 3> causal, float scale, Tensor dq, Tensor dk, Tensor dv) {
+          AttentionCall a = windowed_call(q, k, v, out, lse, cu, cu_spans, grid, step, window, causal, scale);
+          add_gradients(a, dout, Tensor{}, dq, dk, dv);
+          run(a, true);
+        });
+}
+
+}  // namespace sora

@@ -1,0 +1,61 @@
+// Checks of a call's tensors. The story files have validated every argument; this keeps a wrong call from touching memory that is
+// not there.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "../kernels.h"
+
+namespace sora {
+
+// The entry points of the tier in use, set at import.
+inline const Kernels* kernels = nullptr;
+
+inline void require(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(std::string("sora_kernels._cpu: ") + what);
+}
+
+inline void same_storage(std::initializer_list<const Tensor*> tensors) {
+  DType dtype = DType::kOther;
+  for (const Tensor* t : tensors) {
+    if (!*t) continue;
+    if (dtype == DType::kOther) dtype = t->dtype;
+    require(t->dtype == dtype && dtype <= DType::kFloat16, "float tensors of one dtype expected");
+    require(t->size[t->ndim - 1] <= 1 || t->stride[t->ndim - 1] == 1, "the last axis must be contiguous");
+  }
+}
+
+inline void same_shape(const Tensor& a, const Tensor& b) {
+  require(a.ndim == b.ndim && std::equal(a.size, a.size + a.ndim, b.size), "tensors of one shape expected");
+}
+
+inline void shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
+  require(t.ndim == static_cast<int>(sizes.size()) && std::equal(sizes.begin(), sizes.end(), t.size), "unexpected shape");
+}
+
+inline void boundaries(const Tensor& cu, int64_t total) {
+  require(cu.ndim == 1 && cu.dtype == DType::kInt32 && cu.size[0] >= 1 && (cu.size[0] == 1 || cu.stride[0] == 1),
+          "boundaries must be int32 and contiguous");
+  const int32_t* x = cu.ints();
+  require(x[0] == 0 && x[cu.size[0] - 1] <= total && std::is_sorted(x, x + cu.size[0]),
+          "boundaries must rise from 0 to at most the number of tokens");
+}
+
+inline void spans(const Tensor& cu_spans, const Tensor& grid, int64_t total) {
+  boundaries(cu_spans, total);
+  const int64_t count = cu_spans.size[0] - 1;
+  require(grid.dtype == DType::kInt32 && grid.ndim == 2 && grid.size[0] == count && grid.size[1] == 3 &&
+              (count == 0 || (grid.stride[0] == 3 && grid.stride[1] == 1)),
+          "grid must be int32 [S, 3]");
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t* g = grid.ints() + 3 * i;
+    require(g[0] >= 0 && g[1] >= 0 && g[2] >= 0 && int64_t(g[0]) * g[1] * g[2] == cu_spans.ints()[i + 1] - cu_spans.ints()[i],
+            "each grid must hold its span's tokens");
+  }
+}
+
+}  // namespace sora

@@ -1,0 +1,70 @@
+"""Where outputs live: torch's allocator, or, for large ones on a CPU, memory of earlier outputs.
+
+A fresh CPU tensor of many megabytes costs more in page faults than a memory-bound kernel needs to fill it, so memory of large
+outputs that nobody uses any more is kept for the next ones, as torch does on a GPU. The tensors are ordinary ones, except that
+their storage cannot be resized in place. At most 1 GiB is kept, or as many MiB as the environment variable `SORA_KERNELS_CACHE_MB`
+says; 0 keeps nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+LARGE = 4 << 20  # bytes; below, malloc keeps memory by itself
+_DEFAULT_MB = 1024
+
+
+@functools.cache
+def _cpu() -> ModuleType | None:
+    """Module _cpu, its limit set; None where it cannot be imported (`python -m sora_kernels.info` says why)."""
+    try:
+        module = importlib.import_module("._cpu", __package__)
+    except ImportError:
+        return None
+    module.set_cache_limit(cache_limit())
+    return module
+
+
+def cache_limit() -> int:
+    """The most bytes that are kept.
+
+    Raises:
+        ValueError: SORA_KERNELS_CACHE_MB is not a whole number of at least 0.
+    """
+    text = os.environ.get("SORA_KERNELS_CACHE_MB") or str(_DEFAULT_MB)
+    if not text.isdecimal():
+        raise ValueError(f"sora_kernels: SORA_KERNELS_CACHE_MB: expected a whole number of MiB of at least 0, got {text!r}")
+    return int(text) << 20
+
+
+def cached_bytes() -> int:
+    """Bytes kept at the moment."""
+    module = _cpu()
+    return 0 if module is None else module.cached_bytes()
+
+
+def empty_cache() -> None:
+    """Gives all memory that is kept back to the system."""
+    if module := _cpu():
+        module.empty_cache()
+
+
+def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised contiguous tensor of `like`'s dtype and device."""
+    # Only of plain tensors: those that trace, transform or stand for others know best how to make one of theirs.
+    plain = type(like) is Tensor or type(like) is nn.Parameter
+    if plain and like.is_cpu and torch.Size(shape).numel() * like.element_size() >= LARGE and (module := _cpu()):
+        return module.empty(like, shape)
+    return like.new_empty(shape)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor, whatever the strides of x (torch.empty_like would keep those)."""
+    return empty(x, x.shape)

@@ -1,0 +1,116 @@
+"""Memory of large CPU outputs: reused once nobody holds it, never before, never more of it than allowed, and ordinary tensors."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from sora_kernels import memory
+from sora_kernels.layout import PackedLayout
+from sora_kernels.rope import rope_3d
+
+LARGE = torch.zeros(1500, 1024)
+
+
+@pytest.fixture(autouse=True)
+def nothing_cached():
+    memory.empty_cache()
+    yield
+    memory.empty_cache()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_memory_serves_the_next_output(dtype):
+    like = torch.zeros(3000, 1024, dtype=dtype)
+    first = memory.empty_like(like)
+    assert first.shape == like.shape
+    assert first.dtype == dtype
+    assert first.is_contiguous()
+    place = first.data_ptr()
+    second = memory.empty_like(like)
+    assert second.data_ptr() != place
+    view = first[10:20]
+    del first
+    assert memory.cached_bytes() == 0, "a view still holds it"
+    del view
+    assert memory.cached_bytes() >= like.nbytes
+    assert memory.empty(like, (2990, 1024)).data_ptr() == place, "a slightly smaller output fits"
+
+
+def test_outputs_of_other_sizes_get_their_own():
+    del_me = memory.empty(LARGE, (4000, 1024))
+    place = del_me.data_ptr()
+    del del_me
+    assert memory.empty_like(LARGE).data_ptr() != place
+    memory.empty_cache()
+    assert memory.cached_bytes() == 0
+
+
+def test_small_outputs_are_torchs_own():
+    memory.empty(LARGE, (16, 16))
+    assert memory.cached_bytes() == 0
+
+
+def test_an_ordinary_tensor():
+    tensor = memory.empty_like(LARGE).fill_(2.0).requires_grad_()
+    (tensor * 3).sum().backward()
+    assert torch.equal(tensor.grad, torch.full_like(tensor, 3.0))
+    copy = tensor.detach().clone()
+    assert torch.equal(copy.share_memory_(), tensor.detach())
+    assert tensor.detach().numpy().sum() == 2 * tensor.numel()
+    with torch.inference_mode():
+        assert memory.empty_like(LARGE).is_inference()
+
+
+def test_traced_and_meta_tensors_keep_their_kind():
+    assert memory.empty_like(LARGE.to("meta")).is_meta
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = mode.from_tensor(LARGE)
+        assert type(memory.empty_like(fake)) is type(fake)
+
+
+def test_outputs_of_an_op_are_not_overwritten_by_the_next():
+    layout = PackedLayout.from_grids([(8, 16, 16)])
+    x = torch.randn(layout.num_tokens, 8, 128)
+    first, second = rope_3d(x, layout), rope_3d(2 * x, layout)
+    torch.testing.assert_close(2 * first, second)
+    del second
+    assert memory.cached_bytes() > 0
+
+
+def test_threads_share_it():
+    failures = []
+
+    def work(value):
+        for _ in range(50):
+            tensor = memory.empty_like(LARGE).fill_(value)
+            if not bool((tensor == value).all()):
+                failures.append(value)
+
+    threads = [threading.Thread(target=work, args=(float(i),)) for i in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not failures
+
+
+def in_a_process(limit: str) -> subprocess.CompletedProcess:
+    code = (
+        "import torch; from sora_kernels import memory; x = torch.zeros(1500, 1024)\n"
+        "a, b = memory.empty_like(x), memory.empty_like(x); del a, b; print(memory.cached_bytes() >> 20)"
+    )
+    environment = {"SORA_KERNELS_CACHE_MB": limit, "PATH": ""}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [("0", "0"), ("7", "6"), ("100", "12"), ("", "12")])
+def test_the_limit(limit, kept):
+    result = in_a_process(limit)
+    assert result.stdout.strip() == kept, result.stderr
+
+
+def test_a_wrong_limit_is_named():
+    result = in_a_process("lots")
+    expected = "SORA_KERNELS_CACHE_MB: expected a whole number of MiB of at least 0, got 'lots'"
+    assert expected in result.stderr
