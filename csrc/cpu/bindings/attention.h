@@ -34,8 +34,7 @@ inline void add_samples(AttentionCall& a, const Tensor& cu_q, const Tensor& cu_k
     boundaries(cu_k, a.k.size[0]);
     require(cu_q.size[0] == cu_k.size[0], "as many key samples as query samples expected");
     const int32_t *q = cu_q.ints(), *k = cu_k.ints();
-    for (int64_t b = 0; b + 1 < cu_q.size[0]; ++b)
-      a.sample_list.push_back({q[b], k[b], 0, 0, q[b + 1] - q[b], k[b + 1] - k[b], 0});
+    for (int64_t b = 0; b + 1 < cu_q.size[0]; ++b) a.sample_list.push_back({q[b], k[b], 0, 0, q[b + 1] - q[b], k[b + 1] - k[b], 0});
     a.q_used = q[cu_q.size[0] - 1], a.k_used = k[cu_q.size[0] - 1];
     shape(a.lse, {a.q.size[1], a.q.size[0]});
   } else {
