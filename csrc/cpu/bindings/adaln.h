@@ -27,15 +27,19 @@ inline void check_adaln(const AdaLn& a) {
     if (*t) shape(*t, {n}), require(t->dtype == DType::kFloat32, "statistics must be float32");
 }
 
+inline void run_adaln(const AdaLn& a, void (*kernel)(const AdaLn&)) {
+  check_adaln(a);
+  py::gil_scoped_release release;
+  kernel(a);
+}
+
 inline void bind_adaln(py::module_& m) {
   m.def("layer_norm_modulate_forward", [](Tensor x, Tensor shift, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias,
                                           float eps, Tensor out, Tensor mean, Tensor rstd) {
     AdaLn a{};
     a.x = x, a.shift = shift, a.scale = scale, a.cu_seqlens = cu, a.rms = rms, a.weight = weight, a.bias = bias, a.eps = eps;
     a.out = out, a.mean = mean, a.rstd = rstd;
-    check_adaln(a);
-    py::gil_scoped_release release;
-    kernels->layer_norm_modulate_forward(a);
+    run_adaln(a, kernels->layer_norm_modulate_forward);
   });
   m.def("layer_norm_modulate_backward",
         [](Tensor dout, Tensor x, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,
@@ -44,23 +48,17 @@ inline void bind_adaln(py::module_& m) {
           a.dout = dout, a.x = x, a.scale = scale, a.cu_seqlens = cu, a.rms = rms, a.weight = weight, a.bias = bias, a.mean = mean,
           a.rstd = rstd;
           a.dx = dx, a.dshift = dshift, a.dscale = dscale, a.dweight = dweight, a.dbias = dbias;
-          check_adaln(a);
-          py::gil_scoped_release release;
-          kernels->adaln_backward(a);
+          run_adaln(a, kernels->adaln_backward);
         });
   m.def("gate_residual_forward", [](Tensor residual, Tensor x, Tensor gate, Tensor cu, Tensor out) {
     AdaLn a{};
     a.residual = residual, a.x = x, a.gate = gate, a.cu_seqlens = cu, a.out = out;
-    check_adaln(a);
-    py::gil_scoped_release release;
-    kernels->gate_residual_forward(a);
+    run_adaln(a, kernels->gate_residual_forward);
   });
   m.def("gate_residual_backward", [](Tensor dout, Tensor x, Tensor gate, Tensor cu, Tensor dresidual, Tensor dx, Tensor dgate) {
     AdaLn a{};
     a.dout = dout, a.x = x, a.gate = gate, a.cu_seqlens = cu, a.dresidual = dresidual, a.dx = dx, a.dgate = dgate;
-    check_adaln(a);
-    py::gil_scoped_release release;
-    kernels->adaln_backward(a);
+    run_adaln(a, kernels->adaln_backward);
   });
   m.def("gate_residual_layer_norm_modulate_forward",
         [](Tensor residual, Tensor x, Tensor gate, Tensor shift, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias,
@@ -69,9 +67,7 @@ inline void bind_adaln(py::module_& m) {
           a.residual = residual, a.x = x, a.gate = gate, a.shift = shift, a.scale = scale, a.cu_seqlens = cu;
           a.rms = rms, a.weight = weight, a.bias = bias, a.eps = eps, a.residual_out = residual_out, a.out = out, a.mean = mean,
           a.rstd = rstd;
-          check_adaln(a);
-          py::gil_scoped_release release;
-          kernels->gate_residual_layer_norm_modulate_forward(a);
+          run_adaln(a, kernels->gate_residual_layer_norm_modulate_forward);
         });
   m.def("gate_residual_layer_norm_modulate_backward", [](Tensor dresidual_out, Tensor dout, Tensor residual_out, Tensor x,
                                                          Tensor gate, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias,
@@ -82,9 +78,7 @@ inline void bind_adaln(py::module_& m) {
     a.cu_seqlens = cu;
     a.rms = rms, a.weight = weight, a.bias = bias, a.mean = mean, a.rstd = rstd;
     a.dresidual = dresidual, a.dx = dx, a.dgate = dgate, a.dshift = dshift, a.dscale = dscale, a.dweight = dweight, a.dbias = dbias;
-    check_adaln(a);
-    py::gil_scoped_release release;
-    kernels->adaln_backward(a);
+    run_adaln(a, kernels->adaln_backward);
   });
 }
 
