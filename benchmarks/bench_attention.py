@@ -1,33 +1,183 @@
-"""Packed self-attention, cross-attention to text and windowed attention, against SDPA and flex_attention."""
+"""Packed self-attention, cross-attention to text and windowed attention, against torch's attentions and flash_attn."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 
-from benchmarks import workloads
-from benchmarks.workloads import OURS
+from benchmarks.race import DEVICE, GRIDS, MAIN, ON_GPU, OURS, Implementation, Race, Tensors, compiled, randn
+from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attention
+from sora_kernels.layout import PackedLayout
 
-SINGLE, HALF = torch.float32, torch.bfloat16
+TEXT_TOKENS = 77
+WINDOW_GRID, WINDOW = ((16, 32, 32), (5, 9, 9)) if ON_GPU else ((8, 24, 24), (3, 7, 7))
+# (lengths, heads, head dim) of the packed batches.
+LENGTHS = [t * h * w for t, h, w in GRIDS]
+BATCHES: dict[str, tuple[list[int], int, int]] = {"mixed": (LENGTHS, 8, 64)}
+if ON_GPU:
+    BATCHES = {
+        "16k": ([16384], 16, 128),
+        "mixed, 16 of each": (LENGTHS * 16, 8, 64),
+        "mixed, 16 times as long": ([16 * n for n in LENGTHS], 8, 64),
+        "mixed, 4 of each, d 128": (LENGTHS * 4, 24, 128),
+    }
+FIRST = next(iter(BATCHES))
 
 
-@pytest.mark.parametrize("implementation", [OURS, "SDPA per sample", "SDPA padded", "flex_attention compiled"])
-@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
-def test_attention(measure, implementation, dtype):
-    measure(implementation, workloads.attention, dtype, False)
+def leaf(x: Tensor) -> Tensor:
+    """A contiguous copy to run and to differentiate by."""
+    return x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
 
 
-@pytest.mark.parametrize("implementation", [OURS, "SDPA per sample", "flex_attention compiled"])
-@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
-def test_attention_backward(measure, implementation, dtype):
-    measure(implementation, workloads.attention, dtype, True)
+def split(x: Tensor, lengths: Sequence[int]) -> Tensors:
+    """[N, H, d] -> one dense [1, H, S, d] per sample."""
+    return [leaf(rearrange(sample, "s h d -> 1 h s d")) for sample in x.split(list(lengths))]
 
 
-@pytest.mark.parametrize("implementation", [OURS, "SDPA per sample", "SDPA padded"])
-@pytest.mark.parametrize(("dtype", "backward"), [(SINGLE, False), (HALF, False), (SINGLE, True)])
+def padded(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[N, H, d] -> [B, H, S, d], S the longest sample."""
+    return leaf(torch.nn.utils.rnn.pad_sequence(list(x.split(list(lengths))), batch_first=True).transpose(1, 2))
+
+
+def unpadded(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    return torch.cat([sample[:, :n].transpose(0, 1) for sample, n in zip(x, lengths, strict=True)])
+
+
+def attention(dtype: torch.dtype, backward: bool, *, batch: str = FIRST, cross: bool = False) -> Race:
+    """Packed self-attention, or cross-attention of each sample to its own text."""
+    torch.manual_seed(0)
+    q_lengths, heads, head_dim = BATCHES[batch]
+    k_lengths = [TEXT_TOKENS] * len(q_lengths) if cross else q_lengths
+    cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (q_lengths, k_lengths))
+    q, k, v = (randn(sum(n), heads, head_dim, dtype=dtype, grad=backward) for n in (q_lengths, k_lengths, k_lengths))
+    dout, bounds = randn(*q.shape, dtype=dtype), (cu_q, cu_k, max(q_lengths), max(k_lengths))
+
+    def per_sample(q: Tensors, k: Tensors, v: Tensors) -> Tensors:
+        return [F.scaled_dot_product_attention(*qkv) for qkv in zip(q, k, v, strict=True)]
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        samples = zip(q.split(list(q_lengths)), k.split(list(k_lengths)), v.split(list(k_lengths)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in s)).transpose(0, 1) for s in samples])
+
+    def join(results: Tensors) -> Tensors:
+        count = len(q_lengths)
+        parts = [results[i : i + count] for i in range(0, len(results), count)]
+        return [torch.cat([rearrange(x, "1 h s d -> s h d") for x in part]) for part in parts]
+
+    separate = [split(q, q_lengths), split(k, k_lengths), split(v, k_lengths)], [split(dout, q_lengths)], join
+    rows = {
+        OURS: Implementation(lambda q, k, v: flash_attn_varlen_func(q, k, v, *bounds)),
+        "SDPA per sample": Implementation(per_sample, *separate),
+    }
+    if ON_GPU:
+        rows["torch varlen_attn"] = Implementation(lambda q, k, v: varlen_attn(q, k, v, *bounds))
+        if importlib.util.find_spec("flash_attn"):
+            from flash_attn import flash_attn_varlen_func as peer
+
+            rows["flash_attn"] = Implementation(lambda q, k, v: peer(q, k, v, *bounds))
+        for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+            rows[f"SDPA per sample, {name}"] = Implementation(partial(with_backend, backend, per_sample), *separate)
+    else:
+        rows["SDPA padded"] = sdpa_padded([q, k, v, dout], q_lengths, k_lengths)
+    if not cross:
+        sample = torch.repeat_interleave(torch.arange(len(q_lengths)), torch.tensor(q_lengths))
+        rows["flex_attention compiled"] = flex(q, k, v, dout, lambda b, h, i, j: sample[i] == sample[j])
+    flops = 4e-9 * heads * head_dim * sum(a * b for a, b in zip(q_lengths, k_lengths, strict=True))
+    op = ("cross-attention" if cross else "attention") + (f", {batch}" if ON_GPU else "")
+    return Race(op, dtype, backward, flops * (3.5 if backward else 1), "gflops", [q, k, v], [dout], reference, rows)
+
+
+def with_backend(backend: SDPBackend, function: Callable[..., Any], *args: Any) -> Any:
+    with sdpa_kernel(backend):
+        return function(*args)
+
+
+def sdpa_padded(qkvd: Tensors, q_lengths: Sequence[int], k_lengths: Sequence[int]) -> Implementation:
+    mask = (torch.arange(max(k_lengths)) < torch.tensor(k_lengths)[:, None])[:, None, None]  # [B, 1, 1, Sk]
+
+    def unpad(results: Tensors) -> Tensors:
+        return [unpadded(x, lengths) for x, lengths in zip(results, (q_lengths, q_lengths, k_lengths, k_lengths), strict=False)]
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    *inputs, dout = [padded(x, lengths) for x, lengths in zip(qkvd, (q_lengths, k_lengths, k_lengths, q_lengths), strict=True)]
+    return Implementation(sdpa, inputs, [dout], unpad)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask_mod: Callable[..., Tensor]) -> Implementation:
+    mask = create_block_mask(mask_mod, None, None, q.shape[0], k.shape[0], device=DEVICE.type, _compile=ON_GPU)
+    function = compiled(flex_attention)
+    dense = [leaf(rearrange(x, "s h d -> 1 h s d")) for x in (q, k, v, dout)]
+
+    def restore(results: Tensors) -> Tensors:
+        return [rearrange(x, "1 h s d -> s h d") for x in results]
+
+    return Implementation(lambda q, k, v: function(q, k, v, block_mask=mask), dense[:3], dense[3:], restore)
+
+
+def window_attention(dtype: torch.dtype, backward: bool) -> Race:
+    """Attention within a (t, h, w) window of one video, NATTEN's rule, against a mask and against all of the video."""
+    torch.manual_seed(0)
+    layout, (_, heads, head_dim) = PackedLayout.from_grids([WINDOW_GRID], DEVICE), BATCHES[FIRST]
+    q, k, v, dout = (randn(layout.num_tokens, heads, head_dim, dtype=dtype, grad=backward) for _ in range(4))
+
+    def seen(i: Tensor, j: Tensor) -> Tensor:
+        inside, stride = j >= 0, 1
+        for n, w in reversed(list(zip(WINDOW_GRID, WINDOW, strict=True))):
+            first = (i // stride % n - w // 2).clamp(0, n - w)
+            key = j // stride % n
+            inside, stride = inside & (key >= first) & (key < first + w), stride * n
+        return inside
+
+    tokens = torch.arange(q.shape[0])
+    mask = seen(tokens[:, None], tokens)
+
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask).transpose(0, 1)
+
+    rows = {
+        OURS: Implementation(lambda q, k, v: spatiotemporal_attention(q, k, v, layout, window=WINDOW)),
+        f"{OURS}, no window": Implementation(lambda q, k, v: spatiotemporal_attention(q, k, v, layout), comparable=False),
+        "SDPA with mask": Implementation(masked),
+        "flex_attention compiled": flex(q, k, v, dout, lambda b, h, i, j: seen(i, j)),
+    }
+    flops = 4e-9 * heads * head_dim * q.shape[0] * WINDOW[0] * WINDOW[1] * WINDOW[2]
+    return Race("window attention", dtype, backward, flops * (3.5 if backward else 1), "gflops", [q, k, v], [dout], masked, rows)
+
+
+ROWS = [OURS, "SDPA per sample", "flex_attention compiled"]
+ROWS += ["torch varlen_attn", "flash_attn", "SDPA per sample, flash", "SDPA per sample, cuDNN"] if ON_GPU else ["SDPA padded"]
+DTYPES = [MAIN] if ON_GPU else [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("implementation", ROWS)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_attention(measure, implementation, batch, dtype, backward):
+    measure(implementation, attention, dtype, backward, batch=batch)
+
+
+@pytest.mark.parametrize("implementation", [name for name in ROWS if "flex" not in name])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_attention(measure, implementation, dtype, backward):
-    measure(implementation, workloads.attention, dtype, backward, cross=True)
+    measure(implementation, attention, dtype, backward, cross=True, batch=list(BATCHES)[-1])
 
 
 @pytest.mark.parametrize("implementation", [OURS, f"{OURS}, no window", "SDPA with mask", "flex_attention compiled"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_window_attention(measure, implementation, backward):
-    measure(implementation, workloads.window_attention, SINGLE, backward)
+    measure(implementation, window_attention, MAIN, backward)

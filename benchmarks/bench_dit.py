@@ -13,12 +13,14 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.workloads import OURS, Implementation, Race, modulate, norm_rotate, randn, rope_tables
+from benchmarks.bench_adaln import modulate
+from benchmarks.bench_rope import norm_rotate, rope_tables
+from benchmarks.race import DEVICE, OURS, Implementation, Race, randn
 from sora_kernels.layout import PackedLayout
 from sora_model.config import DiTConfig
 from sora_model.dit import FREQUENCIES, DiT, sinusoids
 
-LAYOUT = PackedLayout.from_grids([(1, 16, 16), (4, 16, 16), (4, 20, 20), (1, 24, 24), (1, 32, 18)])
+LAYOUT = PackedLayout.from_grids([(1, 16, 16), (4, 16, 16), (4, 20, 20), (1, 24, 24), (1, 32, 18)], DEVICE)
 CONFIG = DiTConfig.preset("S", patch=(1, 2, 2), in_channels=16, depth=2)
 
 

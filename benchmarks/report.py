@@ -18,14 +18,15 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from benchmarks.workloads import OURS
+from benchmarks.race import OURS
 
 UNITS = {"useful_gflops": "GFLOP/s", "useful_gbps": "GB/s"}
 HEADER = """\
 | op | dtype | pass | implementation | useful work | ms p20 / p50 / p80 | ours is faster by |
 |---|---|---|---|---:|---:|---:|"""
 RATIOS = (0.5, 1, 2, 4, 8, 16, 32)
-COLORS = {"compile": "#00798c", "no window": "#edae49", "padded": "#8d96a3", "": "#30638e"}  # by a word of the peer's name
+# By a word of the peer's name.
+COLORS = {"compile": "#00798c", "no window": "#edae49", "padded": "#8d96a3", "copy": "#c8c8c8", "": "#30638e"}
 
 
 def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -96,11 +97,11 @@ def main() -> None:
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text())
     rows = rows_of(results)
-    machine, threads = results["machine_info"], rows[0]["threads"]
+    machine = results["machine_info"]
+    cpu = machine["cpu"].get("brand_raw", machine["processor"])
     summary = (
-        f"{machine['cpu'].get('brand_raw', machine['processor'])}, {threads} threads, kernels for {rows[0]['isa']}, "
-        f"torch {machine['torch']}, {results['datetime'][:10]}. Peers alternate with ours; the last column is the median of their "
-        "ratios. How work is counted: `benchmarks/workloads.py`."
+        f"{cpu}, {machine['device']}, torch {machine['torch']}, {results['datetime'][:10]}. Peers alternate with ours; the last "
+        "column is the median of their ratios. How work is counted: `benchmarks/race.py`."
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "benchmarks.md").write_text(f"# Benchmarks\n\n{summary}\n\n![](benchmarks.png)\n\n{table(rows)}\n")

@@ -15,8 +15,8 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -49,57 +49,74 @@ FUNCTIONS = (
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: where its functions live and what it can take."""
+    """One implementation: where its functions live and what it can take.
+
+    Its module may have a function `unavailable()` that says why nothing of it can run on this machine, or None.
+    """
 
     name: str
     module: str
     devices: tuple[str, ...] | None  # None: any
     dtypes: tuple[torch.dtype, ...] | None
+    max_width: Mapping[str, int] = field(default_factory=dict)  # the longest last axis (d or D) per function; default any
 
     def load(self) -> ModuleType:
         return importlib.import_module(self.module, __package__)
 
-    def unavailable(self, function: str, device: str, dtype: torch.dtype) -> str | None:
-        """Why this backend cannot run `function`; None if it can."""
+    def unavailable(self, function: str, device: str, dtype: torch.dtype, width: int = 0) -> str | None:
+        """Why this backend cannot run `function` on tensors whose last axis is `width` long; None if it can."""
         if self.devices is not None and device not in self.devices:
             return f"takes {' and '.join(self.devices)} tensors, not {device}"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"has no {str(dtype).removeprefix('torch.')} kernels"
+        if width > self.max_width.get(function, width):
+            return f"takes a last axis of at most {self.max_width[function]}, not {width}"
         try:
             module = self.load()
         except ImportError as error:
             return f"cannot be imported: {error}"
-        return None if hasattr(module, function) else f"has no {function}"
+        if not hasattr(module, function):
+            return f"has no {function}"
+        return module.unavailable() if hasattr(module, "unavailable") else None
 
+
+# Triton's interpreter runs its kernels on CPU tensors; Triton reads the variable when a kernel is defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_ATTENTION = tuple(name for name in FUNCTIONS if "attention" in name)
 
 BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", "._cpu", ("cpu",), _STORAGE),
+        Backend("cuda", "._cuda", ("cuda",), _STORAGE),
+        Backend("triton", ".triton", ("cuda", "cpu") if INTERPRETED else ("cuda",), _STORAGE, dict.fromkeys(_ATTENTION, 256)),
         Backend("reference", ".reference", None, None),
     )
 }
 # The order in which backends are asked, per device type; other devices ask the reference only.
-ORDER = {"cpu": ("cpu", "reference")}
+ORDER = {
+    "cpu": ("cpu", "triton", "reference") if INTERPRETED else ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
 
 _forced: str | None = None
 _records: list[list[tuple[str, str]]] = []
 
 
-def candidates(function: str, device: str, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+def candidates(function: str, device: str, dtype: torch.dtype, width: int = 0) -> list[tuple[str, str | None]]:
     """(backend, why it cannot run or None), in the order in which they are asked."""
     order = ORDER.get(device, ("reference",))
-    return [(name, BACKENDS[name].unavailable(function, device, dtype)) for name in order]
+    return [(name, BACKENDS[name].unavailable(function, device, dtype, width)) for name in order]
 
 
 @functools.cache
-def _select(function: str, device: str, dtype: torch.dtype, forced: str | None) -> tuple[str, Callable]:
+def _select(function: str, device: str, dtype: torch.dtype, width: int, forced: str | None) -> tuple[str, Callable]:
     if forced is not None:
-        reason = BACKENDS[forced].unavailable(function, device, dtype)
+        reason = BACKENDS[forced].unavailable(function, device, dtype, width)
         if reason is not None:
             raise ValueError(f"{function}: backend {forced!r} was forced but {reason}")
         return forced, getattr(BACKENDS[forced].load(), function)
-    asked = candidates(function, device, dtype)
+    asked = candidates(function, device, dtype, width)
     for name, reason in asked:
         if reason is None:
             return name, getattr(BACKENDS[name].load(), function)
@@ -107,11 +124,15 @@ def _select(function: str, device: str, dtype: torch.dtype, forced: str | None) 
 
 
 def call(function: str, like: Tensor, *args: object) -> None:
-    """Runs `function` on the backend that serves tensors such as `like`."""
-    name, run = _select(function, like.device.type, like.dtype, _forced)
+    """Runs `function` on the backend that serves tensors such as `like`, on like's GPU if it is on one."""
+    name, run = _select(function, like.device.type, like.dtype, like.shape[-1], _forced)
     for record_ in _records:
         record_.append((function, name))
-    run(*args)
+    if like.is_cuda and like.device.index != torch.cuda.current_device():
+        with torch.cuda.device(like.device):
+            run(*args)
+    else:
+        run(*args)
 
 
 @contextlib.contextmanager
@@ -131,6 +152,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def forced_backend() -> str | None:
+    """The backend that `use_backend` or the environment forces, if any."""
+    return _forced
 
 
 @contextlib.contextmanager

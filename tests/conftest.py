@@ -1,31 +1,45 @@
 """Fixtures: what a test runs on, and the proof that it ran there."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
+
+if not torch.cuda.is_available():  # Triton's kernels run too, one operation at a time in numpy; read when they are defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import interpreter
 from tolerance import DTYPES, Target
 
 from sora_kernels import backends
 
+if backends.INTERPRETED:
+    interpreter.prepare()
 
-def targets(function: str, dtypes: tuple[torch.dtype, ...]) -> list[Target]:
-    """Everything that can run `function` here."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return [
-        Target(device, name, dtype)
-        for device in devices
-        for dtype in dtypes
-        for name, reason in backends.candidates(function, device, dtype)
-        if reason is None
-    ]
+
+def targets(function: str, dtypes: tuple[torch.dtype, ...], interpreted: bool) -> Iterator[ParameterSet]:
+    """Everything that can run `function` here. Interpreted kernels, which are slow, leave float16 out."""
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        for dtype in dtypes:
+            for name, reason in backends.candidates(function, device, dtype):
+                slow = name == "triton" and backends.INTERPRETED
+                if reason is None and not (slow and (dtype == torch.float16 or not interpreted)):
+                    target = Target(device, name, dtype)
+                    marks = [pytest.mark.interpreted] * slow + [pytest.mark.gpu] * (device == "cuda")
+                    yield pytest.param(target, id=str(target), marks=marks)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`target` runs over every backend and dtype, `target32` over every backend in float32, `make_case` over OPS."""
+    """`target` runs over every backend and dtype, `make_case` over OPS.
+
+    `target32` runs over every backend in float32 but the interpreted one: what it tests lies above the backends, in many runs.
+    """
     for fixture, dtypes in (("target", DTYPES), ("target32", (torch.float32,))):
         if fixture in metafunc.fixturenames:
-            metafunc.parametrize(fixture, targets(metafunc.module.FUNCTION, dtypes), indirect=True, ids=str)
+            found = targets(metafunc.module.FUNCTION, dtypes, interpreted=fixture == "target")
+            metafunc.parametrize(fixture, list(found), indirect=True)
     if "make_case" in metafunc.fixturenames:
         cases = metafunc.module.OPS
         metafunc.parametrize("make_case", cases.values(), ids=cases.keys())

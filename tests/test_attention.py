@@ -301,7 +301,7 @@ def test_spatiotemporal(target: Target, case: str) -> None:
     options = WINDOWS[case]
     layout = PackedLayout.from_spans(SPANS, target.device)
     n, slack, d = layout.num_tokens, 4, 24
-    inputs = {name: target.randn(n + slack, h, d) for name, h in (("q", 4), ("k", 2), ("v", 2))}
+    inputs = {name: target.randn(n + slack, h, d) for name, h in (("q", 2), ("k", 1), ("v", 1))}
     for x in inputs.values():
         x[n:] = torch.nan
     visible = window_mask(layout, **options).to(target.device)
@@ -330,7 +330,7 @@ def full(layout: PackedLayout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def case_of(op: Callable, operator: str, target: Target) -> Case:
     layout = PackedLayout.from_spans(SPANS, target.device)
-    inputs = [layout.unpack(target.randn(layout.num_tokens, h, 24)) for h in (4, 2, 2)]
+    inputs = [layout.unpack(target.randn(layout.num_tokens, h, 24)) for h in (2, 1, 1)]
     parts = [(layout.select([b]), list(sample)) for b, sample in enumerate(zip(*inputs, strict=True))]
     return Case.of_samples(op, layout, parts, {f"{operator}_forward", f"{operator}_backward"})
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sora_kernels import backends
+from sora_kernels.attention import flash_attn_func
 from sora_kernels.backends import record, use_backend
 from sora_kernels.info import report
 from sora_kernels.layout import PackedLayout
@@ -25,10 +26,30 @@ def run(code, **environment):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
 
 
-def test_every_function_is_in_every_backend():
-    for backend in backends.BACKENDS.values():
-        missing = [name for name in backends.FUNCTIONS if not hasattr(backend.load(), name)]
-        assert not missing, f"{backend.name} lacks {missing}"
+@pytest.mark.parametrize("name", ["cpu", "triton", "reference"])
+def test_every_function_is_in_the_backend(name):
+    module = backends.BACKENDS[name].load()
+    missing = [function for function in backends.FUNCTIONS if not hasattr(module, function)]
+    assert not missing, f"{name} lacks {missing}"
+
+
+def test_cuda_tensors_have_backends_of_their_own():
+    for function in backends.FUNCTIONS:
+        assert [name for name, _ in backends.candidates(function, "cuda", torch.bfloat16)] == ["cuda", "triton", "reference"]
+
+
+def test_long_heads_are_refused_with_the_reason(monkeypatch):
+    """What a backend cannot do is served by the next one in the list, visibly; forced, it raises."""
+    monkeypatch.setitem(backends.ORDER, "cpu", ("triton", "reference"))
+    reason = "takes a last axis of at most 256, not 264"
+    assert backends.candidates("attention_forward", "cuda", torch.bfloat16, 264)[1] == ("triton", reason)
+    if backends.INTERPRETED:
+        q = torch.randn(1, 5, 1, 264)
+        with record() as calls:
+            flash_attn_func(q, q, q)
+        assert calls == [("attention_forward", "reference")]
+        with use_backend("triton"), pytest.raises(ValueError, match=f"backend 'triton' was forced but {reason}"):
+            flash_attn_func(q, q, q)
 
 
 def test_first_able_backend_runs_and_is_recorded():
@@ -56,7 +77,10 @@ def test_forcing_is_undone_after_an_error():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="use_backend: name: expected one of 'cpu', 'reference', got 'fast'"), use_backend("fast"):
+    with (
+        pytest.raises(ValueError, match="use_backend: name: expected one of 'cpu', 'cuda', 'triton', 'reference', got 'fast'"),
+        use_backend("fast"),
+    ):
         pass
 
 
@@ -64,13 +88,13 @@ def test_environment_forces_a_backend():
     code = "from tests.test_backends import *\nwith record() as calls: rotate()\nprint(calls)"
     assert run(code, SORA_KERNELS_BACKEND="reference").stdout == "[('rope_3d', 'reference')]\n"
     failed = run("import sora_kernels.rope", SORA_KERNELS_BACKEND="fast")
-    assert "SORA_KERNELS_BACKEND: expected one of 'cpu', 'reference', got 'fast'" in failed.stderr
+    assert "SORA_KERNELS_BACKEND: expected one of 'cpu', 'cuda', 'triton', 'reference', got 'fast'" in failed.stderr
 
 
 def test_unavailable_backend_says_why(monkeypatch):
     broken = backends.Backend("cpu", "._no_such_module", ("cpu",), (torch.float32,))
     monkeypatch.setitem(backends.BACKENDS, "cpu", broken)
-    (name, reason), (other, none) = backends.candidates("rope_3d", "cpu", torch.float32)
+    (name, reason), *_, (other, none) = backends.candidates("rope_3d", "cpu", torch.float32)
     assert (name, other, none) == ("cpu", "reference", None)
     assert reason.startswith("cannot be imported: No module named")
     assert "cpu (cannot be imported: No module named" in report()

@@ -34,6 +34,7 @@ CASES = {
     "one_token": {"patch_size": (2, 2, 2), "grids": [(1, 1, 1)], "channels": 1, "d": 40},
     "wide": {"patch_size": (1, 2, 2), "grids": [(2, 5, 7)], "channels": 16, "d": 200},
     "odd": {"patch_size": (3, 1, 5), "grids": [(1, 4, 3), (2, 2, 2)], "channels": 5, "d": 37},
+    "rows": {"patch_size": (1, 2, 8), "grids": [(2, 3, 4), (1, 2, 5)], "channels": 3},
     "many": {"patch_size": (1, 2, 2), "grids": [(1, h, w) for h in range(1, 5) for w in range(1, 5)]},
     "empty_video": {"patch_size": (1, 2, 2), "grids": [(2, 3, 2), (0, 3, 2), (1, 2, 2)]},
 }

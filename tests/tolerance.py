@@ -27,6 +27,7 @@ TIMES_PLAIN = 2.0
 ROUNDINGS = 2.0
 # Cotangents that the errors of gradients are taken over: of one, plain PyTorch's error can be small by luck.
 DRAWS = 16
+DRAWS_SLOW = 2  # of a backend that takes a thousand times as long, being interpreted
 # Two ways to write a formula agree to this in float64, relative to the largest element.
 AGREE_FLOAT64 = 1e-12
 # Gradients of packed samples against each sample alone, relative to the largest element: sums may be split differently.
@@ -79,10 +80,10 @@ def run(function: Callable, inputs: Iterable[Tensor], cotangent: Callable[[Tenso
     return [output.detach() for output in outputs], backward(leaves, outputs, cotangent)
 
 
-def run_draws(function: Callable, inputs: Iterable[Tensor]) -> Run:
-    """Outputs, and the gradients for each of DRAWS cotangents, stacked."""
+def run_draws(function: Callable, inputs: Iterable[Tensor], count: int = DRAWS) -> Run:
+    """Outputs, and the gradients for each of `count` cotangents, stacked."""
     leaves, outputs = forward(function, inputs)
-    draws = [backward(leaves, outputs, partial(random_like, draw=draw), retain_graph=True) for draw in range(DRAWS)]
+    draws = [backward(leaves, outputs, partial(random_like, draw=draw), retain_graph=True) for draw in range(count)]
     return [output.detach() for output in outputs], [torch.stack(gradients) for gradients in zip(*draws, strict=True)]
 
 
@@ -122,7 +123,9 @@ def check_accuracy(op: Callable, plain: Callable, exact: Callable, inputs: dict[
     `plain` in float64 must give what `exact` gives, so that the reference itself has a witness.
     """
     doubles = [x.double() for x in inputs.values()]
-    actual, rough, truth = run_draws(op, inputs.values()), run_draws(plain, inputs.values()), run_draws(exact, doubles)
+    slow = backends.INTERPRETED and backends.forced_backend() == "triton"
+    draws = partial(run_draws, count=DRAWS_SLOW if slow else DRAWS)
+    actual, rough, truth = draws(op, inputs.values()), draws(plain, inputs.values()), draws(exact, doubles)
     for kind, *results in zip(("output", "gradient"), actual, rough, truth, strict=True):
         for i, (got, at_dtype, right) in enumerate(zip(*results, strict=True)):
             name = f"{kind} {i if kind == 'output' else list(inputs)[i]}"

@@ -1,0 +1,92 @@
+"""Measures block sizes of the Triton attention kernels on the GPU at hand.
+
+    python -m benchmarks.tune [--head-dim 64 128] [--dtype bfloat16] [--kernel forward dq] [--seconds 20]
+
+For each kernel, head dim and dtype it times every candidate on one packed batch, checks that the result stays what it was, and
+prints the lines of `sora_kernels/triton/configs.py` with the fastest. Candidates that do not fit the GPU are passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attention
+from sora_kernels.backends import use_backend
+from sora_kernels.layout import PackedLayout
+from sora_kernels.triton import configs
+
+LAYOUT = PackedLayout.from_grids([(16, 16, 16), (4, 32, 32), (4, 24, 24), (1, 64, 64), (1, 40, 40)])
+HEADS, WINDOW = 16, (5, 9, 9)
+BLOCKS, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3, 4)
+
+
+def candidates() -> list[tuple[int, int, int, int]]:
+    """(queries, keys, warps, stages), without those that give a warp too little or too much to do."""
+    every = itertools.product(BLOCKS, BLOCKS, WARPS, STAGES)
+    return [c for c in every if 1024 <= c[0] * c[1] / c[2] <= 4096]
+
+
+def passes(kernel: str, head_dim: int, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+    """A function that runs the kernel: the forward, or the whole backward for one of its two."""
+    layout = LAYOUT.to("cuda")
+    q, k, v, dout = torch.randn(4, layout.num_tokens, HEADS, head_dim, device="cuda").to(dtype).requires_grad_().unbind(0)
+
+    def forward() -> Tensor:
+        if kernel.startswith("window"):
+            return spatiotemporal_attention(q, k, v, layout, window=WINDOW)
+        return flash_attn_varlen_func(q, k, v, layout.cu_seqlens, layout.cu_seqlens)
+
+    if kernel.endswith("forward"):
+        return lambda: [forward()]
+    out = forward()
+    return lambda: list(torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
+
+
+def tune(kernel: str, head_dim: int, dtype: torch.dtype, seconds: float) -> tuple[tuple[int, int, int, int], float]:
+    """The fastest candidate and its milliseconds; the present one is timed first."""
+    table = configs.CONFIGS[kernel][configs.architecture(torch.device("cuda", 0))]
+    key = (head_dim, torch.empty(0, dtype=dtype).element_size())
+    best, stop = (table[key], float("inf")), time.monotonic() + seconds
+    run = passes(kernel, head_dim, dtype)
+    expected = run()
+    for candidate in [table[key], *candidates()]:
+        if time.monotonic() > stop:
+            break
+        table[key] = candidate
+        try:
+            for got, right in zip(run(), expected, strict=True):
+                torch.testing.assert_close(got, right, rtol=3e-2, atol=3e-2)
+            best = min(best, (candidate, triton.testing.do_bench(run, warmup=5, rep=20)), key=lambda pair: pair[1])
+        except triton.runtime.errors.OutOfResources:
+            continue
+    table[key] = best[0]
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--kernel", nargs="+", default=list(configs.CONFIGS), choices=list(configs.CONFIGS))
+    parser.add_argument("--seconds", type=float, default=60, help="for one line of the table")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
+    print(f"{torch.cuda.get_device_name()}, table {configs.architecture(torch.device('cuda', 0))}")
+    with use_backend("triton"):
+        for kernel, head_dim, name in itertools.product(arguments.kernel, arguments.head_dim, arguments.dtype):
+            dtype = getattr(torch, name)
+            config, milliseconds = tune(kernel, head_dim, dtype, arguments.seconds)
+            size = torch.empty(0, dtype=dtype).element_size()
+            print(f"{kernel}: ({head_dim}, {size}): {config},  # {milliseconds:.3f} ms", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""What the GPU kernels need, on paper: `python -m sora_kernels.report [--arch sm90 ...] [--json FILE]`, on a machine without a GPU.
+
+Runs every op on a typical workload with Triton's launches caught instead of made, compiles what would have been launched for each
+architecture, and reads registers, spills, shared memory and tensor-core instructions off the result; of module _cuda, which is
+compiled already, the same. Beside it stands the work: bytes that must move (each input read once, each output written once) and
+FLOPs, and the time a GPU would need for them at the rates of its data sheet. No kernel runs: it is a plan, not a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
+from .attention import flash_attn_varlen_func, spatiotemporal_attention
+from .layout import PackedLayout
+from .patch_embed import patch_embed_3d, patchify_3d, unpatchify_3d
+from .rope import qk_norm_rope_3d, rope_3d
+
+# Triton's target (backend, architecture, warp size), and the most shared memory of one block in KiB.
+ARCHS: dict[str, tuple[tuple, int]] = {
+    "sm80": (("cuda", 80, 32), 163),
+    "sm90": (("cuda", 90, 32), 227),
+    "sm100": (("cuda", 100, 32), 227),
+    "gfx942": (("hip", "gfx942", 64), 64),
+}
+# bfloat16 TFLOP/s without sparsity and TB/s of the vendors' data sheets (SXM parts).
+GPUS = {"A100": (312, 2.04), "H100": (989, 3.35), "H200": (989, 4.8), "B200": (2250, 8.0), "MI300X": (1307, 5.3)}
+TENSOR_CORE = r"wgmma\.mma_async|tcgen05\.mma\.|\bmma\.sync|v_mfma_\w+"
+TYPES = {
+    torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
+    torch.int64: "i64",
+}  # fmt: skip
+
+
+@dataclass
+class Kernel:
+    """One kernel as compiled for one architecture."""
+
+    name: str
+    arch: str
+    warps: int
+    registers: int  # per thread
+    spilled: int  # bytes of stack or registers that went to memory
+    shared: int  # bytes per block
+    tensor_core: dict[str, int]  # matrix instructions in the code, by name
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Work:
+    """One pass of one op on the workload."""
+
+    op: str
+    unit: str
+    units: int
+    gigabytes: float
+    teraflops: float
+    run: Callable[[], Any]
+
+    def microseconds(self, gpu: str) -> float:
+        teraflops, terabytes = GPUS[gpu]
+        return max(self.teraflops / teraflops * 1e6, self.gigabytes / terabytes * 1e3)
+
+
+def works(dtype: torch.dtype = torch.bfloat16, head_dim: int = 128, width: int = 3072) -> Iterator[Work]:
+    """Each op forward, and its backward, on a packed batch of images and videos."""
+    layout = PackedLayout.from_grids([(16, 16, 16), (4, 32, 32), (4, 24, 24), (1, 64, 64), (1, 40, 40)])
+    n, heads, size = layout.num_tokens, width // head_dim, torch.empty(0, dtype=dtype).element_size()
+    tokens, cu, bounds = n * width * size, layout.cu_frames, (layout.cu_seqlens, layout.cu_seqlens)
+    grids = [sample[0].grid for sample in layout.spans]
+    channels, patch, window = 16, (1, 2, 2), (5, 9, 9)
+    patches = n * channels * 4 * size
+
+    def empty(*shape: int, grad: bool = True) -> Tensor:
+        return torch.empty(shape, dtype=dtype, requires_grad=grad)
+
+    def passes(op: str, unit: str, units: int, forward: tuple, backward: tuple, inputs: Sequence[Tensor], run: Callable):
+        """Forward and backward, each with its (bytes, FLOPs)."""
+
+        def both() -> None:
+            outputs = run(*inputs)
+            outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+            torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], [torch.empty_like(x) for x in outputs])
+
+        yield Work(op, unit, units, forward[0] / 1e9, forward[1] / 1e12, lambda: run(*inputs))
+        yield Work(f"{op}, backward", unit, units, backward[0] / 1e9, backward[1] / 1e12, both)
+
+    def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return layer_norm_modulate(x, shift, scale, cu)
+
+    def gate(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        return gate_residual(residual, x, gate, cu)
+
+    def fused(r: Tensor, x: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        return gate_residual_layer_norm_modulate(r, x, gate, shift, scale, cu, weight=weight, bias=bias)
+
+    x, y, *rows = *(empty(n, width) for _ in range(2)), *(empty(layout.num_frames, width) for _ in range(3))
+    affine = [empty(width), empty(width)]
+    yield from passes("layer_norm_modulate", "token", n, (2 * tokens, 0), (3 * tokens, 0), [x, *rows[:2]], modulate)
+    yield from passes("gate_residual", "token", n, (3 * tokens, 0), (4 * tokens, 0), [y, x, rows[0]], gate)
+    inputs = [y, x, *rows, *affine]
+    yield from passes("gate_residual_layer_norm_modulate", "token", n, (4 * tokens, 0), (6 * tokens, 0), inputs, fused)
+
+    def rotate(q: Tensor) -> Tensor:
+        return rope_3d(q, layout)
+
+    def norm_rotate(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> Any:
+        return qk_norm_rope_3d(q, k, q_weight, k_weight, layout)
+
+    q, k, v = (empty(n, heads, head_dim) for _ in range(3))
+    inputs = [q, k, empty(head_dim), empty(head_dim)]
+    yield from passes("rope_3d", "token", n, (2 * tokens, 0), (2 * tokens, 0), [q], rotate)
+    yield from passes("qk_norm_rope_3d", "token", n, (4 * tokens, 0), (6 * tokens, 0), inputs, norm_rotate)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn_varlen_func(q, k, v, *bounds)
+
+    def attend_near(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return spatiotemporal_attention(q, k, v, layout, window=window)
+
+    pairs = heads * sum(s * s for s in layout.seqlens)
+    near = heads * sum(t * h * w * min(t, window[0]) * min(h, window[1]) * min(w, window[2]) for t, h, w in grids)
+    for op, run, count in (("attention", attend, pairs), ("spatiotemporal_attention", attend_near, near)):
+        cost = (4 * tokens, 4 * head_dim * count), (8 * tokens, 10 * head_dim * count)
+        yield from passes(op, "query and key", count, *cost, [q, k, v], run)
+
+    def embed(weight: Tensor, bias: Tensor, *videos: Tensor) -> Tensor:
+        return patch_embed_3d(videos, weight, bias, patch_size=patch)[0]
+
+    latents = [empty(channels, t, 2 * h, 2 * w, grad=False) for t, h, w in grids]
+    moved = patches + tokens, 2 * n * channels * 4 * width
+    yield from passes("patch_embed_3d", "token", n, moved, moved, [empty(width, channels, *patch), empty(width), *latents], embed)
+    yield Work("patchify_3d", "token", n, 2 * patches / 1e9, 0, lambda: patchify_3d(latents, patch_size=patch))
+    rows = [empty(n, channels * 4)]
+    yield Work("unpatchify_3d", "token", n, 2 * patches / 1e9, 0, lambda: unpatchify_3d(rows[0], layout, patch_size=patch))
+
+
+@contextmanager
+def caught_launches() -> Iterator[list[tuple[Any, tuple, dict]]]:
+    """Triton's kernels are listed instead of launched: (kernel, arguments, keyword arguments)."""
+    from triton.runtime.jit import JITFunction
+
+    from . import triton as room
+
+    launches: list[tuple[Any, tuple, dict]] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self, args, kwargs))
+
+    def call(function: str, like: Tensor, *args: Any) -> None:
+        getattr(room, function)(*args)
+
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(backends, "call", call):
+        yield launches
+
+
+def specialized(value: Any, path: tuple[int, ...], specialize: bool, constants: dict, attributes: dict) -> Any:
+    """The type of an argument as Triton's launcher would see it; what is constant or divisible by 16 goes into the dicts."""
+    if isinstance(value, tuple):
+        return tuple(specialized(x, (*path, i), specialize, constants, attributes) for i, x in enumerate(value))
+    if value is None or (type(value) is int and value == 1 and specialize):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, bool):
+        return "u1"
+    if isinstance(value, float):
+        return "fp32"
+    divisible = value.data_ptr() % 16 == 0 if isinstance(value, Tensor) else value % 16 == 0
+    if divisible and specialize:
+        attributes[path] = [["tt.divisibility", 16]]
+    return f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def compile_launch(kernel: Any, args: tuple, kwargs: dict, arch: str) -> Kernel:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    options = {name: values.pop(name) for name in kwargs if name not in kernel.arg_names}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple, Any] = {}
+    attributes: dict[tuple, Any] = {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        else:
+            signature[parameter.name] = specialized(value, (i,), not parameter.do_not_specialize, constants, attributes)
+    target = GPUTarget(*ARCHS[arch][0])
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    shown = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+    name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+    code = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+    found = re.findall(TENSOR_CORE, code)
+    matrix = {word.rstrip("."): found.count(word) for word in sorted(set(found))}
+    if "cubin" in compiled.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            (usage,) = resource_usage(Path(file.name)).values()
+        registers, spilled = usage["REG"], usage["STACK"] + usage["LOCAL"]
+    else:
+        number = lambda word: int(re.search(rf"\.{word}:\s+(\d+)", code)[1])  # type: ignore[index]  # noqa: E731
+        registers, spilled = number("vgpr_count"), 4 * number("vgpr_spill_count")
+    return Kernel(name, arch, compiled.metadata.num_warps, registers, spilled, compiled.metadata.shared, matrix, shown)
+
+
+def resource_usage(binary: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """(kernel, arch) -> REG, STACK, SHARED, LOCAL ... of a cubin or a library, by the cuobjdump that Triton carries."""
+    from triton import knobs
+
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage, arch = {}, ""
+    for line in text.splitlines():
+        if found := re.match(r"arch = (\w+)", line):
+            arch = found[1]
+        elif found := re.match(r"\s*Function (.+?):?$", line):
+            name = found[1]
+        elif "REG:" in line:
+            usage[name, arch] = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
+    return usage
+
+
+def triton_kernels(arch: str) -> dict[str, list[Kernel]]:
+    """The Triton kernels of every work, by op, compiled for an architecture."""
+    from .triton import configs
+
+    result: dict[str, list[Kernel]] = {}
+    for work in works():
+        with caught_launches() as launches, configs.use_architecture(arch):
+            work.run()
+        found = [compile_launch(*launch, arch) for launch in launches]
+        known = [kernel for kernels in result.values() for kernel in kernels]  # a backward repeats its forward
+        result[work.op] = [kernel for i, kernel in enumerate(found) if kernel not in known + found[:i]]
+    return result
+
+
+def cuda_kernels() -> list[Kernel]:
+    """The kernels of module _cuda, by name and architecture: of all its instantiations, the one with the most registers."""
+    try:
+        binary = Path(backends.BACKENDS["cuda"].load().__file__ or "")
+    except ImportError:
+        return []
+    worst: dict[tuple[str, str], Kernel] = {}
+    for (mangled, arch), usage in resource_usage(binary).items():
+        name = re.sub(r"^_ZN.*?\d+(\w+?_kernel).*$", r"\1", mangled)
+        kernel = Kernel(f"_cuda.{name}", arch, 0, usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"], {})
+        before = worst.get((name, arch), kernel)
+        before.registers, before.spilled = max(before.registers, kernel.registers), max(before.spilled, kernel.spilled)
+        worst[name, arch] = before
+    return list(worst.values())
+
+
+def render(kernels: dict[str, dict[str, list[Kernel]]], cuda: list[Kernel]) -> str:
+    """The report as Markdown: the work, then the kernels."""
+    lines = ["# GPU kernels on paper", "", " ".join(line for line in (__doc__ or "").split("\n\n")[1].splitlines()), ""]
+    lines += [f"| op (bfloat16) | bytes per unit | FLOPs per unit | {' | '.join(f'{gpu}, µs' for gpu in GPUS)} |"]
+    lines += ["|---|---:|---:|" + "---:|" * len(GPUS)]
+    for work in works():
+        per_unit = f"{work.gigabytes * 1e9 / work.units:,.4g} per {work.unit} | {work.teraflops * 1e12 / work.units:,.4g}"
+        lines.append(f"| {work.op} | {per_unit} | {' | '.join(f'{work.microseconds(gpu):.1f}' for gpu in GPUS)} |")
+    lines += ["", "| kernel | architecture | warps | registers | spilled | shared, of limit | tensor-core instructions |"]
+    lines += ["|---|---|---:|---:|---:|---:|---|"]
+    for op in next(iter(kernels.values())):
+        rows = [kernel for by_op in kernels.values() for kernel in by_op[op]]
+        for kernel in sorted(rows, key=lambda kernel: kernel.name):
+            matrix = ", ".join(f"{count} {name}" for name, count in kernel.tensor_core.items())
+            shared = f"{kernel.shared / 1024:.1f} / {ARCHS[kernel.arch][1]} KiB"
+            cells = f"{kernel.warps} | {kernel.registers} | {kernel.spilled} | {shared} | {matrix}"
+            lines.append(f"| {kernel.name} ({op}) | {kernel.arch} | {cells} |")
+    for kernel in cuda:
+        lines.append(f"| {kernel.name} | {kernel.arch} | | {kernel.registers} | {kernel.spilled} | {kernel.shared} B static | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", action="append", choices=list(ARCHS), help="compile for this one; default all")
+    parser.add_argument("--json", type=Path, help="also write everything to this file")
+    arguments = parser.parse_args()
+    if backends.INTERPRETED:
+        parser.error("TRITON_INTERPRET=1 is set; an interpreted kernel cannot be compiled")
+    archs = arguments.arch or list(ARCHS)
+    # A process for each: compilers do not share an interpreter well.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        kernels = dict(zip(archs, pool.map(triton_kernels, archs), strict=True))
+    cuda = cuda_kernels()
+    print(render(kernels, cuda))
+    if arguments.json:
+        rows = [{"op": op, **asdict(kernel)} for by_op in kernels.values() for op, found in by_op.items() for kernel in found]
+        rows += [{"op": "", **asdict(kernel)} for kernel in cuda]
+        arguments.json.write_text(json.dumps(rows, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Triton kernels of every op, for NVIDIA and AMD GPUs; under TRITON_INTERPRET=1 they run on CPU tensors, slowly, for tests.
+
+Each file holds an op's kernels and, under them, its backend functions.
+"""
+
+from .adaln import (
+    gate_residual_backward,
+    gate_residual_forward,
+    gate_residual_layer_norm_modulate_backward,
+    gate_residual_layer_norm_modulate_forward,
+    layer_norm_modulate_backward,
+    layer_norm_modulate_forward,
+)
+from .attention import attention_backward, attention_forward
+from .patch_embed import patch_embed_3d_backward, patch_embed_3d_forward, patchify_3d, unpatchify_3d
+from .rope import qk_norm_rope_3d_backward, qk_norm_rope_3d_forward, rope_3d
+from .spatiotemporal_attention import spatiotemporal_attention_backward, spatiotemporal_attention_forward
+
+__all__ = [
+    "attention_backward",
+    "attention_forward",
+    "gate_residual_backward",
+    "gate_residual_forward",
+    "gate_residual_layer_norm_modulate_backward",
+    "gate_residual_layer_norm_modulate_forward",
+    "layer_norm_modulate_backward",
+    "layer_norm_modulate_forward",
+    "patch_embed_3d_backward",
+    "patch_embed_3d_forward",
+    "patchify_3d",
+    "qk_norm_rope_3d_backward",
+    "qk_norm_rope_3d_forward",
+    "rope_3d",
+    "spatiotemporal_attention_backward",
+    "spatiotemporal_attention_forward",
+    "unpatchify_3d",
+]

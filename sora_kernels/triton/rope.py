@@ -1,0 +1,332 @@
+"""3D RoPE of packed heads [N, H, d], alone or after RMSNorm.
+
+A program owns TOKENS tokens and HEADS heads (all heads, where the norm goes across them), in registers from load to store, so
+that memory sees each element once: 2 H d elements per token, and 3 H d in the backward pass. Tiles are [heads, tokens, channels]:
+Triton gives threads to the last axis first, then to tokens, so a thread holds the same channels of the same token in all heads,
+and one cosine and sine serves them all.
+
+Angles need no table: position and turns = position * theta**(-p/n) / 2 pi are computed in float64, where their whole part is
+dropped and the nearest quarter turn split off, exactly; what remains is within pi/4, where float32 polynomials give sine and cosine
+to about one unit in the last place. That is some forty instructions per token and pair.
+
+Backward of the norm, with dn = R^T dout the gradient turned back, xhat = x * rstd and a mean over the normalised group:
+
+    dx = rstd * (dn * weight - xhat * mean(dn * weight * xhat))        dweight = sum of dn * xhat over tokens (and heads)
+
+A program owns a run of tokens and sums its part of dweight in float32; a second kernel adds the parts in order.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import find_row, power_of_2, sum_chunks
+
+MAX_PARTS = 1024  # of dweight: enough programs to fill a GPU, few enough to add up in no time
+MIN_TOKENS = 16  # to a part, which costs as much memory traffic as one token or two
+
+
+@triton.jit
+def _position(p_origin, p_step, span, axis: tl.constexpr, index, used):
+    origin = tl.load(p_origin + 3 * span + axis, mask=used, other=0.0).to(tl.float64)
+    return origin + tl.load(p_step + 3 * span + axis, mask=used, other=0.0).to(tl.float64) * index
+
+
+@triton.jit
+def _rotation(
+    p_cu, p_grid, p_origin, p_step, p_frequency, num_spans, search_steps, token, PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr,
+    D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """cos and sin [1, TOKENS, BLOCK_P] of the tokens' angles, and whether a span has them [1, TOKENS, 1]."""
+    span = find_row(p_cu, num_spans, token, search_steps)
+    used = span < num_spans
+    raster = token - tl.load(p_cu + span)
+    height = tl.load(p_grid + 3 * span + 1, mask=used, other=1)
+    width = tl.load(p_grid + 3 * span + 2, mask=used, other=1)
+    t = _position(p_origin, p_step, span, 0, raster // (height * width), used)
+    h = _position(p_origin, p_step, span, 1, raster // width % height, used)
+    w = _position(p_origin, p_step, span, 2, raster % width, used)
+    pair = tl.arange(0, BLOCK_P)[None, :]
+    position = tl.where(pair < PAIRS_T, t[:, None], tl.where(pair < PAIRS_T + PAIRS_H, h[:, None], w[:, None]))
+    turns = position * tl.load(p_frequency + pair, mask=pair < D // 2, other=0.0)
+    turns = 4 * (turns - tl.floor(turns))  # quarter turns, so that these two steps are exact
+    quarter = tl.floor(turns + 0.5)
+    a = ((turns - quarter) * 1.5707963267948966).to(tl.float32)
+    quarter = quarter.to(tl.int32)
+    z = a * a
+    sin_a = a + a * z * (-1.6666654611e-1 + z * (8.3321608736e-3 + z * -1.9515295891e-4))  # Cephes' sinf and cosf
+    cos_a = 1 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    swap = quarter % 2 == 1
+    cos = tl.where(swap, sin_a, cos_a)
+    sin = tl.where(swap, cos_a, sin_a)
+    cos = tl.where((quarter + 1) % 4 < 2, cos, -cos)
+    sin = tl.where(quarter % 4 < 2, sin, -sin)
+    return cos[None, :, :], sin[None, :, :], used[None, :, None]
+
+
+@triton.jit
+def _rows(p, s_token, s_head, token, head, D: tl.constexpr, DENSE: tl.constexpr):
+    """Pointers to the rows [HEADS, TOKENS, 1] of x [N, H, d]; heads that lie end to end are known to be aligned."""
+    if DENSE:
+        s_head = D
+    return p + token.to(tl.int64)[None, :, None] * s_token + head.to(tl.int64)[:, None, None] * s_head
+
+
+@triton.jit
+def _load_pairs(
+    p_row, load_row, A: tl.constexpr, B: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, INTERLEAVED: tl.constexpr
+):  # fmt: skip
+    """Both channels of each pair of the rows [A, B, 1]: float32 [A, B, BLOCK_P] each."""
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * BLOCK_P)[None, None, :]
+        x = tl.load(p_row + cols, mask=load_row & (cols < D), other=0.0).to(tl.float32)
+        return tl.split(tl.reshape(x, [A, B, BLOCK_P, 2]))
+    else:
+        pair = tl.arange(0, BLOCK_P)[None, None, :]
+        load = load_row & (pair < D // 2)
+        u = tl.load(p_row + pair, mask=load, other=0.0).to(tl.float32)
+        v = tl.load(p_row + D // 2 + pair, mask=load, other=0.0).to(tl.float32)
+        return u, v
+
+
+@triton.jit
+def _store_pairs(
+    p_row, store_row, u, v, A: tl.constexpr, B: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, INTERLEAVED: tl.constexpr
+):  # fmt: skip
+    u = u.to(p_row.dtype.element_ty)
+    v = v.to(p_row.dtype.element_ty)
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * BLOCK_P)[None, None, :]
+        tl.store(p_row + cols, tl.reshape(tl.join(u, v), [A, B, 2 * BLOCK_P]), mask=store_row & (cols < D))
+    else:
+        pair = tl.arange(0, BLOCK_P)[None, None, :]
+        store = store_row & (pair < D // 2)
+        tl.store(p_row + pair, u, mask=store)
+        tl.store(p_row + D // 2 + pair, v, mask=store)
+
+
+@triton.jit
+def _load_weight(
+    p, token, head, H: tl.constexpr, D: tl.constexpr, ACROSS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_P: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """The norm's weight [HEADS, TOKENS, BLOCK_P], or [1, 1, BLOCK_P] where all heads have the same."""
+    if p is None:
+        one = tl.full([1, 1, 1], 1.0, tl.float32)
+        return one, one
+    elif ACROSS:
+        # For each token: a tile of one would give threads to heads, and x would go through shared memory to meet it.
+        p_row = p + head[:, None, None] * D + token[None, :, None] * 0
+        return _load_pairs(p_row, head[:, None, None] < H, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)
+    else:
+        zero = tl.zeros([1, 1, 1], tl.int32)
+        return _load_pairs(p + zero, zero == 0, 1, 1, D, BLOCK_P, INTERLEAVED)
+
+
+@triton.jit
+def _group_mean(x, H: tl.constexpr, D: tl.constexpr, ACROSS: tl.constexpr):
+    """Mean of [HEADS, TOKENS, BLOCK_P] pairs' sums over the channels of a head, or of all heads of a token."""
+    total = tl.sum(x, axis=2, keep_dims=True)
+    if ACROSS:
+        return tl.sum(total, axis=0, keep_dims=True) / (H * D)
+    else:
+        return total / D
+
+
+@triton.jit
+def _groups(token, head, H: tl.constexpr, ACROSS: tl.constexpr):
+    """Where the rstd of each normalised group lies: [1, TOKENS, 1] across heads, else [HEADS, TOKENS, 1]."""
+    if ACROSS:
+        return token.to(tl.int64)[None, :, None]
+    else:
+        return token.to(tl.int64)[None, :, None] * H + head[:, None, None]
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_spans", "search_steps"])
+def forward_kernel(
+    p_x, p_weight, p_cu, p_grid, p_origin, p_step, p_frequency, p_out, p_rstd, s_token, s_head, num_tokens, num_spans, search_steps,
+    eps, H: tl.constexpr, D: tl.constexpr, PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr, INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr, NORM: tl.constexpr, ACROSS: tl.constexpr, DENSE: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    row = (token < num_tokens)[None, :, None] & (head < H)[:, None, None]
+    p_row = _rows(p_x, s_token, s_head, token, head, D, DENSE)
+    u, v = _load_pairs(p_row, row, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)  # before the angles, which hide it
+    cos, sin, used = _rotation(
+        p_cu, p_grid, p_origin, p_step, p_frequency, num_spans, search_steps, token, PAIRS_T, PAIRS_H, D, BLOCK_P
+    )
+    if INVERSE:
+        sin = -sin
+    if NORM:
+        rstd = 1 / tl.sqrt_rn(_group_mean(u * u + v * v, H, D, ACROSS) + eps)
+        w_u, w_v = _load_weight(p_weight, token, head, H, D, ACROSS, HEADS, TOKENS, BLOCK_P, INTERLEAVED)
+        u = u * rstd * w_u
+        v = v * rstd * w_v
+        group = _groups(token, head, H, ACROSS)
+        store_rstd = (token < num_tokens)[None, :, None] if ACROSS else row
+        tl.store(p_rstd + group, tl.where(used, rstd, 0.0), mask=store_rstd)
+    y_u = tl.where(used, u * cos - v * sin, 0.0)
+    y_v = tl.where(used, u * sin + v * cos, 0.0)
+    _store_pairs(_rows(p_out, H * D, D, token, head, D, True), row, y_u, y_v, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_spans", "search_steps", "part"])
+def backward_kernel(
+    p_dout, p_x, p_weight, p_rstd, p_cu, p_grid, p_origin, p_step, p_frequency, p_dx, p_parts, s_dout_token, s_dout_head, s_token,
+    s_head, num_tokens, num_spans, search_steps, part, H: tl.constexpr, D: tl.constexpr, PAIRS_T: tl.constexpr,
+    PAIRS_H: tl.constexpr, INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, DENSE_DOUT: tl.constexpr, DENSE: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Program (run of `part` tokens, block of heads)."""
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    ROWS: tl.constexpr = HEADS if ACROSS else 1  # of the weight
+    dw_u = tl.zeros([ROWS, TOKENS, BLOCK_P], tl.float32)
+    dw_v = tl.zeros([ROWS, TOKENS, BLOCK_P], tl.float32)
+    begin = tl.program_id(0) * part
+    for first in range(begin, tl.minimum(begin + part, num_tokens), TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        row = (token < num_tokens)[None, :, None] & (head < H)[:, None, None]
+        p_row = _rows(p_dout, s_dout_token, s_dout_head, token, head, D, DENSE_DOUT)
+        g_u, g_v = _load_pairs(p_row, row, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)  # before the angles, which hide them
+        p_row = _rows(p_x, s_token, s_head, token, head, D, DENSE)
+        u, v = _load_pairs(p_row, row, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)
+        group = _groups(token, head, H, ACROSS)
+        rstd = tl.load(p_rstd + group, mask=(token < num_tokens)[None, :, None] if ACROSS else row, other=0.0)
+        cos, sin, used = _rotation(
+            p_cu, p_grid, p_origin, p_step, p_frequency, num_spans, search_steps, token, PAIRS_T, PAIRS_H, D, BLOCK_P
+        )
+        g_u = tl.where(used, g_u, 0.0)  # of the slack all counts as zero
+        g_v = tl.where(used, g_v, 0.0)
+        u = tl.where(used, u, 0.0)
+        v = tl.where(used, v, 0.0)
+        u *= rstd
+        v *= rstd
+        dn_u = g_u * cos + g_v * sin
+        dn_v = g_v * cos - g_u * sin
+        if ACROSS:
+            dw_u += dn_u * u
+            dw_v += dn_v * v
+        else:
+            dw_u += tl.sum(dn_u * u, axis=0, keep_dims=True)
+            dw_v += tl.sum(dn_v * v, axis=0, keep_dims=True)
+        w_u, w_v = _load_weight(p_weight, token, head, H, D, ACROSS, HEADS, TOKENS, BLOCK_P, INTERLEAVED)
+        dn_u *= w_u
+        dn_v *= w_v
+        mean = _group_mean(dn_u * u + dn_v * v, H, D, ACROSS)
+        dx_u = rstd * (dn_u - u * mean)
+        dx_v = rstd * (dn_v - v * mean)
+        _store_pairs(_rows(p_dx, H * D, D, token, head, D, True), row, dx_u, dx_v, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)
+    if p_parts is not None:
+        slot = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        weight_row = tl.arange(0, ROWS)[:, None, None]
+        p_slot = p_parts + (slot.to(tl.int64) * (H if ACROSS else 1) + weight_row) * D
+        dw_u = tl.sum(dw_u, axis=1, keep_dims=True)
+        dw_v = tl.sum(dw_v, axis=1, keep_dims=True)
+        _store_pairs(p_slot, weight_row < H, dw_u, dw_v, ROWS, 1, D, BLOCK_P, INTERLEAVED)
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def weight_kernel(p_parts, p_dweight, num_parts, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (block of columns): all parts in order."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = sum_chunks(p_parts, 0, num_parts, cols, WIDTH, CHUNKS)
+    tl.store(p_dweight + cols, total.to(p_dweight.dtype.element_ty), mask=cols < WIDTH)
+
+
+def _tile(x: Tensor, interleaved: bool, across: bool, per_thread: int) -> dict[str, int]:
+    """`per_thread` elements to a thread: vectors of 16 bytes of as many heads of one token, so that heads share its angles."""
+    _, heads, d = x.shape
+    block, threads, vector = power_of_2(d // 2), 128, 16 // x.element_size()
+    if across:
+        heads = power_of_2(heads)
+        tokens = max(threads * per_thread // (heads * 2 * block), 1)
+        threads = min(max(heads * tokens * 2 * block // per_thread, threads), 1024)
+    else:
+        vectors = 1 if interleaved else 2  # a thread has the first channels of its pairs and, in the half layout, the second ones
+        heads = min(power_of_2(heads), per_thread // (vectors * vector))
+        tokens = max(threads * vectors * vector // (2 * block), 1)
+    return {"HEADS": heads, "TOKENS": tokens, "BLOCK_P": block, "num_warps": threads // 32}
+
+
+@functools.lru_cache(maxsize=64)
+def _frequencies(device: torch.device, theta: tuple[float, ...], axes_dim: tuple[int, ...]) -> Tensor:
+    """Turns per unit of position of each pair, float64 [d/2]; kept, so that a call copies nothing to the device."""
+    turns = [
+        base ** (-2 * p / channels) / math.tau for base, channels in zip(theta, axes_dim, strict=True) for p in range(channels // 2)
+    ]
+    return torch.tensor(turns, dtype=torch.float64, device=device)
+
+
+def _shape(x: Tensor, axes_dim, interleaved: bool, across: bool) -> dict[str, int]:
+    return {
+        "H": x.shape[1], "D": x.shape[2], "PAIRS_T": axes_dim[0] // 2, "PAIRS_H": axes_dim[1] // 2, "INTERLEAVED": interleaved,
+        "ACROSS": across,
+    }  # fmt: skip
+
+
+def _forward(x, weight, tables, theta, axes_dim, interleaved, inverse, across, eps, out, rstd) -> None:
+    num_tokens, heads, d = x.shape
+    num_spans = tables[0].shape[0] - 1
+    tile = _tile(x, interleaved, across, 64)
+    if num_tokens and heads:
+        forward_kernel[triton.cdiv(num_tokens, tile["TOKENS"]), triton.cdiv(heads, tile["HEADS"])](
+            x, weight, *tables, _frequencies(x.device, tuple(theta), tuple(axes_dim)), out, rstd, x.stride(0), x.stride(1),
+            num_tokens, num_spans, num_spans.bit_length(), eps,
+            **_shape(x, axes_dim, interleaved, across), INVERSE=inverse, NORM=rstd is not None, DENSE=x.stride(1) == d, **tile,
+        )  # fmt: skip
+
+
+def _backward(dout, x, weight, rstd, tables, theta, axes_dim, interleaved, across, dx, dweight) -> None:
+    num_tokens, heads, d = x.shape
+    num_spans = tables[0].shape[0] - 1
+    tile = _tile(x, interleaved, across, 32)
+    blocks = triton.cdiv(heads, tile["HEADS"])
+    part = max(triton.cdiv(num_tokens * blocks, MAX_PARTS), MIN_TOKENS)
+    part = triton.cdiv(part, tile["TOKENS"]) * tile["TOKENS"]
+    runs = triton.cdiv(num_tokens, part) if heads else 0
+    parts = None if dweight is None else dweight.new_empty((runs * blocks, dweight.shape[0]), dtype=torch.float32)
+    if runs:
+        backward_kernel[runs, blocks](
+            dout, x, weight, rstd, *tables, _frequencies(x.device, tuple(theta), tuple(axes_dim)), dx, parts,
+            dout.stride(0), dout.stride(1), x.stride(0), x.stride(1), num_tokens, num_spans, num_spans.bit_length(), part,
+            **_shape(x, axes_dim, interleaved, across), DENSE_DOUT=dout.stride(1) == d, DENSE=x.stride(1) == d, **tile,
+        )  # fmt: skip
+    if parts is not None:
+        width = dweight.shape[0]
+        weight_kernel[(triton.cdiv(width, 16),)](parts, dweight, runs * blocks, WIDTH=width, CHUNKS=256, BLOCK=16, num_warps=4)
+
+
+def rope_3d(
+    x: Tensor, cu_spans: Tensor, grid: Tensor, origin: Tensor, step: Tensor, theta: list[float], axes_dim: list[int],
+    interleaved: bool, inverse: bool, out: Tensor,
+) -> None:  # fmt: skip
+    _forward(x, None, (cu_spans, grid, origin, step), theta, axes_dim, interleaved, inverse, False, 0.0, out, None)
+
+
+def qk_norm_rope_3d_forward(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cu_spans: Tensor, grid: Tensor, origin: Tensor,
+    step: Tensor, theta: list[float], axes_dim: list[int], interleaved: bool, across_heads: bool, eps: float,
+    q_out: Tensor, k_out: Tensor, q_rstd: Tensor, k_rstd: Tensor,
+) -> None:  # fmt: skip
+    tables = cu_spans, grid, origin, step
+    for x, weight, out, rstd in ((q, q_weight, q_out, q_rstd), (k, k_weight, k_out, k_rstd)):
+        _forward(x, weight, tables, theta, axes_dim, interleaved, False, across_heads, eps, out, rstd)
+
+
+def qk_norm_rope_3d_backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, q_rstd: Tensor,
+    k_rstd: Tensor, cu_spans: Tensor, grid: Tensor, origin: Tensor, step: Tensor, theta: list[float], axes_dim: list[int],
+    interleaved: bool, across_heads: bool, dq: Tensor, dk: Tensor, dq_weight: Tensor | None, dk_weight: Tensor | None,
+) -> None:  # fmt: skip
+    tables = cu_spans, grid, origin, step
+    sides = ((dq_out, q, q_weight, q_rstd, dq, dq_weight), (dk_out, k, k_weight, k_rstd, dk, dk_weight))
+    for dout, x, weight, rstd, dx, dweight in sides:
+        _backward(dout, x, weight, rstd, tables, theta, axes_dim, interleaved, across_heads, dx, dweight)

@@ -1,0 +1,387 @@
+"""Attention within space-time windows of packed spans, forward and backward; the steps of the softmax are attention.py's.
+
+A program owns a tile of BLOCK_M queries of one head: a box of a span's grid, 2 x 8 x 8 where the span is large enough, as a
+compact tile has a small union of windows. It walks that union, a box as well, and the tokens of the other spans of its sample,
+BLOCK_N at a time, reading rows of d elements wherever they lie. So the cost follows the window, not the span. For dk and dv a
+program owns a tile of keys and walks the queries that see them: along an axis those are an interval too, which makes the same
+code serve both ways.
+
+Tiles are scheduled from a list on the device, those that cost most first, as attention.py's blocks are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    LN2,
+    LOG2E,
+    dscores,
+    find_row,
+    input_precision,
+    load_lse,
+    num_slots,
+    power_of_2,
+    probabilities,
+    softmax_step,
+)  # fmt: skip
+from .configs import attention_config
+
+
+@triton.jit
+def _power_of_2(n, BLOCK: tl.constexpr):
+    """The least power of two that is at least n, between 1 and BLOCK."""
+    x = n - 1
+    x |= x >> 1
+    x |= x >> 2
+    x |= x >> 4
+    x |= x >> 8
+    x |= x >> 16
+    return tl.minimum(tl.maximum(x + 1, 1), BLOCK)
+
+
+@triton.jit
+def tile_shape(t, h, w, BLOCK: tl.constexpr):
+    """A tile's sizes on a span's grid, powers of two with product BLOCK: 8 wide and high if the span is, the rest along time."""
+    tile_w = tl.minimum(_power_of_2(w, BLOCK), 8)
+    tile_h = tl.minimum(tl.minimum(_power_of_2(h, BLOCK), 8), BLOCK // tile_w)
+    tile_t = tl.minimum(_power_of_2(t, BLOCK), BLOCK // (tile_w * tile_h))
+    tile_w = tl.minimum(_power_of_2(w, BLOCK), BLOCK // (tile_t * tile_h))
+    tile_h = tl.minimum(_power_of_2(h, BLOCK), BLOCK // (tile_t * tile_w))
+    return tile_t, tile_h, BLOCK // (tile_t * tile_h)
+
+
+@triton.jit
+def load_span(p_cu_spans, p_grid, p_step, s, num_spans, num_tokens):
+    """First token, grid (t, h, w) and whether windows apply (not in text), of a span or a block of spans.
+
+    The slack counts as span num_spans, of grid (1, 1, its length).
+    """
+    real = s < num_spans
+    begin = tl.load(p_cu_spans + tl.minimum(s, num_spans))
+    t = tl.load(p_grid + 3 * s, mask=real, other=1)
+    h = tl.load(p_grid + 3 * s + 1, mask=real, other=1)
+    w = tl.load(p_grid + 3 * s + 2, mask=real, other=0)
+    w = tl.where(real, w, tl.maximum(num_tokens - begin, 0))
+    step_t = tl.load(p_step + 3 * s, mask=real, other=0.0)
+    step_h = tl.load(p_step + 3 * s + 1, mask=real, other=0.0)
+    step_w = tl.load(p_step + 3 * s + 2, mask=real, other=0.0)
+    return begin, t, h, w, (step_t != 0) | (step_h != 0) | (step_w != 0)
+
+
+@triton.jit
+def axis_window(i, length, size, causal, SEEN_BY: tl.constexpr):
+    """(first, one past the last) key that query i of an axis sees; with SEEN_BY, the queries that see key i. Size 0 is the axis."""
+    size = tl.where(size == 0, length, tl.minimum(size, length))
+    if SEEN_BY:
+        first = tl.where(i < size, 0, i - size + 1 + size // 2)
+        end = tl.where(i >= length - size, length, i + size // 2 + 1)
+        return tl.where(causal, i, first), tl.where(causal, tl.minimum(i + size, length), end)
+    else:
+        first = tl.maximum(tl.minimum(i - size // 2, length - size), 0)
+        return tl.where(causal, tl.maximum(i - size + 1, 0), first), tl.where(causal, i + 1, first + size)
+
+
+@triton.jit
+def span_work(layout, s, window, num_spans, num_samples, num_tokens, search_steps, BLOCK: tl.constexpr):
+    """Of a block of spans: tiles, about how many keys a tile walks, tile sizes along t and h, the sample's boundaries."""
+    p_cu_seqlens, p_cu_spans, p_grid, p_step = layout
+    begin, t, h, w, windowed = load_span(p_cu_spans, p_grid, p_step, s, num_spans, num_tokens)
+    tile_t, tile_h, tile_w = tile_shape(t, h, w, BLOCK)
+    tiles = tl.cdiv(t, tile_t) * tl.cdiv(h, tile_h) * tl.cdiv(w, tile_w)
+    sample = find_row(p_cu_seqlens, num_samples, begin, search_steps)
+    real = (s < num_spans) & (sample < num_samples)
+    sample_begin = tl.load(p_cu_seqlens + sample, mask=real, other=0)
+    sample_end = tl.load(p_cu_seqlens + sample + 1, mask=real, other=0)
+    union = tl.minimum(tl.where(windowed & (window[0] > 0), window[0] + tile_t - 1, t), t)
+    union *= tl.minimum(tl.where(windowed & (window[1] > 0), window[1] + tile_h - 1, h), h)
+    union *= tl.minimum(tl.where(windowed & (window[2] > 0), window[2] + tile_w - 1, w), w)
+    keys = tl.where(s < num_spans, sample_end - sample_begin - t * h * w + union, -1)
+    return tiles, keys, tile_t, tile_h, sample_begin, sample_end
+
+
+@triton.jit(do_not_specialize=["num_spans", "num_samples", "num_tokens", "search_steps", "capacity"])
+def tile_list_kernel(
+    layout, p_list, window, num_spans, num_samples, num_tokens, search_steps, capacity, BLOCK: tl.constexpr, SPANS: tl.constexpr
+):  # fmt: skip
+    """As attention.py's work list, of spans: program s writes span s's tiles, num_spans the slack's, the last one the rest.
+
+    list[capacity + 5 s] is what span s's tiles have in common: first entry, tile sizes along t and h, the sample's boundaries.
+    """
+    s = tl.program_id(0)
+    count, cost, tile_t, tile_h, sample_begin, sample_end = span_work(
+        layout, tl.minimum(s, num_spans), window, num_spans, num_samples, num_tokens, search_steps, BLOCK
+    )
+    start = count * 0
+    for first in range(0, num_spans, SPANS):
+        c = first + tl.arange(0, SPANS)
+        work = span_work(layout, tl.minimum(c, num_spans), window, num_spans, num_samples, num_tokens, search_steps, BLOCK)
+        before = (work[1] > cost) | ((work[1] == cost) & (c < s))
+        start += tl.sum(tl.where(before & (c < num_spans), work[0], 0), axis=0)
+    value = s
+    if s > num_spans:
+        start += count
+        count = capacity - start
+        value = s * 0 - 1
+    else:
+        p_span = p_list + capacity + 5 * s
+        tl.store(p_span, start)
+        tl.store(p_span + 1, tile_t)
+        tl.store(p_span + 2, tile_h)
+        tl.store(p_span + 3, sample_begin)
+        tl.store(p_span + 4, sample_end)
+    for first in range(0, count, SPANS):
+        i = first + tl.arange(0, SPANS)
+        tl.store(p_list + start + i, value + i * 0, mask=i < count)
+
+
+@triton.jit
+def locate_tile(layout, work, s, window, causal, num_spans, num_tokens, num_heads, BLOCK: tl.constexpr, SEEN_BY: tl.constexpr):
+    """What a program that serves span s owns and walks.
+
+    Returns head, the tokens [BLOCK] it owns (num_tokens past the tile's end), the windows of these tokens along each axis, and the
+    walk: ((tokens of other spans, how many of them come before the span, the span's tokens), span's first token, sample's first
+    token, grid, box, its size).
+    """
+    _, p_cu_spans, p_grid, p_step = layout
+    p_list, capacity = work
+    pid = tl.program_id(0)
+    begin, t, h, w, windowed = load_span(p_cu_spans, p_grid, p_step, s, num_spans, num_tokens)
+    p_span = p_list + capacity + 5 * s
+    tile_t = tl.load(p_span + 1)
+    tile_h = tl.load(p_span + 2)
+    tile_w = BLOCK // (tile_t * tile_h)
+    tiles_h = tl.cdiv(h, tile_h)
+    tiles_w = tl.cdiv(w, tile_w)
+    tiles = tl.cdiv(t, tile_t) * tiles_h * tiles_w
+    local = pid - tl.load(p_span) * num_heads
+    tile = local % tiles
+    t0 = tile // (tiles_h * tiles_w) * tile_t
+    h0 = tile // tiles_w % tiles_h * tile_h
+    w0 = tile % tiles_w * tile_w
+
+    lane = tl.arange(0, BLOCK)
+    i_t = t0 + lane // (tile_h * tile_w)
+    i_h = h0 + lane // tile_w % tile_h
+    i_w = w0 + lane % tile_w
+    inside = (i_t < t) & (i_h < h) & (i_w < w)
+    token = tl.where(inside, begin + (i_t * h + i_h) * w + i_w, num_tokens)
+
+    size_t = tl.where(windowed, window[0], 0)
+    size_h = tl.where(windowed, window[1], 0)
+    size_w = tl.where(windowed, window[2], 0)
+    causal_t = windowed & causal[0]
+    causal_h = windowed & causal[1]
+    causal_w = windowed & causal[2]
+    seen_t = axis_window(i_t, t, size_t, causal_t, SEEN_BY)
+    seen_h = axis_window(i_h, h, size_h, causal_h, SEEN_BY)
+    seen_w = axis_window(i_w, w, size_w, causal_w, SEEN_BY)
+    box_t = axis_window(t0, t, size_t, causal_t, SEEN_BY)[0]
+    box_h = axis_window(h0, h, size_h, causal_h, SEEN_BY)[0]
+    box_w = axis_window(w0, w, size_w, causal_w, SEEN_BY)[0]
+    num_t = axis_window(tl.minimum(t0 + tile_t, t) - 1, t, size_t, causal_t, SEEN_BY)[1] - box_t
+    num_h = axis_window(tl.minimum(h0 + tile_h, h) - 1, h, size_h, causal_h, SEEN_BY)[1] - box_h
+    num_w = axis_window(tl.minimum(w0 + tile_w, w) - 1, w, size_w, causal_w, SEEN_BY)[1] - box_w
+
+    # The slack walks nothing: its sample's boundaries are 0.
+    size = t * h * w
+    first = tl.load(p_span + 3)
+    others = tl.load(p_span + 4) - first - tl.where(s < num_spans, size, 0)
+    box_size = tl.where(s < num_spans, num_t * num_h * num_w, 0)
+    walk = (others, begin - first, size, begin, first, h, w, box_t, box_h, box_w, box_size, num_h, num_w)
+    return local // tiles, token, (seen_t, seen_h, seen_w), walk
+
+
+@triton.jit
+def walk_tokens(walk, seen, first, num_tokens, BLOCK: tl.constexpr):
+    """Tokens first .. first + BLOCK of a walk (num_tokens past its end), and [owners, BLOCK] which of them belong together."""
+    others, before, span_size, span_begin, sample_begin, h, w, box_t, box_h, box_w, box_size, num_h, num_w = walk
+    index = first + tl.arange(0, BLOCK)
+    is_other = index < others
+    in_box = index - others
+    i_t = box_t + in_box // (num_h * num_w)
+    i_h = box_h + in_box // num_w % num_h
+    i_w = box_w + in_box % num_w
+    token = tl.where(
+        is_other, sample_begin + index + tl.where(index < before, 0, span_size), span_begin + (i_t * h + i_h) * w + i_w
+    )
+    inside = index < others + box_size
+    near_t = (i_t[None, :] >= seen[0][0][:, None]) & (i_t[None, :] < seen[0][1][:, None])
+    near_h = (i_h[None, :] >= seen[1][0][:, None]) & (i_h[None, :] < seen[1][1][:, None])
+    near_w = (i_w[None, :] >= seen[2][0][:, None]) & (i_w[None, :] < seen[2][1][:, None])
+    return tl.where(inside, token, num_tokens), (is_other[None, :] | (near_t & near_h & near_w)) & inside[None, :]
+
+
+@triton.jit
+def gather(x, head, token, num_tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [tokens, BLOCK_D] of a head; x is (pointer, (stride of a token, of a head))."""
+    p, s = x
+    cols = tl.arange(0, BLOCK_D)
+    p_block = p + head.to(tl.int64) * s[1] + token.to(tl.int64)[:, None] * s[0] + cols[None, :]
+    return tl.load(p_block, mask=(token < num_tokens)[:, None] & (cols < D)[None, :], other=0.0)
+
+
+@triton.jit
+def scatter(x, head, token, num_tokens, value, D: tl.constexpr):
+    p, s = x
+    cols = tl.arange(0, value.shape[1])
+    p_block = p + head.to(tl.int64) * s[1] + token.to(tl.int64)[:, None] * s[0] + cols[None, :]
+    tl.store(p_block, value.to(p.dtype.element_ty), mask=(token < num_tokens)[:, None] & (cols < D)[None, :])
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, out, p_lse, layout, work, window, causal, scale, num_spans, num_tokens, num_heads,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    s = tl.load(work[0] + tl.program_id(0) // num_heads)
+    if s < 0:
+        return
+    head, token, seen, walk = locate_tile(layout, work, s, window, causal, num_spans, num_tokens, num_heads, BLOCK_M, False)
+    block = gather(q, head, token, num_tokens, D, BLOCK_D)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, walk[0] + walk[10], BLOCK_N):
+        other, together = walk_tokens(walk, seen, first, num_tokens, BLOCK_N)
+        keys = gather(k, head // GROUP, other, num_tokens, D, BLOCK_D)
+        values = gather(v, head // GROUP, other, num_tokens, D, BLOCK_D)
+        scores = tl.dot(block, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
+        acc, m, total = softmax_step(acc, m, total, tl.where(together, scores, float("-inf")), values, True, PRECISION)
+    empty = total == 0
+    scatter(out, head, token, num_tokens, acc / tl.where(empty, 1.0, total)[:, None], D)
+    row_lse = m.to(tl.float64) * LN2 + tl.log(tl.where(empty, 1.0, total).to(tl.float64))
+    p_row = p_lse + head.to(tl.int64) * num_tokens + token
+    tl.store(p_row, tl.where(empty, float("-inf"), row_lse), mask=token < num_tokens)
+
+
+@triton.jit
+def dq_kernel(
+    dout, q, k, v, out, p_lse, p_delta, dq, layout, work, window, causal, scale, num_spans, num_tokens, num_heads,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    s = tl.load(work[0] + tl.program_id(0) // num_heads)
+    if s < 0:
+        return
+    head, token, seen, walk = locate_tile(layout, work, s, window, causal, num_spans, num_tokens, num_heads, BLOCK_M, False)
+    block = gather(q, head, token, num_tokens, D, BLOCK_D)
+    dout_block = gather(dout, head, token, num_tokens, D, BLOCK_D)
+    out_block = gather(out, head, token, num_tokens, D, BLOCK_D)
+    high, low = load_lse(p_lse + head.to(tl.int64) * num_tokens, token, num_tokens)
+    EXACT: tl.constexpr = block.dtype == tl.float32
+    if EXACT:
+        delta = tl.sum(dout_block.to(tl.float64) * out_block.to(tl.float64), axis=1).to(tl.float32)
+    else:
+        delta = tl.sum(dout_block.to(tl.float32) * out_block.to(tl.float32), axis=1)
+    count = walk[0] + walk[10]
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, count, BLOCK_N):
+        other, together = walk_tokens(walk, seen, first, num_tokens, BLOCK_N)
+        keys = gather(k, head // GROUP, other, num_tokens, D, BLOCK_D)
+        values = gather(v, head // GROUP, other, num_tokens, D, BLOCK_D)
+        scores = tl.dot(block, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
+        p = probabilities(tl.where(together, scores, float("-inf")), high[:, None], low[:, None], EXACT)
+        dp = tl.dot(dout_block, tl.trans(values), input_precision=PRECISION)
+        if EXACT:  # one block holds all keys: see attention.py
+            delta = tl.where(count <= BLOCK_N, tl.sum(p * dp, axis=1), delta)
+        acc = tl.dot(dscores(p, dp, delta[:, None], scores, False).to(keys.dtype), keys, acc, input_precision=PRECISION)
+    tl.store(p_delta + head.to(tl.int64) * num_tokens + token, delta, mask=token < num_tokens)
+    scatter(dq, head, token, num_tokens, acc * scale, D)
+
+
+@triton.jit
+def dkdv_kernel(
+    dout, q, k, v, p_lse, p_delta, dk, dv, layout, work, window, causal, scale, num_spans, num_tokens, num_heads,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    s = tl.load(work[0] + tl.program_id(0) // num_heads)
+    if s < 0:
+        return
+    key_head, token, seen, walk = locate_tile(layout, work, s, window, causal, num_spans, num_tokens, num_heads, BLOCK_N, True)
+    keys = gather(k, key_head, token, num_tokens, D, BLOCK_D)
+    values = gather(v, key_head, token, num_tokens, D, BLOCK_D)
+    acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for g in range(GROUP):
+        head = key_head * GROUP + g
+        p_row = head.to(tl.int64) * num_tokens
+        for first in range(0, walk[0] + walk[10], BLOCK_M):
+            other, together = walk_tokens(walk, seen, first, num_tokens, BLOCK_M)
+            queries = gather(q, head, other, num_tokens, D, BLOCK_D)
+            douts = gather(dout, head, other, num_tokens, D, BLOCK_D)
+            high, low = load_lse(p_lse + p_row, other, num_tokens)
+            delta = tl.load(p_delta + p_row + other, mask=other < num_tokens, other=0.0)
+            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)
+            scores = tl.where(together, scores, float("-inf"))
+            p = probabilities(scores, high[None, :], low[None, :], queries.dtype == tl.float32)
+            acc_v = tl.dot(p.to(douts.dtype), douts, acc_v, input_precision=PRECISION)
+            dp = tl.dot(values, tl.trans(douts), input_precision=PRECISION)
+            ds = dscores(p, dp, delta[None, :], scores, False)
+            acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
+    scatter(dk, key_head, token, num_tokens, acc_k * scale, D)
+    scatter(dv, key_head, token, num_tokens, acc_v, D)
+
+
+class _Call:
+    """What the launches of one call share."""
+
+    def __init__(self, q, k, cu_seqlens, cu_spans, grid, step, window, causal, scale) -> None:
+        self.num_tokens, self.heads, d = q.shape
+        self.key_heads, self.like = k.shape[1], q
+        self.layout, self.window = (cu_seqlens, cu_spans, grid, step), tuple(window)
+        self.rule = tuple(causal), scale
+        self.sizes = grid.shape[0], cu_seqlens.shape[0] - 1, self.num_tokens
+        self.search_steps = self.sizes[1].bit_length()
+        self.constants = {
+            "GROUP": self.heads // self.key_heads,
+            "D": d,
+            "BLOCK_D": max(power_of_2(d), 16),
+            "PRECISION": input_precision(q.dtype),
+        }
+
+    def launch(self, name, kernel, tensors, *, keys: bool = False) -> None:
+        """Over tiles of queries, or of keys."""
+        config = attention_config(name, self.like.device, self.constants["D"], self.like.element_size())
+        block, heads = (config["BLOCK_N"], self.key_heads) if keys else (config["BLOCK_M"], self.heads)
+        spans = self.sizes[0]
+        # A tile's sides are less than twice the span's, so along each axis at least half of the tokens of the tiles are real.
+        capacity = num_slots(8 * self.num_tokens, spans, block)
+        entries = self.like.new_empty(capacity + 5 * (spans + 1), dtype=torch.int32)
+        tile_list_kernel[(spans + 2,)](
+            self.layout, entries, self.window, *self.sizes, self.search_steps, capacity, BLOCK=block, SPANS=128, num_warps=4
+        )
+        kernel[(heads * capacity,)](
+            *tensors, self.layout, (entries, capacity), self.window, *self.rule, spans, self.num_tokens, heads, **self.constants,
+            **config,
+        )  # fmt: skip
+
+
+def _by_row(x: Tensor) -> tuple:
+    return x, x.stride()[:2]
+
+
+def spatiotemporal_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_spans: Tensor, grid: Tensor, step: Tensor, window: Sequence[int],
+    causal: Sequence[bool], scale: float, out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    call = _Call(q, k, cu_seqlens, cu_spans, grid, step, window, causal, scale)
+    call.launch("window_forward", forward_kernel, (*map(_by_row, (q, k, v, out)), lse))
+
+
+def spatiotemporal_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_spans: Tensor, grid: Tensor,
+    step: Tensor, window: Sequence[int], causal: Sequence[bool], scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    call = _Call(q, k, cu_seqlens, cu_spans, grid, step, window, causal, scale)
+    p_dout, p_q, p_k, p_v, p_out, p_dq, p_dk, p_dv = map(_by_row, (dout, q, k, v, out, dq, dk, dv))
+    delta = torch.empty_like(lse, dtype=torch.float32)
+    call.launch("window_dq", dq_kernel, (p_dout, p_q, p_k, p_v, p_out, lse, delta, p_dq))
+    call.launch("window_dkdv", dkdv_kernel, (p_dout, p_q, p_k, p_v, lse, delta, p_dk, p_dv), keys=True)
