@@ -43,7 +43,7 @@ def adaln(op: str, dtype: torch.dtype, backward: bool, *, per_frame: bool) -> Ra
     ours, peer, num_inputs, num_rows, num_outputs, backward_tensors = ADALN[op]
     boundaries = LAYOUT.cu_frames if per_frame else LAYOUT.cu_seqlens
     lengths = boundaries.diff().tolist()
-    row_of_token = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    row_of_token = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(LAYOUT.device)
     tokens = [randn(LAYOUT.num_tokens, WIDTH, dtype=dtype, grad=backward) for _ in range(num_inputs)]
     inputs = tokens + [randn(len(lengths), WIDTH, dtype=dtype, grad=backward) for _ in range(num_rows)]
     cotangents = [randn(LAYOUT.num_tokens, WIDTH, dtype=dtype) for _ in range(num_outputs)]

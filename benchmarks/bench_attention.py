@@ -59,7 +59,7 @@ def attention(dtype: torch.dtype, backward: bool, *, batch: str = FIRST, cross: 
     torch.manual_seed(0)
     q_lengths, heads, head_dim = BATCHES[batch]
     k_lengths = [TEXT_TOKENS] * len(q_lengths) if cross else q_lengths
-    cu_q, cu_k = (torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (q_lengths, k_lengths))
+    cu_q, cu_k = (torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int() for lengths in (q_lengths, k_lengths))
     q, k, v = (randn(sum(n), heads, head_dim, dtype=dtype, grad=backward) for n in (q_lengths, k_lengths, k_lengths))
     dout, bounds = randn(*q.shape, dtype=dtype), (cu_q, cu_k, max(q_lengths), max(k_lengths))
 
@@ -91,7 +91,7 @@ def attention(dtype: torch.dtype, backward: bool, *, batch: str = FIRST, cross: 
     else:
         rows["SDPA padded"] = sdpa_padded([q, k, v, dout], q_lengths, k_lengths)
     if not cross:
-        sample = torch.repeat_interleave(torch.arange(len(q_lengths)), torch.tensor(q_lengths))
+        sample = torch.arange(len(q_lengths)).repeat_interleave(torch.tensor(q_lengths)).to(DEVICE)
         rows["flex_attention compiled"] = flex(q, k, v, dout, lambda b, h, i, j: sample[i] == sample[j])
     flops = 4e-9 * heads * head_dim * sum(a * b for a, b in zip(q_lengths, k_lengths, strict=True))
     op = ("cross-attention" if cross else "attention") + (f", {batch}" if ON_GPU else "")
@@ -141,7 +141,7 @@ def window_attention(dtype: torch.dtype, backward: bool) -> Race:
             inside, stride = inside & (key >= first) & (key < first + w), stride * n
         return inside
 
-    tokens = torch.arange(q.shape[0])
+    tokens = torch.arange(q.shape[0], device=DEVICE)
     mask = seen(tokens[:, None], tokens)
 
     def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -54,18 +54,18 @@ def cut(videos: Sequence[Tensor], channels: str) -> list[Tensor]:
 
 def training_step() -> Race:
     torch.manual_seed(0)
-    dit = DiT(CONFIG)
+    dit = DiT(CONFIG).to(DEVICE)
     parameters = list(dit.parameters())
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.05)  # at its own initialisation most gradients are zero
     shapes = [[n * p for n, p in zip(sample[0].grid, CONFIG.patch_size, strict=True)] for sample in LAYOUT.spans]
     latents, targets = ([randn(CONFIG.in_channels, *shape) for shape in shapes] for _ in range(2))
-    timesteps = torch.linspace(50, 950, LAYOUT.num_samples)
+    timesteps = torch.linspace(50, 950, LAYOUT.num_samples, device=DEVICE)
     cos, sin = rope_tables(LAYOUT, CONFIG.hidden_size // CONFIG.num_heads, CONFIG.rope_theta)
 
     inputs, outputs, cos, sin = cut(latents, "c pt ph pw"), cut(targets, "pt ph pw c"), LAYOUT.unpack(cos), LAYOUT.unpack(sin)
     padded = [pad_sequence(list(x), batch_first=True) for x in (inputs, outputs, cos, sin)]
-    mask = torch.arange(LAYOUT.max_seqlen) < LAYOUT.cu_seqlens.diff()[:, None]
+    mask = torch.arange(LAYOUT.max_seqlen, device=DEVICE) < LAYOUT.cu_seqlens.diff()[:, None]
 
     def loss(squared_errors: Sequence[Tensor]) -> Tensor:
         return sum(x.sum() for x in squared_errors) / sum(x.numel() for x in targets)
@@ -87,7 +87,9 @@ def training_step() -> Race:
     ends = 2 * dit.patch_embed.weight.numel() + 3 * dit.final.weight.numel()  # the latents need no gradient
     scores = CONFIG.depth * CONFIG.hidden_size * sum(n * n for n in LAYOUT.seqlens)
     work = (2 * LAYOUT.num_tokens * (3 * per_token + ends) + 14 * scores) / 1e9
-    return Race("DiT training step", torch.float32, True, work, "gflops", [parameters], [torch.ones(())], per_sample, rows)
+    return Race(
+        "DiT training step", torch.float32, True, work, "gflops", [parameters], [torch.ones((), device=DEVICE)], per_sample, rows
+    )
 
 
 @pytest.mark.parametrize("implementation", [OURS, "torch per sample", "torch padded"])

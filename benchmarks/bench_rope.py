@@ -18,7 +18,7 @@ def rope_tables(layout: PackedLayout, head_dim: int, theta: float = 10000.0) -> 
     """cos and sin [N, 1, head_dim/2], which peers compute once per shape."""
     parts = []
     for position, channels in zip(layout.positions().double().unbind(1), default_axes_dim(head_dim), strict=True):
-        frequency = theta ** (-torch.arange(channels // 2, dtype=torch.float64) / (channels // 2))
+        frequency = theta ** (-torch.arange(channels // 2, dtype=torch.float64, device=layout.device) / (channels // 2))
         parts.append(torch.outer(position, frequency))
     angles = torch.cat(parts, dim=1)[:, None]
     return angles.cos().float(), angles.sin().float()

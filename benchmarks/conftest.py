@@ -19,7 +19,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.race import ON_GPU, OURS, Race
+from benchmarks.race import DEVICE, ON_GPU, OURS, Race
 from sora_kernels import backends
 
 SECONDS = 0.3 if ON_GPU else 1.2  # per row
@@ -35,7 +35,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.gpu_seconds = 0.0
-        self.flushed = torch.empty(FLUSHED_BYTES if ON_GPU else 0, dtype=torch.uint8)
+        self.flushed = torch.empty(FLUSHED_BYTES if ON_GPU else 0, dtype=torch.uint8, device=DEVICE)
 
     def __call__(self) -> float:
         return self.gpu_seconds if ON_GPU else time.perf_counter()

@@ -25,7 +25,6 @@ from sora_kernels.layout import PackedLayout
 OURS = "sora_kernels"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-torch.set_default_device(DEVICE)
 MAIN = torch.bfloat16 if ON_GPU else torch.float32
 # Images and videos of 256, 1024, 1600, 4096, 576 and 2304 tokens; on a GPU four times that, for more than its caches hold.
 GRIDS = [(1, 16, 16), (4, 16, 16), (4, 20, 20), (16, 16, 16), (1, 24, 24), (4, 24, 24)]
@@ -114,7 +113,7 @@ def leaves(values: Iterable[Any]) -> Tensors:
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
-    return torch.randn(shape).to(dtype).requires_grad_(grad)
+    return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(grad)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,6 +127,6 @@ def gigabytes(*tensors: Tensor) -> float:
 
 def copied(work: float) -> Implementation:
     """A row that reads and writes as many bytes, in 1e9, as the op must: the limit of memory-bound work."""
-    source = torch.ones(int(work * 1e9 / 2), dtype=torch.uint8)
+    source = torch.ones(int(work * 1e9 / 2), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return Implementation(lambda *_: target.copy_(source), comparable=False)

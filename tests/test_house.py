@@ -40,6 +40,13 @@ def test_reference_imports_torch_and_einops_only(path):
     assert all(name.startswith("sora_kernels.reference") for name in outside), outside
 
 
+@pytest.mark.parametrize("path", files("sora_kernels/triton"), ids=lambda path: path.name)
+def test_triton_imports_torch_and_triton_only(path):
+    allowed = {"torch", "triton", *sys.stdlib_module_names}
+    for name in imports(path):
+        assert name.partition(".")[0] in allowed or name.startswith("sora_kernels.triton."), name
+
+
 @pytest.mark.parametrize("story", STORIES)
 def test_stories_import_no_backend(story):
     names = imports(ROOT / "sora_kernels" / f"{story}.py")
@@ -64,6 +71,7 @@ def test_one_basename_everywhere(op):
     for twin in (
         f"sora_kernels/{op}.py",
         f"sora_kernels/reference/{op}.py",
+        f"sora_kernels/triton/{op}.py",
         f"csrc/cpu/{op}.cpp",
         f"tests/test_{op}.py",
         f"benchmarks/bench_{op}.py",

@@ -14,12 +14,14 @@ for the norm's own parameters: dweight = sum_r (1 + scale_r) * A_r, dbias = sum_
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import find_row, find_slot, num_slots, power_of_2, stride, sum_chunks
+from .common import OPTIONS, find_row, find_slot, num_slots, power_of_2, stride, sum_chunks
 
 K = 32  # tokens of a chunk: enough that writing its sums is a few percent of reading it, few enough to fill a GPU
 
@@ -186,11 +188,12 @@ def affine_kernel(
         tl.store(p_dbias + cols, dbias.to(p_dbias.dtype.element_ty), mask=cols < D)
 
 
+@functools.cache
 def _tile(width: int) -> dict[str, int]:
     """TOKENS x BLOCK_D of about a thousand elements or more, 16 to a thread; 8 tokens at most, for short sums."""
     block = power_of_2(width)
     tokens = min(max(1024 // block, 1), 8)
-    return {"TOKENS": tokens, "BLOCK_D": block, "num_warps": min(max(tokens * block // 512, 1), 32)}
+    return {"TOKENS": tokens, "BLOCK_D": block, "num_warps": min(max(tokens * block // 512, 1), 32), **OPTIONS}
 
 
 def _forward(residual, x, gate, shift, scale, cu, rms, weight, bias, eps, residual_out, out, mean, rstd) -> None:
@@ -224,10 +227,23 @@ def _backward(
     blocks = triton.cdiv(width, block)
     if num_rows:
         rows_kernel[(num_rows, blocks)](
-            sums, cu, weight, bias, dshift, dscale, dgate, rows, slots, num_rows, **constants, CHUNKS=16, BLOCK_D=block, num_warps=4
+            sums,
+            cu,
+            weight,
+            bias,
+            dshift,
+            dscale,
+            dgate,
+            rows,
+            slots,
+            num_rows,
+            **constants,
+            CHUNKS=16,
+            BLOCK_D=block,
+            **OPTIONS,
         )
     if rows is not None:
-        affine_kernel[(blocks,)](rows, scale, dweight, dbias, stride(scale), num_rows, D=width, ROWS=16, BLOCK_D=block, num_warps=4)
+        affine_kernel[(blocks,)](rows, scale, dweight, dbias, stride(scale), num_rows, D=width, ROWS=16, BLOCK_D=block, **OPTIONS)
 
 
 def layer_norm_modulate_forward(

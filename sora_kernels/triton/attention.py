@@ -23,6 +23,7 @@ from torch import Tensor
 from .common import (
     LN2,
     LOG2E,
+    OPTIONS,
     dscores,
     input_precision,
     load_lse,
@@ -387,7 +388,7 @@ def work_list(cu: Tensor | None, cost: Tensor | None, num_tokens: int, block: in
     samples = cu.shape[0] - 1
     capacity = num_slots(num_tokens, samples, block)
     entries = cu.new_empty(capacity + samples + 1)
-    work_list_kernel[(samples + 2,)](cu, cost, entries, samples, num_tokens, capacity, BLOCK=block, SAMPLES=256, num_warps=4)
+    work_list_kernel[(samples + 2,)](cu, cost, entries, samples, num_tokens, capacity, BLOCK=block, SAMPLES=256, **OPTIONS)
     return entries, capacity
 
 

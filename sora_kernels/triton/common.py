@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Of every launch. Triton 3.10 no longer contracts a * b + c by default.
+OPTIONS = {"enable_fp_fusion": True}
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .common import OPTIONS
+
 # (queries, keys, warps, stages) by kernel, architecture, and (head dim up to this, bytes of an element). Not tuned on a GPU yet:
 # for 2-byte elements large blocks that spill nothing and whose operands fit in shared memory (`python -m sora_kernels.report`).
 Table = dict[tuple[int, int], tuple[int, int, int, int]]
@@ -164,4 +166,4 @@ def attention_config(kernel: str, device: torch.device, head_dim: int, itemsize:
     table = CONFIGS[kernel][arch]
     bound = min(d for d, size in table if d >= head_dim and size == itemsize)
     block_m, block_n, warps, stages = table[bound, itemsize]
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, **OPTIONS}

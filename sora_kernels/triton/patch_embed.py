@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import input_precision, power_of_2
+from .common import OPTIONS, input_precision, power_of_2
 
 GROUP = 8
 PROGRAMS = 512  # enough to fill a GPU
@@ -195,7 +195,7 @@ def _copy(videos: Sequence[Tensor], patch_size: Sequence[int], tokens: Tensor, c
     for programs, group, tables in _launches(videos, patch_size, 64):
         copy_kernel[(programs * blocks,)](
             group, tables, tokens, tokens.stride(0), blocks, **constants, CHANNELS_LAST=channels_last, TO_VIDEOS=to_videos,
-            BLOCK_N=64, BLOCK_K=block_k, num_warps=4,
+            BLOCK_N=64, BLOCK_K=block_k, **OPTIONS,
         )  # fmt: skip
 
 
@@ -212,7 +212,7 @@ def patch_embed_3d_forward(
         splits = triton.cdiv(d_blocks, blocks)
         embed_kernel[(programs * splits,)](
             group, tables, weight, bias, tokens, splits, blocks, **constants,
-            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=num_warps,
+            BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=num_warps, **OPTIONS,
         )  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def patch_embed_3d_backward(
         for programs, group, tables in _launches(dvideos, patch_size, block_n):
             scatter_kernel[(programs * blocks,)](
                 group, tables, dtokens, weight, dtokens.stride(0), blocks, **constants,
-                BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=num_warps,
+                BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=num_warps, **OPTIONS,
             )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import find_row, power_of_2, sum_chunks
+from .common import OPTIONS, find_row, power_of_2, sum_chunks
 
 MAX_PARTS = 1024  # of dweight: enough programs to fill a GPU, few enough to add up in no time
 MIN_TOKENS = 16  # to a part, which costs as much memory traffic as one token or two
@@ -253,7 +253,7 @@ def _tile(x: Tensor, interleaved: bool, across: bool, per_thread: int) -> dict[s
         vectors = 1 if interleaved else 2  # a thread has the first channels of its pairs and, in the half layout, the second ones
         heads = min(power_of_2(heads), per_thread // (vectors * vector))
         tokens = max(threads * vectors * vector // (2 * block), 1)
-    return {"HEADS": heads, "TOKENS": tokens, "BLOCK_P": block, "num_warps": threads // 32}
+    return {"HEADS": heads, "TOKENS": tokens, "BLOCK_P": block, "num_warps": threads // 32, **OPTIONS}
 
 
 @functools.lru_cache(maxsize=64)
@@ -301,7 +301,7 @@ def _backward(dout, x, weight, rstd, tables, theta, axes_dim, interleaved, acros
         )  # fmt: skip
     if parts is not None:
         width = dweight.shape[0]
-        weight_kernel[(triton.cdiv(width, 16),)](parts, dweight, runs * blocks, WIDTH=width, CHUNKS=256, BLOCK=16, num_warps=4)
+        weight_kernel[(triton.cdiv(width, 16),)](parts, dweight, runs * blocks, WIDTH=width, CHUNKS=256, BLOCK=16, **OPTIONS)
 
 
 def rope_3d(

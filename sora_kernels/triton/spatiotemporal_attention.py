@@ -21,6 +21,7 @@ from torch import Tensor
 from .common import (
     LN2,
     LOG2E,
+    OPTIONS,
     dscores,
     find_row,
     input_precision,
@@ -356,7 +357,15 @@ class _Call:
         capacity = num_slots(8 * self.num_tokens, spans, block)
         entries = self.like.new_empty(capacity + 5 * (spans + 1), dtype=torch.int32)
         tile_list_kernel[(spans + 2,)](
-            self.layout, entries, self.window, *self.sizes, self.search_steps, capacity, BLOCK=block, SPANS=128, num_warps=4
+            self.layout,
+            entries,
+            self.window,
+            *self.sizes,
+            self.search_steps,
+            capacity,
+            BLOCK=block,
+            SPANS=128,
+            **OPTIONS,
         )
         kernel[(heads * capacity,)](
             *tensors, self.layout, (entries, capacity), self.window, *self.rule, spans, self.num_tokens, heads, **self.constants,
