@@ -1,10 +1,21 @@
 """Builds the compiled backends with ninja: no torch is needed, so the build works in isolation and serves every torch version.
 
-Environment: CXX names the compiler, MAX_JOBS limits parallel compilations.
+`_cpu` is always built. `_cuda` is built where there is an nvcc, with or without a GPU.
+
+Environment:
+    CXX                        the C++ compiler
+    MAX_JOBS                   limits parallel compilations
+    SORA_KERNELS_CUDA          1 demands `_cuda`, 0 leaves it out; by default it is built if an nvcc is found
+    SORA_KERNELS_CUDA_ARCHS    GPU architectures such as "80;90a"; by default those of the GPUs present, or else 80;90a
+    CUDA_HOME, CUDA_PATH       where the CUDA toolkit is; by default that of the nvcc on the PATH, or else /usr/local/cuda
 """
+
+from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,10 +25,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-CPU = ROOT / "csrc" / "cpu"
+CPU, CUDA = ROOT / "csrc" / "cpu", ROOT / "csrc" / "cuda"
 
 # No -ffast-math: its start-up code would change the float mode of the whole process, and NaNs must stay NaNs.
-FLAGS = "-std=c++17 -O3 -g0 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
+CPU_FLAGS = "-std=c++17 -O3 -g0 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
+NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 
 # Each tier compiles the same sources: name, vector width in bytes, flags. bindings.cpp picks one at import.
 TIERS = [("baseline", 16, "")]
@@ -25,35 +37,110 @@ if platform.machine() in ("x86_64", "AMD64"):
     TIERS += [("avx2", 32, "-march=x86-64-v3"), ("avx512", 64, "-march=x86-64-v4")]
 KERNELS = ["attention", "rope", "adaln", "patch_embed"]
 
+MINIMUM_NVCC = (12, 0)
+DEFAULT_ARCHS = ["80", "90a"]
 
-def ninja_file(output: Path, objects: Path) -> str:
-    """The build graph of module _cpu: bindings once, every kernel source once per tier."""
-    import pybind11
 
-    includes = " ".join(f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"]))
-    lines = [
-        f"cxx = {os.environ.get('CXX', 'c++')}",
-        "rule compile",
-        f"  command = $cxx {FLAGS} {includes} $flags -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compile $out",
-        "rule link",
-        # Moved into place whole: overwriting a library that a running process has mapped would crash that process.
-        "  command = $cxx -shared -fopenmp -s $in -o $out.new && mv $out.new $out",
-        "  description = link $out",
-    ]
-    built = []
+class Graph:
+    """A ninja file that compiles sources into objects and links them into a module."""
 
-    def compile_(source: Path, name: str, flags: str = "") -> None:
-        built.append(f"{objects / name}.o")
-        lines.extend([f"build {built[-1]}: compile {source}", f"  flags = {flags}"])
+    def __init__(self, output: Path, objects: Path, compiler: str, link: str) -> None:
+        import pybind11
 
+        self.output, self.objects, self.built = output, objects, list[str]()
+        includes = " ".join(f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"]))
+        self.lines = [
+            "rule compile",
+            f"  command = {compiler} {includes} $flags -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            "rule link",
+            # Moved into place whole: overwriting a library that a running process has mapped would crash that process.
+            f"  command = {link} $in -o $out.new && mv $out.new $out",
+            "  description = link $out",
+        ]
+
+    def add(self, source: Path, name: str, flags: str = "") -> None:
+        self.built.append(f"{self.objects / name}.o")
+        self.lines += [f"build {self.built[-1]}: compile {source}", f"  flags = {flags}"]
+
+    def text(self) -> str:
+        target = [f"build {self.output}: link {' '.join(self.built)}", f"default {self.output}"]
+        return "\n".join([*self.lines, *target, ""])
+
+
+def cpu_graph(output: Path, objects: Path) -> Graph:
+    """Module _cpu: bindings once, every kernel source once per tier."""
+    cxx = os.environ.get("CXX", "c++")
+    graph = Graph(output, objects, f"{cxx} {CPU_FLAGS}", f"{cxx} -shared -fopenmp -s")
     for tier, width, flags in reversed(TIERS):
         for kernel in KERNELS:
-            compile_(CPU / f"{kernel}.cpp", f"{kernel}.{tier}", f"-DSORA_TIER={tier} -DSORA_VECTOR_BYTES={width} {flags}")
-    compile_(CPU / "bindings.cpp", "bindings")
-    return "\n".join([*lines, f"build {output}: link {' '.join(built)}", f"default {output}", ""])
+            graph.add(CPU / f"{kernel}.cpp", f"{kernel}.{tier}", f"-DSORA_TIER={tier} -DSORA_VECTOR_BYTES={width} {flags}")
+    graph.add(CPU / "bindings.cpp", "bindings")
+    return graph
+
+
+def cuda_graph(output: Path, objects: Path, nvcc: Path) -> Graph:
+    """Module _cuda: kernels for every architecture, with the CUDA runtime linked in."""
+    archs = architectures()
+    codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    # and instructions from which drivers compile for newer GPUs; those of an architecture with a letter run on it alone
+    newest = max(int(re.sub(r"\D", "", arch)) for arch in archs)
+    codes.append(f"-gencode arch=compute_{newest},code=compute_{newest}")
+    host = f"{nvcc} -ccbin {os.environ['CXX']}" if "CXX" in os.environ else str(nvcc)
+    graph = Graph(output, objects, f"{host} {NVCC_FLAGS}", f"{host} -shared -cudart static -Xlinker -s")
+    for source in sorted(CUDA.glob("*.cu")):
+        graph.add(source, source.stem, f"{' '.join(codes)} '-DSORA_CUDA_ARCHS=\"{';'.join(archs)}\"'")
+    graph.add(CUDA / "bindings.cpp", "bindings")
+    return graph
+
+
+def find_nvcc() -> Path | None:
+    """The nvcc to build `_cuda` with; None, after a line that says why, if it is to be left out."""
+    wanted = os.environ.get("SORA_KERNELS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"SORA_KERNELS_CUDA: expected 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    homes = [Path(os.environ[name]) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    on_path = shutil.which("nvcc")
+    candidates = [*homes, *([Path(on_path).resolve()] if on_path else []), Path("/usr/local/cuda/bin/nvcc")]
+    nvcc = next((path for path in candidates if path.is_file()), None)
+    if nvcc is None:
+        return without_cuda("no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda", wanted)
+    release = re.search(
+        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    )
+    if release is None or (int(release[1]), int(release[2])) < MINIMUM_NVCC:
+        found = f"is version {release[1]}.{release[2]}" if release else "does not tell its version"
+        return without_cuda(f"{nvcc} {found}, and {MINIMUM_NVCC[0]}.{MINIMUM_NVCC[1]} or newer is needed", wanted)
+    return nvcc
+
+
+def without_cuda(reason: str, wanted: str) -> None:
+    if wanted == "1":
+        sys.exit(f"sora_kernels: SORA_KERNELS_CUDA=1, but {reason}")
+    print(f"sora_kernels: without the CUDA kernels: {reason}", file=sys.stderr)
+
+
+def architectures() -> list[str]:
+    """GPU architectures to compile for, such as 80 and 90a."""
+    text = os.environ.get("SORA_KERNELS_CUDA_ARCHS") or present_architectures()
+    archs = list(dict.fromkeys(text.replace(".", "").replace(";", " ").replace(",", " ").split())) or DEFAULT_ARCHS
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch):
+            sys.exit(f"SORA_KERNELS_CUDA_ARCHS: expected architectures such as 80;90a, got {text!r}")
+    return archs
+
+
+def present_architectures() -> str:
+    """Those of the GPUs in this machine; empty if there are none."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 class NinjaBuild(build_ext):
@@ -62,18 +149,28 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import ninja
 
-        objects = (Path(self.build_temp) / "cpu").resolve()
+        name = ext.name.rpartition("_")[2]
+        objects = (Path(self.build_temp) / name).resolve()
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         objects.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        (objects / "build.ninja").write_text(ninja_file(output, objects))
+        graph = cpu_graph(output, objects) if NVCC is None or name == "cpu" else cuda_graph(output, objects, NVCC)
+        (objects / "build.ninja").write_text(graph.text())
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         try:
             subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", objects, *jobs], check=True)
         except subprocess.CalledProcessError as error:
-            sys.exit(f"sora_kernels: compiling _cpu failed (ninja exit status {error.returncode}); the first error is above")
+            hint = "; SORA_KERNELS_CUDA=0 leaves the CUDA kernels out" if name == "cuda" else ""
+            sys.exit(
+                f"sora_kernels: compiling _{name} failed (ninja exit status {error.returncode}); the first error is above{hint}"
+            )
 
 
-sources = sorted(str(path.relative_to(ROOT)) for path in CPU.glob("*.cpp"))
-depends = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
-setup(ext_modules=[Extension("sora_kernels._cpu", sources, depends=depends)], cmdclass={"build_ext": NinjaBuild})
+NVCC = find_nvcc()
+depends = [
+    str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".h", ".cuh", ".cu", ".cpp")
+]
+modules = [Extension("sora_kernels._cpu", sorted(str(path.relative_to(ROOT)) for path in CPU.glob("*.cpp")), depends=depends)]
+if NVCC is not None:
+    modules.append(Extension("sora_kernels._cuda", [str((CUDA / "bindings.cpp").relative_to(ROOT))], depends=depends))
+setup(ext_modules=modules, cmdclass={"build_ext": NinjaBuild})

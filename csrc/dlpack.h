@@ -21,6 +21,7 @@ struct DataType {
   uint8_t code, bits;
   uint16_t lanes;
 };
+enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };
 enum Code : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };
 struct Tensor {
   void* data;
@@ -44,11 +45,13 @@ struct ManagedTensor {
 struct ExchangeApi {
   Version version;
   void* previous;
-  void* allocator;
+  // Memory like the prototype (dtype, sizes, device), by the framework's own allocator; reports an error through set_error.
+  int (*allocate)(Tensor* prototype, ManagedTensor** out, void* error_context,
+                  void (*set_error)(void* error_context, const char* kind, const char* message));
   void* managed_from_object;
   int (*managed_to_object)(ManagedTensor* tensor, void** object);
   int (*tensor_from_object)(void* object, Tensor* out);
-  void* current_stream;
+  int (*current_stream)(int32_t device_type, int32_t device_id, void** stream);
 };
 
 // The table of a tensor type; null if it has none. Every argument of a call has the same type, torch.Tensor or a subclass such as
@@ -83,6 +86,7 @@ struct type_caster<sora::Tensor> {
     if (api->tensor_from_object(source.ptr(), &view) != 0) throw error_already_set();
     if (view.ndim < 1 || view.ndim > sora::Tensor::kMaxDims) return false;
     value.data = static_cast<char*>(view.data) + view.byte_offset;
+    value.device_type = view.device.type, value.device_id = view.device.id;
     value.ndim = view.ndim;
     value.dtype = dtype_of(view.dtype);
     int64_t contiguous = 1;

@@ -11,6 +11,7 @@ struct Tensor {
   static constexpr int kMaxDims = 6;
   void* data = nullptr;  // null: an optional tensor that is absent
   DType dtype = DType::kOther;
+  int32_t device_type = 0, device_id = 0;  // DLPack's numbers
   int ndim = 0;
   int64_t size[kMaxDims] = {};
   int64_t stride[kMaxDims] = {};  // in elements

@@ -11,11 +11,12 @@
 #include <string>
 #include <vector>
 
-#include "bindings/adaln.h"
+#include "../bindings/adaln.h"
+#include "../bindings/patchify.h"
+#include "../bindings/rope.h"
 #include "bindings/attention.h"
 #include "bindings/memory.h"
 #include "bindings/patch_embed.h"
-#include "bindings/rope.h"
 
 #define SORA_DECLARE_TIER(tier, bytes)                                       \
   namespace sora::tier {                                                     \
@@ -100,8 +101,9 @@ const Kernels* choose() {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of sora_kernels, writing into outputs the caller allocated.";
-  kernels = choose();
-  m.def("isa", [] { return std::string(kernels->name); }, "The instruction-set tier in use.");
+  this_module = {"sora_kernels._cpu", true, dlpack::kCpu};
+  const Kernels* kernels = choose();
+  m.def("isa", [=] { return std::string(kernels->name); }, "The instruction-set tier in use.");
   m.def(
       "isa_tiers",
       [] {
@@ -115,10 +117,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("cached_bytes", [] { return Pool::instance().cached(); }, "Memory kept for reuse.");
   m.def("set_cache_limit", [](size_t bytes) { Pool::instance().set_limit(bytes); }, "The most memory to keep for reuse.");
   m.def("empty_cache", [] { Pool::instance().shrink(0); }, "Gives back the memory kept for reuse.");
-  bind_attention(m);
-  bind_rope(m);
-  bind_adaln(m);
-  bind_patch_embed(m);
+  bind_attention(m, kernels);
+  bind_rope(m, kernels);
+  bind_adaln(m, kernels);
+  bind_patch_embed(m, kernels);
+  bind_patchify(m, kernels);
 }
 
 }  // namespace sora

@@ -8,8 +8,9 @@
 #include <array>
 #include <vector>
 
+#include "../../bindings/checks.h"
 #include "../../dlpack.h"
-#include "checks.h"
+#include "../kernels.h"
 
 namespace sora {
 
@@ -47,7 +48,7 @@ inline void add_samples(AttentionCall& a, const Tensor& cu_q, const Tensor& cu_k
   a.samples = a.sample_list.data();
 }
 
-inline void run(AttentionCall& a, bool backward) {
+inline void run(AttentionCall& a, bool backward, void (*kernel)(const Attention&)) {
   const Tensor& split = backward ? a.k : a.q;
   const int32_t num_heads = static_cast<int32_t>(split.size[split.ndim - 2]);
   for (size_t b = 0; b < a.sample_list.size(); ++b) {
@@ -62,7 +63,7 @@ inline void run(AttentionCall& a, bool backward) {
   a.items = a.item_list.data();
   a.num_items = static_cast<int64_t>(a.item_list.size());
   py::gil_scoped_release release;
-  (backward ? kernels->attention_backward : kernels->attention_forward)(a);
+  kernel(a);
 }
 
 inline void add_gradients(AttentionCall& a, Tensor dout, Tensor dlse, Tensor dq, Tensor dk, Tensor dv) {
@@ -111,31 +112,31 @@ inline AttentionCall windowed_call(Tensor q, Tensor k, Tensor v, Tensor out, Ten
   return a;
 }
 
-inline void bind_attention(py::module_& m) {
-  m.def("attention_forward", [](Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, Tensor bias, Tensor alibi, float scale,
-                                int64_t left, int64_t right, float softcap, Tensor out, Tensor lse) {
+inline void bind_attention(py::module_& m, const Kernels* kernels) {
+  m.def("attention_forward", [=](Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, Tensor bias, Tensor alibi, float scale,
+                                 int64_t left, int64_t right, float softcap, Tensor out, Tensor lse) {
     AttentionCall a = attention_call(q, k, v, out, lse, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
-    run(a, false);
+    run(a, false, kernels->attention_forward);
   });
   m.def("attention_backward",
-        [](Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_q, Tensor cu_k, Tensor bias,
-           Tensor alibi, float scale, int64_t left, int64_t right, float softcap, Tensor dq, Tensor dk, Tensor dv) {
+        [=](Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_q, Tensor cu_k, Tensor bias,
+            Tensor alibi, float scale, int64_t left, int64_t right, float softcap, Tensor dq, Tensor dk, Tensor dv) {
           AttentionCall a = attention_call(q, k, v, out, lse, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
           add_gradients(a, dout, dlse, dq, dk, dv);
-          run(a, true);
+          run(a, true, kernels->attention_backward);
         });
   m.def("spatiotemporal_attention_forward",
-        [](Tensor q, Tensor k, Tensor v, Tensor cu, Tensor cu_spans, Tensor grid, Tensor step, std::array<int32_t, 3> window,
-           std::array<bool, 3> causal, float scale, Tensor out, Tensor lse) {
+        [=](Tensor q, Tensor k, Tensor v, Tensor cu, Tensor cu_spans, Tensor grid, Tensor step, std::array<int32_t, 3> window,
+            std::array<bool, 3> causal, float scale, Tensor out, Tensor lse) {
           AttentionCall a = windowed_call(q, k, v, out, lse, cu, cu_spans, grid, step, window, causal, scale);
-          run(a, false);
+          run(a, false, kernels->attention_forward);
         });
   m.def("spatiotemporal_attention_backward",
-        [](Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu, Tensor cu_spans, Tensor grid, Tensor step,
-           std::array<int32_t, 3> window, std::array<bool, 3> causal, float scale, Tensor dq, Tensor dk, Tensor dv) {
+        [=](Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu, Tensor cu_spans, Tensor grid, Tensor step,
+            std::array<int32_t, 3> window, std::array<bool, 3> causal, float scale, Tensor dq, Tensor dk, Tensor dv) {
           AttentionCall a = windowed_call(q, k, v, out, lse, cu, cu_spans, grid, step, window, causal, scale);
           add_gradients(a, dout, Tensor{}, dq, dk, dv);
-          run(a, true);
+          run(a, true, kernels->attention_backward);
         });
 }
 

@@ -1,37 +1,21 @@
-// Patch embedding and its inverse: checks.
+// Patch embedding: checks.
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <optional>
 #include <vector>
 
+#include "../../bindings/checks.h"
+#include "../../bindings/patchify.h"
 #include "../../dlpack.h"
-#include "checks.h"
+#include "../kernels.h"
 
 namespace sora {
 
 namespace py = pybind11;
-
-using Tensors = std::vector<Tensor>;
-using Patch = std::array<int32_t, 3>;
-
-inline int64_t check_videos(const Tensors& videos, const Patch& patch, int64_t channels, DType dtype) {
-  int64_t tokens = 0;
-  for (const Tensor& v : videos) {
-    require(v.ndim == 4 && v.size[0] == channels && v.dtype == dtype, "videos [C, T, H, W] of one dtype expected");
-    int64_t count = 1;
-    for (int axis = 0; axis < 3; ++axis) {
-      require(patch[axis] > 0 && v.size[axis + 1] % patch[axis] == 0, "the patch size must divide the video");
-      count *= v.size[axis + 1] / patch[axis];
-    }
-    tokens += count;
-  }
-  return tokens;
-}
 
 inline PatchEmbed embed_call(const Tensors& videos, const Tensor& weight, const Patch& patch) {
   PatchEmbed a{};
@@ -45,20 +29,8 @@ inline PatchEmbed embed_call(const Tensors& videos, const Tensor& weight, const 
   return a;
 }
 
-inline void rearrange(const Tensors& videos, const Patch& patch, const Tensor& tokens, bool to_tokens) {
-  PatchEmbed a{};
-  a.videos = videos.data(), a.num_videos = static_cast<int64_t>(videos.size()), a.tokens = tokens;
-  std::copy(patch.begin(), patch.end(), a.patch);
-  same_storage({&tokens});
-  const int64_t volume = int64_t(patch[0]) * patch[1] * patch[2];
-  require(tokens.ndim == 2 && volume > 0 && tokens.size[1] % volume == 0, "tokens [N, pt*ph*pw*C] expected");
-  require(check_videos(videos, patch, tokens.size[1] / volume, tokens.dtype) <= tokens.size[0], "too few tokens");
-  py::gil_scoped_release release;
-  (to_tokens ? kernels->patchify_3d : kernels->unpatchify_3d)(a);
-}
-
-inline void bind_patch_embed(py::module_& m) {
-  m.def("patch_embed_3d_forward", [](Tensors videos, Tensor weight, Tensor bias, Patch patch, Tensor tokens) {
+inline void bind_patch_embed(py::module_& m, const Kernels* kernels) {
+  m.def("patch_embed_3d_forward", [=](Tensors videos, Tensor weight, Tensor bias, Patch patch, Tensor tokens) {
     PatchEmbed a = embed_call(videos, weight, patch);
     a.bias = bias, a.tokens = tokens;
     same_storage({&weight, &bias, &tokens});
@@ -67,8 +39,8 @@ inline void bind_patch_embed(py::module_& m) {
     py::gil_scoped_release release;
     kernels->patch_embed_3d_forward(a);
   });
-  m.def("patch_embed_3d_backward", [](Tensor dtokens, Tensors videos, Tensor weight, Patch patch, std::optional<Tensors> dvideos,
-                                      Tensor dweight, Tensor dbias) {
+  m.def("patch_embed_3d_backward", [=](Tensor dtokens, Tensors videos, Tensor weight, Patch patch, std::optional<Tensors> dvideos,
+                                       Tensor dweight, Tensor dbias) {
     PatchEmbed a = embed_call(videos, weight, patch);
     a.dtokens = dtokens, a.dweight = dweight, a.dbias = dbias, a.dvideos = dvideos ? dvideos->data() : nullptr;
     same_storage({&weight, &dtokens, &dweight, &dbias});
@@ -83,8 +55,6 @@ inline void bind_patch_embed(py::module_& m) {
     py::gil_scoped_release release;
     kernels->patch_embed_3d_backward(a);
   });
-  m.def("patchify_3d", [](Tensors videos, Patch patch, Tensor tokens) { rearrange(videos, patch, tokens, true); });
-  m.def("unpatchify_3d", [](Tensor tokens, Patch patch, Tensors videos) { rearrange(videos, patch, tokens, false); });
 }
 
 }  // namespace sora

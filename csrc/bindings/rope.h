@@ -1,4 +1,4 @@
-// RoPE and QK-norm + RoPE: checks.
+// RoPE and QK-norm + RoPE: decodes and checks the arguments, for the entry points of a table `kernels`.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -6,7 +6,8 @@
 
 #include <array>
 
-#include "../../dlpack.h"
+#include "../arguments.h"
+#include "../dlpack.h"
 #include "checks.h"
 
 namespace sora {
@@ -19,6 +20,7 @@ inline Rope rope_tables(Tensor cu_spans, Tensor grid, Tensor origin, Tensor step
   spans(cu_spans, grid, x.size[0]);
   for (const Tensor* t : {&origin, &step}) {
     shape(*t, {grid.size[0], 3});
+    on_device(*t);
     require(t->dtype == DType::kFloat32 && (t->size[0] == 0 || (t->stride[0] == 3 && t->stride[1] == 1)),
             "origin and step must be float32 and contiguous");
   }
@@ -30,17 +32,18 @@ inline Rope rope_tables(Tensor cu_spans, Tensor grid, Tensor origin, Tensor step
 
 inline void check_part(const QkNorm& p, bool across_heads, int64_t tokens) {
   same_storage({&p.x, &p.weight, &p.out, &p.dout, &p.dx, &p.dweight});
-  shape(p.rstd, {tokens, across_heads ? 1 : p.x.size[1]});
-  require(p.x.ndim == 3 && p.x.size[0] == tokens && p.rstd.dtype == DType::kFloat32, "[N, H, d] expected");
+  require(p.x.ndim == 3 && p.x.size[0] == tokens, "[N, H, d] expected");
+  statistics(p.rstd, {tokens, across_heads ? 1 : p.x.size[1]});
   for (const Tensor* t : {&p.out, &p.dout, &p.dx})
     if (*t) same_shape(*t, p.x);
   for (const Tensor* t : {&p.weight, &p.dweight})
     if (*t) shape(*t, {across_heads ? p.x.size[1] * p.x.size[2] : p.x.size[2]});
 }
 
-inline void bind_rope(py::module_& m) {
-  m.def("rope_3d", [](Tensor x, Tensor cu_spans, Tensor grid, Tensor origin, Tensor step, std::array<double, 3> theta,
-                      std::array<int32_t, 3> axes_dim, bool interleaved, bool inverse, Tensor out) {
+template <class Kernels>
+void bind_rope(py::module_& m, const Kernels* kernels) {
+  m.def("rope_3d", [=](Tensor x, Tensor cu_spans, Tensor grid, Tensor origin, Tensor step, std::array<double, 3> theta,
+                       std::array<int32_t, 3> axes_dim, bool interleaved, bool inverse, Tensor out) {
     const Rope rope = rope_tables(cu_spans, grid, origin, step, theta, axes_dim, interleaved, inverse, x);
     same_storage({&x, &out});
     same_shape(x, out);
@@ -48,9 +51,9 @@ inline void bind_rope(py::module_& m) {
     kernels->rope_3d(rope, x, out);
   });
   m.def("qk_norm_rope_3d_forward",
-        [](Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cu_spans, Tensor grid, Tensor origin, Tensor step,
-           std::array<double, 3> theta, std::array<int32_t, 3> axes_dim, bool interleaved, bool across_heads, float eps,
-           Tensor q_out, Tensor k_out, Tensor q_rstd, Tensor k_rstd) {
+        [=](Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cu_spans, Tensor grid, Tensor origin, Tensor step,
+            std::array<double, 3> theta, std::array<int32_t, 3> axes_dim, bool interleaved, bool across_heads, float eps,
+            Tensor q_out, Tensor k_out, Tensor q_rstd, Tensor k_rstd) {
           const Rope rope = rope_tables(cu_spans, grid, origin, step, theta, axes_dim, interleaved, false, q);
           QkNorm parts[2] = {{q, q_weight, q_rstd, q_out, {}, {}, {}}, {k, k_weight, k_rstd, k_out, {}, {}, {}}};
           for (const QkNorm& p : parts) check_part(p, across_heads, q.size[0]);
@@ -59,9 +62,9 @@ inline void bind_rope(py::module_& m) {
           kernels->qk_norm_rope_3d_forward(rope, parts, across_heads, eps);
         });
   m.def("qk_norm_rope_3d_backward",
-        [](Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor q_rstd, Tensor k_rstd,
-           Tensor cu_spans, Tensor grid, Tensor origin, Tensor step, std::array<double, 3> theta, std::array<int32_t, 3> axes_dim,
-           bool interleaved, bool across_heads, Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight) {
+        [=](Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor q_rstd, Tensor k_rstd,
+            Tensor cu_spans, Tensor grid, Tensor origin, Tensor step, std::array<double, 3> theta, std::array<int32_t, 3> axes_dim,
+            bool interleaved, bool across_heads, Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight) {
           const Rope rope = rope_tables(cu_spans, grid, origin, step, theta, axes_dim, interleaved, true, q);
           QkNorm parts[2] = {{q, q_weight, q_rstd, {}, dq_out, dq, dq_weight}, {k, k_weight, k_rstd, {}, dk_out, dk, dk_weight}};
           for (const QkNorm& p : parts) check_part(p, across_heads, q.size[0]);

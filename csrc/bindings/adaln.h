@@ -1,10 +1,11 @@
-// adaLN: checks.
+// adaLN: decodes and checks the arguments, for the entry points of a table `kernels`.
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "../../dlpack.h"
+#include "../arguments.h"
+#include "../dlpack.h"
 #include "checks.h"
 
 namespace sora {
@@ -24,7 +25,7 @@ inline void check_adaln(const AdaLn& a) {
   for (const Tensor* t : {&a.weight, &a.bias, &a.dweight, &a.dbias})
     if (*t) shape(*t, {d});
   for (const Tensor* t : {&a.mean, &a.rstd})
-    if (*t) shape(*t, {n}), require(t->dtype == DType::kFloat32, "statistics must be float32");
+    if (*t) statistics(*t, {n});
 }
 
 inline void run_adaln(const AdaLn& a, void (*kernel)(const AdaLn&)) {
@@ -33,53 +34,55 @@ inline void run_adaln(const AdaLn& a, void (*kernel)(const AdaLn&)) {
   kernel(a);
 }
 
-inline void bind_adaln(py::module_& m) {
-  m.def("layer_norm_modulate_forward", [](Tensor x, Tensor shift, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias,
-                                          float eps, Tensor out, Tensor mean, Tensor rstd) {
+template <class Kernels>
+void bind_adaln(py::module_& m, const Kernels* kernels) {
+  m.def("layer_norm_modulate_forward", [=](Tensor x, Tensor shift, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias,
+                                           float eps, Tensor out, Tensor mean, Tensor rstd) {
     AdaLn a{};
     a.x = x, a.shift = shift, a.scale = scale, a.cu_seqlens = cu, a.rms = rms, a.weight = weight, a.bias = bias, a.eps = eps;
     a.out = out, a.mean = mean, a.rstd = rstd;
     run_adaln(a, kernels->layer_norm_modulate_forward);
   });
   m.def("layer_norm_modulate_backward",
-        [](Tensor dout, Tensor x, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,
-           Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias) {
+        [=](Tensor dout, Tensor x, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,
+            Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias) {
           AdaLn a{};
           a.dout = dout, a.x = x, a.scale = scale, a.cu_seqlens = cu, a.rms = rms, a.weight = weight, a.bias = bias, a.mean = mean,
           a.rstd = rstd;
           a.dx = dx, a.dshift = dshift, a.dscale = dscale, a.dweight = dweight, a.dbias = dbias;
           run_adaln(a, kernels->adaln_backward);
         });
-  m.def("gate_residual_forward", [](Tensor residual, Tensor x, Tensor gate, Tensor cu, Tensor out) {
+  m.def("gate_residual_forward", [=](Tensor residual, Tensor x, Tensor gate, Tensor cu, Tensor out) {
     AdaLn a{};
     a.residual = residual, a.x = x, a.gate = gate, a.cu_seqlens = cu, a.out = out;
     run_adaln(a, kernels->gate_residual_forward);
   });
-  m.def("gate_residual_backward", [](Tensor dout, Tensor x, Tensor gate, Tensor cu, Tensor dresidual, Tensor dx, Tensor dgate) {
+  m.def("gate_residual_backward", [=](Tensor dout, Tensor x, Tensor gate, Tensor cu, Tensor dresidual, Tensor dx, Tensor dgate) {
     AdaLn a{};
     a.dout = dout, a.x = x, a.gate = gate, a.cu_seqlens = cu, a.dresidual = dresidual, a.dx = dx, a.dgate = dgate;
     run_adaln(a, kernels->adaln_backward);
   });
   m.def("gate_residual_layer_norm_modulate_forward",
-        [](Tensor residual, Tensor x, Tensor gate, Tensor shift, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias,
-           float eps, Tensor residual_out, Tensor out, Tensor mean, Tensor rstd) {
+        [=](Tensor residual, Tensor x, Tensor gate, Tensor shift, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias,
+            float eps, Tensor residual_out, Tensor out, Tensor mean, Tensor rstd) {
           AdaLn a{};
           a.residual = residual, a.x = x, a.gate = gate, a.shift = shift, a.scale = scale, a.cu_seqlens = cu;
           a.rms = rms, a.weight = weight, a.bias = bias, a.eps = eps, a.residual_out = residual_out, a.out = out, a.mean = mean,
           a.rstd = rstd;
           run_adaln(a, kernels->gate_residual_layer_norm_modulate_forward);
         });
-  m.def("gate_residual_layer_norm_modulate_backward", [](Tensor dresidual_out, Tensor dout, Tensor residual_out, Tensor x,
-                                                         Tensor gate, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias,
-                                                         Tensor mean, Tensor rstd, Tensor dresidual, Tensor dx, Tensor dgate,
-                                                         Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias) {
-    AdaLn a{};
-    a.dresidual_out = dresidual_out, a.dout = dout, a.residual_out = residual_out, a.x = x, a.gate = gate, a.scale = scale,
-    a.cu_seqlens = cu;
-    a.rms = rms, a.weight = weight, a.bias = bias, a.mean = mean, a.rstd = rstd;
-    a.dresidual = dresidual, a.dx = dx, a.dgate = dgate, a.dshift = dshift, a.dscale = dscale, a.dweight = dweight, a.dbias = dbias;
-    run_adaln(a, kernels->adaln_backward);
-  });
+  m.def("gate_residual_layer_norm_modulate_backward",
+        [=](Tensor dresidual_out, Tensor dout, Tensor residual_out, Tensor x, Tensor gate, Tensor scale, Tensor cu, bool rms,
+            Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor dresidual, Tensor dx, Tensor dgate, Tensor dshift,
+            Tensor dscale, Tensor dweight, Tensor dbias) {
+          AdaLn a{};
+          a.dresidual_out = dresidual_out, a.dout = dout, a.residual_out = residual_out, a.x = x, a.gate = gate, a.scale = scale,
+          a.cu_seqlens = cu;
+          a.rms = rms, a.weight = weight, a.bias = bias, a.mean = mean, a.rstd = rstd;
+          a.dresidual = dresidual, a.dx = dx, a.dgate = dgate, a.dshift = dshift, a.dscale = dscale, a.dweight = dweight,
+          a.dbias = dbias;
+          run_adaln(a, kernels->adaln_backward);
+        });
 }
 
 }  // namespace sora

@@ -1,0 +1,80 @@
+// Module _cuda: the kernels behind the checks of csrc/bindings, and what they need of torch.
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../bindings/adaln.h"
+#include "../bindings/patchify.h"
+#include "../bindings/rope.h"
+#include "../dlpack.h"
+#include "kernels.h"
+#include "runtime.h"
+
+#ifndef SORA_DEVICE_TYPE
+#define SORA_DEVICE_TYPE ::dlpack::kCuda
+#endif
+
+namespace sora::cuda {
+
+// The table of torch.Tensor, looked up at import: kernels run without the GIL.
+static const dlpack::ExchangeApi* api = nullptr;
+
+cudaStream_t current_stream(const Tensor& like) {
+  void* stream = nullptr;
+  if (api->current_stream(like.device_type, like.device_id, &stream) != 0) {
+    py::gil_scoped_acquire acquire;
+    throw py::error_already_set();
+  }
+  return static_cast<cudaStream_t>(stream);
+}
+
+Allocation allocate(const Tensor& like, int64_t floats) {
+  dlpack::Tensor prototype{};
+  prototype.device = {like.device_type, like.device_id}, prototype.dtype = {dlpack::kFloat, 32, 1};
+  prototype.ndim = 1, prototype.sizes = &floats;
+  dlpack::ManagedTensor* managed = nullptr;
+  std::string message;
+  const auto set_error = [](void* context, const char* kind, const char* text) {
+    *static_cast<std::string*>(context) = std::string(kind) + ": " + text;
+  };
+  if (api->allocate(&prototype, &managed, &message, set_error) != 0)
+    throw std::runtime_error("sora_kernels: no " + std::to_string(floats * sizeof(float)) + " bytes of scratch memory: " + message);
+  return {reinterpret_cast<float*>(static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset), managed};
+}
+
+void release(void* owner) {
+  auto* managed = static_cast<dlpack::ManagedTensor*>(owner);
+  managed->deleter(managed);
+}
+
+struct Kernels {
+  decltype(&cuda::rope_3d) rope_3d = cuda::rope_3d;
+  decltype(&cuda::qk_norm_rope_3d_forward) qk_norm_rope_3d_forward = cuda::qk_norm_rope_3d_forward;
+  decltype(&cuda::qk_norm_rope_3d_backward) qk_norm_rope_3d_backward = cuda::qk_norm_rope_3d_backward;
+  decltype(&cuda::layer_norm_modulate_forward) layer_norm_modulate_forward = cuda::layer_norm_modulate_forward;
+  decltype(&cuda::gate_residual_forward) gate_residual_forward = cuda::gate_residual_forward;
+  decltype(&cuda::gate_residual_layer_norm_modulate_forward) gate_residual_layer_norm_modulate_forward =
+      cuda::gate_residual_layer_norm_modulate_forward;
+  decltype(&cuda::adaln_backward) adaln_backward = cuda::adaln_backward;
+  decltype(&cuda::patchify_3d) patchify_3d = cuda::patchify_3d;
+  decltype(&cuda::unpatchify_3d) unpatchify_3d = cuda::unpatchify_3d;
+};
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of sora_kernels, writing into outputs the caller allocated.";
+  this_module = {"sora_kernels._cuda", false, SORA_DEVICE_TYPE};
+  py::object tensor = py::module_::import("torch").attr("Tensor");
+  api = dlpack::exchange_api(reinterpret_cast<PyTypeObject*>(tensor.ptr()));
+  if (api == nullptr) throw py::import_error("torch >= 2.10 is needed: torch.Tensor has no DLPack exchange table");
+  m.def("archs", archs, "The GPU architectures this module was built for.");
+  m.def("unavailable", unavailable, "Why nothing of this module can run on the present GPU, or None.");
+  static const Kernels kernels;
+  bind_rope(m, &kernels);
+  bind_adaln(m, &kernels);
+  bind_patchify(m, &kernels);
+}
+
+}  // namespace sora::cuda
