@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CSRC := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test lint format bench bench-report clean
 
@@ -18,8 +18,10 @@ $(READY): pyproject.toml setup.py constraints.txt $(CSRC)
 demo: $(READY)
 	$(BIN)/sora demo --out outputs/demo
 
+# First what runs for real, on all cores; then GPU kernels one operation or one thread at a time, a process for each core.
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not emulated'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m emulated -n auto
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,8 +1,11 @@
-"""What one call costs the host, in microseconds: python -m benchmarks.host_cost [--json FILE]
+"""What one call costs the host, in microseconds: python -m benchmarks.host_cost [--triton] [--json FILE]
 
 Inputs so small that the work itself is next to nothing. On a GPU the clock stops when the call returns, before the GPU is done, so
 that the figure is Python to launch; on a CPU it includes the kernel, on one thread. Ours and torch's eager counterpart alternate;
 the least of many rounds counts.
+
+--triton measures Triton's share on a machine without a GPU: ops run on the Triton backend up to the driver's launch, which is left
+out.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +25,9 @@ import torch.nn.functional as F
 from benchmarks.bench_adaln import gated, gated_modulate, modulate
 from benchmarks.bench_rope import norm_rotate, rope_tables, rotate
 from benchmarks.race import DEVICE, ON_GPU, randn
+from sora_kernels import backends
 from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
 from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attention
-from sora_kernels.backends import record
 from sora_kernels.layout import PackedLayout
 from sora_kernels.patch_embed import patch_embed_3d, unpatchify_3d
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
@@ -101,25 +106,64 @@ def microseconds(functions: list[Callable[[], Any]]) -> list[float]:
     return best
 
 
+@contextmanager
+def triton_without_gpu() -> Iterator[None]:
+    """CPU tensors go to the Triton backend, as for an H100, whose kernels are compiled and looked up but not launched."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import CompiledKernel
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from sora_kernels import triton as room
+    from sora_kernels.triton.configs import use_architecture
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+
+    def call(function: str, like: torch.Tensor, *args: Any) -> None:
+        getattr(room, function)(*args)
+
+    run = JITFunction.run
+    driver.set_active(Driver())
+    with (
+        mock.patch.object(JITFunction, "run", lambda self, *args, **kwargs: run(self, *args, **{**kwargs, "warmup": True})),
+        mock.patch.object(CompiledKernel, "_init_handles"),
+        mock.patch.object(backends, "call", call),
+        use_architecture("sm90"),
+    ):
+        yield
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--triton", action="store_true", help="Triton's share, without a GPU")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    device = torch.cuda.get_device_name() if ON_GPU else "CPU, 1 thread"
+    device = torch.cuda.get_device_name() if ON_GPU else "Triton without a GPU" if arguments.triton else "CPU, 1 thread"
+    with triton_without_gpu() if arguments.triton else nullcontext():
+        rows = measure(device)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+
+
+def measure(device: str) -> list[dict[str, Any]]:
+    """Prints a line for each op and returns the figures."""
     print(f"microseconds of one call, {device}, torch {torch.__version__}, float32")
     print(f"{'op':<36}{'backend':<10}{'forward':>10}{'torch':>10}{'fwd + bwd':>12}{'torch':>10}")
     rows = []
     for op, (ours, eager) in calls().items():
-        with record() as seen:
+        with backends.record() as seen:
             ours()
+        backend = seen[0][1] if seen else "triton"
         with torch.no_grad():
             forward = microseconds([ours, eager])
         both = microseconds([differentiated(ours), differentiated(eager)])
-        rows.append({"op": op, "backend": seen[0][1], "forward": forward, "forward_backward": both})
-        print(f"{op:<36}{seen[0][1]:<10}{forward[0]:>10.1f}{forward[1]:>10.1f}{both[0]:>12.1f}{both[1]:>10.1f}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+        rows.append({"op": op, "backend": backend, "forward": forward, "forward_backward": both})
+        print(f"{op:<36}{backend:<10}{forward[0]:>10.1f}{forward[1]:>10.1f}{both[0]:>12.1f}{both[1]:>10.1f}", flush=True)
+    return rows
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ run() {
 for dtype in float32 bfloat16 float16 float64; do
   run tests/test_attention.py -k "$dtype and test_packed" & pids+=($!)
   run tests/test_attention.py -k "$dtype and not test_packed" & pids+=($!)
-  run tests/test_rope.py tests/test_patch_embed.py -k "$dtype" & pids+=($!)
+  run tests/test_rope.py tests/test_patch_embed.py tests/test_patchify.py -k "$dtype" & pids+=($!)
 done
 run tests/test_adaln.py & pids+=($!)
 status=0

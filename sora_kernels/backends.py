@@ -82,13 +82,13 @@ class Backend:
 
 # Triton's interpreter runs its kernels on CPU tensors; Triton reads the variable when a kernel is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_ATTENTION = tuple(name for name in FUNCTIONS if "attention" in name)
+_ATTENTION, _ROPE = ([name for name in FUNCTIONS if word in name] for word in ("attention", "rope"))
 
 BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", "._cpu", ("cpu",), _STORAGE),
-        Backend("cuda", "._cuda", ("cuda",), _STORAGE),
+        Backend("cuda", "._cuda", ("cuda",), _STORAGE, dict.fromkeys(_ROPE, 512)),
         Backend("triton", ".triton", ("cuda", "cpu") if INTERPRETED else ("cuda",), _STORAGE, dict.fromkeys(_ATTENTION, 256)),
         Backend("reference", ".reference", None, None),
     )

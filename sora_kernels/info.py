@@ -44,13 +44,22 @@ def _gpu_lines() -> list[str]:
 
 
 def _op_lines(device: str) -> list[str]:
-    lines = []
+    """A line per function, then the reasons that the lines refer to by number."""
+    lines: list[str] = []
+    reasons: list[str] = []
     for function in backends.FUNCTIONS:
         parts = []
         for name, reason in backends.candidates(function, device, torch.float32):
-            parts.append(name if reason is None else f"{name} ({reason})")
+            if reason is not None:
+                reason = f"{name} {reason}".replace(f"has no {function}", "does not have this function")
+                if reason not in reasons:
+                    reasons.append(reason)
+                name = f"not {name} ({reasons.index(reason) + 1})"
+            elif (width := backends.BACKENDS[name].max_width.get(function)) is not None:
+                name = f"{name} (last axis to {width})"
+            parts.append(name)
         lines.append(f"  {function:<44}{' -> '.join(parts)}")
-    return lines
+    return lines + [f"  ({i}) {reason}" for i, reason in enumerate(reasons, 1)]
 
 
 def report() -> str:
@@ -62,9 +71,8 @@ def report() -> str:
     lines.append(f"backend: forced by SORA_KERNELS_BACKEND={forced}" if forced else "backend: the first in each list that can run")
     for device in ("cpu", "cuda"):
         lines += ["", f"backends for {device} tensors, in the order in which they are asked:", *_op_lines(device)]
-    refused = [f"{name} {reason}" for name, reason in backends.candidates("rope_3d", "cpu", torch.float64) if reason]
-    lines += ["", f"float64 on cpu: {'; '.join(refused)}; the reference serves it." if refused else ""]
-    return "\n".join(lines).rstrip()
+    lines += ["", "float64 is served by the reference everywhere."]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -144,9 +144,10 @@ def works(dtype: torch.dtype = torch.bfloat16, head_dim: int = 128, width: int =
     def embed(weight: Tensor, bias: Tensor, *videos: Tensor) -> Tensor:
         return patch_embed_3d(videos, weight, bias, patch_size=patch)[0]
 
-    latents = [empty(channels, t, 2 * h, 2 * w, grad=False) for t, h, w in grids]
-    moved = patches + tokens, 2 * n * channels * 4 * width
-    yield from passes("patch_embed_3d", "token", n, moved, moved, [empty(width, channels, *patch), empty(width), *latents], embed)
+    latents = [empty(channels, t, 2 * h, 2 * w) for t, h, w in grids]
+    product = 2 * n * channels * 4 * width
+    cost = (patches + tokens, product), (2 * patches + tokens, 2 * product)
+    yield from passes("patch_embed_3d", "token", n, *cost, [empty(width, channels, *patch), empty(width), *latents], embed)
     yield Work("patchify_3d", "token", n, 2 * patches / 1e9, 0, lambda: patchify_3d(latents, patch_size=patch))
     rows = [empty(n, channels * 4)]
     yield Work("unpatchify_3d", "token", n, 2 * patches / 1e9, 0, lambda: unpatchify_3d(rows[0], layout, patch_size=patch))

@@ -1,7 +1,9 @@
 """Fixtures: what a test runs on, and the proof that it ran there."""
 
 import os
+import shutil
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,34 +13,46 @@ if not torch.cuda.is_available():  # Triton's kernels run too, one operation at 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import interpreter
-from tolerance import DTYPES, Target
+import simt.build
+from tolerance import DTYPES, EMULATED, Target
 
 from sora_kernels import backends
 
+
+class Simt(backends.Backend):
+    """The CUDA kernels, run on CPU tensors by the harness of tests/simt."""
+
+    def load(self) -> ModuleType:
+        return simt.build.load()
+
+
 if backends.INTERPRETED:
     interpreter.prepare()
+if shutil.which("g++"):
+    backends.BACKENDS["simt"] = Simt("simt", "", ("cpu",), backends.BACKENDS["cuda"].dtypes)
+    backends.ORDER["cpu"] = (*backends.ORDER["cpu"][:-1], "simt", "reference")
 
 
-def targets(function: str, dtypes: tuple[torch.dtype, ...], interpreted: bool) -> Iterator[ParameterSet]:
+def targets(function: str, dtypes: tuple[torch.dtype, ...], emulated: bool) -> Iterator[ParameterSet]:
     """Everything that can run `function` here. Interpreted kernels, which are slow, leave float16 out."""
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         for dtype in dtypes:
             for name, reason in backends.candidates(function, device, dtype):
-                slow = name == "triton" and backends.INTERPRETED
-                if reason is None and not (slow and (dtype == torch.float16 or not interpreted)):
+                slow = device == "cpu" and name in EMULATED
+                if reason is None and not (slow and (not emulated or (name, dtype) == ("triton", torch.float16))):
                     target = Target(device, name, dtype)
-                    marks = [pytest.mark.interpreted] * slow + [pytest.mark.gpu] * (device == "cuda")
+                    marks = [pytest.mark.emulated] * slow + [pytest.mark.gpu] * (device == "cuda")
                     yield pytest.param(target, id=str(target), marks=marks)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`target` runs over every backend and dtype, `make_case` over OPS.
 
-    `target32` runs over every backend in float32 but the interpreted one: what it tests lies above the backends, in many runs.
+    `target32` runs over every backend in float32 but emulated ones: what it tests lies above the backends, in many runs.
     """
     for fixture, dtypes in (("target", DTYPES), ("target32", (torch.float32,))):
         if fixture in metafunc.fixturenames:
-            found = targets(metafunc.module.FUNCTION, dtypes, interpreted=fixture == "target")
+            found = targets(metafunc.module.FUNCTION, dtypes, emulated=fixture == "target")
             metafunc.parametrize(fixture, list(found), indirect=True)
     if "make_case" in metafunc.fixturenames:
         cases = metafunc.module.OPS

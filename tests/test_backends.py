@@ -78,7 +78,7 @@ def test_forcing_is_undone_after_an_error():
 
 def test_unknown_backend():
     with (
-        pytest.raises(ValueError, match="use_backend: name: expected one of 'cpu', 'cuda', 'triton', 'reference', got 'fast'"),
+        pytest.raises(ValueError, match=r"use_backend: name: expected one of 'cpu', 'cuda', 'triton', 'reference'.*, got 'fast'"),
         use_backend("fast"),
     ):
         pass
@@ -97,7 +97,7 @@ def test_unavailable_backend_says_why(monkeypatch):
     (name, reason), *_, (other, none) = backends.candidates("rope_3d", "cpu", torch.float32)
     assert (name, other, none) == ("cpu", "reference", None)
     assert reason.startswith("cannot be imported: No module named")
-    assert "cpu (cannot be imported: No module named" in report()
+    assert "cpu cannot be imported: No module named" in report()
 
 
 def test_info_lists_every_function_and_the_tier():

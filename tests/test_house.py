@@ -101,3 +101,12 @@ def test_cpu_and_cuda_never_include_each_other():
             assert "cuda/" not in text
         if path.parent.name == "cuda":
             assert "cpu/" not in text
+
+
+def test_readme_has_the_gpu_results():
+    pytest.importorskip("matplotlib")
+    from benchmarks import gpu_table
+
+    readme = (ROOT / "README.md").read_text()
+    assert gpu_table.updated(readme) == readme, "run python -m benchmarks.gpu_table"
+    assert gpu_table.BEGIN in readme

@@ -1,6 +1,5 @@
 """Patch embedding of videos of mixed sizes, and its inverse."""
 
-import itertools
 from functools import partial
 
 import pytest
@@ -115,57 +114,8 @@ def test_batch(target: Target) -> None:
         assert_bit_equal([tokens], [function(list(videos), patch_size=(1, 2, 2))[0]])
 
 
-def written_out(videos: list[Tensor], patch_size: tuple[int, int, int]) -> Tensor:
-    """Patches in raster order, t slowest, each with channels in the order (pt ph pw C), by slicing."""
-    rows = []
-    for video in videos:
-        starts = [range(0, n, p) for n, p in zip(video.shape[1:], patch_size, strict=True)]
-        for corner in itertools.product(*starts):
-            t, h, w = (slice(i, i + p) for i, p in zip(corner, patch_size, strict=True))
-            rows.append(video[:, t, h, w].permute(1, 2, 3, 0).flatten())
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_patchify(target: Target, case: str) -> None:
-    """Patches and the gradient through them are exact copies, and unpatchify takes them back to the same videos."""
-    patch_size, videos = CASES[case]["patch_size"], make_videos(target, **CASES[case])
-    layout = PackedLayout.from_grids(CASES[case]["grids"], target.device)
-
-    def patchify(*clips: Tensor) -> Tensor:
-        tokens, found = ops.patchify_3d(clips, patch_size=patch_size)
-        assert found == layout
-        return tokens
-
-    (tokens,), gradients = run(patchify, videos, torch.clone)
-    assert_bit_equal([tokens], [written_out(videos, patch_size)])
-    assert_bit_equal(gradients, videos)
-
-    back, (dtokens,) = run(lambda x: ops.unpatchify_3d(x, layout, patch_size=patch_size), [tokens], torch.clone)
-    assert_bit_equal(back, videos)
-    assert_bit_equal([dtokens], [tokens])
-
-
-def test_unpatchify_slack(target: Target) -> None:
-    """Tokens past the layout's end are left out and have zero gradients."""
-    layout, tokens = PackedLayout.from_grids([(1, 2, 2)], target.device), target.randn(7, 12)
-    tokens[4:] = torch.nan
-    (video,), (gradient,) = run(lambda x: ops.unpatchify_3d(x, layout, patch_size=(1, 2, 2)), [tokens])
-    assert video.shape == (3, 1, 4, 4)
-    assert video.isfinite().all()
-    assert_zero(gradient[4:])
-
-
 def embed(patch_size, weight: Tensor, bias: Tensor, *videos: Tensor) -> Tensor:
     return ops.patch_embed_3d(videos, weight, bias, patch_size=patch_size)[0]
-
-
-def cut(patch_size, *videos: Tensor) -> Tensor:
-    return ops.patchify_3d(videos, patch_size=patch_size)[0]
-
-
-def join(layout: PackedLayout, tokens: Tensor) -> list[Tensor]:
-    return ops.unpatchify_3d(tokens, layout, patch_size=(1, 2, 2))
 
 
 def embed_case(target: Target) -> Case:
@@ -173,16 +123,7 @@ def embed_case(target: Target) -> Case:
     return Case(embed, (1, 2, 2), inputs, {"patch_embed_3d_forward", "patch_embed_3d_backward"})
 
 
-def cut_case(target: Target) -> Case:
-    return Case(cut, (1, 2, 2), make_videos(target, **CASES["dit"]), {"patchify_3d", "unpatchify_3d"})
-
-
-def join_case(target: Target) -> Case:
-    layout = PackedLayout.from_grids(CASES["dit"]["grids"], target.device)
-    return Case(join, layout, [target.randn(layout.num_tokens, 16)], {"patchify_3d", "unpatchify_3d"})
-
-
-OPS = {"patch_embed": embed_case, "patchify": cut_case, "unpatchify": join_case}
+OPS = {"patch_embed": embed_case}
 
 V, W, P = [torch.zeros(4, 2, 4, 6), torch.zeros(4, 1, 2, 2)], torch.zeros(8, 4, 1, 2, 2), (1, 2, 2)
 LAYOUT = PackedLayout.from_grids([(2, 2, 3), (1, 1, 1)])

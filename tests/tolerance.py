@@ -27,7 +27,9 @@ TIMES_PLAIN = 2.0
 ROUNDINGS = 2.0
 # Cotangents that the errors of gradients are taken over: of one, plain PyTorch's error can be small by luck.
 DRAWS = 16
-DRAWS_SLOW = 2  # of a backend that takes a thousand times as long, being interpreted
+DRAWS_EMULATED = 2
+# GPU kernels that run on the CPU, one operation or one thread at a time, a thousand times slower.
+EMULATED = ("simt", "triton") if backends.INTERPRETED else ("simt",)
 # Two ways to write a formula agree to this in float64, relative to the largest element.
 AGREE_FLOAT64 = 1e-12
 # Gradients of packed samples against each sample alone, relative to the largest element: sums may be split differently.
@@ -123,8 +125,7 @@ def check_accuracy(op: Callable, plain: Callable, exact: Callable, inputs: dict[
     `plain` in float64 must give what `exact` gives, so that the reference itself has a witness.
     """
     doubles = [x.double() for x in inputs.values()]
-    slow = backends.INTERPRETED and backends.forced_backend() == "triton"
-    draws = partial(run_draws, count=DRAWS_SLOW if slow else DRAWS)
+    draws = partial(run_draws, count=DRAWS_EMULATED if backends.forced_backend() in EMULATED else DRAWS)
     actual, rough, truth = draws(op, inputs.values()), draws(plain, inputs.values()), draws(exact, doubles)
     for kind, *results in zip(("output", "gradient"), actual, rough, truth, strict=True):
         for i, (got, at_dtype, right) in enumerate(zip(*results, strict=True)):
