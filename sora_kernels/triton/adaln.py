@@ -94,10 +94,6 @@ def backward_kernel(
     row, begin, end = find_slot(p_cu, num_rows, num_tokens, slot, search_steps, K)
     row_block = row + tl.zeros([1], tl.int32)
     load_row = (row_block < num_rows)[:, None] & (cols < D)[None, :]  # of the slack all counts as zero, and so do its gradients
-    if NORM:
-        factor = (1 + _load_row(p_scale, s_scale, row_block, cols, load_row)) * _load_affine(p_weight, cols, D, 1.0)
-    if GATE:
-        gate = _load_row(p_gate, s_gate, row_block, cols, load_row)
     a_sum = tl.zeros([BLOCK_D], tl.float32)
     b_sum = tl.zeros([BLOCK_D], tl.float32)
     g_sum = tl.zeros([BLOCK_D], tl.float32)
@@ -113,6 +109,8 @@ def backward_kernel(
             mean = tl.load(p_mean + token, mask=token < end, other=0.0)[:, None]
             rstd = tl.load(p_rstd + token, mask=token < end, other=0.0)[:, None]
             xhat = tl.where(inside, (h - mean) * rstd, 0.0)
+            # The row's factors are read anew for each token, from L1: kept, they would cost registers that hide latency.
+            factor = (1 + _load_row(p_scale, s_scale, row_block, cols, load_row)) * _load_affine(p_weight, cols, D, 1.0)
             dy = dout * factor
             a_sum += tl.sum(dout * xhat, axis=0)
             b_sum += tl.sum(dout, axis=0)
@@ -128,7 +126,7 @@ def backward_kernel(
             x = _load_row(p_x, s_x, token, cols, inside)
             g_sum += tl.sum(dh * x, axis=0)
             _store_row(p_dresidual, D, token, cols, store, dh)
-            dh *= gate
+            dh *= _load_row(p_gate, s_gate, row_block, cols, load_row)
         _store_row(p_dx, D, token, cols, store, dh)
     # Sums [A, B, G][slots, D]; an empty slot's are never read.
     p_slot = p_sums + slot.to(tl.int64) * D + cols

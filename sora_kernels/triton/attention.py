@@ -416,11 +416,11 @@ class _Call:
             "RULE": (left < UNBOUNDED, right < UNBOUNDED, softcap > 0),
             "PRECISION": input_precision(q.dtype),
         }
-        self.like = q
+        self.like, self.plain = q, bias is None and alibi is None and softcap == 0
 
     def launch(self, name, kernel, tensors, *, keys: bool = False) -> None:
         """Over blocks of queries, or of keys."""
-        config = attention_config(name, self.like.device, self.constants["D"], self.like.element_size())
+        config = attention_config(name, self.like.device, self.constants["D"], self.like.element_size(), self.plain)
         cu_q, cu_k = self.boundaries
         mine, other, total, heads = (cu_k, cu_q, self.num_k, self.key_heads) if keys else (cu_q, cu_k, self.num_q, self.heads)
         block = config["BLOCK_N"] if keys else config["BLOCK_M"]

@@ -158,12 +158,18 @@ def use_architecture(name: str) -> Iterator[None]:
         _forced = before
 
 
-def attention_config(kernel: str, device: torch.device, head_dim: int, itemsize: int) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N and launch options of an attention kernel."""
+def attention_config(kernel: str, device: torch.device, head_dim: int, itemsize: int, plain: bool) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N and launch options of an attention kernel.
+
+    Args:
+        plain: scores are products and nothing else; a softcap, a bias or ALiBi needs registers, which smaller blocks leave.
+    """
     arch = architecture(device)
     if arch == "interpreter":
         return {"BLOCK_M": 64, "BLOCK_N": 64}
     table = CONFIGS[kernel][arch]
     bound = min(d for d, size in table if d >= head_dim and size == itemsize)
     block_m, block_n, warps, stages = table[bound, itemsize]
+    if not plain:
+        block_m, block_n, stages = max(block_m // 2, 16), max(block_n // 2, 16), 1
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, **OPTIONS}

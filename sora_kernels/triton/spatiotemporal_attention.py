@@ -350,7 +350,7 @@ class _Call:
 
     def launch(self, name, kernel, tensors, *, keys: bool = False) -> None:
         """Over tiles of queries, or of keys."""
-        config = attention_config(name, self.like.device, self.constants["D"], self.like.element_size())
+        config = attention_config(name, self.like.device, self.constants["D"], self.like.element_size(), True)
         block, heads = (config["BLOCK_N"], self.key_heads) if keys else (config["BLOCK_M"], self.heads)
         spans = self.sizes[0]
         # A tile's sides are less than twice the span's, so along each axis at least half of the tokens of the tiles are real.
