@@ -256,28 +256,38 @@ def triton_kernels(arch: str) -> dict[str, list[Kernel]]:
 
 
 def cuda_kernels() -> list[Kernel]:
-    """The kernels of module _cuda, by name and architecture: of all its instantiations, the one with the most registers."""
+    """The kernels of module _cuda, by name and architecture: the most that any of its instantiations needs."""
     try:
         binary = Path(backends.BACKENDS["cuda"].load().__file__ or "")
     except ImportError:
         return []
     worst: dict[tuple[str, str], Kernel] = {}
     for (mangled, arch), usage in resource_usage(binary).items():
-        name = re.sub(r"^_ZN.*?\d+(\w+?_kernel).*$", r"\1", mangled)
-        kernel = Kernel(f"_cuda.{name}", arch, 0, usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"], {})
-        before = worst.get((name, arch), kernel)
-        before.registers, before.spilled = max(before.registers, kernel.registers), max(before.spilled, kernel.spilled)
-        worst[name, arch] = before
-    return list(worst.values())
+        name = f"_cuda.{function_name(mangled)}"
+        kernel = worst.setdefault((name, arch), Kernel(name, arch, 0, 0, 0, 0, {}))
+        kernel.registers = max(kernel.registers, usage["REG"])
+        kernel.spilled = max(kernel.spilled, usage["STACK"] + usage["LOCAL"])
+        kernel.shared = max(kernel.shared, usage["SHARED"])
+    return [worst[key] for key in sorted(worst)]
+
+
+def function_name(mangled: str) -> str:
+    """The last of the names in _ZN<length><name><length><name>..."""
+    name, rest = mangled, mangled.removeprefix("_ZN")
+    while length := re.match(r"\d+", rest):
+        begin, end = length.end(), length.end() + int(length[0])
+        name, rest = rest[begin:end], rest[end:]
+    return name
 
 
 def render(kernels: dict[str, dict[str, list[Kernel]]], cuda: list[Kernel]) -> str:
     """The report as Markdown: the work, then the kernels."""
-    lines = ["# GPU kernels on paper", "", " ".join(line for line in (__doc__ or "").split("\n\n")[1].splitlines()), ""]
+    lines = ["# GPU kernels on paper", "", (__doc__ or "").split("\n\n")[1].strip(), ""]
     lines += [f"| op (bfloat16) | bytes per unit | FLOPs per unit | {' | '.join(f'{gpu}, µs' for gpu in GPUS)} |"]
     lines += ["|---|---:|---:|" + "---:|" * len(GPUS)]
     for work in works():
-        per_unit = f"{work.gigabytes * 1e9 / work.units:,.4g} per {work.unit} | {work.teraflops * 1e12 / work.units:,.4g}"
+        each = work.gigabytes * 1e9 / work.units
+        per_unit = f"{each:,.{0 if each >= 100 else 2}f} per {work.unit} | {work.teraflops * 1e12 / work.units:,.0f}"
         lines.append(f"| {work.op} | {per_unit} | {' | '.join(f'{work.microseconds(gpu):.1f}' for gpu in GPUS)} |")
     lines += ["", "| kernel | architecture | warps | registers | spilled | shared, of limit | tensor-core instructions |"]
     lines += ["|---|---|---:|---:|---:|---:|---|"]
