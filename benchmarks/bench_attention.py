@@ -68,7 +68,8 @@ def attention(dtype: torch.dtype, backward: bool, *, batch: str = FIRST, cross: 
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         samples = zip(q.split(list(q_lengths)), k.split(list(k_lengths)), v.split(list(k_lengths)), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in s)).transpose(0, 1) for s in samples])
+        dense = [F.scaled_dot_product_attention(*(rearrange(x, "s h d -> 1 h s d") for x in sample)) for sample in samples]
+        return torch.cat([rearrange(x, "1 h s d -> s h d") for x in dense])
 
     def join(results: Tensors) -> Tensors:
         count = len(q_lengths)

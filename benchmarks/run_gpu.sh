@@ -14,7 +14,7 @@ export PYTHONUNBUFFERED=1
 stage() {
   local name=$1 seconds=$2 start=$SECONDS status
   shift 2
-  timeout -k 5 "$seconds" "$@" >"$out/$name.log" 2>&1
+  timeout -s INT -k 20 "$seconds" "$@" >"$out/$name.log" 2>&1 # interrupted, pytest still writes what it has measured
   status=$?
   echo "$name: exit $status after $((SECONDS - start)) s" | tee -a "$out/stages.txt"
   tail -n 3 "$out/$name.log" | sed 's/^/    /'
@@ -25,7 +25,7 @@ stage environment 60 bash -c "nvidia-smi; nvcc --version; $python --version; $py
 stage install 180 env SORA_KERNELS_CUDA=1 "$python" -m pip install -v --no-build-isolation --no-deps -e .
 stage info 60 "$python" -m sora_kernels.info
 stage tests 170 benchmarks/run_gpu_tests.sh "$python"
-stage sanitizer 45 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -m gpu -k "cuda-cuda and float32 and (slack or gqa or dit)"
+stage sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -m gpu -k "cuda-cuda and float32 and (slack or gqa or dit)"
 stage host_cost 60 "$python" -m benchmarks.host_cost --json "$out/host_cost.json"
 stage benchmarks 150 "$python" -m pytest benchmarks -q --benchmark-only --benchmark-json="$out/benchmarks.json"
 stage table 60 "$python" -m benchmarks.report "$out/benchmarks.json" --out "$out"

@@ -17,7 +17,7 @@ for dtype in float32 bfloat16 float16 float64; do
   run tests/test_attention.py -k "$dtype and not test_packed" & pids+=($!)
   run tests/test_rope.py tests/test_patch_embed.py tests/test_patchify.py -k "$dtype" & pids+=($!)
 done
-run tests/test_adaln.py & pids+=($!)
+run tests/test_adaln.py tests/test_gpu.py & pids+=($!)
 status=0
 for pid in "${pids[@]}"; do wait "$pid" || status=1; done
 exit $status

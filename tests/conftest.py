@@ -9,7 +9,9 @@ import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
 
-if not torch.cuda.is_available():  # Triton's kernels run too, one operation at a time in numpy; read when they are defined
+# Where there is no GPU, its kernels are emulated: Triton's one operation at a time in numpy (read when they are defined), those of
+# CUDA C++ one thread at a time.
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import interpreter
@@ -28,7 +30,7 @@ class Simt(backends.Backend):
 
 if backends.INTERPRETED:
     interpreter.prepare()
-if shutil.which("g++"):
+if shutil.which("g++") and not torch.cuda.is_available():
     backends.BACKENDS["simt"] = Simt("simt", "", ("cpu",), backends.BACKENDS["cuda"].dtypes)
     backends.ORDER["cpu"] = (*backends.ORDER["cpu"][:-1], "simt", "reference")
 
