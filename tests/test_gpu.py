@@ -105,18 +105,16 @@ def test_on_the_callers_stream(every_op) -> None:
 
 def test_offsets_past_2_to_the_31() -> None:
     """Rows of a view whose offsets do not fit in 32 bits."""
-    tokens, heads, d = 3000, 56, 128
-    wide = torch.empty(tokens, 8 * 3 * heads * d, device="cuda", dtype=torch.bfloat16)  # 2.1 times 2**31 elements
+    tokens, heads, d = 13_000, 56, 128
+    wide = torch.empty(tokens, 8 * 3 * heads * d, device="cuda", dtype=torch.bfloat16)  # 2.2e9 elements
     q, k, v = wide.unflatten(1, (24, heads, d))[:, -3:].unbind(1)
     for x in (q, k, v):
         x.normal_()
     cu = torch.tensor([0, tokens - 70, tokens], device="cuda", dtype=torch.int32)
     out = flash_attn_varlen_func(q, k, v, cu, cu)
     assert torch.equal(out, flash_attn_varlen_func(*(x.contiguous() for x in (q, k, v)), cu, cu))
-    layout = PackedLayout.from_grids([(3, 10, 100)], "cuda")
+    layout = PackedLayout.from_grids([(13, 10, 100)], "cuda")
     assert torch.equal(rope_3d(q, layout), rope_3d(q.contiguous(), layout))
     row = torch.randn(2, 1, heads * d, device="cuda").bfloat16()
-    x = wide[:, -heads * d :]
-    assert torch.equal(
-        layer_norm_modulate(x, *row, layout.cu_seqlens), layer_norm_modulate(x.contiguous(), *row, layout.cu_seqlens)
-    )
+    x, bounds = wide[:, -heads * d :], layout.cu_seqlens
+    assert torch.equal(layer_norm_modulate(x, *row, bounds), layer_norm_modulate(x.contiguous(), *row, bounds))
