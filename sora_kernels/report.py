@@ -1,4 +1,4 @@
-"""What the GPU kernels need, on paper: `python -m sora_kernels.report [--arch sm90 ...] [--json FILE]`, on a machine without a GPU.
+"""What the GPU kernels need, on paper: `python -m sora_kernels.report [--arch sm90 ...] [--head-dim 64] [--dtype float16]`.
 
 Runs every op on a typical workload with Triton's launches caught instead of made, compiles what would have been launched for each
 architecture, and reads registers, spills, shared memory and tensor-core instructions off the result; of module _cuda, which is
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -79,7 +80,7 @@ class Work:
         return max(self.teraflops / teraflops * 1e6, self.gigabytes / terabytes * 1e3)
 
 
-def works(dtype: torch.dtype = torch.bfloat16, head_dim: int = 128, width: int = 3072) -> Iterator[Work]:
+def works(dtype: torch.dtype, head_dim: int, width: int = 3072) -> Iterator[Work]:
     """Each op forward, and its backward, on a packed batch of images and videos."""
     layout = PackedLayout.from_grids([(16, 16, 16), (4, 32, 32), (4, 24, 24), (1, 64, 64), (1, 40, 40)])
     n, heads, size = layout.num_tokens, width // head_dim, torch.empty(0, dtype=dtype).element_size()
@@ -241,12 +242,12 @@ def resource_usage(binary: Path) -> dict[tuple[str, str], dict[str, int]]:
     return usage
 
 
-def triton_kernels(arch: str) -> dict[str, list[Kernel]]:
+def triton_kernels(dtype: torch.dtype, head_dim: int, arch: str) -> dict[str, list[Kernel]]:
     """The Triton kernels of every work, by op, compiled for an architecture."""
     from .triton import configs
 
     result: dict[str, list[Kernel]] = {}
-    for work in works():
+    for work in works(dtype, head_dim):
         with caught_launches() as launches, configs.use_architecture(arch):
             work.run()
         found = [compile_launch(*launch, arch) for launch in launches]
@@ -280,12 +281,12 @@ def function_name(mangled: str) -> str:
     return name
 
 
-def render(kernels: dict[str, dict[str, list[Kernel]]], cuda: list[Kernel]) -> str:
+def render(found: Iterable[Work], title: str, kernels: dict[str, dict[str, list[Kernel]]], cuda: list[Kernel]) -> str:
     """The report as Markdown: the work, then the kernels."""
     lines = ["# GPU kernels on paper", "", (__doc__ or "").split("\n\n")[1].strip(), ""]
-    lines += [f"| op (bfloat16) | bytes per unit | FLOPs per unit | {' | '.join(f'{gpu}, µs' for gpu in GPUS)} |"]
+    lines += [f"| {title} | bytes per unit | FLOPs per unit | {' | '.join(f'{gpu}, µs' for gpu in GPUS)} |"]
     lines += ["|---|---:|---:|" + "---:|" * len(GPUS)]
-    for work in works():
+    for work in found:
         each = work.gigabytes * 1e9 / work.units
         per_unit = f"{each:,.{0 if each >= 100 else 2}f} per {work.unit} | {work.teraflops * 1e12 / work.units:,.0f}"
         lines.append(f"| {work.op} | {per_unit} | {' | '.join(f'{work.microseconds(gpu):.1f}' for gpu in GPUS)} |")
@@ -306,17 +307,21 @@ def render(kernels: dict[str, dict[str, list[Kernel]]], cuda: list[Kernel]) -> s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", choices=list(ARCHS), help="compile for this one; default all")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     arguments = parser.parse_args()
     if backends.INTERPRETED:
         parser.error("TRITON_INTERPRET=1 is set; an interpreted kernel cannot be compiled")
-    archs = arguments.arch or list(ARCHS)
+    archs, dtype = arguments.arch or list(ARCHS), getattr(torch, arguments.dtype)
+    compiled = functools.partial(triton_kernels, dtype, arguments.head_dim)
     # A process for each: compilers do not share an interpreter well.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        kernels = dict(zip(archs, pool.map(triton_kernels, archs), strict=True))
+        kernels = dict(zip(archs, pool.map(compiled, archs), strict=True))
     cuda = cuda_kernels()
-    print(render(kernels, cuda))
+    title = f"{arguments.dtype}, {arguments.head_dim} channels a head"
+    print(render(works(dtype, arguments.head_dim), title, kernels, cuda))
     if arguments.json:
         rows = [{"op": op, **asdict(kernel)} for by_op in kernels.values() for op, found in by_op.items() for kernel in found]
         rows += [{"op": "", **asdict(kernel)} for kernel in cuda]

@@ -14,7 +14,8 @@ import torch
 from .common import OPTIONS
 
 # (queries, keys, warps, stages) by kernel, architecture, and (head dim up to this, bytes of an element). Not tuned on a GPU yet:
-# for 2-byte elements large blocks that spill nothing and whose operands fit in shared memory (`python -m sora_kernels.report`).
+# for 2-byte elements large blocks whose operands fit in shared memory and that spill nothing, but for the backward of 256 channels
+# on sm90 and sm100, where blocks without spills would be too small for their matrix units (`python -m sora_kernels.report`).
 Table = dict[tuple[int, int], tuple[int, int, int, int]]
 CONFIGS: dict[str, dict[str, Table]] = {
     "forward": {
