@@ -5,10 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
-pytest.importorskip("setuptools")
 
 
 def build(tmp_path, release="11.8", **environment):
