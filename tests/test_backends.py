@@ -1,6 +1,7 @@
 """The list of backends: order, forcing, recording, and what info says of it; instruction-set tiers."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -36,6 +37,19 @@ def test_every_function_is_in_the_backend(name):
 def test_cuda_tensors_have_backends_of_their_own():
     for function in backends.FUNCTIONS:
         assert [name for name, _ in backends.candidates(function, "cuda", torch.bfloat16)] == ["cuda", "triton", "reference"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="the CUDA kernels are built where there is an nvcc")
+def test_cuda_module_loads_without_a_gpu_and_says_why_it_cannot_run():
+    module = backends.BACKENDS["cuda"].load()
+    assert module.archs()
+    assert all(arch.startswith("sm_") for arch in module.archs())
+    reason = module.unavailable()
+    assert (reason is None) == torch.cuda.is_available()
+    assert reason is None or "GPU" in reason
+    x, tables = torch.ones(24, 2, 8), (LAYOUT.cu_spans, LAYOUT.grid, LAYOUT.origin, LAYOUT.step)
+    with pytest.raises(ValueError, match="sora_kernels._cuda: a tensor is on another device"):
+        module.rope_3d(x, *tables, [1e4] * 3, [4, 2, 2], True, False, torch.empty_like(x))
 
 
 def test_long_heads_are_refused_with_the_reason(monkeypatch):
