@@ -5,7 +5,8 @@
 # stage's log and exit status go to OUT, and a stage that fails does not stop the next. Results to keep: OUT/benchmarks.json, as
 # benchmarks/results/<gpu>-<date>.json.
 set -uo pipefail
-out=$(mkdir -p "${1:?usage: benchmarks/run_gpu.sh OUT}" && cd "$1" && pwd)
+[[ $# == 1 && $1 != -* ]] || { echo "usage: benchmarks/run_gpu.sh OUT" >&2; exit 2; }
+out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
