@@ -21,6 +21,7 @@ from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attent
 from sora_kernels.layout import PackedLayout
 
 TEXT_TOKENS = 77
+HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 WINDOW_GRID, WINDOW = ((16, 32, 32), (5, 9, 9)) if ON_GPU else ((8, 24, 24), (3, 7, 7))
 # (lengths, heads, head dim) of the packed batches.
 LENGTHS = [t * h * w for t, h, w in GRIDS]
@@ -83,7 +84,7 @@ def attention(dtype: torch.dtype, backward: bool, *, batch: str = FIRST, cross: 
     }
     if ON_GPU:
         rows["torch varlen_attn"] = Implementation(lambda q, k, v: varlen_attn(q, k, v, *bounds))
-        if importlib.util.find_spec("flash_attn"):
+        if HAS_FLASH_ATTN:
             from flash_attn import flash_attn_varlen_func as peer
 
             rows["flash_attn"] = Implementation(lambda q, k, v: peer(q, k, v, *bounds))
@@ -100,8 +101,14 @@ def attention(dtype: torch.dtype, backward: bool, *, batch: str = FIRST, cross: 
 
 
 def with_backend(backend: SDPBackend, function: Callable[..., Any], *args: Any) -> Any:
+    """The function where torch may use this backend only; NotImplementedError where the backend cannot run it."""
     with sdpa_kernel(backend):
-        return function(*args)
+        try:
+            return function(*args)
+        except RuntimeError as error:
+            if "No available kernel" in str(error):
+                raise NotImplementedError(str(error)) from error
+            raise
 
 
 def sdpa_padded(qkvd: Tensors, q_lengths: Sequence[int], k_lengths: Sequence[int]) -> Implementation:
@@ -159,7 +166,8 @@ def window_attention(dtype: torch.dtype, backward: bool) -> Race:
 
 
 ROWS = [OURS, "SDPA per sample", "flex_attention compiled"]
-ROWS += ["torch varlen_attn", "flash_attn", "SDPA per sample, flash", "SDPA per sample, cuDNN"] if ON_GPU else ["SDPA padded"]
+ROWS += ["torch varlen_attn", "SDPA per sample, flash", "SDPA per sample, cuDNN"] if ON_GPU else ["SDPA padded"]
+ROWS += ["flash_attn"] if HAS_FLASH_ATTN and ON_GPU else []
 DTYPES = [MAIN] if ON_GPU else [torch.float32, torch.bfloat16]
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.race import HEAD_DIM, HEADS, LAYOUT, ON_GPU, OURS, Implementation, Race, compiled, copied, gigabytes, randn
+from benchmarks.race import HEAD_DIM, HEADS, LAYOUT, ON_GPU, OURS, Implementation, Race, compiled, copied, gigabytes, passes, randn
 from sora_kernels.layout import PackedLayout
 from sora_kernels.rope import default_axes_dim, qk_norm_rope_3d, rope_3d
 
@@ -62,8 +62,7 @@ def rope(dtype: torch.dtype, backward: bool, *, norm: bool) -> Race:
     return Race(name, dtype, backward, work, "gbps", inputs, cotangents, plain, rows)
 
 
-@pytest.mark.parametrize("implementation", [OURS, "torch eager", "torch.compile", "copy"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("backward", "implementation"), passes(OURS, "torch eager", "torch.compile", forward_only=["copy"]))
 @pytest.mark.parametrize("norm", [False, True], ids=["rope_3d", "qk_norm_rope_3d"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16] if ON_GPU else [torch.float32, torch.bfloat16], ids=str)
 def test_rope(measure, implementation, dtype, backward, norm):

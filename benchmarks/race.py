@@ -125,6 +125,11 @@ def gigabytes(*tensors: Tensor) -> float:
     return sum(x.numel() * x.element_size() for x in tensors) / 1e9
 
 
+def passes(*rows: str, forward_only: Sequence[str] = ()) -> list[tuple[bool, str]]:
+    """(with the backward, row) of a benchmark's cases."""
+    return [(False, row) for row in (*rows, *forward_only)] + [(True, row) for row in rows]
+
+
 def copied(work: float) -> Implementation:
     """A row that reads and writes as many bytes, in 1e9, as the op must: the limit of memory-bound work."""
     source = torch.ones(int(work * 1e9 / 2), dtype=torch.uint8, device=DEVICE)
