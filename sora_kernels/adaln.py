@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_boundaries, check_choice, check_cu_seqlens, check_tensor, fail
-from .library import register, rows
+from .library import cotangent, register, rows
 from .memory import empty_like
 
 
@@ -165,13 +165,14 @@ def _fake_modulate_backward(dout, x, scale, cu_seqlens, rms, weight, bias, *_):
 
 def _save_modulate(ctx, inputs, output):
     x, _, scale, cu_seqlens, ctx.rms, weight, bias, _ = inputs
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, scale, cu_seqlens, weight, bias, *output[1:])
 
 
 def _grad_modulate(ctx, dout, *_):
     x, scale, cu_seqlens, weight, bias, mean, rstd = ctx.saved_tensors
-    dx, *grads = _modulate_backward(dout, x, scale, cu_seqlens, ctx.rms, weight, bias, mean, rstd)
+    dx, *grads = _modulate_backward(cotangent(dout, x), x, scale, cu_seqlens, ctx.rms, weight, bias, mean, rstd)
     return dx, *grads[:2], None, None, *_present(grads[2:], weight, bias), None
 
 
@@ -252,14 +253,16 @@ def _fake_gate_modulate_backward(dresidual_out, dout, residual_out, x, gate, sca
 def _save_gate_modulate(ctx, inputs, output):
     _, x, gate, _, scale, cu_seqlens, ctx.rms, weight, bias, _ = inputs
     residual_out, _, mean, rstd = output
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(residual_out, x, gate, scale, cu_seqlens, weight, bias, mean, rstd)
 
 
 def _grad_gate_modulate(ctx, dresidual_out, dout, *_):
     residual_out, x, gate, scale, cu_seqlens, weight, bias, mean, rstd = ctx.saved_tensors
-    args = residual_out, x, gate, scale, cu_seqlens, ctx.rms, weight, bias, mean, rstd
-    dresidual, dx, dgate, dshift, dscale, *affine = _gate_modulate_backward(dresidual_out, dout, *args)
+    douts = cotangent(dresidual_out, x), cotangent(dout, x)
+    args = *douts, residual_out, x, gate, scale, cu_seqlens, ctx.rms, weight, bias, mean, rstd
+    dresidual, dx, dgate, dshift, dscale, *affine = _gate_modulate_backward(*args)
     return dresidual, dx, dgate, dshift, dscale, None, None, *_present(affine, weight, bias), None
 
 

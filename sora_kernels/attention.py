@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_boundaries, check_cu_seqlens, check_qkv, check_tensor, fail
-from .library import lse_like, register, rows
+from .library import cotangent, lse_like, register, rows
 from .memory import empty_like
 from .spatiotemporal_attention import spatiotemporal_attention as spatiotemporal_attention
 
@@ -375,8 +375,7 @@ def _grad(ctx, dout, dlse):
     if dout is None and dlse is None:
         return (None,) * 11
     q, *saved = ctx.saved_tensors
-    dout = torch.zeros_like(q) if dout is None else dout
-    return *_backward(dout, dlse, q, *saved, *ctx.scalars), *(None,) * 8
+    return *_backward(cotangent(dout, q), dlse, q, *saved, *ctx.scalars), *(None,) * 8
 
 
 _ARGUMENTS = "Tensor? cu_q, Tensor? cu_k, Tensor? bias, Tensor? alibi, float scale, SymInt left, SymInt right, float softcap"

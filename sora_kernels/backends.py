@@ -110,7 +110,8 @@ def candidates(function: str, device: str, dtype: torch.dtype, width: int = 0) -
 
 
 @functools.cache
-def _select(function: str, device: str, dtype: torch.dtype, width: int, forced: str | None) -> tuple[str, Callable]:
+def _select(function: str, on: torch.device, dtype: torch.dtype, width: int, forced: str | None) -> tuple[str, Callable]:
+    device = on.type
     if forced is not None:
         reason = BACKENDS[forced].unavailable(function, device, dtype, width)
         if reason is not None:
@@ -125,7 +126,7 @@ def _select(function: str, device: str, dtype: torch.dtype, width: int, forced: 
 
 def call(function: str, like: Tensor, *args: object) -> None:
     """Runs `function` on the backend that serves tensors such as `like`, on like's GPU if it is on one."""
-    name, run = _select(function, like.device.type, like.dtype, like.shape[-1], _forced)
+    name, run = _select(function, like.device, like.dtype, like.shape[-1], _forced)
     for record_ in _records:
         record_.append((function, name))
     if like.is_cuda and like.device.index != torch.cuda.current_device():

@@ -58,13 +58,18 @@ def empty_cache() -> None:
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """An uninitialised contiguous tensor of `like`'s dtype and device."""
-    # Only of plain tensors: those that trace, transform or stand for others know best how to make one of theirs.
-    plain = type(like) is Tensor or type(like) is nn.Parameter
-    if plain and like.is_cpu and torch.Size(shape).numel() * like.element_size() >= LARGE and (module := _cpu()):
+    if _is_plain(like) and torch.Size(shape).numel() * like.element_size() >= LARGE and (module := _cpu()):
         return module.empty(like, shape)
     return like.new_empty(shape)
 
 
 def empty_like(x: Tensor) -> Tensor:
     """An uninitialised contiguous tensor, whatever the strides of x (torch.empty_like would keep those)."""
-    return empty(x, x.shape)
+    if _is_plain(x) and x.nbytes >= LARGE and (module := _cpu()):
+        return module.empty(x, x.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """On the CPU, and nothing that traces, transforms or stands for others: those know best how to make one of theirs."""
+    return x.is_cpu and (type(x) is Tensor or type(x) is nn.Parameter)

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import backends
 from .checks import check_boundaries, check_cu_seqlens, check_tensor, fail, triple
 from .layout import PackedLayout
-from .library import register, rows
+from .library import cotangent, register, rows
 from .memory import empty_like
 
 Theta = float | tuple[float, float, float]
@@ -196,13 +196,22 @@ def _fake_norm_rope_backward(dq_out, dk_out, q, k, q_weight, k_weight, *_):
 
 def _save_norm_rope(ctx, inputs, output):
     q, k, q_weight, k_weight, *tables, ctx.theta, ctx.axes_dim, ctx.interleaved, ctx.across_heads, _ = inputs
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(q, k, q_weight, k_weight, *output[2:], *tables)
 
 
 def _grad_norm_rope(ctx, dq_out, dk_out, *_):
     saved = ctx.saved_tensors
-    args = dq_out, dk_out, *saved, ctx.theta, ctx.axes_dim, ctx.interleaved, ctx.across_heads
+    args = (
+        cotangent(dq_out, saved[0]),
+        cotangent(dk_out, saved[1]),
+        *saved,
+        ctx.theta,
+        ctx.axes_dim,
+        ctx.interleaved,
+        ctx.across_heads,
+    )
     dq, dk, dq_weight, dk_weight = _norm_rope_backward(*args)
     weights = (dq_weight if saved[2] is not None else None, dk_weight if saved[3] is not None else None)
     return dq, dk, *weights, *(None,) * 9

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import backends
 from .checks import check_cu_seqlens, check_qkv, check_tensor, fail, triple
 from .layout import PackedLayout
-from .library import lse_like, register, rows
+from .library import cotangent, lse_like, register, rows
 from .memory import empty_like
 
 
@@ -94,12 +94,14 @@ def _fake_forward(q, *_):
 
 def _save(ctx, inputs, output):
     q, k, v, cu_seqlens, cu_spans, grid, step, *ctx.scalars = inputs
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_spans, grid, step)
 
 
-def _grad(ctx, dout, dlse):
-    return *_backward(dout, *ctx.saved_tensors, *ctx.scalars), *(None,) * 7
+def _grad(ctx, dout, _):
+    q, *saved = ctx.saved_tensors
+    return *_backward(cotangent(dout, q), q, *saved, *ctx.scalars), *(None,) * 7
 
 
 _ARGUMENTS = "Tensor cu_seqlens, Tensor cu_spans, Tensor grid, Tensor step, SymInt[] window, bool[] causal, float scale"
