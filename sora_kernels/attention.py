@@ -239,8 +239,9 @@ def varlen_attn(
     if not enable_gqa and query.shape[1] != key.shape[1]:
         fail(op, "key", f"{query.shape[1]} heads (or enable_gqa=True)", f"{key.shape[1]}")
     cu_seq_k = cu_seq_q if cu_seq_k is None else cu_seq_k
-    out, lse, _ = _flash(op, query, key, value, cu_seq_q, cu_seq_k, 0.0, scale, False, window_size, 0.0, None, True)
-    return (out, lse) if return_aux is not None and return_aux.lse else out
+    want_lse = return_aux is not None and return_aux.lse
+    result = _flash(op, query, key, value, cu_seq_q, cu_seq_k, 0.0, scale, False, window_size, 0.0, None, want_lse)
+    return result[:2] if want_lse else result
 
 
 def scaled_dot_product_attention(

@@ -50,7 +50,7 @@ def _eager(op: Any, backward: Callable[..., Any], setup_context: Callable[..., N
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(op._opname, (torch.autograd.Function,), members)
+    function: Any = type(op._opname, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

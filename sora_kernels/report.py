@@ -61,6 +61,7 @@ class Kernel:
     spilled: int  # bytes of stack or registers that went to memory
     shared: int  # bytes per block
     tensor_core: dict[str, int]  # matrix instructions in the code, by name
+    waits: int = 0  # for sm90's asynchronous matrix unit: as many as instructions if the compiler had to serialise them
     constants: dict[str, Any] = field(default_factory=dict)
 
 
@@ -218,21 +219,27 @@ def compile_launch(kernel: Any, args: tuple, kwargs: dict, arch: str) -> Kernel:
             file.write(compiled.asm["cubin"])
             file.flush()
             (usage,) = resource_usage(Path(file.name)).values()
+            waits = cuobjdump("-sass", Path(file.name)).count("WARPGROUP.DEPBAR") if matrix else 0
         registers, spilled = usage["REG"], usage["STACK"] + usage["LOCAL"]
     else:
+        waits = 0
         number = lambda word: int(re.search(rf"\.{word}:\s+(\d+)", code)[1])  # type: ignore[index]  # noqa: E731
         registers, spilled = number("vgpr_count"), 4 * number("vgpr_spill_count")
-    return Kernel(name, arch, compiled.metadata.num_warps, registers, spilled, compiled.metadata.shared, matrix, shown)
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    return Kernel(name, arch, warps, registers, spilled, shared, matrix, waits, shown)
+
+
+def cuobjdump(option: str, binary: Path) -> str:
+    """What the cuobjdump that Triton carries prints."""
+    from triton import knobs
+
+    return subprocess.run([knobs.nvidia.cuobjdump.path, option, binary], capture_output=True, text=True, check=True).stdout
 
 
 def resource_usage(binary: Path) -> dict[tuple[str, str], dict[str, int]]:
-    """(kernel, arch) -> REG, STACK, SHARED, LOCAL ... of a cubin or a library, by the cuobjdump that Triton carries."""
-    from triton import knobs
-
-    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """(kernel, arch) -> REG, STACK, SHARED, LOCAL ... of a cubin or a library."""
     usage, arch = {}, ""
-    for line in text.splitlines():
+    for line in cuobjdump("-res-usage", binary).splitlines():
         if found := re.match(r"arch = (\w+)", line):
             arch = found[1]
         elif found := re.match(r"\s*Function (.+?):?$", line):
@@ -296,6 +303,7 @@ def render(found: Iterable[Work], title: str, kernels: dict[str, dict[str, list[
         rows = [kernel for by_op in kernels.values() for kernel in by_op[op]]
         for kernel in sorted(rows, key=lambda kernel: kernel.name):
             matrix = ", ".join(f"{count} {name}" for name, count in kernel.tensor_core.items())
+            matrix += f", {kernel.waits} waits" if kernel.waits else ""
             shared = f"{kernel.shared / 1024:.1f} / {ARCHS[kernel.arch][1]} KiB"
             cells = f"{kernel.warps} | {kernel.registers} | {kernel.spilled} | {shared} | {matrix}"
             lines.append(f"| {kernel.name} ({op}) | {kernel.arch} | {cells} |")

@@ -1,5 +1,7 @@
 """adaLN: normalize and modulate, gate and add, and both at once."""
 
+import inspect
+import re
 from functools import partial
 
 import pytest
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, pad, rms_norm
 
 from sora_kernels import adaln as ops
+from sora_kernels import backends
 from sora_kernels.reference import adaln as reference
 
 FUNCTION = "layer_norm_modulate_forward"
@@ -41,6 +44,7 @@ SHAPES = {
     "slack": {"slack": 7},
     "tokens": {"lengths": (1,) * 40},
     "one_row": {"lengths": (199,)},
+    "very_wide": {"lengths": (1,), "d": 10248},  # too long a row for the registers of a block
     "nothing": {"lengths": (0, 0), "slack": 3},
     "no_rows": {"lengths": (), "slack": 3},
     "eps": {"eps": 0.1},
@@ -53,6 +57,7 @@ CASES = [
     *(pytest.param({**NORMS["layer_affine"], **shape}, id=name) for name, shape in SHAPES.items()),
     *(pytest.param({**NORMS["rms_weight"], **SHAPES[name]}, id=f"rms_{name}") for name in ("D37", "slack", "eps")),
 ]
+SHARED_MEMORY = pytest.param({"lengths": (1,), "d": 4104}, id="shared_memory")  # the backward takes more than 48 KB of it
 
 
 def make_inputs(target: Target, names: list[str], lengths=LENGTHS, d=64, slack=0, spread=1.0, offset=0.0) -> dict[str, Tensor]:
@@ -117,7 +122,7 @@ def test_layer_norm_modulate(target: Target, options: dict) -> None:
     check(target, (ops.layer_norm_modulate, plain_modulate, exact_modulate), ["x"], ["shift", "scale"], **options)
 
 
-@pytest.mark.parametrize("options", CASES)
+@pytest.mark.parametrize("options", [*CASES, SHARED_MEMORY])
 def test_gate_residual_layer_norm_modulate(target: Target, options: dict) -> None:
     functions = ops.gate_residual_layer_norm_modulate, plain_gate_modulate, exact_gate_modulate
     check(target, functions, ["residual", "x"], ["gate", "shift", "scale"], **options)
@@ -146,6 +151,15 @@ def test_constant_rows(target: Target) -> None:
     x, (shift, scale) = torch.full_like(target.randn(5, 16), 3.0), target.randn(2, 1, 16)
     y = ops.layer_norm_modulate(x, shift, scale, target.boundaries(5))
     assert torch.equal(y, shift.expand(5, 16))
+
+
+def test_no_tokens(target: Target) -> None:
+    """Not even the strides of a tensor without elements matter."""
+    x, shift, scale = (x.requires_grad_() for x in (target.randn(0, 128)[:, ::2], target.randn(1, 64), target.randn(1, 64)))
+    y = ops.layer_norm_modulate(x, shift, scale, target.boundaries(0))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 64)
+    assert_zero(shift.grad, scale.grad)
 
 
 def modulate(cu, x, shift, scale, weight, bias):
@@ -222,6 +236,22 @@ BAD["gate_residual_layer_norm_modulate"] = BAD["layer_norm_modulate"] + BAD["gat
 @pytest.mark.parametrize(("name", "wrong", "message"), [(name, *row) for name, rows in BAD.items() for row in EVERYWHERE + rows])
 def test_bad_input(name: str, wrong: dict, message: str) -> None:
     check_rejected(getattr(ops, name), {**GOOD[name], **wrong}, f"{name}: {message}")
+
+
+@pytest.mark.parametrize("name", [name for name in backends.FUNCTIONS if re.match("layer_norm|gate_residual", name)])
+def test_missing_tensor(name: str) -> None:
+    """The compiled functions may lack the norm's weight and bias and their gradients, and no other tensor."""
+    mean = torch.zeros(6)
+    others = {"cu": CU, "rms": False, "eps": 1e-6, "mean": mean, "rstd": mean + 1}
+    others |= dict.fromkeys(["weight", "bias", "dweight", "dbias"])
+    names = inspect.signature(getattr(reference, name)).parameters
+    good = {key: others[key] if key in others else (R if key.removeprefix("d") in ROWS else X).clone() for key in names}
+    function = getattr(backends.BACKENDS["cpu"].load(), name)
+    function(*good.values())
+    for key, value in good.items():
+        if isinstance(value, torch.Tensor):
+            with pytest.raises(ValueError, match=r"sora_kernels\._cpu: "):
+                function(*{**good, key: None}.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -104,7 +104,6 @@ def test_cpu_and_cuda_never_include_each_other():
 
 
 def test_readme_has_the_gpu_results():
-    pytest.importorskip("matplotlib")
     from benchmarks import gpu_table
 
     readme = (ROOT / "README.md").read_text()

@@ -23,6 +23,11 @@ from sora_kernels import patch_embed as ops
 from sora_kernels.layout import PackedLayout
 
 FUNCTION = "patchify_3d"
+MORE_CASES = CASES | {
+    "videos": {"patch_size": (1, 2, 2), "grids": [(1, 1, 1)] * 33},  # more than a launch takes
+    "cubes": {"patch_size": (2, 8, 8), "grids": [(1, 1, 2)], "channels": 40},  # a line of a patch at a time
+    "lines": {"patch_size": (1, 1, 16), "grids": [(1, 3, 7)]},  # a tile wider than a block
+}
 
 
 def written_out(videos: list[Tensor], patch_size: tuple[int, int, int]) -> Tensor:
@@ -36,11 +41,11 @@ def written_out(videos: list[Tensor], patch_size: tuple[int, int, int]) -> Tenso
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MORE_CASES)
 def test_patchify(target: Target, case: str) -> None:
     """Patches and the gradient through them are exact copies, and unpatchify takes them back to the same videos."""
-    patch_size, videos = CASES[case]["patch_size"], make_videos(target, **CASES[case])
-    layout = PackedLayout.from_grids(CASES[case]["grids"], target.device)
+    patch_size, videos = MORE_CASES[case]["patch_size"], make_videos(target, **MORE_CASES[case])
+    layout = PackedLayout.from_grids(MORE_CASES[case]["grids"], target.device)
 
     def patchify(*clips: Tensor) -> Tensor:
         tokens, found = ops.patchify_3d(clips, patch_size=patch_size)

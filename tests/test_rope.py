@@ -1,5 +1,6 @@
 """3D RoPE alone and fused with QK-norm."""
 
+import inspect
 import itertools
 from functools import partial
 
@@ -21,6 +22,7 @@ from tolerance import (  # noqa: F401
 from torch import Tensor
 from torch.nn.functional import pad, rms_norm
 
+from sora_kernels import backends
 from sora_kernels import rope as ops
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.reference import rope as reference
@@ -184,6 +186,14 @@ def test_qk_norm_rope(target: Target, case: str) -> None:
     assert_zero(*(x[layout.num_tokens :] for x in (*outputs, *gradients[:2])))
 
 
+def test_no_tokens(target: Target) -> None:
+    """Not even the strides of a tensor without elements matter."""
+    x = target.randn(0, 3, 128)[..., ::2].requires_grad_()
+    y = ops.rope_3d(x, PackedLayout.from_spans([[]], target.device))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 3, 64)
+
+
 def turn(layout: PackedLayout, x: Tensor) -> Tensor:
     return ops.rope_3d(x, layout, theta=256.0, axes_dim=(4, 12, 8))
 
@@ -245,6 +255,22 @@ BAD = [
 @pytest.mark.parametrize(("name", "wrong", "message"), BAD)
 def test_bad_input(name: str, wrong: dict, message: str) -> None:
     check_rejected(getattr(ops, name), {**GOOD[name], **wrong}, f"{name}: {message}")
+
+
+@pytest.mark.parametrize("name", [name for name in backends.FUNCTIONS if "rope" in name])
+def test_missing_tensor(name: str) -> None:
+    """The compiled functions may lack the norm's weights, and no other tensor."""
+    others = {"theta": (1e4,) * 3, "axes_dim": (4, 2, 2), "interleaved": True, "inverse": False, "across_heads": False, "eps": 1e-6}
+    others |= {key: getattr(LAYOUT, key) for key in ("cu_spans", "grid", "origin", "step")}
+    others |= dict.fromkeys(["q_rstd", "k_rstd"], torch.ones(6, 2))
+    names = inspect.signature(getattr(reference, name)).parameters
+    good = {key: others[key] if key in others else (W if "weight" in key else X).clone() for key in names}
+    function = getattr(backends.BACKENDS["cpu"].load(), name)
+    function(*good.values())
+    for key, value in good.items():
+        if isinstance(value, torch.Tensor) and key not in ("q_weight", "k_weight"):
+            with pytest.raises(ValueError, match=r"sora_kernels\._cpu: "):
+                function(*{**good, key: None}.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -41,6 +41,7 @@ void bind_adaln(py::module_& m, const Kernels* kernels) {
     AdaLn a{};
     a.x = x, a.shift = shift, a.scale = scale, a.cu_seqlens = cu, a.rms = rms, a.weight = weight, a.bias = bias, a.eps = eps;
     a.out = out, a.mean = mean, a.rstd = rstd;
+    present({&shift, &scale, &out, &mean, &rstd});
     run_adaln(a, kernels->layer_norm_modulate_forward);
   });
   m.def("layer_norm_modulate_backward",
@@ -50,16 +51,19 @@ void bind_adaln(py::module_& m, const Kernels* kernels) {
           a.dout = dout, a.x = x, a.scale = scale, a.cu_seqlens = cu, a.rms = rms, a.weight = weight, a.bias = bias, a.mean = mean,
           a.rstd = rstd;
           a.dx = dx, a.dshift = dshift, a.dscale = dscale, a.dweight = dweight, a.dbias = dbias;
+          present({&dout, &scale, &mean, &rstd, &dx, &dshift, &dscale});
           run_adaln(a, kernels->adaln_backward);
         });
   m.def("gate_residual_forward", [=](Tensor residual, Tensor x, Tensor gate, Tensor cu, Tensor out) {
     AdaLn a{};
     a.residual = residual, a.x = x, a.gate = gate, a.cu_seqlens = cu, a.out = out;
+    present({&residual, &gate, &out});
     run_adaln(a, kernels->gate_residual_forward);
   });
   m.def("gate_residual_backward", [=](Tensor dout, Tensor x, Tensor gate, Tensor cu, Tensor dresidual, Tensor dx, Tensor dgate) {
     AdaLn a{};
     a.dout = dout, a.x = x, a.gate = gate, a.cu_seqlens = cu, a.dresidual = dresidual, a.dx = dx, a.dgate = dgate;
+    present({&dout, &gate, &dresidual, &dx, &dgate});
     run_adaln(a, kernels->adaln_backward);
   });
   m.def("gate_residual_layer_norm_modulate_forward",
@@ -69,6 +73,7 @@ void bind_adaln(py::module_& m, const Kernels* kernels) {
           a.residual = residual, a.x = x, a.gate = gate, a.shift = shift, a.scale = scale, a.cu_seqlens = cu;
           a.rms = rms, a.weight = weight, a.bias = bias, a.eps = eps, a.residual_out = residual_out, a.out = out, a.mean = mean,
           a.rstd = rstd;
+          present({&residual, &gate, &shift, &scale, &residual_out, &out, &mean, &rstd});
           run_adaln(a, kernels->gate_residual_layer_norm_modulate_forward);
         });
   m.def("gate_residual_layer_norm_modulate_backward",
@@ -81,6 +86,7 @@ void bind_adaln(py::module_& m, const Kernels* kernels) {
           a.rms = rms, a.weight = weight, a.bias = bias, a.mean = mean, a.rstd = rstd;
           a.dresidual = dresidual, a.dx = dx, a.dgate = dgate, a.dshift = dshift, a.dscale = dscale, a.dweight = dweight,
           a.dbias = dbias;
+          present({&dresidual_out, &dout, &residual_out, &gate, &scale, &mean, &rstd, &dresidual, &dx, &dgate, &dshift, &dscale});
           run_adaln(a, kernels->adaln_backward);
         });
 }

@@ -26,6 +26,11 @@ inline void require(bool condition, const char* what) {
 
 inline void on_device(const Tensor& t) { require(t.device_type == this_module.device_type, "a tensor is on another device"); }
 
+// For the tensors that are not optional: None arrives as one without axes, which the checks below pass over.
+inline void present(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors) require(static_cast<bool>(*t), "a tensor is missing");
+}
+
 inline void same_storage(std::initializer_list<const Tensor*> tensors) {
   DType dtype = DType::kOther;
   for (const Tensor* t : tensors) {

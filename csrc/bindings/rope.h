@@ -54,6 +54,7 @@ void bind_rope(py::module_& m, const Kernels* kernels) {
         [=](Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cu_spans, Tensor grid, Tensor origin, Tensor step,
             std::array<double, 3> theta, std::array<int32_t, 3> axes_dim, bool interleaved, bool across_heads, float eps,
             Tensor q_out, Tensor k_out, Tensor q_rstd, Tensor k_rstd) {
+          present({&q_out, &k_out});
           const Rope rope = rope_tables(cu_spans, grid, origin, step, theta, axes_dim, interleaved, false, q);
           QkNorm parts[2] = {{q, q_weight, q_rstd, q_out, {}, {}, {}}, {k, k_weight, k_rstd, k_out, {}, {}, {}}};
           for (const QkNorm& p : parts) check_part(p, across_heads, q.size[0]);
@@ -65,9 +66,13 @@ void bind_rope(py::module_& m, const Kernels* kernels) {
         [=](Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor q_rstd, Tensor k_rstd,
             Tensor cu_spans, Tensor grid, Tensor origin, Tensor step, std::array<double, 3> theta, std::array<int32_t, 3> axes_dim,
             bool interleaved, bool across_heads, Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight) {
+          present({&dq_out, &dk_out, &dq, &dk});
           const Rope rope = rope_tables(cu_spans, grid, origin, step, theta, axes_dim, interleaved, true, q);
           QkNorm parts[2] = {{q, q_weight, q_rstd, {}, dq_out, dq, dq_weight}, {k, k_weight, k_rstd, {}, dk_out, dk, dk_weight}};
-          for (const QkNorm& p : parts) check_part(p, across_heads, q.size[0]);
+          for (const QkNorm& p : parts) {
+            check_part(p, across_heads, q.size[0]);
+            if (p.weight) present({&p.dweight});
+          }
           require(k.size[2] == q.size[2], "head dims differ");
           py::gil_scoped_release release;
           kernels->qk_norm_rope_3d_backward(rope, parts, across_heads);

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS, find_row, find_slot, num_slots, power_of_2, stride, sum_chunks
+from .common import OPTIONS, find_row, find_slot, num_slots, power_of_2, row_range, stride, sum_chunks
 
 K = 32  # tokens of a chunk: enough that writing its sums is a few percent of reading it, few enough to fill a GPU
 
@@ -138,16 +138,16 @@ def backward_kernel(
             tl.store(p_slot + 2 * slots.to(tl.int64) * D, g_sum, mask=cols < D)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["slots", "num_tokens", "num_rows"])
 def rows_kernel(
-    p_sums, p_cu, p_weight, p_bias, p_dshift, p_dscale, p_dgate, p_rows, slots, num_rows,
+    p_sums, p_cu, p_weight, p_bias, p_dshift, p_dscale, p_dgate, p_rows, slots, num_tokens, num_rows,
     D: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (r, block of columns): the chunks of row r in order."""
     row = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    begin = tl.load(p_cu + row)
-    num_chunks = (tl.load(p_cu + row + 1) - begin + K - 1) // K
+    begin, end = row_range(p_cu, row, num_rows, num_tokens)
+    num_chunks = tl.cdiv(end - begin, K)
     first_slot = begin // K + row
     o_row = row.to(tl.int64) * D + cols
     if NORM:
@@ -225,21 +225,9 @@ def _backward(
     blocks = triton.cdiv(width, block)
     if num_rows:
         rows_kernel[(num_rows, blocks)](
-            sums,
-            cu,
-            weight,
-            bias,
-            dshift,
-            dscale,
-            dgate,
-            rows,
-            slots,
-            num_rows,
-            **constants,
-            CHUNKS=16,
-            BLOCK_D=block,
+            sums, cu, weight, bias, dshift, dscale, dgate, rows, slots, num_tokens, num_rows, **constants, CHUNKS=16, BLOCK_D=block,
             **OPTIONS,
-        )
+        )  # fmt: skip
     if rows is not None:
         affine_kernel[(blocks,)](rows, scale, dweight, dbias, stride(scale), num_rows, D=width, ROWS=16, BLOCK_D=block, **OPTIONS)
 

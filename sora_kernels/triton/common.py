@@ -19,12 +19,36 @@ def power_of_2(n: int) -> int:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """How a product of float32 is computed: as torch would, by `torch.set_float32_matmul_precision`."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """How a product of float32 is computed: as torch would. `torch.set_float32_matmul_precision` sets this attribute too."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def stride(x: Tensor | None, dim: int = 0) -> int:
     return 0 if x is None else x.stride(dim)
+
+
+# Of an integer argument Triton knows whether 16 divides it and nothing else. For heads of 72 channels, say, whose rows begin at
+# multiples of 16 bytes all the same, strides are passed divided by this unit, and `strided` multiplies them by it again.
+
+
+def stride_unit(*tensors: Tensor) -> int:
+    """Elements of 16 bytes if all strides are multiples of them and the head dim is not one of 16; otherwise 1."""
+    vector = 16 // tensors[0].element_size()
+    if tensors[0].shape[-1] % 16 == 0 or any(n % vector for x in tensors for n in x.stride()[:-1]):
+        return 1
+    return vector
+
+
+def by_row(x: Tensor, unit: int) -> tuple:
+    """x [B, S, H, d] or [N, H, d] with its strides of a batch entry, a token and a head."""
+    strides = x.stride()[:-1] if x.ndim == 4 else (0, *x.stride()[:-1])
+    return x, strides if unit == 1 else tuple(n // unit for n in strides)
+
+
+@triton.jit
+def strided(x, UNIT: tl.constexpr):
+    p, s = x
+    return p, (s[0] * UNIT, s[1] * UNIT, s[2] * UNIT)
 
 
 @triton.jit
@@ -42,6 +66,18 @@ def find_row(p_cu, num_rows, token, search_steps):
         low = tl.where(searching & after, middle + 1, low)
         high = tl.where(searching & after, high, middle)
     return low
+
+
+@triton.jit
+def row_range(p_cu, row, num_rows, num_tokens):
+    """(first token, one past the last) of a row or a block of rows of cu; row num_rows is the slack.
+
+    Boundaries that are wrong are clamped: the host cannot read them, and so they give wrong numbers but touch nothing outside.
+    """
+    begin = tl.load(p_cu + tl.minimum(row, num_rows))
+    end = tl.load(p_cu + row + 1, mask=row < num_rows, other=num_tokens)
+    begin = tl.minimum(tl.maximum(begin, 0), num_tokens)
+    return begin, tl.maximum(tl.minimum(end, num_tokens), begin)
 
 
 # The tokens of each row of cu are cut into chunks of K, counted from the row's first token, so that no sum depends on what else is
@@ -63,10 +99,9 @@ def find_slot(p_cu, num_rows, num_tokens, slot, search_steps, K: tl.constexpr):
         before = tl.load(p_cu + middle) // K + middle <= slot
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle - 1)
-    first = tl.load(p_cu + low)
-    begin = first + (slot - first // K - low) * K
-    end = tl.load(p_cu + low + 1, mask=low < num_rows, other=num_tokens)
-    return low, begin, tl.minimum(tl.minimum(begin + K, end), num_tokens)
+    first, end = row_range(p_cu, low, num_rows, num_tokens)
+    begin = tl.maximum(first + (slot - first // K - low) * K, first)
+    return low, begin, tl.minimum(begin + K, end)
 
 
 @triton.jit
@@ -99,21 +134,27 @@ def tanh(x):
 
 
 @triton.jit
-def softmax_step(acc, m, total, s, v, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One block of keys into the running softmax: output, maximum and sum of each row."""
-    m_new = tl.maximum(m, tl.max(s, axis=1))
+def softmax_step(acc, m, total, s, factor, v, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One block of keys into the running softmax: output, maximum and sum of each row, of scores s * factor."""
+    m_new = tl.maximum(m, tl.max(s, axis=1) * factor)
     reference = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new  # a row may have seen no key yet
-    p = tl.exp2(s - reference[:, None])
+    p = tl.exp2(s * factor - reference[:, None])
     correction = tl.exp2(m - reference)
     total = total * correction + tl.sum(p, axis=1)
     acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
     return acc, m_new, total
 
 
+def empty_statistics(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the kernel of dq stores of each query for that of dk and dv: delta, and what `load_lse` gives, the error for float32."""
+    delta, high = (torch.empty_like(lse, dtype=torch.float32) for _ in range(2))
+    return delta, high, torch.empty_like(high) if dtype == torch.float32 else None
+
+
 @triton.jit
-def load_lse(p_lse, row, num_q):
+def load_lse(p_lse, row, inside):
     """lse in units of log2(e), as a float32 and its rounding error; +inf for a query without keys, so its probabilities are 0."""
-    lse = tl.load(p_lse + row, mask=row < num_q, other=float("-inf"))
+    lse = tl.load(p_lse + row, mask=inside, other=float("-inf"))
     empty = lse == float("-inf")
     scaled = tl.where(empty, 0.0, lse) * LOG2E
     high = scaled.to(tl.float32)
@@ -121,12 +162,31 @@ def load_lse(p_lse, row, num_q):
 
 
 @triton.jit
-def probabilities(s, high, low, EXACT: tl.constexpr):
-    """exp of score - lse; `low` matters where scores are float32, as it scales whole rows."""
+def load_statistics(statistics, row, inside):
+    """(delta, lse as `load_lse` gives it); statistics is (delta, lse, its error or None, offset of row 0)."""
+    p_delta, p_high, p_low, offset = statistics
+    delta = tl.load(p_delta + offset + row, mask=inside, other=0.0)
+    high = tl.load(p_high + offset + row, mask=inside, other=float("inf"))
+    low = tl.zeros_like(high) if p_low is None else tl.load(p_low + offset + row, mask=inside, other=0.0)
+    return delta, high, low
+
+
+@triton.jit
+def store_statistics(statistics, row, inside, delta, high, low):
+    p_delta, p_high, p_low, offset = statistics
+    tl.store(p_delta + offset + row, delta, mask=inside)
+    tl.store(p_high + offset + row, high, mask=inside)
+    if p_low is not None:
+        tl.store(p_low + offset + row, low, mask=inside)
+
+
+@triton.jit
+def probabilities(s, factor, high, low, EXACT: tl.constexpr):
+    """exp of score s * factor less lse; `low` matters where scores are float32, as it scales whole rows."""
     if EXACT:
-        return tl.exp2((s - high) - low)
+        return tl.exp2((s * factor - high) - low)
     else:
-        return tl.exp2(s - high)
+        return tl.exp2(s * factor - high)
 
 
 @triton.jit

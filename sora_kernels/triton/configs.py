@@ -14,17 +14,17 @@ import torch
 from .common import OPTIONS
 
 # (queries, keys, warps, stages) by kernel, architecture, and (head dim up to this, bytes of an element). Not tuned on a GPU yet:
-# for 2-byte elements large blocks whose operands fit in shared memory and that spill nothing, but for the backward of 256 channels
-# on sm90 and sm100, where blocks without spills would be too small for their matrix units (`python -m sora_kernels.report`).
+# for 2-byte elements large blocks whose operands fit in shared memory and that spill nothing, but for 256 channels on sm90 and
+# sm100, where blocks without spills would be too small for their matrix units (`python -m sora_kernels.report`).
 Table = dict[tuple[int, int], tuple[int, int, int, int]]
 CONFIGS: dict[str, dict[str, Table]] = {
     "forward": {
         "sm80": {
-            (64, 2): (128, 128, 8, 3), (128, 2): (128, 64, 8, 3), (256, 2): (64, 32, 8, 2),
+            (64, 2): (128, 128, 8, 3), (128, 2): (128, 64, 8, 2), (256, 2): (64, 32, 8, 2),
             (64, 4): (64, 32, 8, 2), (128, 4): (32, 32, 8, 2), (256, 4): (32, 16, 8, 1),
         },
         "sm90": {
-            (64, 2): (128, 128, 8, 3), (128, 2): (128, 128, 8, 2), (256, 2): (128, 64, 8, 2),
+            (64, 2): (128, 128, 8, 3), (96, 2): (128, 64, 8, 3), (128, 2): (128, 128, 8, 2), (256, 2): (128, 64, 8, 2),
             (64, 4): (64, 32, 8, 2), (128, 4): (32, 32, 8, 2), (256, 4): (32, 16, 8, 1),
         },
         "sm100": {
@@ -56,11 +56,11 @@ CONFIGS: dict[str, dict[str, Table]] = {
     },
     "dkdv": {
         "sm80": {
-            (64, 2): (64, 128, 8, 2), (128, 2): (32, 64, 8, 1), (256, 2): (16, 32, 8, 1),
+            (64, 2): (64, 128, 8, 2), (128, 2): (32, 64, 8, 2), (256, 2): (16, 32, 8, 1),
             (64, 4): (32, 32, 8, 1), (128, 4): (16, 32, 8, 1), (256, 4): (16, 16, 8, 1),
         },
         "sm90": {
-            (64, 2): (64, 128, 8, 2), (128, 2): (32, 128, 8, 1), (256, 2): (32, 64, 8, 1),
+            (64, 2): (64, 128, 8, 2), (128, 2): (32, 128, 8, 2), (256, 2): (32, 64, 8, 1),
             (64, 4): (32, 32, 8, 1), (128, 4): (16, 32, 8, 1), (256, 4): (16, 16, 8, 1),
         },
         "sm100": {
@@ -75,7 +75,7 @@ CONFIGS: dict[str, dict[str, Table]] = {
     # Windows: gathered rows need registers for their addresses.
     "window_forward": {
         "sm80": {
-            (64, 2): (128, 64, 8, 2), (128, 2): (128, 64, 8, 2), (256, 2): (64, 32, 8, 2),
+            (64, 2): (128, 64, 8, 2), (128, 2): (64, 64, 4, 2), (256, 2): (64, 32, 8, 2),
             (64, 4): (64, 32, 8, 2), (128, 4): (32, 32, 8, 1), (256, 4): (32, 16, 8, 1),
         },
         "sm90": {
@@ -101,7 +101,7 @@ CONFIGS: dict[str, dict[str, Table]] = {
             (64, 4): (32, 32, 8, 1), (128, 4): (32, 16, 8, 1), (256, 4): (16, 16, 8, 1),
         },
         "sm100": {
-            (64, 2): (64, 64, 4, 2), (128, 2): (64, 64, 8, 2), (256, 2): (32, 32, 8, 1),
+            (64, 2): (64, 64, 4, 2), (128, 2): (64, 64, 8, 1), (256, 2): (32, 32, 8, 1),
             (64, 4): (32, 32, 8, 1), (128, 4): (32, 16, 8, 1), (256, 4): (16, 16, 8, 1),
         },
         "gfx942": {
@@ -148,6 +148,15 @@ def _of_gpu(index: int) -> str:
     return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
 
 
+def num_multiprocessors(device: torch.device) -> int:
+    return 8 if device.type == "cpu" else _multiprocessors_of(device.index)
+
+
+@functools.cache
+def _multiprocessors_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 @contextmanager
 def use_architecture(name: str) -> Iterator[None]:
     """Takes the configurations of this architecture, whatever the device."""
@@ -159,11 +168,14 @@ def use_architecture(name: str) -> Iterator[None]:
         _forced = before
 
 
-def attention_config(kernel: str, device: torch.device, head_dim: int, itemsize: int, plain: bool) -> dict[str, int]:
+def attention_config(
+    kernel: str, device: torch.device, head_dim: int, itemsize: int, *, plain: bool = True, windowed: bool = False
+) -> dict[str, int]:
     """BLOCK_M, BLOCK_N and launch options of an attention kernel.
 
     Args:
         plain: scores are products and nothing else; a softcap, a bias or ALiBi needs registers, which smaller blocks leave.
+        windowed: all blocks compute masks, for which the largest block of keys leaves none either.
     """
     arch = architecture(device)
     if arch == "interpreter":
@@ -173,4 +185,6 @@ def attention_config(kernel: str, device: torch.device, head_dim: int, itemsize:
     block_m, block_n, warps, stages = table[bound, itemsize]
     if not plain:
         block_m, block_n, stages = max(block_m // 2, 16), max(block_n // 2, 16), 1
+    elif windowed and kernel == "forward":
+        block_n = min(block_n, 64)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, **OPTIONS}

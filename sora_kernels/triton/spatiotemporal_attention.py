@@ -6,14 +6,14 @@ BLOCK_N at a time, reading rows of d elements wherever they lie. So the cost fol
 program owns a tile of keys and walks the queries that see them: along an axis those are an interval too, which makes the same
 code serve both ways.
 
-Tiles are scheduled from a list on the device, those that cost most first, as attention.py's blocks are.
+Tiles are scheduled from a list on the device, those that cost most first, as attention.py's blocks are. How many there are the host
+does not know, so programs take one after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,16 +22,24 @@ from .common import (
     LN2,
     LOG2E,
     OPTIONS,
+    by_row,
     dscores,
+    empty_statistics,
     find_row,
     input_precision,
     load_lse,
+    load_statistics,
     num_slots,
     power_of_2,
     probabilities,
     softmax_step,
+    store_statistics,
+    stride_unit,
+    strided,
 )  # fmt: skip
-from .configs import attention_config
+from .configs import attention_config, num_multiprocessors
+
+SIZES = ["num_spans", "num_tokens", "num_heads"]  # a batch of another size must not compile anew
 
 
 @triton.jit
@@ -106,17 +114,18 @@ def span_work(layout, s, window, num_spans, num_samples, num_tokens, search_step
     return tiles, keys, tile_t, tile_h, sample_begin, sample_end
 
 
-@triton.jit(do_not_specialize=["num_spans", "num_samples", "num_tokens", "search_steps", "capacity"])
+@triton.jit(do_not_specialize=["num_spans", "num_samples", "num_tokens", "search_steps"])
 def tile_list_kernel(
-    layout, p_list, window, num_spans, num_samples, num_tokens, search_steps, capacity, BLOCK: tl.constexpr, SPANS: tl.constexpr
+    layout, p_list, window, num_spans, num_samples, num_tokens, search_steps, BLOCK: tl.constexpr, SPANS: tl.constexpr
 ):  # fmt: skip
-    """As attention.py's work list, of spans: program s writes span s's tiles, num_spans the slack's, the last one the rest.
+    """As schedule.py's list, of spans: program s writes span s's tiles, num_spans the slack's, which come last.
 
-    list[capacity + 5 s] is what span s's tiles have in common: first entry, tile sizes along t and h, the sample's boundaries.
+    list[5 s] is what span s's tiles have in common: first entry, tile sizes along t and h, the sample's boundaries. Behind these
+    come the number of entries and, for each, its span.
     """
     s = tl.program_id(0)
     count, cost, tile_t, tile_h, sample_begin, sample_end = span_work(
-        layout, tl.minimum(s, num_spans), window, num_spans, num_samples, num_tokens, search_steps, BLOCK
+        layout, s, window, num_spans, num_samples, num_tokens, search_steps, BLOCK
     )
     start = count * 0
     for first in range(0, num_spans, SPANS):
@@ -124,43 +133,56 @@ def tile_list_kernel(
         work = span_work(layout, tl.minimum(c, num_spans), window, num_spans, num_samples, num_tokens, search_steps, BLOCK)
         before = (work[1] > cost) | ((work[1] == cost) & (c < s))
         start += tl.sum(tl.where(before & (c < num_spans), work[0], 0), axis=0)
-    value = s
-    if s > num_spans:
-        start += count
-        count = capacity - start
-        value = s * 0 - 1
-    else:
-        p_span = p_list + capacity + 5 * s
-        tl.store(p_span, start)
-        tl.store(p_span + 1, tile_t)
-        tl.store(p_span + 2, tile_h)
-        tl.store(p_span + 3, sample_begin)
-        tl.store(p_span + 4, sample_end)
+    p_span = p_list + 5 * s
+    tl.store(p_span, start)
+    tl.store(p_span + 1, tile_t)
+    tl.store(p_span + 2, tile_h)
+    tl.store(p_span + 3, sample_begin)
+    tl.store(p_span + 4, sample_end)
+    p_entries = p_list + 5 * (num_spans + 1) + 1
+    if s == num_spans:
+        tl.store(p_entries - 1, start + count)
     for first in range(0, count, SPANS):
         i = first + tl.arange(0, SPANS)
-        tl.store(p_list + start + i, value + i * 0, mask=i < count)
+        tl.store(p_entries + start + i, s + i * 0, mask=i < count)
 
 
 @triton.jit
-def locate_tile(layout, work, s, window, causal, num_spans, num_tokens, num_heads, BLOCK: tl.constexpr, SEEN_BY: tl.constexpr):
-    """What a program that serves span s owns and walks.
+def reciprocal(n):
+    """What `divide` needs of a divisor n >= 1."""
+    return tl.full([], 0xFFFFFFFF, tl.uint32) // n.to(tl.uint32)
+
+
+@triton.jit
+def divide(x, n, reciprocal_n):
+    """(x // n, x % n) for 0 <= x < 2**31: the product with the reciprocal is at most one too small."""
+    quotient = tl.umulhi(x.to(tl.uint32), reciprocal_n).to(tl.int32)
+    rest = x - quotient * n
+    more = rest >= n
+    return tl.where(more, quotient + 1, quotient), tl.where(more, rest - n, rest)
+
+
+@triton.jit
+def locate_tile(
+    layout, p_list, program, window, causal, num_spans, num_tokens, num_heads, BLOCK: tl.constexpr, SEEN_BY: tl.constexpr
+):
+    """What program number `program`, of all tiles and heads, owns and walks.
 
     Returns head, the tokens [BLOCK] it owns (num_tokens past the tile's end), the windows of these tokens along each axis, and the
-    walk: ((tokens of other spans, how many of them come before the span, the span's tokens), span's first token, sample's first
-    token, grid, box, its size).
+    walk: (steps, tokens of other spans, how many of them come before the span, the span's tokens, span's first token, sample's
+    first token, grid's sizes along h and w, box's first t, h and w, tokens of the box's t and of its h with their reciprocals).
     """
     _, p_cu_spans, p_grid, p_step = layout
-    p_list, capacity = work
-    pid = tl.program_id(0)
+    s = tl.load(p_list + 5 * (num_spans + 1) + 1 + program // num_heads)
     begin, t, h, w, windowed = load_span(p_cu_spans, p_grid, p_step, s, num_spans, num_tokens)
-    p_span = p_list + capacity + 5 * s
+    p_span = p_list + 5 * s
     tile_t = tl.load(p_span + 1)
     tile_h = tl.load(p_span + 2)
     tile_w = BLOCK // (tile_t * tile_h)
     tiles_h = tl.cdiv(h, tile_h)
     tiles_w = tl.cdiv(w, tile_w)
     tiles = tl.cdiv(t, tile_t) * tiles_h * tiles_w
-    local = pid - tl.load(p_span) * num_heads
+    local = program - tl.load(p_span) * num_heads
     tile = local % tiles
     t0 = tile // (tiles_h * tiles_w) * tile_t
     h0 = tile // tiles_w % tiles_h * tile_h
@@ -191,27 +213,32 @@ def locate_tile(layout, work, s, window, causal, num_spans, num_tokens, num_head
 
     # The slack walks nothing: its sample's boundaries are 0.
     size = t * h * w
+    num_hw = tl.maximum(num_h * num_w, 1)
+    num_w = tl.maximum(num_w, 1)
     first = tl.load(p_span + 3)
     others = tl.load(p_span + 4) - first - tl.where(s < num_spans, size, 0)
-    box_size = tl.where(s < num_spans, num_t * num_h * num_w, 0)
-    walk = (others, begin - first, size, begin, first, h, w, box_t, box_h, box_w, box_size, num_h, num_w)
+    box_size = tl.where(s < num_spans, num_t * num_hw, 0)
+    divisors = (num_hw, reciprocal(num_hw), num_w, reciprocal(num_w))
+    walk = (others + box_size, others, begin - first, size, begin, first, h, w, box_t, box_h, box_w, divisors)
     return local // tiles, token, (seen_t, seen_h, seen_w), walk
 
 
 @triton.jit
 def walk_tokens(walk, seen, first, num_tokens, BLOCK: tl.constexpr):
     """Tokens first .. first + BLOCK of a walk (num_tokens past its end), and [owners, BLOCK] which of them belong together."""
-    others, before, span_size, span_begin, sample_begin, h, w, box_t, box_h, box_w, box_size, num_h, num_w = walk
+    steps, others, before, span_size, span_begin, sample_begin, h, w, box_t, box_h, box_w, divisors = walk
+    num_hw, reciprocal_hw, num_w, reciprocal_w = divisors
     index = first + tl.arange(0, BLOCK)
     is_other = index < others
-    in_box = index - others
-    i_t = box_t + in_box // (num_h * num_w)
-    i_h = box_h + in_box // num_w % num_h
-    i_w = box_w + in_box % num_w
+    i_t, in_frame = divide(tl.maximum(index - others, 0), num_hw, reciprocal_hw)
+    i_h, i_w = divide(in_frame, num_w, reciprocal_w)
+    i_t += box_t
+    i_h += box_h
+    i_w += box_w
     token = tl.where(
         is_other, sample_begin + index + tl.where(index < before, 0, span_size), span_begin + (i_t * h + i_h) * w + i_w
     )
-    inside = index < others + box_size
+    inside = index < steps
     near_t = (i_t[None, :] >= seen[0][0][:, None]) & (i_t[None, :] < seen[0][1][:, None])
     near_h = (i_h[None, :] >= seen[1][0][:, None]) & (i_h[None, :] < seen[1][1][:, None])
     near_w = (i_w[None, :] >= seen[2][0][:, None]) & (i_w[None, :] < seen[2][1][:, None])
@@ -220,10 +247,10 @@ def walk_tokens(walk, seen, first, num_tokens, BLOCK: tl.constexpr):
 
 @triton.jit
 def gather(x, head, token, num_tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [tokens, BLOCK_D] of a head; x is (pointer, (stride of a token, of a head))."""
+    """Rows [tokens, BLOCK_D] of a head; x is (pointer, (0, stride of a token, of a head))."""
     p, s = x
     cols = tl.arange(0, BLOCK_D)
-    p_block = p + head.to(tl.int64) * s[1] + token.to(tl.int64)[:, None] * s[0] + cols[None, :]
+    p_block = p + head.to(tl.int64) * s[2] + token.to(tl.int64)[:, None] * s[1] + cols[None, :]
     return tl.load(p_block, mask=(token < num_tokens)[:, None] & (cols < D)[None, :], other=0.0)
 
 
@@ -231,110 +258,116 @@ def gather(x, head, token, num_tokens, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def scatter(x, head, token, num_tokens, value, D: tl.constexpr):
     p, s = x
     cols = tl.arange(0, value.shape[1])
-    p_block = p + head.to(tl.int64) * s[1] + token.to(tl.int64)[:, None] * s[0] + cols[None, :]
+    p_block = p + head.to(tl.int64) * s[2] + token.to(tl.int64)[:, None] * s[1] + cols[None, :]
     tl.store(p_block, value.to(p.dtype.element_ty), mask=(token < num_tokens)[:, None] & (cols < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    q, k, v, out, p_lse, layout, work, window, causal, scale, num_spans, num_tokens, num_heads,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, out, p_lse, layout, p_list, window, causal, scale, num_spans, num_tokens, num_heads,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    s = tl.load(work[0] + tl.program_id(0) // num_heads)
-    if s < 0:
-        return
-    head, token, seen, walk = locate_tile(layout, work, s, window, causal, num_spans, num_tokens, num_heads, BLOCK_M, False)
-    block = gather(q, head, token, num_tokens, D, BLOCK_D)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in range(0, walk[0] + walk[10], BLOCK_N):
-        other, together = walk_tokens(walk, seen, first, num_tokens, BLOCK_N)
-        keys = gather(k, head // GROUP, other, num_tokens, D, BLOCK_D)
-        values = gather(v, head // GROUP, other, num_tokens, D, BLOCK_D)
-        scores = tl.dot(block, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
-        acc, m, total = softmax_step(acc, m, total, tl.where(together, scores, float("-inf")), values, True, PRECISION)
-    empty = total == 0
-    scatter(out, head, token, num_tokens, acc / tl.where(empty, 1.0, total)[:, None], D)
-    row_lse = m.to(tl.float64) * LN2 + tl.log(tl.where(empty, 1.0, total).to(tl.float64))
-    p_row = p_lse + head.to(tl.int64) * num_tokens + token
-    tl.store(p_row, tl.where(empty, float("-inf"), row_lse), mask=token < num_tokens)
+    q, k, v, out = strided(q, UNIT), strided(k, UNIT), strided(v, UNIT), strided(out, UNIT)
+    for program in range(tl.program_id(0), tl.load(p_list + 5 * (num_spans + 1)) * num_heads, tl.num_programs(0)):
+        head, token, seen, walk = locate_tile(
+            layout, p_list, program, window, causal, num_spans, num_tokens, num_heads, BLOCK_M, False
+        )
+        block = gather(q, head, token, num_tokens, D, BLOCK_D)
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for first in range(0, walk[0], BLOCK_N):
+            other, together = walk_tokens(walk, seen, first, num_tokens, BLOCK_N)
+            keys = gather(k, head // GROUP, other, num_tokens, D, BLOCK_D)
+            values = gather(v, head // GROUP, other, num_tokens, D, BLOCK_D)
+            scores = tl.dot(block, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
+            acc, m, total = softmax_step(acc, m, total, tl.where(together, scores, float("-inf")), 1.0, values, True, PRECISION)
+        empty = total == 0
+        scatter(out, head, token, num_tokens, acc / tl.where(empty, 1.0, total)[:, None], D)
+        row_lse = m.to(tl.float64) * LN2 + tl.log(tl.where(empty, 1.0, total).to(tl.float64))
+        p_row = p_lse + head.to(tl.int64) * num_tokens + token
+        tl.store(p_row, tl.where(empty, float("-inf"), row_lse), mask=token < num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
-    dout, q, k, v, out, p_lse, p_delta, dq, layout, work, window, causal, scale, num_spans, num_tokens, num_heads,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dout, q, k, v, out, p_lse, p_delta, p_high, p_low, dq, layout, p_list, window, causal, scale, num_spans, num_tokens, num_heads,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    s = tl.load(work[0] + tl.program_id(0) // num_heads)
-    if s < 0:
-        return
-    head, token, seen, walk = locate_tile(layout, work, s, window, causal, num_spans, num_tokens, num_heads, BLOCK_M, False)
-    block = gather(q, head, token, num_tokens, D, BLOCK_D)
-    dout_block = gather(dout, head, token, num_tokens, D, BLOCK_D)
-    out_block = gather(out, head, token, num_tokens, D, BLOCK_D)
-    high, low = load_lse(p_lse + head.to(tl.int64) * num_tokens, token, num_tokens)
-    EXACT: tl.constexpr = block.dtype == tl.float32
-    if EXACT:
-        delta = tl.sum(dout_block.to(tl.float64) * out_block.to(tl.float64), axis=1).to(tl.float32)
-    else:
-        delta = tl.sum(dout_block.to(tl.float32) * out_block.to(tl.float32), axis=1)
-    count = walk[0] + walk[10]
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in range(0, count, BLOCK_N):
-        other, together = walk_tokens(walk, seen, first, num_tokens, BLOCK_N)
-        keys = gather(k, head // GROUP, other, num_tokens, D, BLOCK_D)
-        values = gather(v, head // GROUP, other, num_tokens, D, BLOCK_D)
-        scores = tl.dot(block, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
-        p = probabilities(tl.where(together, scores, float("-inf")), high[:, None], low[:, None], EXACT)
-        dp = tl.dot(dout_block, tl.trans(values), input_precision=PRECISION)
-        if EXACT:  # one block holds all keys: see attention.py
-            delta = tl.where(count <= BLOCK_N, tl.sum(p * dp, axis=1), delta)
-        acc = tl.dot(dscores(p, dp, delta[:, None], scores, False).to(keys.dtype), keys, acc, input_precision=PRECISION)
-    tl.store(p_delta + head.to(tl.int64) * num_tokens + token, delta, mask=token < num_tokens)
-    scatter(dq, head, token, num_tokens, acc * scale, D)
+    q, k, v, out = strided(q, UNIT), strided(k, UNIT), strided(v, UNIT), strided(out, UNIT)
+    dout, dq = strided(dout, UNIT), strided(dq, UNIT)
+    for program in range(tl.program_id(0), tl.load(p_list + 5 * (num_spans + 1)) * num_heads, tl.num_programs(0)):
+        head, token, seen, walk = locate_tile(
+            layout, p_list, program, window, causal, num_spans, num_tokens, num_heads, BLOCK_M, False
+        )
+        block = gather(q, head, token, num_tokens, D, BLOCK_D)
+        dout_block = gather(dout, head, token, num_tokens, D, BLOCK_D)
+        out_block = gather(out, head, token, num_tokens, D, BLOCK_D)
+        offset = head.to(tl.int64) * num_tokens
+        high, low = load_lse(p_lse + offset, token, token < num_tokens)
+        EXACT: tl.constexpr = block.dtype == tl.float32
+        if EXACT:
+            delta = tl.sum(dout_block.to(tl.float64) * out_block.to(tl.float64), axis=1).to(tl.float32)
+        else:
+            delta = tl.sum(dout_block.to(tl.float32) * out_block.to(tl.float32), axis=1)
+        count = walk[0]
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for first in range(0, count, BLOCK_N):
+            other, together = walk_tokens(walk, seen, first, num_tokens, BLOCK_N)
+            keys = gather(k, head // GROUP, other, num_tokens, D, BLOCK_D)
+            values = gather(v, head // GROUP, other, num_tokens, D, BLOCK_D)
+            scores = tl.dot(block, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
+            p = probabilities(tl.where(together, scores, float("-inf")), 1.0, high[:, None], low[:, None], EXACT)
+            dp = tl.dot(dout_block, tl.trans(values), input_precision=PRECISION)
+            if EXACT:  # one block holds all keys: see attention.py
+                delta = tl.where(count <= BLOCK_N, tl.sum(p * dp, axis=1), delta)
+            acc = tl.dot(dscores(p, dp, delta[:, None], scores, False).to(keys.dtype), keys, acc, input_precision=PRECISION)
+        store_statistics((p_delta, p_high, p_low, offset), token, token < num_tokens, delta, high, low)
+        scatter(dq, head, token, num_tokens, acc * scale, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dkdv_kernel(
-    dout, q, k, v, p_lse, p_delta, dk, dv, layout, work, window, causal, scale, num_spans, num_tokens, num_heads,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dout, q, k, v, p_delta, p_high, p_low, dk, dv, layout, p_list, window, causal, scale, num_spans, num_tokens, num_heads,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    s = tl.load(work[0] + tl.program_id(0) // num_heads)
-    if s < 0:
-        return
-    key_head, token, seen, walk = locate_tile(layout, work, s, window, causal, num_spans, num_tokens, num_heads, BLOCK_N, True)
-    keys = gather(k, key_head, token, num_tokens, D, BLOCK_D)
-    values = gather(v, key_head, token, num_tokens, D, BLOCK_D)
-    acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    acc_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for g in range(GROUP):
-        head = key_head * GROUP + g
-        p_row = head.to(tl.int64) * num_tokens
-        for first in range(0, walk[0] + walk[10], BLOCK_M):
-            other, together = walk_tokens(walk, seen, first, num_tokens, BLOCK_M)
-            queries = gather(q, head, other, num_tokens, D, BLOCK_D)
-            douts = gather(dout, head, other, num_tokens, D, BLOCK_D)
-            high, low = load_lse(p_lse + p_row, other, num_tokens)
-            delta = tl.load(p_delta + p_row + other, mask=other < num_tokens, other=0.0)
-            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)
-            scores = tl.where(together, scores, float("-inf"))
-            p = probabilities(scores, high[None, :], low[None, :], queries.dtype == tl.float32)
-            acc_v = tl.dot(p.to(douts.dtype), douts, acc_v, input_precision=PRECISION)
-            dp = tl.dot(values, tl.trans(douts), input_precision=PRECISION)
-            ds = dscores(p, dp, delta[None, :], scores, False)
-            acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
-    scatter(dk, key_head, token, num_tokens, acc_k * scale, D)
-    scatter(dv, key_head, token, num_tokens, acc_v, D)
+    q, k, v, dout = strided(q, UNIT), strided(k, UNIT), strided(v, UNIT), strided(dout, UNIT)
+    dk, dv = strided(dk, UNIT), strided(dv, UNIT)
+    for program in range(tl.program_id(0), tl.load(p_list + 5 * (num_spans + 1)) * num_heads, tl.num_programs(0)):
+        key_head, token, seen, walk = locate_tile(
+            layout, p_list, program, window, causal, num_spans, num_tokens, num_heads, BLOCK_N, True
+        )
+        keys = gather(k, key_head, token, num_tokens, D, BLOCK_D)
+        values = gather(v, key_head, token, num_tokens, D, BLOCK_D)
+        acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        acc_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for g in range(GROUP):
+            head = key_head * GROUP + g
+            statistics = (p_delta, p_high, p_low, head.to(tl.int64) * num_tokens)
+            for first in range(0, walk[0], BLOCK_M):
+                other, together = walk_tokens(walk, seen, first, num_tokens, BLOCK_M)
+                queries = gather(q, head, other, num_tokens, D, BLOCK_D)
+                douts = gather(dout, head, other, num_tokens, D, BLOCK_D)
+                delta, high, low = load_statistics(statistics, other, other < num_tokens)
+                scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)
+                scores = tl.where(together, scores, float("-inf"))
+                p = probabilities(scores, 1.0, high[None, :], low[None, :], queries.dtype == tl.float32)
+                acc_v = tl.dot(p.to(douts.dtype), douts, acc_v, input_precision=PRECISION)
+                dp = tl.dot(values, tl.trans(douts), input_precision=PRECISION)
+                ds = dscores(p, dp, delta[None, :], scores, False)
+                acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
+        scatter(dk, key_head, token, num_tokens, acc_k * scale, D)
+        scatter(dv, key_head, token, num_tokens, acc_v, D)
 
 
 class _Call:
     """What the launches of one call share."""
 
-    def __init__(self, q, k, cu_seqlens, cu_spans, grid, step, window, causal, scale) -> None:
+    def __init__(self, tensors, cu_seqlens, cu_spans, grid, step, window, causal, scale) -> None:
+        q, k, *_ = tensors
         self.num_tokens, self.heads, d = q.shape
         self.key_heads, self.like = k.shape[1], q
         self.layout, self.window = (cu_seqlens, cu_spans, grid, step), tuple(window)
@@ -343,54 +376,47 @@ class _Call:
         self.search_steps = self.sizes[1].bit_length()
         self.constants = {
             "GROUP": self.heads // self.key_heads,
+            "UNIT": stride_unit(*tensors),
             "D": d,
             "BLOCK_D": max(power_of_2(d), 16),
             "PRECISION": input_precision(q.dtype),
         }
 
+    def by_row(self, *tensors: Tensor) -> list[tuple]:
+        return [by_row(x, self.constants["UNIT"]) for x in tensors]
+
     def launch(self, name, kernel, tensors, *, keys: bool = False) -> None:
         """Over tiles of queries, or of keys."""
-        config = attention_config(name, self.like.device, self.constants["D"], self.like.element_size(), True)
+        config = attention_config(name, self.like.device, self.constants["D"], self.like.element_size())
         block, heads = (config["BLOCK_N"], self.key_heads) if keys else (config["BLOCK_M"], self.heads)
         spans = self.sizes[0]
         # A tile's sides are less than twice the span's, so along each axis at least half of the tokens of the tiles are real.
         capacity = num_slots(8 * self.num_tokens, spans, block)
-        entries = self.like.new_empty(capacity + 5 * (spans + 1), dtype=torch.int32)
-        tile_list_kernel[(spans + 2,)](
-            self.layout,
-            entries,
-            self.window,
-            *self.sizes,
-            self.search_steps,
-            capacity,
-            BLOCK=block,
-            SPANS=128,
-            **OPTIONS,
-        )
-        kernel[(heads * capacity,)](
-            *tensors, self.layout, (entries, capacity), self.window, *self.rule, spans, self.num_tokens, heads, **self.constants,
-            **config,
+        entries = self.layout[0].new_empty(5 * (spans + 1) + 1 + capacity)
+        tile_list_kernel[(spans + 1,)](
+            self.layout, entries, self.window, *self.sizes, self.search_steps, BLOCK=block, SPANS=128, **OPTIONS
         )  # fmt: skip
-
-
-def _by_row(x: Tensor) -> tuple:
-    return x, x.stride()[:2]
+        # The host does not know how many tiles there are: as many programs as run at once take them in turn.
+        programs = min(heads * capacity, 2 * num_multiprocessors(self.like.device))
+        kernel[(programs,)](
+            *tensors, self.layout, entries, self.window, *self.rule, spans, self.num_tokens, heads, **self.constants, **config
+        )  # fmt: skip
 
 
 def spatiotemporal_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_spans: Tensor, grid: Tensor, step: Tensor, window: Sequence[int],
     causal: Sequence[bool], scale: float, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
-    call = _Call(q, k, cu_seqlens, cu_spans, grid, step, window, causal, scale)
-    call.launch("window_forward", forward_kernel, (*map(_by_row, (q, k, v, out)), lse))
+    call = _Call((q, k, v, out), cu_seqlens, cu_spans, grid, step, window, causal, scale)
+    call.launch("window_forward", forward_kernel, (*call.by_row(q, k, v, out), lse))
 
 
 def spatiotemporal_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_spans: Tensor, grid: Tensor,
     step: Tensor, window: Sequence[int], causal: Sequence[bool], scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    call = _Call(q, k, cu_seqlens, cu_spans, grid, step, window, causal, scale)
-    p_dout, p_q, p_k, p_v, p_out, p_dq, p_dk, p_dv = map(_by_row, (dout, q, k, v, out, dq, dk, dv))
-    delta = torch.empty_like(lse, dtype=torch.float32)
-    call.launch("window_dq", dq_kernel, (p_dout, p_q, p_k, p_v, p_out, lse, delta, p_dq))
-    call.launch("window_dkdv", dkdv_kernel, (p_dout, p_q, p_k, p_v, lse, delta, p_dk, p_dv), keys=True)
+    call = _Call((q, k, v, out, dout), cu_seqlens, cu_spans, grid, step, window, causal, scale)
+    p_dout, p_q, p_k, p_v, p_out, p_dq, p_dk, p_dv = call.by_row(dout, q, k, v, out, dq, dk, dv)
+    statistics = empty_statistics(lse, q.dtype)
+    call.launch("window_dq", dq_kernel, (p_dout, p_q, p_k, p_v, p_out, lse, *statistics, p_dq))
+    call.launch("window_dkdv", dkdv_kernel, (p_dout, p_q, p_k, p_v, *statistics, p_dk, p_dv), keys=True)

@@ -6,8 +6,9 @@
 // The kernels are compiled with -fsanitize=kernel-address, which calls one of the __asan_ functions below before each access that
 // it cannot prove to be one of the thread's own variables. They look the bytes up in a shadow memory that knows, byte by byte,
 // what may be read and written and what has been written: the elements of the tensors of the call (not the gaps between rows),
-// workspaces, and as much shared memory as the launch asked for. For shared memory it also knows who touched a byte last, and
-// reports two threads that touch one, at least one of them writing, without a barrier in between.
+// workspaces, and as much shared memory as the launch asked for. Of what may be written it also knows who touched it last, and
+// reports two threads that touch one place, at least one of them writing, without a barrier in between or in different blocks of
+// a launch.
 //
 // A report ends the launch: it becomes an exception that names the kernel, the place, the block and the thread. {0x...} in it
 // is an address in this library, which build.py turns into function and line.
@@ -36,7 +37,8 @@ namespace simt {
 namespace {
 
 constexpr size_t kStack = 64 * 1024;
-constexpr int kMaxThreads = 1024, kLanes = 32;
+constexpr int kMaxThreads = 512;  // the largest of the kernels' __launch_bounds__, which are defined away
+constexpr int kLanes = 32;
 
 // ---- fibers ----
 
@@ -120,15 +122,13 @@ std::string format(const char* text, ...) {
   return buffer;
 }
 
-std::string position(int thread) {
-  const unsigned x = thread % blockDim.x, y = thread / blockDim.x % blockDim.y, z = thread / blockDim.x / blockDim.y;
-  return format("(%u,%u,%u)", x, y, z);
-}
+std::string position(uint3 at) { return format("(%u,%u,%u)", at.x, at.y, at.z); }
+uint3 position_in(const dim3& all, unsigned i) { return {i % all.x, i / all.x % all.y, i / all.x / all.y}; }
+std::string position(int thread) { return position(position_in(blockDim, thread)); }
 
 // Ends the launch. On a fiber, the scheduler throws for it; the fibers are left where they are and started anew next time.
 [[noreturn]] void report(const std::string& what) {
-  report_text = "kernel {" + format("0x%zx", in_library(current_kernel)) + "}, block " +
-                format("(%u,%u,%u)", blockIdx.x, blockIdx.y, blockIdx.z);
+  report_text = "kernel {" + format("0x%zx", in_library(current_kernel)) + "}, block " + position(blockIdx);
   if (current != nullptr) {
     report_text += ", thread " + position(static_cast<int>(current - fibers.data())) + ": " + what;
     switch_to(current->context, scheduler);
@@ -151,7 +151,7 @@ void wait(State state) {
 
 void resume(int thread) {
   current = &fibers[thread];
-  threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y};
+  threadIdx = position_in(blockDim, thread);
   if (!current->started) {
     if (current->stack == nullptr)
       current->stack = static_cast<char*>(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
@@ -165,41 +165,45 @@ void resume(int thread) {
 
 // ---- races ----
 
-// Epochs only grow, over blocks and launches too, so that what an earlier block did is never in the way.
-struct Touch {
-  int32_t thread = -1;  // kMany: several readers
-  uint32_t block_epoch = 0, warp_epoch = 0;
-};
-constexpr int32_t kMany = -2;
-struct Touches {
-  Touch write, read;
-};
-constexpr size_t kGranule = 2;  // bytes of the smallest element
-std::vector<Touches> touches(sizeof(sora::cuda::shared_memory) / kGranule);
-uint32_t block_epoch = 1, warp_epochs[kMaxThreads / kLanes];
+uint32_t epoch = 0, warp_epochs[kMaxThreads / kLanes];
+std::vector<uint32_t> block_epochs;  // the first of each block of the launch so far; blocks run in order
 
-bool unordered(const Touch& other, int thread) {
-  if (other.thread == -1 || other.thread == thread || other.block_epoch != block_epoch) return false;
+// Whether nothing orders an earlier touch before one by this thread; all before the epoch `since` is ordered.
+bool unordered(const Touch& other, int thread, uint32_t since) {
+  if (other.epoch < since) return false;
+  if (other.epoch < block_epochs.back()) return true;
+  if (other.epoch != epoch || other.thread == thread) return false;
   return other.thread == kMany || other.thread / kLanes != thread / kLanes || other.warp_epoch == warp_epochs[thread / kLanes];
 }
 
-void touch_shared(size_t offset, size_t bytes, bool is_write, const void* place) {
+std::string describe(const Touch& touch) {
+  const std::string who = touch.thread == kMany ? "other threads" : "thread " + position(touch.thread);
+  const auto block = std::upper_bound(block_epochs.begin(), block_epochs.end(), touch.epoch) - block_epochs.begin() - 1;
+  return touch.epoch >= block_epochs.back() ? who : who + " of block " + position(position_in(gridDim, block));
+}
+
+// An access to memory that may be written, all within a page.
+inline void touch(Page& page, uintptr_t address, size_t bytes, bool is_write, const void* place) {
+  const auto shared = reinterpret_cast<uintptr_t>(sora::cuda::shared_memory);
+  const bool is_shared = address - shared < sizeof(sora::cuda::shared_memory);
   const int thread = static_cast<int>(current - fibers.data());
-  const Touch now = {thread, block_epoch, warp_epochs[thread / kLanes]};
-  for (size_t i = offset; i < offset + bytes; i += kGranule) {
-    Touches& last = touches[i / kGranule];
-    const Touch* other = unordered(last.write, thread)              ? &last.write
-                         : is_write && unordered(last.read, thread) ? &last.read
-                                                                    : nullptr;
+  const Touch now = {epoch, warp_epochs[thread / kLanes], thread};
+  const uint32_t since = is_shared ? block_epochs.back() : block_epochs.front();  // each block has shared memory of its own
+  for (size_t i = 0; i < bytes; i += kGranule) {
+    Touches& last = (*page.touches)[(address + i) % kPage / kGranule];
+    const Touch* other = unordered(last.write, thread, since)              ? &last.write
+                         : is_write && unordered(last.read, thread, since) ? &last.read
+                                                                           : nullptr;
     if (other != nullptr)
-      report(format("race: %s byte %zu of shared memory at {0x%zx}, which %s %s without a barrier in between",
-                    is_write ? "writes" : "reads", i, in_library(place),
-                    other->thread == kMany ? "other threads" : ("thread " + position(other->thread)).c_str(),
-                    other == &last.write ? "wrote" : "read"));
+      report(format("race: %s %s at {0x%zx}, which %s %s without a barrier in between", is_write ? "writes" : "reads",
+                    is_shared ? format("byte %zu of shared memory", static_cast<size_t>(address - shared + i)).c_str() : "memory",
+                    in_library(place), describe(*other).c_str(), other == &last.write ? "wrote" : "read"));
     if (is_write)
       last.write = now;
-    else
-      last.read = unordered(last.read, thread) ? Touch{kMany, block_epoch, 0} : now;
+    else if (!unordered(last.read, thread, since))
+      last.read = now;
+    else if (last.read.epoch == epoch)  // or else by another block, whose read is in the way of all that follow
+      last.read.thread = kMany;
   }
 }
 
@@ -210,14 +214,15 @@ bool on_stack(uintptr_t address) { return address - reinterpret_cast<uintptr_t>(
 void access(uintptr_t address, size_t bytes, bool is_write, const void* place) {
   if (current == nullptr || on_stack(address)) return;
   const auto shared = reinterpret_cast<uintptr_t>(sora::cuda::shared_memory);
-  const bool is_shared = address - shared < sizeof(sora::cuda::shared_memory);
   const auto complain = [&](const char* problem) {
+    const bool is_shared = address - shared < sizeof(sora::cuda::shared_memory);
     report(format("%s: %s of %zu bytes at {0x%zx}%s", problem, is_write ? "write" : "read", bytes, in_library(place),
                   is_shared ? format(", byte %zu of shared memory", static_cast<size_t>(address - shared)).c_str() : ""));
   };
   if ((bytes & (bytes - 1)) == 0 && bytes <= 16 && address % bytes != 0) complain("misaligned");
   uint8_t all = 0xff;
-  for (uintptr_t at = address, end = address + bytes; at < end && all != 0;) {
+  const uintptr_t end = address + bytes;
+  for (uintptr_t at = address; at < end && all != 0;) {
     Page* page = find_page(at);
     const size_t part = std::min<size_t>(end - at, kPage - at % kPage);
     if (page == nullptr) all = 0;
@@ -230,16 +235,20 @@ void access(uintptr_t address, size_t bytes, bool is_write, const void* place) {
   }
   if (!(all & (is_write ? kWritable : kReadable))) complain(all & kReadable ? "write to an input" : "out of bounds");
   if (!is_write && !(all & kWritten)) complain("never written");
-  if (is_shared) touch_shared(address - shared, bytes, is_write, place);
+  if (!(all & kWritable)) return;
+  for (uintptr_t at = address; at < end;) {
+    const size_t part = std::min<size_t>(end - at, kPage - at % kPage);
+    touch(*find_page(at), at, part, is_write, place);
+    at += part;
+  }
 }
 
-// The same for the usual case: an aligned access to global memory, all in order.
+// The same for the usual case: an aligned access to a page looked up before, all in order.
 template <size_t BYTES, bool WRITE>
 inline void access(uintptr_t address, const void* place) {
   if (current == nullptr || on_stack(address)) return;
   const auto& entry = recent[address / kPage % 256];
-  const bool is_shared = address - reinterpret_cast<uintptr_t>(sora::cuda::shared_memory) < sizeof(sora::cuda::shared_memory);
-  if (entry.number == address / kPage && address % BYTES == 0 && !is_shared) {
+  if (entry.number == address / kPage && address % BYTES == 0) {
     uint8_t* flags = entry.page->flags + address % kPage;
     constexpr uint8_t kNeeded = WRITE ? kWritable : kReadable | kWritten;
     uint8_t all = 0xff;
@@ -247,6 +256,7 @@ inline void access(uintptr_t address, const void* place) {
     if ((all & kNeeded) == kNeeded) {
       if (WRITE)
         for (size_t i = 0; i < BYTES; ++i) flags[i] |= kWritten;
+      if (all & kWritable) touch(*entry.page, address, BYTES, WRITE, place);
       return;
     }
   }
@@ -260,11 +270,11 @@ void release_barrier() {
     if (fibers[t].state == State::kDone) report("__syncthreads is waited at, but thread " + position(t) + " has ended");
     fibers[t].state = State::kReady;
   }
-  ++block_epoch;
+  ++epoch;
 }
 
 void run_block() {
-  ++block_epoch;
+  block_epochs.push_back(++epoch);
   for (int t = 0; t < num_threads; ++t) fibers[t].state = State::kReady;
   for (;;) {
     bool moved = false, ended = true;
@@ -340,6 +350,7 @@ void launch(dim3 grid, dim3 block, size_t shared, const void* kernel, void (*ent
   const auto shared_begin = reinterpret_cast<uintptr_t>(sora::cuda::shared_memory);
   const auto arguments_begin = reinterpret_cast<uintptr_t>(arguments);
   report_text.clear();
+  block_epochs.clear();
   if (num_threads < 1 || num_threads > kMaxThreads) report("a block of " + std::to_string(num_threads) + " threads");
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535) report("a grid of no or too many blocks");
   if (shared > 48 * 1024 && static_cast<size_t>(allowed_shared[kernel]) < shared)

@@ -64,7 +64,7 @@ inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 
 // ---- host ----
 
-enum cudaError_t { cudaSuccess = 0 };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor,
@@ -79,12 +79,13 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
-inline const char* cudaGetErrorString(cudaError_t) { return "success"; }
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid argument"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 // As small as any GPU's, so that the kernels' ways around it are taken.
+constexpr int kMaxSharedMemory = 99 * 1024;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  return *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 99 * 1024 : 0, cudaSuccess;
+  return *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? kMaxSharedMemory : 0, cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
@@ -92,6 +93,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
+  if (value > kMaxSharedMemory) return cudaErrorInvalidValue;
   return simt::allow_shared_memory(reinterpret_cast<const void*>(kernel), value), cudaSuccess;
 }
 

@@ -1,0 +1,122 @@
+"""Launches that the report's workload does not have, compiled for sm90; run as a program where Triton does not interpret.
+
+Prints JSON: {"variants": {name: [kernels]}, "signatures": {kernel: how many versions of it a few batches of any size need}}.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sora_kernels.adaln import gate_residual_layer_norm_modulate
+from sora_kernels.attention import flash_attn_varlen_func, scaled_dot_product_attention, spatiotemporal_attention
+from sora_kernels.layout import PackedLayout
+from sora_kernels.patch_embed import patch_embed_3d
+from sora_kernels.report import caught_launches, compile_launch, specialized
+from sora_kernels.rope import qk_norm_rope_3d
+from sora_kernels.triton.configs import use_architecture
+
+
+def empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
+
+
+def qkv(n: int, heads: int = 8, d: int = 128, key_heads: int = 8) -> list[Tensor]:
+    return [empty(n, heads, d), empty(n, key_heads, d), empty(n, key_heads, d)]
+
+
+def cu(*boundaries: int) -> Tensor:
+    return torch.tensor(boundaries, dtype=torch.int32)
+
+
+def packed(tensors: list[Tensor], **options: Any) -> Callable:
+    bounds = cu(0, 1024, len(tensors[0]))
+    return lambda: flash_attn_varlen_func(*tensors, bounds, bounds, **options)
+
+
+def variants() -> dict[str, tuple[Callable, list[Tensor]]]:
+    """name -> (forward, its inputs)."""
+    plain, small, masked, grouped = qkv(4096), qkv(4096, d=64), qkv(4096, d=72), qkv(4096, key_heads=2)
+    one = qkv(1, 1, 128, 1)
+    row, affine = [empty(64, 256), empty(64, 256), *(empty(1, 256) for _ in range(3))], [empty(256), empty(256)]
+    layout, single = PackedLayout.from_grids([(4, 16, 16), (1, 1, 1)]), PackedLayout.from_grids([(1, 1, 1)])
+    heads = [*qkv(1, 1, 64, 1)[:2], empty(64), empty(64)]
+    patches = [empty(1, 1, 2, 2), empty(16, 1, 1, 2, 2)]
+    slopes, mask = torch.empty(8), torch.empty(1024, 1024)
+    dense = [empty(2, 8, 1024, 128) for _ in range(3)]
+    windowed = [x[: layout.num_tokens] for x in plain]
+    return {
+        "64 channels": (packed(small), small),
+        "causal": (packed(plain, causal=True), plain),
+        "window": (packed(plain, window_size=(512, 512)), plain),
+        "grouped": (packed(grouped), grouped),
+        "72 channels": (packed(masked), masked),
+        "softcap and ALiBi": (packed(plain, softcap=20.0, alibi_slopes=slopes), plain),
+        "dense with a mask": (lambda: scaled_dot_product_attention(*dense, attn_mask=mask), dense),
+        "one token, attention": (lambda: flash_attn_varlen_func(*one, cu(0, 1), cu(0, 1)), one),
+        "one token, window": (lambda: spatiotemporal_attention(*one, single, window=(1, 1, 1)), one),
+        "causal window": (
+            lambda: spatiotemporal_attention(*windowed, layout, window=(3, 9, 9), causal=(True, False, False)),
+            windowed,
+        ),
+        "one row, adaLN": (
+            lambda: gate_residual_layer_norm_modulate(*row, cu(0, 64), weight=affine[0], bias=affine[1]),
+            row + affine,
+        ),
+        "one token, RoPE": (lambda: qk_norm_rope_3d(*heads, single), heads),
+        "one patch": (lambda: patch_embed_3d([patches[0]], patches[1], None, patch_size=(1, 2, 2))[0], patches),
+    }
+
+
+def launches(forward: Callable, inputs: list[Tensor]) -> list[tuple]:
+    """Of a forward and its backward."""
+    with caught_launches() as caught, use_architecture("sm90"):
+        outputs = forward()
+        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+        torch.autograd.grad(outputs, inputs, [torch.empty_like(out) for out in outputs])
+    return caught
+
+
+def signature(kernel: Any, args: tuple, kwargs: dict) -> str:
+    """What Triton compiles anew for."""
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    constants: dict = {}
+    attributes: dict = {}
+    types = [
+        values[p.name] if p.is_constexpr else specialized(values[p.name], (i,), not p.do_not_specialize, constants, attributes)
+        for i, p in enumerate(kernel.params)
+    ]
+    return repr((types, constants, attributes))
+
+
+def signatures() -> dict[str, int]:
+    """Kernel -> versions that attention over batches of any number and sizes of videos needs."""
+    found = defaultdict(set)
+    draw = random.Random(0)
+    for _ in range(20):
+        layout = PackedLayout.from_grids([[draw.randint(1, 12) for _ in range(3)] for _ in range(draw.randint(1, 20))])
+        tensors, bounds = qkv(layout.num_tokens), layout.cu_seqlens
+        caught = launches(lambda: flash_attn_varlen_func(*tensors, bounds, bounds), tensors)  # noqa: B023
+        caught += launches(lambda: spatiotemporal_attention(*tensors, layout, window=(3, 5, 5)), tensors)  # noqa: B023
+        for kernel, args, kwargs in caught:
+            found[f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"].add(signature(kernel, args, kwargs))
+    return {name: len(versions) for name, versions in found.items()}
+
+
+def main() -> None:
+    compiled = {
+        name: [asdict(compile_launch(*launch, "sm90")) for launch in launches(forward, inputs)]
+        for name, (forward, inputs) in variants().items()
+    }
+    print(json.dumps({"variants": compiled, "signatures": signatures()}, default=str))
+
+
+if __name__ == "__main__":
+    main()

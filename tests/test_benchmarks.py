@@ -1,0 +1,79 @@
+"""What benchmarks count, run and print. They themselves are no tests."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import gpu_table, report
+from benchmarks.race import BACKWARD, BOTH, FORWARD, OURS, Implementation, Race, copied, of_pass
+
+
+def race(which: str) -> tuple[Race, list[str]]:
+    """A race of squares, and the forwards that were run."""
+    x = torch.tensor([1.0, 2.0, 3.0], requires_grad=which != FORWARD)
+    runs: list[str] = []
+
+    def square(x: Tensor) -> Tensor:
+        runs.append("square")
+        return x * x
+
+    rows = {
+        OURS: Implementation(square),
+        "wrong": Implementation(lambda x: x * x * 1.1),
+        "misshapen": Implementation(lambda x: x * x, restore=lambda results: [x[None] for x in results]),
+        "copy": copied(1e-6),
+    }
+    return Race("square", torch.float32, which, {"gbps": 1.0}, [x], [torch.ones(3)], lambda x: x**2, rows), runs
+
+
+@pytest.mark.parametrize("which", [FORWARD, BOTH, BACKWARD])
+def test_race(which: str) -> None:
+    """Outputs, then gradients where the pass has them; a backward alone runs its forward once; wrong rows are found."""
+    squares, runs = race(which)
+    for _ in range(3):
+        results = squares.call(OURS)
+    expected = [[1.0, 4.0, 9.0]] + [[2.0, 4.0, 6.0]] * (which != FORWARD)
+    assert [x.tolist() for x in results] == expected
+    assert len(runs) == (1 if which == BACKWARD else 3)
+    squares.check(OURS)
+    squares.check("copy")
+    with pytest.raises(ArithmeticError, match="by wrong: result 0 is off by 0"):
+        squares.check("wrong")
+    with pytest.raises(ValueError, match=r"shape \[1, 3\], expected \[3\]"):
+        squares.check("misshapen")
+
+
+def test_of_pass() -> None:
+    assert [of_pass(which, 2, 5) for which in (FORWARD, BACKWARD, BOTH)] == [2, 5, 7]
+
+
+def test_gpu_table(tmp_path) -> None:
+    """Interrupted rows are left out, a copy is no peer, and what is to be known of a row stands beside its name."""
+
+    def row(implementation: str, op: str = "rope_3d", **info: object) -> dict:
+        info = {"op": op, "dtype": "bfloat16", "pass": "backward", "implementation": implementation, **info}
+        return {"extra_info": info, "stats": {"data": [1e-4, 1.2e-4, 1.4e-4]}}
+
+    rows = [
+        row(OURS, useful_gbps=3900.0),
+        row("alone", op="attention", useful_gflops=1.0, speedup=2.0),
+        row("copy", useful_gbps=4300.0, speedup=0.907),
+        row("torch eager", useful_gbps=400.0, speedup=9.5),
+        row("torch.compile", useful_gbps=2000.0, speedup=1.951, inexact="by much", host_ms=0.25, host_bound=True),
+        row("interrupted"),
+    ]
+    skipped = [{"op": "rope_3d", "dtype": "bfloat16", "pass": "backward", "implementation": "peer", "reason": "a | b"}]
+    results = {"machine_info": {"device": "GPU", "torch": "2"}, "datetime": "2026-01-02T03", "benchmarks": rows, "skipped": skipped}
+    path = tmp_path / "gpu-2026-01-02.json"
+    path.write_text(json.dumps(results))
+    head, *lines = gpu_table.of_gpu(path).splitlines()
+    assert head == "GPU, torch 2, 2026-01-02 ([all rows](benchmarks/results/gpu-2026-01-02.json)):"
+    best = "torch.compile (inexact, host 0.25 ms)"
+    assert lines[3:] == [f"| rope_3d | bfloat16 | backward | 3,900.0 GB/s | 91% | {best} | 1.95x |"]
+
+    table = report.table(report.rows_of(results)).splitlines()
+    assert len(table) == 2 + len(rows) - 1 + len(skipped)
+    assert table[2] == f"| rope_3d | bfloat16 | backward | **{OURS}** | 3,900.0 GB/s | 0.108 / 0.120 / 0.132 |  |"
+    assert r"| peer | not supported | a \| b |  |" in table[6]
