@@ -16,7 +16,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from benchmarks.race import DEVICE, GRIDS, MAIN, ON_GPU, OURS, Implementation, Race, Tensors, compiled, randn
+from benchmarks.race import (
+    DEVICE,
+    FORWARD,
+    GRIDS,
+    MAIN,
+    ON_GPU,
+    OURS,
+    PASSES,
+    Implementation,
+    Race,
+    Tensors,
+    compiled,
+    of_pass,
+    randn,
+)
 from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attention
 from sora_kernels.layout import PackedLayout
 
@@ -55,9 +69,10 @@ def unpadded(x: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat([sample[:, :n].transpose(0, 1) for sample, n in zip(x, lengths, strict=True)])
 
 
-def attention(dtype: torch.dtype, backward: bool, *, batch: str = FIRST, cross: bool = False) -> Race:
+def attention(dtype: torch.dtype, which: str, *, batch: str = FIRST, cross: bool = False) -> Race:
     """Packed self-attention, or cross-attention of each sample to its own text."""
     torch.manual_seed(0)
+    backward = which != FORWARD
     q_lengths, heads, head_dim = BATCHES[batch]
     k_lengths = [TEXT_TOKENS] * len(q_lengths) if cross else q_lengths
     cu_q, cu_k = (torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int() for lengths in (q_lengths, k_lengths))
@@ -97,7 +112,7 @@ def attention(dtype: torch.dtype, backward: bool, *, batch: str = FIRST, cross: 
         rows["flex_attention compiled"] = flex(q, k, v, dout, lambda b, h, i, j: sample[i] == sample[j])
     flops = 4e-9 * heads * head_dim * sum(a * b for a, b in zip(q_lengths, k_lengths, strict=True))
     op = ("cross-attention" if cross else "attention") + (f", {batch}" if ON_GPU else "")
-    return Race(op, dtype, backward, flops * (3.5 if backward else 1), "gflops", [q, k, v], [dout], reference, rows)
+    return Race(op, dtype, which, {"gflops": of_pass(which, flops, 2.5 * flops)}, [q, k, v], [dout], reference, rows)
 
 
 def with_backend(backend: SDPBackend, function: Callable[..., Any], *args: Any) -> Any:
@@ -135,11 +150,11 @@ def flex(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask_mod: Callable[..., 
     return Implementation(lambda q, k, v: function(q, k, v, block_mask=mask), dense[:3], dense[3:], restore)
 
 
-def window_attention(dtype: torch.dtype, backward: bool) -> Race:
+def window_attention(dtype: torch.dtype, which: str) -> Race:
     """Attention within a (t, h, w) window of one video, NATTEN's rule, against a mask and against all of the video."""
     torch.manual_seed(0)
     layout, (_, heads, head_dim) = PackedLayout.from_grids([WINDOW_GRID], DEVICE), BATCHES[FIRST]
-    q, k, v, dout = (randn(layout.num_tokens, heads, head_dim, dtype=dtype, grad=backward) for _ in range(4))
+    q, k, v, dout = (randn(layout.num_tokens, heads, head_dim, dtype=dtype, grad=which != FORWARD) for _ in range(4))
 
     def seen(i: Tensor, j: Tensor) -> Tensor:
         inside, stride = j >= 0, 1
@@ -152,8 +167,8 @@ def window_attention(dtype: torch.dtype, backward: bool) -> Race:
     tokens = torch.arange(q.shape[0], device=DEVICE)
     mask = seen(tokens[:, None], tokens)
 
-    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask).transpose(0, 1)
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # of four dimensions, or torch's fused kernels do not take it
+        return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask)[0].transpose(0, 1)
 
     rows = {
         OURS: Implementation(lambda q, k, v: spatiotemporal_attention(q, k, v, layout, window=WINDOW)),
@@ -162,7 +177,8 @@ def window_attention(dtype: torch.dtype, backward: bool) -> Race:
         "flex_attention compiled": flex(q, k, v, dout, lambda b, h, i, j: seen(i, j)),
     }
     flops = 4e-9 * heads * head_dim * q.shape[0] * WINDOW[0] * WINDOW[1] * WINDOW[2]
-    return Race("window attention", dtype, backward, flops * (3.5 if backward else 1), "gflops", [q, k, v], [dout], masked, rows)
+    work = {"gflops": of_pass(which, flops, 2.5 * flops)}
+    return Race("window attention", dtype, which, work, [q, k, v], [dout], masked, rows)
 
 
 ROWS = [OURS, "SDPA per sample", "flex_attention compiled"]
@@ -172,21 +188,21 @@ DTYPES = [MAIN] if ON_GPU else [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("implementation", ROWS)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("which", PASSES.values(), ids=PASSES.keys())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_attention(measure, implementation, batch, dtype, backward):
-    measure(implementation, attention, dtype, backward, batch=batch)
+def test_attention(measure, implementation, batch, dtype, which):
+    measure(implementation, attention, dtype, which, batch=batch)
 
 
 @pytest.mark.parametrize("implementation", [name for name in ROWS if "flex" not in name])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("which", PASSES.values(), ids=PASSES.keys())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cross_attention(measure, implementation, dtype, backward):
-    measure(implementation, attention, dtype, backward, cross=True, batch=list(BATCHES)[-1])
+def test_cross_attention(measure, implementation, dtype, which):
+    measure(implementation, attention, dtype, which, cross=True, batch=list(BATCHES)[-1])
 
 
 @pytest.mark.parametrize("implementation", [OURS, f"{OURS}, no window", "SDPA with mask", "flex_attention compiled"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_window_attention(measure, implementation, backward):
-    measure(implementation, window_attention, MAIN, backward)
+@pytest.mark.parametrize("which", PASSES.values(), ids=PASSES.keys())
+def test_window_attention(measure, implementation, which):
+    measure(implementation, window_attention, MAIN, which)

@@ -1,26 +1,32 @@
 """One training step (loss and all gradients) of a two-block DiT of S width on a packed batch, against its weights in plain torch.
 
+On a GPU it runs in bfloat16 on the large batch: the small one would measure Python.
+
 The peers are a DiT on dense tensors, run over the samples one by one or on the batch padded to its longest sample, as one does
 without packing. Both get their latents cut into patches, and their RoPE tables, before the clock starts.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.bench_adaln import modulate
 from benchmarks.bench_rope import norm_rotate, rope_tables
-from benchmarks.race import DEVICE, OURS, Implementation, Race, randn
+from benchmarks.race import BOTH, DEVICE, MAIN, ON_GPU, OURS, Implementation, Race, randn
+from benchmarks.race import LAYOUT as LARGE
 from sora_kernels.layout import PackedLayout
 from sora_model.config import DiTConfig
 from sora_model.dit import FREQUENCIES, DiT, sinusoids
 
-LAYOUT = PackedLayout.from_grids([(1, 16, 16), (4, 16, 16), (4, 20, 20), (1, 24, 24), (1, 32, 18)], DEVICE)
+SMALL = PackedLayout.from_grids([(1, 16, 16), (4, 16, 16), (4, 20, 20), (1, 24, 24), (1, 32, 18)], DEVICE)
+LAYOUT = LARGE if ON_GPU else SMALL
 CONFIG = DiTConfig.preset("S", patch=(1, 2, 2), in_channels=16, depth=2)
 
 
@@ -38,12 +44,23 @@ def dense_dit(dit: DiT, patches: Tensor, timesteps: Tensor, cos: Tensor, sin: Te
         return row
 
     x = F.linear(patches, dit.patch_embed.weight.flatten(1), dit.patch_embed.bias)
-    c = F.silu(dit.time_embed(sinusoids(timesteps, FREQUENCIES)))[:, None]
+    c = F.silu(dit.time_embed(sinusoids(timesteps, FREQUENCIES).type_as(patches)))[:, None]
     for block in dit.blocks:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.modulation(c).chunk(6, dim=-1)
         x = x + gate * attend(block.attention, modulate(x, shift, scale, same))
         x = x + gate_mlp * block.mlp(modulate(x, shift_mlp, scale_mlp, same))
     return dit.final(modulate(x, *dit.final_modulation(c).chunk(2, dim=-1), same))
+
+
+class Dense(torch.nn.Module):
+    """`dense_dit` with parameters that `functional_call` can replace."""
+
+    def __init__(self, dit: DiT) -> None:
+        super().__init__()
+        self.dit = dit
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return dense_dit(self.dit, *args)
 
 
 def cut(videos: Sequence[Tensor], channels: str) -> list[Tensor]:
@@ -54,12 +71,12 @@ def cut(videos: Sequence[Tensor], channels: str) -> list[Tensor]:
 
 def training_step() -> Race:
     torch.manual_seed(0)
-    dit = DiT(CONFIG).to(DEVICE)
+    dit = DiT(CONFIG).to(DEVICE, MAIN)
     parameters = list(dit.parameters())
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.05)  # at its own initialisation most gradients are zero
     shapes = [[n * p for n, p in zip(sample[0].grid, CONFIG.patch_size, strict=True)] for sample in LAYOUT.spans]
-    latents, targets = ([randn(CONFIG.in_channels, *shape) for shape in shapes] for _ in range(2))
+    latents, targets = ([randn(CONFIG.in_channels, *shape, dtype=MAIN) for shape in shapes] for _ in range(2))
     timesteps = torch.linspace(50, 950, LAYOUT.num_samples, device=DEVICE)
     cos, sin = rope_tables(LAYOUT, CONFIG.hidden_size // CONFIG.num_heads, CONFIG.rope_theta)
 
@@ -67,29 +84,36 @@ def training_step() -> Race:
     padded = [pad_sequence(list(x), batch_first=True) for x in (inputs, outputs, cos, sin)]
     mask = torch.arange(LAYOUT.max_seqlen, device=DEVICE) < LAYOUT.cu_seqlens.diff()[:, None]
 
-    def loss(squared_errors: Sequence[Tensor]) -> Tensor:
-        return sum(x.sum() for x in squared_errors) / sum(x.numel() for x in targets)
+    def loss(differences: Sequence[Tensor]) -> Tensor:
+        return sum(x.float().square().sum() for x in differences) / sum(x.numel() for x in targets)
 
     def packed(_: Sequence[Tensor]) -> Tensor:
-        return loss([(x - y).square() for x, y in zip(dit(latents, timesteps), targets, strict=True)])
+        return loss([x - y for x, y in zip(dit(latents, timesteps), targets, strict=True)])
+
+    def each(run: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        samples = zip(inputs, timesteps, cos, sin, outputs, strict=True)
+        return loss([run(x[None], t[None], c[None], s[None])[0] - y for x, t, c, s, y in samples])
 
     def per_sample(_: Sequence[Tensor]) -> Tensor:
-        samples = zip(inputs, timesteps, cos, sin, outputs, strict=True)
-        return loss([(dense_dit(dit, x[None], t[None], c[None], s[None])[0] - y).square() for x, t, c, s, y in samples])
+        return each(partial(dense_dit, dit), inputs)
 
     def padded_batch(_: Sequence[Tensor]) -> Tensor:
         x, y, c, s = padded
-        return loss([((dense_dit(dit, x, timesteps, c, s, mask) - y) * mask[..., None]).square()])
+        return loss([(dense_dit(dit, x, timesteps, c, s, mask) - y) * mask[..., None]])
 
+    def reference(parameters: Sequence[Tensor]) -> Tensor:
+        replaced = dict(zip((name for name, _ in dense.named_parameters()), parameters, strict=True))
+        return each(lambda *args: functional_call(dense, replaced, args), [x.float() for x in inputs])
+
+    dense = Dense(dit)
     runs: dict[str, Callable] = {OURS: packed, "torch per sample": per_sample, "torch padded": padded_batch}
     rows = {name: Implementation(run) for name, run in runs.items()}
     per_token = sum(x.numel() for block in dit.blocks for m in (block.attention, block.mlp) for x in m.parameters() if x.ndim == 2)
     ends = 2 * dit.patch_embed.weight.numel() + 3 * dit.final.weight.numel()  # the latents need no gradient
     scores = CONFIG.depth * CONFIG.hidden_size * sum(n * n for n in LAYOUT.seqlens)
-    work = (2 * LAYOUT.num_tokens * (3 * per_token + ends) + 14 * scores) / 1e9
-    return Race(
-        "DiT training step", torch.float32, True, work, "gflops", [parameters], [torch.ones((), device=DEVICE)], per_sample, rows
-    )
+    work = {"gflops": (2 * LAYOUT.num_tokens * (3 * per_token + ends) + 14 * scores) / 1e9}
+    one = torch.ones((), device=DEVICE)
+    return Race("DiT training step", MAIN, BOTH, work, [parameters], [one], reference, rows)
 
 
 @pytest.mark.parametrize("implementation", [OURS, "torch per sample", "torch padded"])

@@ -9,7 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.race import HEAD_DIM, HEADS, LAYOUT, ON_GPU, OURS, Implementation, Race, compiled, copied, gigabytes, passes, randn
+from benchmarks.race import (
+    FORWARD,
+    HEAD_DIM,
+    HEADS,
+    IDS,
+    LAYOUT,
+    ON_GPU,
+    OURS,
+    Implementation,
+    Race,
+    compiled,
+    copied,
+    gigabytes,
+    of_pass,
+    passes,
+    randn,
+)
 from sora_kernels.layout import PackedLayout
 from sora_kernels.rope import default_axes_dim, qk_norm_rope_3d, rope_3d
 
@@ -35,9 +51,10 @@ def norm_rotate(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: T
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
-def rope(dtype: torch.dtype, backward: bool, *, norm: bool) -> Race:
+def rope(dtype: torch.dtype, which: str, *, norm: bool) -> Race:
     """rope_3d, or qk_norm_rope_3d with `norm`."""
     torch.manual_seed(0)
+    backward = which != FORWARD
     cos, sin = rope_tables(LAYOUT, HEAD_DIM)
     x, y, dx, dy = (randn(LAYOUT.num_tokens, HEADS, HEAD_DIM, dtype=dtype, grad=backward) for _ in range(4))
     weights = [randn(HEAD_DIM, dtype=dtype, grad=backward) for _ in range(2)]
@@ -50,20 +67,18 @@ def rope(dtype: torch.dtype, backward: bool, *, norm: bool) -> Race:
         return peer(*xs, cos, sin)
 
     # Forward: x in, y out. Backward: dy in, dx out; the norm needs x again.
-    tensors = 2 * len(cotangents) * (2 if backward else 1) + (2 if norm and backward else 0)
+    work = of_pass(which, *((4, 6) if norm else (2, 2))) * gigabytes(x)
     rows = {
         OURS: Implementation(ours),
         "torch eager": Implementation(plain),
         "torch.compile": Implementation(compiled(plain)),
+        "copy": copied(work),
     }
-    name, work = "qk_norm_rope_3d" if norm else "rope_3d", tensors * gigabytes(x)
-    if not backward:
-        rows["copy"] = copied(work)
-    return Race(name, dtype, backward, work, "gbps", inputs, cotangents, plain, rows)
+    return Race("qk_norm_rope_3d" if norm else "rope_3d", dtype, which, {"gbps": work}, inputs, cotangents, plain, rows)
 
 
-@pytest.mark.parametrize(("backward", "implementation"), passes(OURS, "torch eager", "torch.compile", forward_only=["copy"]))
+@pytest.mark.parametrize(("which", "implementation"), passes(OURS, "torch eager", "torch.compile"), ids=IDS.get)
 @pytest.mark.parametrize("norm", [False, True], ids=["rope_3d", "qk_norm_rope_3d"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16] if ON_GPU else [torch.float32, torch.bfloat16], ids=str)
-def test_rope(measure, implementation, dtype, backward, norm):
-    measure(implementation, rope, dtype, backward, norm=norm)
+def test_rope(measure, implementation, dtype, which, norm):
+    measure(implementation, rope, dtype, which, norm=norm)

@@ -10,13 +10,13 @@ import json
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.report import group, rows_of
+from benchmarks.report import group, mark, rate, rows_of
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- GPU results: python -m benchmarks.gpu_table -->", "<!-- end of GPU results -->"
 HEADER = """\
-| op | dtype | pass | ours | best peer | ours is faster by |
-|---|---|---|---:|---|---:|"""
+| op | dtype | pass | ours | of copy bandwidth | best peer | ours is faster by |
+|---|---|---|---:|---:|---|---:|"""
 
 
 def table() -> str:
@@ -28,6 +28,7 @@ def table() -> str:
 
 
 def of_gpu(path: Path) -> str:
+    """One file's rows: ours of each op, dtype and pass, beside the copy and the best of the rows that compute the same."""
     results = json.loads(path.read_text())
     machine = results["machine_info"]
     lines = [
@@ -35,13 +36,15 @@ def of_gpu(path: Path) -> str:
     ]
     lines += ["", HEADER]
     for key, members in groupby(rows_of(results), group):
-        rows = [row for row in members if "reason" not in row]
-        ours = next((row for row in rows if "speedup" not in row), None)
-        peers = [row for row in rows if "speedup" in row and "sora_kernels" not in row["implementation"]]
-        if ours is None or not peers:
+        rows = {row["implementation"]: row for row in members if "reason" not in row}
+        ours, copy = rows.pop("sora_kernels", None), rows.pop("copy", None)
+        peers = [row for name, row in rows.items() if "sora_kernels" not in name]
+        if ours is None or not (peers or copy):
             continue
-        best = min(peers, key=lambda row: row["speedup"])
-        cells = [*key, f"{ours['work']:,.0f} {ours['unit']}", best["implementation"], f"{best['speedup']:.2f}x"]
+        # A copy moves as many bytes as the op must, so that the share of its bandwidth is the ratio of the times.
+        cells = [*key, rate(ours), f"{copy['speedup']:.0%}" if copy else ""]
+        best = min(peers, key=lambda row: row["speedup"], default=None)
+        cells += [mark(best), f"{best['speedup']:.2f}x"] if best else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -5,16 +5,18 @@ per sample), arranged before the clock starts. Everything runs on the GPU if the
 
 Useful work is what the op asks for, not what an implementation happens to do:
 
-    attention        4 H d sum_b Sq_b Sk_b FLOPs forward (Sk: the keys in the window), 3.5 times that with the backward
-    patch embedding  2 N K D FLOPs forward, twice that with the weight's gradient
-    RoPE, adaLN      bytes of each input read once and each output written once, in the forward and again in the backward
+    attention        4 H d sum_b Sq_b Sk_b FLOPs forward (Sk: the keys in the window), 2.5 times that backward
+    patch embedding  2 N K D FLOPs forward, as many for the weight's gradient; and bytes, as the memory-bound ops
+    memory-bound     bytes of each input read once and each output written once, in the forward and again in the backward
+
+A row of adaLN's modulation serves so many tokens that its bytes are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -33,6 +35,11 @@ HEADS, HEAD_DIM, WIDTH = (24, 128, 3072) if ON_GPU else (8, 64, 1152)
 # Largest error allowed, relative to the largest element of the float32 result.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
+# Passes. BACKWARD differentiates one graph, made before the clock starts, again and again; only on GPUs, for the CPU's sake.
+FORWARD, BOTH, BACKWARD = "forward", "forward+backward", "backward"
+IDS = {FORWARD: "False", BOTH: "True", BACKWARD: "alone"}  # a case's name says whether the backward is in it ...
+PASSES = {"forward": FORWARD, "backward": BOTH} | ({"backward alone": BACKWARD} if ON_GPU else {})  # ... or says it so
+
 Tensors = list[Tensor]
 
 
@@ -44,6 +51,7 @@ class Implementation:
         inputs, cotangents: in this implementation's layout, a list of tensors where it works sample by sample; default the race's.
         restore: brings outputs, followed by the gradients of the inputs that need one, into the race's layout.
         comparable: False for a row that computes something else on purpose.
+        differentiable: False for a row that is only called, whatever the pass.
     """
 
     run: Callable[..., Any]
@@ -51,6 +59,7 @@ class Implementation:
     cotangents: Sequence[Any] | None = None
     restore: Callable[[Tensors], Tensors] = list
     comparable: bool = True
+    differentiable: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,36 +67,49 @@ class Race:
     """One op at one dtype and pass, and everything that computes it.
 
     Args:
-        backward: forward and backward, with the gradients of all inputs that require one.
-        work: useful FLOPs or bytes of one call, in units of 1e9; `unit` is "gflops" or "gbps".
+        which: the pass; a backward gives the gradients of all inputs that require one.
+        work: useful FLOPs and bytes of one call, in units of 1e9, by unit: "gflops", "gbps".
         reference: plain torch, run once in float32; every row is checked against it.
+        host_seconds: what it takes the host to launch a row, as the clock finds out.
     """
 
     op: str
     dtype: torch.dtype
-    backward: bool
-    work: float
-    unit: str
+    which: str
+    work: dict[str, float]
     inputs: Sequence[Any]
     cotangents: Sequence[Any]
     reference: Callable[..., Any]
     implementations: dict[str, Implementation]
+    host_seconds: dict[str, float] = field(default_factory=dict)
+    _graphs: dict[str, Tensors] = field(default_factory=dict)
 
     def call(self, name: str) -> Tensors:
         """Runs one implementation: outputs, then gradients, in its own layout."""
         row = self.implementations[name]
         inputs = self.inputs if row.inputs is None else row.inputs
-        return self._run(row.run, inputs, self.cotangents if row.cotangents is None else row.cotangents)
+        if self.which == FORWARD or not row.differentiable:
+            with torch.no_grad():
+                return leaves([row.run(*inputs)])
+        cotangents = self.cotangents if row.cotangents is None else row.cotangents
+        if self.which == BOTH:
+            return differentiated(leaves([row.run(*inputs)]), inputs, cotangents)
+        if name not in self._graphs:
+            self._graphs[name] = leaves([row.run(*inputs)])
+        return differentiated(self._graphs[name], inputs, cotangents, retain_graph=True)
 
     def check(self, name: str) -> None:
-        """Raises ArithmeticError if an output or a gradient of an implementation is wrong."""
+        """Raises ArithmeticError if an output or a gradient of an implementation is wrong, ValueError if it has another shape."""
         row = self.implementations[name]
         if not row.comparable:
             return
         for i, (got, expected) in enumerate(zip(row.restore(self.call(name)), self.expected, strict=True)):
+            result = f"{self.op} {self.dtype} by {name}: result {i}"
+            if got.shape != expected.shape:
+                raise ValueError(f"{result} has shape {list(got.shape)}, expected {list(expected.shape)}")
             error = float((got - expected).detach().abs().max() / expected.detach().abs().max())
-            if got.shape != expected.shape or not error <= TOLERANCE[self.dtype]:
-                raise ArithmeticError(f"{self.op} {self.dtype} by {name}: result {i} is off by {error:.2g} of its largest element")
+            if not error <= TOLERANCE[self.dtype]:
+                raise ArithmeticError(f"{result} is off by {error:.2g} of its largest element")
 
     @cached_property
     def expected(self) -> Tensors:
@@ -96,15 +118,17 @@ class Race:
                 return [single(y) for y in x]
             return x if x.dtype == torch.float32 else x.detach().float().requires_grad_(x.requires_grad)
 
-        return self._run(self.reference, single(self.inputs), single(self.cotangents))
+        inputs = single(self.inputs)
+        if self.which == FORWARD:
+            with torch.no_grad():
+                return leaves([self.reference(*inputs)])
+        return differentiated(leaves([self.reference(*inputs)]), inputs, single(self.cotangents))
 
-    def _run(self, run: Callable[..., Any], inputs: Sequence[Any], cotangents: Sequence[Any]) -> Tensors:
-        with torch.set_grad_enabled(self.backward):
-            outputs = run(*inputs)
-        outputs = leaves([outputs])
-        if not self.backward:
-            return outputs
-        return outputs + list(torch.autograd.grad(outputs, [x for x in leaves(inputs) if x.requires_grad], leaves(cotangents)))
+
+def differentiated(outputs: Tensors, inputs: Sequence[Any], cotangents: Sequence[Any], retain_graph: bool = False) -> Tensors:
+    """The outputs and the gradients of the inputs that need one."""
+    wanted = [x for x in leaves(inputs) if x.requires_grad]
+    return outputs + list(torch.autograd.grad(outputs, wanted, leaves(cotangents), retain_graph=retain_graph))
 
 
 def leaves(values: Iterable[Any]) -> Tensors:
@@ -125,13 +149,27 @@ def gigabytes(*tensors: Tensor) -> float:
     return sum(x.numel() * x.element_size() for x in tensors) / 1e9
 
 
-def passes(*rows: str, forward_only: Sequence[str] = ()) -> list[tuple[bool, str]]:
-    """(with the backward, row) of a benchmark's cases."""
-    return [(False, row) for row in (*rows, *forward_only)] + [(True, row) for row in rows]
+def of_pass(which: str, forward: float, backward: float) -> float:
+    """What a pass takes, of what its two halves take."""
+    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[which]
 
 
-def copied(work: float) -> Implementation:
-    """A row that reads and writes as many bytes, in 1e9, as the op must: the limit of memory-bound work."""
-    source = torch.ones(int(work * 1e9 / 2), dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return Implementation(lambda *_: target.copy_(source), comparable=False)
+def passes(*rows: str) -> list[tuple[str, str]]:
+    """(pass, row) of a benchmark's cases, with a copy beside the forward, on GPUs beside every pass."""
+    cases = [(which, row) for which in PASSES.values() for row in (*rows, "copy")]
+    return [(which, row) for which, row in cases if row != "copy" or which == FORWARD or ON_GPU]
+
+
+def copied(gigabytes: float) -> Implementation:
+    """A row that reads and writes as many bytes as the op must: the limit of memory-bound work."""
+
+    @cache
+    def memory() -> tuple[Tensor, Tensor]:
+        source = torch.ones(int(gigabytes * 1e9 / 2), dtype=torch.uint8, device=DEVICE)
+        return source, torch.empty_like(source)
+
+    def run(*_: Any) -> Tensor:
+        source, target = memory()
+        return target.copy_(source)
+
+    return Implementation(run, comparable=False, differentiable=False)

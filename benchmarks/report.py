@@ -1,6 +1,7 @@
 """Makes a markdown table and a plot of the benchmarks' results.
 
 pytest benchmarks --benchmark-only --benchmark-json=results.json
+python -m benchmarks.report results.json                              ->  the table alone, printed
 python -m benchmarks.report results.json --out docs/benchmarks        ->  docs/benchmarks/benchmarks.{md,png}
 """
 
@@ -12,11 +13,6 @@ import statistics
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 from benchmarks.race import OURS
 
@@ -30,14 +26,19 @@ COLORS = {"compile": "#00798c", "no window": "#edae49", "padded": "#8d96a3", "co
 
 
 def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One flat dict for each row, skipped ones at the end of their group."""
+    """One flat dict for each row, skipped ones at the end of their group; rows that were interrupted are left out.
+
+    A row's own unit is the first that it has; memory-bound products have both.
+    """
     rows = []
     for benchmark in results["benchmarks"]:
         info = benchmark["extra_info"]
-        key = next(key for key in UNITS if key in info)
+        units = [key for key in UNITS if key in info]
+        if not units:
+            continue
         times = sorted(benchmark["stats"]["data"])
         cuts = statistics.quantiles(times, n=10, method="inclusive")
-        rows.append({**info, "work": info[key], "unit": UNITS[key], "ms": [1e3 * cuts[i] for i in (1, 4, 7)]})
+        rows.append({**info, "work": info[units[0]], "unit": UNITS[units[0]], "ms": [1e3 * cuts[i] for i in (1, 4, 7)]})
     order = {group(row): i for i, row in reversed(list(enumerate(rows)))}
     return sorted(rows + results["skipped"], key=lambda row: order.get(group(row), len(order)))
 
@@ -46,22 +47,44 @@ def group(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["op"], row["dtype"], row["pass"]
 
 
+def rate(row: dict[str, Any]) -> str:
+    """134.1 GFLOP/s; where it is both, 134.1 GFLOP/s, 12.5 GB/s."""
+    return ", ".join(f"{row[key]:,.1f} {unit}" for key, unit in UNITS.items() if key in row)
+
+
+def mark(row: dict[str, Any]) -> str:
+    """The implementation's name, and what is to be known of it."""
+    notes = ["inexact"] if "inexact" in row else []
+    notes += [f"host {row['host_ms']:.3g} ms"] if row.get("host_bound") else []
+    return row["implementation"] + (f" ({', '.join(notes)})" if notes else "")
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [HEADER]
     for row in rows:
-        name = f"**{row['implementation']}**" if row["implementation"] == OURS else row["implementation"]
+        name = f"**{mark(row)}**" if row["implementation"] == OURS else mark(row)
         cells = [*group(row), name]
         if "reason" in row:
             cells += ["not supported", row["reason"].replace("|", "\\|"), ""]
         else:
             speedup = f"{row['speedup']:.2f}x" if "speedup" in row else ""
-            cells += [f"{row['work']:.1f} {row['unit']}", " / ".join(f"{t:.1f}" for t in row["ms"]), speedup]
+            cells += [rate(row), " / ".join(milliseconds(t) for t in row["ms"]), speedup]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def milliseconds(value: float) -> str:
+    """Three digits of it, or all of its whole ones."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Two columns, by unit; in each, a group per op, dtype and pass with a bar per peer: how much faster ours is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     rows = [row for row in rows if "reason" not in row]
     columns = [[row for row in rows if row["unit"] == unit] for unit in UNITS.values()]
     height = max(len(column) + 0.6 * len(list(groupby(column, group))) for column in columns)
@@ -92,11 +115,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="what --benchmark-json wrote")
-    parser.add_argument("--out", type=Path, required=True, help="folder for benchmarks.md and benchmarks.png")
+    parser.add_argument("results", type=Path, help="what --benchmark-json or --results wrote")
+    parser.add_argument("--out", type=Path, help="folder for benchmarks.md and benchmarks.png; without it, the table is printed")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text())
     rows = rows_of(results)
+    if arguments.out is None:
+        print(table(rows))
+        return
     machine = results["machine_info"]
     cpu = machine["cpu"].get("brand_raw", machine["processor"])
     summary = (
