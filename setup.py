@@ -12,6 +12,7 @@ Environment:
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -83,7 +84,7 @@ def cpu_graph(output: Path, objects: Path) -> Graph:
 
 def cuda_graph(output: Path, objects: Path, nvcc: Path) -> Graph:
     """Module _cuda: kernels for every architecture, with the CUDA runtime linked in."""
-    archs = architectures()
+    archs = architectures(nvcc)
     codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
     # and instructions from which drivers compile for newer GPUs; those of an architecture with a letter run on it alone
     newest = max(int(re.sub(r"\D", "", arch)) for arch in archs)
@@ -115,6 +116,8 @@ def find_nvcc() -> Path | None:
     if release is None or (int(release[1]), int(release[2])) < MINIMUM_NVCC:
         found = f"is version {release[1]}.{release[2]}" if release else "does not tell its version"
         return without_cuda(f"{nvcc} {found}, and {MINIMUM_NVCC[0]}.{MINIMUM_NVCC[1]} or newer is needed", wanted)
+    if not architectures(nvcc):
+        return without_cuda(f"{nvcc} no longer compiles for this machine's GPUs ({', '.join(present_architectures())})", wanted)
     return nvcc
 
 
@@ -124,23 +127,36 @@ def without_cuda(reason: str, wanted: str) -> None:
     print(f"sora_kernels: without the CUDA kernels: {reason}", file=sys.stderr)
 
 
-def architectures() -> list[str]:
-    """GPU architectures to compile for, such as 80 and 90a."""
-    text = os.environ.get("SORA_KERNELS_CUDA_ARCHS") or present_architectures()
-    archs = list(dict.fromkeys(text.replace(".", "").replace(";", " ").replace(",", " ").split())) or DEFAULT_ARCHS
+def architectures(nvcc: Path) -> list[str]:
+    """GPU architectures to compile for, such as 80 and 90a; none if this nvcc is too new for the GPUs present."""
+    text = os.environ.get("SORA_KERNELS_CUDA_ARCHS")
+    if not text:
+        return known_to(nvcc, present_architectures()) if present_architectures() else DEFAULT_ARCHS
+    archs = list(dict.fromkeys(text.replace(".", "").replace(";", " ").replace(",", " ").split()))
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch):
             sys.exit(f"SORA_KERNELS_CUDA_ARCHS: expected architectures such as 80;90a, got {text!r}")
     return archs
 
 
-def present_architectures() -> str:
-    """Those of the GPUs in this machine; empty if there are none."""
+@functools.cache
+def present_architectures() -> list[str]:
+    """Those of the GPUs in this machine."""
     try:
         command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return []
+    return list(dict.fromkeys(text.replace(".", "").split()))
+
+
+def known_to(nvcc: Path, present: list[str]) -> list[str]:
+    """The GPUs' architectures, those that are newer than this nvcc as the newest it knows, without those it no longer knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
+    known = [int(number) for number in re.findall(r"compute_(\d+)", listed)]
+    if not known:
+        return present
+    return list(dict.fromkeys(str(min(int(arch), max(known))) for arch in present if int(arch) >= min(known)))
 
 
 class NinjaBuild(build_ext):

@@ -126,14 +126,13 @@ def _select(function: str, on: torch.device, dtype: torch.dtype, width: int, for
 
 def call(function: str, like: Tensor, *args: object) -> None:
     """Runs `function` on the backend that serves tensors such as `like`, on like's GPU if it is on one."""
+    if like.is_cuda and like.device.index != torch.cuda.current_device():
+        with torch.cuda.device(like.device):  # before a backend is asked, too, as it answers for the present GPU
+            return call(function, like, *args)
     name, run = _select(function, like.device, like.dtype, like.shape[-1], _forced)
     for record_ in _records:
         record_.append((function, name))
-    if like.is_cuda and like.device.index != torch.cuda.current_device():
-        with torch.cuda.device(like.device):
-            run(*args)
-    else:
-        run(*args)
+    run(*args)
 
 
 @contextlib.contextmanager

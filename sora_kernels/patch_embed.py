@@ -43,7 +43,8 @@ def patch_embed_3d(
         patch_size: (pt, ph, pw); must divide each video's (T, H, W).
 
     Returns:
-        tokens [N, D] in the videos' dtype, and the layout of the N = sum of T/pt * H/ph * W/pw tokens.
+        tokens [N, D] in the videos' dtype, and the layout of the N = sum of T/pt * H/ph * W/pw tokens, on their device; while a
+        CUDA graph is captured it stays on the host, so build the layout that other ops in the graph use beforehand.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -123,10 +124,14 @@ def _check_videos(op: str, videos: Videos, patch: list[int], weight: Tensor | No
         name = f"videos[{i}]"
         check_tensor(op, name, clip, (channels, "T", "H", "W"), dtype=like.dtype, like=like)
         channels = clip.shape[0]
+        if channels == 0:
+            fail(op, name, "at least one channel", "none")
         if any(n % p for n, p in zip(clip.shape[1:], patch, strict=True)):
             fail(op, name, f"(T, H, W) divisible by patch_size {tuple(patch)}", f"{tuple(clip.shape[1:])}")
     grids = [[n // p for n, p in zip(clip.shape[1:], patch, strict=True)] for clip in clips]
-    return clips, PackedLayout.from_grids(grids, device=first.device)
+    # Nothing of pageable memory can be copied to a GPU while a graph is captured.
+    capturing = first.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    return clips, PackedLayout.from_grids(grids, device=None if capturing else first.device)
 
 
 def _num_tokens(clips: Sequence[Tensor], patch: Sequence[int]) -> int:

@@ -31,9 +31,12 @@ class Simt(backends.Backend):
             raise RuntimeError("the SIMT harness cannot be built") from error
 
 
+# What plain PyTorch computes in float32 is the measure of ours; on GPUs its convolutions would round to TF32 by default.
+torch.backends.cudnn.allow_tf32 = False
+
 if backends.INTERPRETED:
     interpreter.prepare()
-if shutil.which("g++") and not torch.cuda.is_available():
+if shutil.which(simt.build.COMPILER) and not torch.cuda.is_available():
     backends.BACKENDS["simt"] = Simt("simt", "", ("cpu",), backends.BACKENDS["cuda"].dtypes)
     backends.ORDER["cpu"] = (*backends.ORDER["cpu"][:-1], "simt", "reference")
 

@@ -44,6 +44,7 @@ SHAPES = {
     "slack": {"slack": 7},
     "tokens": {"lengths": (1,) * 40},
     "one_row": {"lengths": (199,)},
+    "long_rows": {"lengths": (3, 1100), "d": 8},  # of more partial sums than a block adds
     "very_wide": {"lengths": (1,), "d": 10248},  # too long a row for the registers of a block
     "nothing": {"lengths": (0, 0), "slack": 3},
     "no_rows": {"lengths": (), "slack": 3},

@@ -1,11 +1,13 @@
 """What only a GPU can show: nothing waits for it, calls are captured in a CUDA graph, and they run on the caller's stream."""
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from sora_kernels import backends
 from sora_kernels.adaln import gate_residual_layer_norm_modulate, layer_norm_modulate
 from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attention
 from sora_kernels.backends import use_backend
@@ -58,6 +60,16 @@ def every_op(request) -> tuple[Callable[..., Tensor], list[Tensor]]:
         with use_backend("triton"):
             step(*made)
             yield made
+
+
+@pytest.mark.skipif(os.environ.get("SORA_KERNELS_CUDA") == "0", reason="the CUDA kernels are not built")
+def test_every_gpu_backend_is_there() -> None:
+    """One that cannot be loaded would only make its tests vanish."""
+    compiled = backends.BACKENDS["cuda"].load()
+    for function in backends.FUNCTIONS:
+        reasons = dict(backends.candidates(function, "cuda", torch.bfloat16))
+        assert reasons["triton"] is None, function
+        assert reasons["cuda"] is None or not hasattr(compiled, function), function
 
 
 def test_nothing_waits_for_the_gpu(every_op) -> None:
@@ -113,6 +125,13 @@ def test_offsets_past_2_to_the_31() -> None:
     cu = torch.tensor([0, tokens - 70, tokens], device="cuda", dtype=torch.int32)
     out = flash_attn_varlen_func(q, k, v, cu, cu)
     assert torch.equal(out, flash_attn_varlen_func(*(x.contiguous() for x in (q, k, v)), cu, cu))
+    stride = wide.numel() // 64 // 16 * 16
+    far = wide.view(-1).as_strided((64, heads, d), (stride, d, 1)).normal_()  # within one block of rows
+    bounds = torch.tensor([0, 64], device="cuda", dtype=torch.int32)
+    near = far.contiguous()
+    assert torch.equal(
+        flash_attn_varlen_func(far, far, far, bounds, bounds), flash_attn_varlen_func(near, near, near, bounds, bounds)
+    )
     layout = PackedLayout.from_grids([(13, 10, 100)], "cuda")
     assert torch.equal(rope_3d(q, layout), rope_3d(q.contiguous(), layout))
     row = torch.randn(2, 1, heads * d, device="cuda").bfloat16()

@@ -151,6 +151,7 @@ BAD = {
         *VIDEOS,
         ({"weight": W[0]}, "weight: expected shape [D, C, pt, ph, pw], got [4, 1, 2, 2]"),
         ({"patch_size": (2, 2, 2)}, "weight: expected shape [D, C, 2, 2, 2], got [8, 4, 1, 2, 2]"),
+        ({"weight": W[:, :0], "videos": [V[0][:0]]}, "videos[0]: expected at least one channel, got none"),
         ({"bias": torch.zeros(7)}, "bias: expected shape [8], got [7]"),
         ({"bias": torch.zeros(8).half()}, "bias: expected dtype float32, got float16"),
     ],

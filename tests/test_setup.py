@@ -5,17 +5,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
-def build(tmp_path, release="11.8", **environment):
-    """setup.py, building nothing, where CUDA_HOME has an nvcc of that release."""
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.0\n")
-    nvcc.chmod(0o755)
-    env = {**os.environ, "CUDA_HOME": str(tmp_path), **environment}
-    return subprocess.run([sys.executable, "setup.py", "--name"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+def build(tmp_path, release="11.8", gpus="", command=("setup.py", "--name"), **environment):
+    """setup.py, building nothing, where CUDA_HOME has an nvcc of that release for compute capabilities 7.5 to 9.0."""
+    tools = {
+        "nvcc": f"[ $1 = --list-gpu-arch ] && echo compute_75 compute_90 || echo Cuda compilation tools, release {release}, V1",
+        "nvidia-smi": f"printf '{gpus}'" if gpus else "exit 9",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, script in tools.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {**os.environ, "CUDA_HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", **environment}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
 def test_old_nvcc_is_named_and_passed_over(tmp_path):
@@ -33,6 +39,22 @@ def test_old_nvcc_fails_where_cuda_is_demanded(tmp_path):
 
 def test_new_nvcc_is_silent(tmp_path):
     assert "CUDA" not in build(tmp_path, release="12.4").stderr
+
+
+@pytest.mark.parametrize(
+    ("gpus", "archs"), [("", ["80", "90a"]), ("8.9\\n8.9\\n9.0\\n", ["89", "90"]), ("12.0\\n", ["90"]), ("7.0\\n8.0\\n", ["80"])]
+)
+def test_architectures_are_those_of_the_gpus_that_nvcc_knows(tmp_path, gpus, archs):
+    """A newer GPU runs what its driver compiles from the newest that there is."""
+    code = "import sys; sys.argv = ['setup.py', '--name']; exec(open('setup.py').read()); print(architectures(NVCC))"
+    done = build(tmp_path, "12.4", gpus, ("-c", f"__file__ = 'setup.py'; {code}"), SORA_KERNELS_CUDA_ARCHS="")
+    assert done.stdout.splitlines()[-1] == str(archs), done.stderr
+
+
+def test_gpus_that_nvcc_no_longer_knows_leave_cuda_out(tmp_path):
+    done = build(tmp_path, "12.4", "7.0\\n", SORA_KERNELS_CUDA_ARCHS="")
+    assert done.returncode == 0
+    assert f"without the CUDA kernels: {tmp_path}/bin/nvcc no longer compiles for this machine's GPUs (70)" in done.stderr
 
 
 def test_leaving_cuda_out_is_silent(tmp_path):

@@ -4,11 +4,14 @@
 //   out = norm(residual_out or x) (1 + scale[r]) + shift[r]  (NORM)
 //
 // A row of threads (threadIdx.x) owns a token: a warp up to 160 vectors of 16 bytes (1280 channels of bfloat16), then one more warp
-// per 160. Blocks have at least 128 threads, so that 16 blocks fill a multiprocessor. The token's row stays in registers as it is
-// stored, kVectors vectors to a thread, from the loads over the mean and the variance to the result, so that memory sees each input
-// and output once: D (2 or 3 reads and writes) elements a token. All loads of the token are in flight before the search for its
-// modulation row begins, which then costs no time of its own; the modulation rows are those of neighbouring tokens and come from
-// L1. Statistics are float32; the variance is the mean of (x - mean)^2.
+// per 160. A block has about 128 threads; with 100 registers each, five blocks fit on a multiprocessor. The token's row stays in
+// registers as it is stored, kVectors vectors to a thread, from the loads over the mean and the variance to the result, so that
+// memory sees each input and output once: D (2 or 3 reads and writes) elements a token. All loads of the token are in flight before
+// the search for its modulation row begins, which then costs no time of its own; the modulation rows are those of neighbouring
+// tokens and come from L1. Statistics are float32; the variance is the mean of (x - mean)^2.
+//
+// With 2-byte types the arithmetic takes nearly as long as the memory, so what a call does not need (AFFINE: the norm's own weight
+// and bias) is compiled away.
 //
 // Rows that are too long (more than 2560 vectors) or cannot be moved in vectors take the variant V = 0, which reads them again
 // from memory for each pass, mostly from L1.
@@ -19,7 +22,7 @@ namespace sora::cuda {
 namespace {
 
 constexpr int kVectors = 5;
-constexpr int kMinThreads = 128;
+constexpr int kBlockThreads = 128;
 
 template <class T>
 struct Forward {
@@ -34,36 +37,44 @@ struct Forward {
   float eps;
 };
 
-template <class T, int VEC, int V, bool GATE, bool NORM>
+template <class T, int VEC, int V, bool GATE, bool NORM, bool AFFINE>
 __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(const __grid_constant__ Forward<T> a) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool inside = n < a.tokens;  // the last block's spare rows take part in the barriers only
   int count = inside ? a.width / VEC : 0;
-  Vector<T, VEC> row[V > 0 ? V : 1], other[V > 0 ? V : 1];
+  const T *const x_row = a.x[n], *const residual_row = a.residual[n];
+  T *const residual_out_row = a.residual_out[n], *const out_row = a.out[n];
+  Vector<T, VEC> row[V > 0 ? V : 1], other[V > 0 ? V : 1], gates[V > 0 ? V : 1];
   if constexpr (V > 0)
     each_vector<V>(count, [&](int j, int i) {
-      row[j] = load<VEC>(a.x[n] + i * VEC);
-      if constexpr (GATE) other[j] = load<VEC>(a.residual[n] + i * VEC);
+      row[j] = load<VEC>(x_row + i * VEC);
+      if constexpr (GATE) other[j] = load<VEC>(residual_row + i * VEC);
     });
   const int r = inside ? find_row(a.cu, a.num_rows, n) : 0;
+  const T *const gate_row = a.gate[r], *const shift_row = a.shift[r], *const scale_row = a.scale[r];
 
   if (inside && r == a.num_rows) {  // slack
     each_vector<0>(count, [&](int, int i) {
-      if constexpr (GATE) store_zeros<VEC>(a.residual_out[n] + i * VEC);
-      if constexpr (NORM) store_zeros<VEC>(a.out[n] + i * VEC);
+      if constexpr (GATE) store_zeros<VEC>(residual_out_row + i * VEC);
+      if constexpr (NORM) store_zeros<VEC>(out_row + i * VEC);
     });
     if (NORM && threadIdx.x == 0) a.mean[n] = a.rstd[n] = 0;
     count = 0;
   }
   const bool used = count > 0;
 
-  if constexpr (GATE)
+  if constexpr (GATE) {
+    // All before the first store, which the compiler must take for one into the next load.
+    if constexpr (V > 0) each_vector<V>(count, [&](int j, int i) { gates[j] = load<VEC>(gate_row + i * VEC); });
     each_vector<V>(count, [&](int j, int i) {
-      const auto gate = load<VEC>(a.gate[r] + i * VEC);
-      if constexpr (V == 0) row[0] = load<VEC>(a.x[n] + i * VEC), other[0] = load<VEC>(a.residual[n] + i * VEC);
-      for (int k = 0; k < VEC; ++k) row[j].set(k, fmaf(gate[k], row[j][k], other[j][k]));
-      store(a.residual_out[n] + i * VEC, row[j]);
+      if constexpr (V == 0) {
+        gates[0] = load<VEC>(gate_row + i * VEC);
+        row[0] = load<VEC>(x_row + i * VEC), other[0] = load<VEC>(residual_row + i * VEC);
+      }
+      for (int k = 0; k < VEC; ++k) row[j].set(k, fmaf(gates[j][k], row[j][k], other[j][k]));
+      store(residual_out_row + i * VEC, row[j]);
     });
+  }
 
   if constexpr (NORM) {
     // The normed row as stored. Without registers for it, each thread reads back what it wrote itself.
@@ -72,7 +83,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(const __grid_con
         keep_packed(row[j]);
         return row[j];
       }
-      return load<VEC>(static_cast<const T*>(GATE ? a.residual_out[n] : a.x[n]) + i * VEC);
+      return load<VEC>((GATE ? residual_out_row : x_row) + i * VEC);
     };
     float* scratch = reinterpret_cast<float*>(shared_memory);  // two floats per warp
     float mean[1] = {}, variance[1] = {};
@@ -97,20 +108,20 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(const __grid_con
     if (used && threadIdx.x == 0) a.mean[n] = mean[0], a.rstd[n] = rstd;
 
     each_vector<V>(count, [&](int j, int i) {
-      const auto x = value(j, i), scale = load<VEC>(a.scale[r] + i * VEC), shift = load<VEC>(a.shift[r] + i * VEC);
+      const auto x = value(j, i), scale = load<VEC>(scale_row + i * VEC), shift = load<VEC>(shift_row + i * VEC);
       float y[VEC];
       for (int k = 0; k < VEC; ++k) y[k] = (x[k] - mean[0]) * rstd;
-      if (a.weight != nullptr) {
+      if (AFFINE && a.weight != nullptr) {
         const auto weight = load<VEC>(a.weight + i * VEC);
         for (int k = 0; k < VEC; ++k) y[k] *= weight[k];
       }
-      if (a.bias != nullptr) {
+      if (AFFINE && a.bias != nullptr) {
         const auto bias = load<VEC>(a.bias + i * VEC);
         for (int k = 0; k < VEC; ++k) y[k] += bias[k];
       }
       Vector<T, VEC> out;
       for (int k = 0; k < VEC; ++k) out.set(k, fmaf(y[k], 1 + scale[k], shift[k]));
-      store(a.out[n] + i * VEC, out);
+      store(out_row + i * VEC, out);
     });
   }
 }
@@ -131,14 +142,15 @@ void run_forward(const char* op, const AdaLn& a) {
       f.width % kWide == 0 &&
       aligned(16, sizeof(T), {&a.residual, &a.x, &a.gate, &a.shift, &a.scale, &a.weight, &a.bias, &a.residual_out, &a.out});
   const int vectors = f.width / (wide ? kWide : 1), warps = static_cast<int>(ceil_div(vectors, kWarp * kVectors));
-  const dim3 block(std::clamp(warps * kWarp, kWarp, kMaxThreads), std::max(1, kMinThreads / std::max(warps * kWarp, kWarp)));
+  const dim3 block(std::clamp(warps * kWarp, kWarp, kMaxThreads), std::max(1, kBlockThreads / std::max(warps * kWarp, kWarp)));
   const dim3 grid(static_cast<unsigned>(ceil_div(f.tokens, block.y)));
   const size_t shared = NORM ? 2 * block.x * block.y / kWarp * sizeof(float) : 0;
   const bool held = static_cast<int>(block.x) * kVectors >= vectors;
   launch({op, current_stream(a.x)},
-         wide && held ? adaln_forward<T, kWide, kVectors, GATE, NORM>
-         : wide       ? adaln_forward<T, kWide, 0, GATE, NORM>
-                      : adaln_forward<T, 1, 0, GATE, NORM>,
+         wide && held && (a.weight || a.bias) ? adaln_forward<T, kWide, kVectors, GATE, NORM, NORM>
+         : wide && held                       ? adaln_forward<T, kWide, kVectors, GATE, NORM, false>
+         : wide                               ? adaln_forward<T, kWide, 0, GATE, NORM, NORM>
+                                              : adaln_forward<T, 1, 0, GATE, NORM, NORM>,
          grid, block, shared, f);
 }
 

@@ -11,9 +11,10 @@
 //                    and output moves once, 3 (norm) or 6 (both) times D elements a token.
 //   column_backward  for gate_residual, whose gradient has one pass and whose sums stay in registers; and for rows that are too
 //                    long or cannot be moved in vectors, which it reads once more for the means of the first pass.
-// A row of one chunk is finished there. Other chunks leave their sums in `partial`, which sum_chunks adds in order and finishes:
-// with 16 tokens a chunk, an eighth of what the tokens move, mostly within L2. Longer chunks would move less and round more, as
-// their sums are single chains of additions. weight and bias get theirs in sum_rows, from the sums of each row.
+// A row of one chunk is finished there. Other chunks leave their sums in `partial`, which sum_chunks adds in order and finishes;
+// those of rows of more than 64 chunks gather_chunks adds first, 64 to a block, or a batch of a few long rows would leave most of
+// the GPU idle. With 16 tokens a chunk that is a sixth to an eighth of what the tokens move (2-byte types). Longer chunks would
+// move less and round more, as their sums are single chains of additions. weight and bias get theirs in sum_rows, from the rows'.
 //
 // The boundaries are on the device only, so the host launches as many blocks as there could be chunks. Block b finds its row r as
 // the last one with cu[r] / kTokens + r <= b: these first blocks of rows are far enough apart for all chunks of a row.
@@ -23,7 +24,8 @@
 namespace sora::cuda {
 namespace {
 
-constexpr int kTokens = 16;
+constexpr int kTokens = 16;    // of a chunk
+constexpr int kTogether = 64;  // chunks that gather_chunks adds
 template <class T>
 constexpr int kVectors = sizeof(T) == 4 ? 3 : 2;  // held by a thread of norm_backward: as many as fit into 128 registers
 constexpr int kShift = 0, kScale = 1;             // sums of dout and dout * xhat; that of g * x comes last
@@ -39,7 +41,7 @@ struct Backward {
   const int32_t* cu;
   Rows<T> dresidual, dx, dshift, dscale, dgate;
   T *dweight, *dbias;
-  float* partial;     // [slots, kSums, D]; the row that starts at token n has the slots from 2 (n / kTokens)
+  float* partial;     // [slots, kSums, D]; row r starts at slot b + min(r, b), where b = begin(r) / kTokens
   float* row_totals;  // [R, 2, D]; null if there is neither weight nor bias
   int64_t tokens;
   int num_rows, width;
@@ -50,7 +52,10 @@ struct Backward {
     return r > num_rows ? tokens : max(int64_t{0}, min(static_cast<int64_t>(cu[r]), tokens));
   }
   __device__ int64_t length(int r) const { return max(int64_t{0}, begin(r + 1) - begin(r)); }
-  __device__ float* slot(int r) const { return partial + begin(r) / kTokens * 2 * stride; }
+  __device__ float* slot(int r) const {
+    const int64_t before = begin(r) / kTokens;
+    return partial + (before + min(static_cast<int64_t>(r), before)) * stride;
+  }
   int64_t stride;  // of a slot: kSums * D
 };
 
@@ -60,19 +65,20 @@ struct Chunk {
   int64_t begin, end;
 };
 
-template <class T>
+// Chunk number blockIdx.x of K tokens.
+template <int K, class T>
 __device__ __forceinline__ Chunk find_chunk(const Backward<T>& a) {
   const int64_t block = blockIdx.x;
   int low = 0, high = a.num_rows;
   while (low < high) {
     const int middle = low + (high - low + 1) / 2;
-    if (a.begin(middle) / kTokens + middle <= block)
+    if (a.begin(middle) / K + middle <= block)
       low = middle;
     else
       high = middle - 1;
   }
-  const int64_t first = a.begin(low), index = block - (first / kTokens + low), begin = first + index * kTokens;
-  return {low, static_cast<int>(index), begin, min(begin + kTokens, a.begin(low + 1))};
+  const int64_t first = a.begin(low), index = block - (first / K + low), begin = first + index * K;
+  return {low, static_cast<int>(index), begin, min(begin + K, a.begin(low + 1))};
 }
 
 template <int VEC, class T>
@@ -184,7 +190,7 @@ __device__ __forceinline__ void token_gradient(const Backward<T>& a, int64_t n, 
 template <class T, int VEC, bool GATE>
 __global__ void __launch_bounds__(kMaxThreads, 1) norm_backward(const __grid_constant__ Backward<T> a) {
   constexpr int kCount = kSums<GATE, true>, kQuads = VEC / 4;
-  const Chunk chunk = find_chunk(a);
+  const Chunk chunk = find_chunk<kTokens>(a);
   if (chunk.begin >= chunk.end) return;
   if (chunk.row == a.num_rows) return zero_chunk<VEC>(a, chunk);
   const int vectors = a.width / VEC, r = chunk.row;
@@ -232,7 +238,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_backward(const __grid_con
 template <class T, int VEC, bool GATE, bool NORM>
 __global__ void __launch_bounds__(kMaxThreads, 1) column_backward(const __grid_constant__ Backward<T> a) {
   constexpr int kCount = kSums<GATE, NORM>;
-  const Chunk chunk = find_chunk(a);
+  const Chunk chunk = find_chunk<kTokens>(a);
   if (chunk.begin >= chunk.end) return;
   if (chunk.row == a.num_rows) return zero_chunk<VEC>(a, chunk);
   const int vectors = a.width / VEC, r = chunk.row;
@@ -272,6 +278,23 @@ __global__ void __launch_bounds__(kMaxThreads, 1) column_backward(const __grid_c
   }
 }
 
+// A block owns 32 columns of kTogether chunks of one row that has more, and leaves their sums in the first one's slot.
+template <class T, bool GATE, bool NORM>
+__global__ void __launch_bounds__(kWarp* kLanes, 1) gather_chunks(const __grid_constant__ Backward<T> a) {
+  constexpr int kCount = kSums<GATE, NORM>;
+  const Chunk group = find_chunk<kTokens * kTogether>(a);
+  if (group.begin >= group.end || group.row == a.num_rows || a.length(group.row) <= kTokens * kTogether) return;
+  const int column = blockIdx.y * kWarp + threadIdx.x;
+  const int64_t chunks = (group.end - group.begin + kTokens - 1) / kTokens;
+  float* first = a.slot(group.row) + static_cast<int64_t>(group.index) * kTogether * a.stride + column;
+  float sums[kCount];
+  column_sums(column < a.width ? chunks : 0, sums, [&](int64_t c, float (&x)[kCount]) {
+    for (int s = 0; s < kCount; ++s) x[s] += first[c * a.stride + s * a.width];
+  });
+  if (threadIdx.y == 0 && column < a.width)
+    for (int s = 0; s < kCount; ++s) first[s * a.width] = sums[s];
+}
+
 // A block owns 32 columns of every gridDim.y-th row. The rows that norm_backward or column_backward finished are most of them when
 // rows are short, so a warp looks at 32 rows at once.
 template <class T, bool GATE, bool NORM>
@@ -284,10 +307,11 @@ __global__ void __launch_bounds__(kWarp* kLanes, 1) sum_chunks(const __grid_cons
     unsigned pending = __ballot_sync(kAllLanes, length == 0 || length > kTokens);
     for (; pending != 0; pending &= pending - 1) {
       const int r = static_cast<int>(first + static_cast<int64_t>(__ffs(pending) - 1) * step);
-      const int64_t chunks = (a.length(r) + kTokens - 1) / kTokens;
+      const int64_t together = a.length(r) > kTokens * kTogether ? kTogether : 1;
+      const int64_t parts = (a.length(r) + together * kTokens - 1) / (together * kTokens);
       float sums[kCount], total[kCount][1];
-      column_sums(column < a.width ? chunks : 0, sums, [&](int64_t c, float (&x)[kCount]) {
-        for (int s = 0; s < kCount; ++s) x[s] += a.slot(r)[c * a.stride + s * a.width + column];
+      column_sums(column < a.width ? parts : 0, sums, [&](int64_t part, float (&x)[kCount]) {
+        for (int s = 0; s < kCount; ++s) x[s] += a.slot(r)[part * together * a.stride + s * a.width + column];
       });
       for (int s = 0; s < kCount; ++s) total[s][0] = sums[s];
       if (threadIdx.y == 0 && column < a.width) finish_row<GATE, NORM>(a, r, column, total);
@@ -327,7 +351,8 @@ void run_backward(const AdaLn& a) {
   b.tokens = a.x.size[0], b.width = static_cast<int>(a.x.size[1]), b.num_rows = static_cast<int>(a.cu_seqlens.size[0] - 1);
   b.rms = a.rms, b.stride = static_cast<int64_t>(kCount) * b.width;
 
-  const int64_t partial = b.tokens > kTokens ? (2 * (b.tokens / kTokens) + 1) * b.stride : 0;
+  const int64_t whole = b.tokens / kTokens, slots = whole + std::min(static_cast<int64_t>(b.num_rows), whole) + 1;
+  const int64_t partial = b.tokens > kTokens ? slots * b.stride : 0;
   const int64_t row_totals = a.weight || a.bias ? 2 * static_cast<int64_t>(b.num_rows) * b.width : 0;
   const Workspace workspace(a.x, partial + row_totals);
   b.partial = workspace.data();
@@ -358,6 +383,10 @@ void run_backward(const AdaLn& a) {
   }
 
   const unsigned tiles = static_cast<unsigned>(ceil_div(b.width, kWarp));
+  constexpr int64_t kGroup = kTokens * kTogether;
+  if (b.tokens > kGroup)
+    launch(on, gather_chunks<T, GATE, NORM>, dim3(static_cast<unsigned>(b.tokens / kGroup + b.num_rows + 1), tiles),
+           dim3(kWarp, kLanes), column_sums_bytes<kCount>, b);
   launch(on, sum_chunks<T, GATE, NORM>, dim3(tiles, std::min(b.num_rows, 64)), dim3(kWarp, kLanes), column_sums_bytes<kCount>, b);
   if (a.weight || a.bias) launch(on, sum_rows<T>, tiles, dim3(kWarp, kLanes), column_sums_bytes<2>, b);
 }

@@ -40,8 +40,15 @@ Allocation allocate(const Tensor& like, int64_t floats) {
   const auto set_error = [](void* context, const char* kind, const char* text) {
     *static_cast<std::string*>(context) = std::string(kind) + ": " + text;
   };
-  if (api->allocate(&prototype, &managed, &message, set_error) != 0)
-    throw std::runtime_error("sora_kernels: no " + std::to_string(floats * sizeof(float)) + " bytes of scratch memory: " + message);
+  if (api->allocate(&prototype, &managed, &message, set_error) != 0) {
+    py::gil_scoped_acquire acquire;  // to raise what torch raises, for callers that then try less at once
+    const bool full = message.find("out of memory") != std::string::npos;
+    const py::object type =
+        full ? py::module_::import("torch").attr("OutOfMemoryError") : py::reinterpret_borrow<py::object>(PyExc_RuntimeError);
+    const std::string text = "sora_kernels: no " + std::to_string(floats * sizeof(float)) + " bytes of scratch memory: " + message;
+    PyErr_SetString(type.ptr(), text.c_str());
+    throw py::error_already_set();
+  }
   return {reinterpret_cast<float*>(static_cast<char*>(managed->tensor.data) + managed->tensor.byte_offset), managed};
 }
 

@@ -44,7 +44,14 @@ __device__ __forceinline__ T to(float x) {
 template <class T, int VEC>
 struct alignas(sizeof(T) * VEC) Vector {
   T x[VEC];
-  __device__ __forceinline__ float operator[](int i) const { return to_float(x[i]); }
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (std::is_same_v<T, __nv_bfloat16> && VEC % 2 == 0) {
+      // One instruction each instead of one to cut the halves of a register apart and one to widen them.
+      const unsigned pair = reinterpret_cast<const unsigned*>(x)[i / 2];
+      return __uint_as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+    }
+    return to_float(x[i]);
+  }
   __device__ __forceinline__ void set(int i, float value) { x[i] = to<T>(value); }
 };
 

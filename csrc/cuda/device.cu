@@ -24,7 +24,6 @@ std::optional<std::string> unavailable() {
   cudaFuncAttributes attributes;
   error = cudaFuncGetAttributes(&attributes, probe);
   if (error == cudaSuccess) return std::nullopt;
-  cudaGetLastError();  // or the next launch would report it
   std::string built;
   for (const std::string& name : archs()) built += (built.empty() ? "" : ", ") + name;
   return "was built for " + built + "; this GPU has compute capability " + std::to_string(major) + "." + std::to_string(minor) +

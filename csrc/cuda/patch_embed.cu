@@ -2,7 +2,7 @@
 //
 // A block owns a tile of up to kTokens consecutive tokens of one video, all channels, and some of the pt ph lines of a patch (all
 // of them where they fit). It goes through shared memory: on the video's side, neighbouring threads take neighbouring positions
-// along W and loop over lines and channels, so that warps read or write whole lines; on the tokens' side they take neighbouring
+// along W and loop over lines and channels, so that warps read or write whole sectors; on the tokens' side they take neighbouring
 // elements of a token, 16 bytes at a time where rows allow it. Each element moves once in and once out.
 //
 // A video may have any strides, and videos any number and sizes: their addresses, strides and grids are kernel arguments, up to
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kVideos = 32;
 constexpr int kThreads = 256;
-constexpr int kTokens = 32;
+constexpr int kTokens = 128;
 constexpr size_t kTileBytes = 32 * 1024;
 
 template <class T>
@@ -56,7 +56,7 @@ __device__ __forceinline__ void move_video(const Tiles<T>& a, const Video<T>& vi
       if (i >= a.pt) break;
       T* at = video.data + (t * a.pt + i) * video.t + (h * a.ph + j) * video.h + (w * a.pw + l) * video.w;
       T* in_tile = tile + token * pitch + (line * a.pw + l) * a.channels;
-#pragma unroll 4
+#pragma unroll 8
       for (int c = x / positions; c < a.channels; c += step) {
         if constexpr (TO_TOKENS)
           in_tile[c] = at[c * video.channel];
@@ -67,25 +67,26 @@ __device__ __forceinline__ void move_video(const Tiles<T>& a, const Video<T>& vi
   }
 }
 
-// Copies between the tile and the tokens, a warp to a token.
+// Copies between the tile and the tokens.
 template <bool TO_TOKENS, int VEC, class T>
 __device__ __forceinline__ void move_tokens(const Tiles<T>& a, int64_t first, int count, T* tile) {
   const int piece = a.pw * a.channels, offset = blockIdx.y * a.lines * piece, pitch = tile_pitch(a);
   const int length = min(a.lines * piece, a.pt * a.ph * piece - offset);
-  for (int token = threadIdx.x / kWarp; token < count; token += kThreads / kWarp) {
-    T *in_row = a.tokens[first + token] + offset, *in_tile = tile + token * pitch;
-    for (int k = threadIdx.x % kWarp * VEC; k < length; k += kWarp * VEC) {
-      using Move = Vector<T, VEC>;
-      if constexpr (TO_TOKENS)
-        *reinterpret_cast<Move*>(in_row + k) = *reinterpret_cast<const Move*>(in_tile + k);
-      else
-        *reinterpret_cast<Move*>(in_tile + k) = *reinterpret_cast<const Move*>(in_row + k);
-    }
+  const int vectors = length / VEC;
+#pragma unroll 2
+  for (int i = threadIdx.x; i < count * vectors; i += kThreads) {
+    const int token = i / vectors, k = (i - token * vectors) * VEC;
+    T *in_row = a.tokens[first + token] + offset + k, *in_tile = tile + token * pitch + k;
+    using Move = Vector<T, VEC>;
+    if constexpr (TO_TOKENS)
+      *reinterpret_cast<Move*>(in_row) = *reinterpret_cast<const Move*>(in_tile);
+    else
+      *reinterpret_cast<Move*>(in_tile) = *reinterpret_cast<const Move*>(in_row);
   }
 }
 
 template <bool TO_TOKENS, int VEC, class T>
-__global__ void __launch_bounds__(kThreads, 1) rearrange(const __grid_constant__ Tiles<T> a) {
+__global__ void __launch_bounds__(kThreads, 4) rearrange(const __grid_constant__ Tiles<T> a) {
   int v = 0;
   while (v + 1 < a.num_videos && a.videos[v + 1].first_block <= blockIdx.x) ++v;
   const Video<T>& video = a.videos[v];

@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rope_forward(const __grid_cons
         for (int k = 0; k < VEC; ++k) sum = fmaf(x[j].second[k], x[j].second[k], sum);
         shared.unit_sums[q] = sum;
       });
-    __syncthreads();
+    else
+      __syncthreads();  // with a norm, group_sums waits
     const auto rotate_all = [&](auto rstd) {
       each_vector<U>(units, [&](int j, int q) {
         if constexpr (U == 0) read(j, q);
@@ -66,8 +67,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rope_forward(const __grid_cons
       });
     };
     if constexpr (NORM) {
-      const auto squares = group_sums<VEC>(a, p, shared);
-      const auto rstd = [&](int h) { return 1 / sqrtf(squares(h) / channels + a.eps); };
+      const auto rstd = group_sums<VEC>(a, p, shared, [&](float squares) { return 1 / sqrtf(squares / channels + a.eps); });
       for (int g = threadIdx.x; g < groups; g += blockDim.x) p.rstd[n * groups + g] = rstd(g);
       rotate_all(rstd);
     } else {

@@ -179,20 +179,22 @@ __device__ __forceinline__ void zero_token(const Call<T>& a, const Part<T>& p, c
   for (int i = threadIdx.x; i < p.heads * 2 * a.pairs; i += blockDim.x) out.at(n, i / (2 * a.pairs))[i % (2 * a.pairs)] = to<T>(0);
 }
 
-// From unit_sums, the sum of each head or of all heads as a function of the head. All threads of the block must call it.
-template <int VEC, class T>
-__device__ __forceinline__ auto group_sums(const Call<T>& a, const Part<T>& p, const Shared& shared) {
+// From unit_sums, finish(sum) of each head or of all heads, as a function of the head. All threads of the block must call it.
+template <int VEC, class T, class Finish>
+__device__ __forceinline__ auto group_sums(const Call<T>& a, const Part<T>& p, const Shared& shared, Finish finish) {
   const int per_head = a.pairs / VEC;
   __syncthreads();
   for (int h = threadIdx.x; h < p.heads; h += blockDim.x) {
     float sum = 0;
     for (int i = 0; i < per_head; ++i) sum += shared.unit_sums[h * per_head + i];
-    shared.head_sums[h] = sum;
+    shared.head_sums[h] = a.across_heads ? sum : finish(sum);
   }
   __syncthreads();
   float all = 0;
-  if (a.across_heads)
+  if (a.across_heads) {
     for (int h = 0; h < p.heads; ++h) all += shared.head_sums[h];
+    all = finish(all);
+  }
   return [all, across = a.across_heads, sums = shared.head_sums](int h) { return across ? all : sums[h]; };
 }
 

@@ -76,14 +76,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_rope_backward(const __gri
       for (int e = 0; e < 2 * VEC; ++e) dot = fmaf(g[e / VEC][e % VEC], xhat[e / VEC][e % VEC], dot);
       shared.unit_sums[q] = dot;
     });
-    const auto dots = group_sums<VEC>(a, p, shared);
+    const auto means = group_sums<VEC>(a, p, shared, [&](float dots) { return dots / channels; });
     each_vector<U>(units, [&](int j, int q) {
       if constexpr (U == 0)
         read(j, q);
       else
         x[j].keep_packed(), dout[j].keep_packed();
       float g[2][VEC], xhat[2][VEC];
-      const float r = rstd(unit[j].head), mean = dots(unit[j].head) / channels;
+      const float r = rstd(unit[j].head), mean = means(unit[j].head);
       turn_back(j, r, g, xhat);
       weigh(j, g);
       for (int s = 0; s < 2; ++s)

@@ -24,14 +24,12 @@ from .common import (
     by_row,
     dscores,
     empty_statistics,
-    input_precision,
+    head_constants,
     load_lse,
     load_statistics,
-    power_of_2,
     probabilities,
     softmax_step,
     store_statistics,
-    stride_unit,
     strided,
     tanh,
 )  # fmt: skip
@@ -352,7 +350,7 @@ class _Call:
         q, k, *_ = tensors
         self.batch = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
         self.num_q, self.num_k = (q.shape[1], k.shape[1]) if cu_q is None else (q.shape[0], k.shape[0])
-        self.heads, self.key_heads, d = q.shape[-2], k.shape[-2], q.shape[-1]
+        self.heads, self.key_heads = q.shape[-2], k.shape[-2]
         self.like, self.plain = q, bias is None and alibi is None and softcap == 0
         self.boundaries = cu_q, cu_k
         self.arguments = (
@@ -363,14 +361,8 @@ class _Call:
             self.num_k,
             self.batch,
         )
-        self.constants = {
-            "GROUP": self.heads // self.key_heads,
-            "UNIT": stride_unit(*tensors),
-            "D": d,
-            "BLOCK_D": max(power_of_2(d), 16),
-            "RULE": (left < UNBOUNDED, right < UNBOUNDED, softcap > 0, self.plain and scale > 0),
-            "PRECISION": input_precision(q.dtype),
-        }
+        rule = left < UNBOUNDED, right < UNBOUNDED, softcap > 0, self.plain and scale > 0
+        self.constants = {**head_constants(*tensors), "RULE": rule}
         self.lists: dict[tuple, tuple[Tensor | None, int]] = {}
 
     def by_row(self, *tensors: Tensor) -> list[tuple]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -37,6 +39,18 @@ def stride_unit(*tensors: Tensor) -> int:
     if tensors[0].shape[-1] % 16 == 0 or any(n % vector for x in tensors for n in x.stride()[:-1]):
         return 1
     return vector
+
+
+def head_constants(q: Tensor, k: Tensor, *others: Tensor) -> dict[str, Any]:
+    """What the kernels of attention are compiled for, of heads; `others` are tensors whose strides they multiply, too."""
+    d = q.shape[-1]
+    return {
+        "GROUP": q.shape[-2] // k.shape[-2],
+        "UNIT": stride_unit(q, k, *others),
+        "D": d,
+        "BLOCK_D": max(power_of_2(d), 16),
+        "PRECISION": input_precision(q.dtype),
+    }
 
 
 def by_row(x: Tensor, unit: int) -> tuple:

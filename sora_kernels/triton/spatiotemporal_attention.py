@@ -26,15 +26,13 @@ from .common import (
     dscores,
     empty_statistics,
     find_row,
-    input_precision,
+    head_constants,
     load_lse,
     load_statistics,
     num_slots,
-    power_of_2,
     probabilities,
     softmax_step,
     store_statistics,
-    stride_unit,
     strided,
 )  # fmt: skip
 from .configs import attention_config, num_multiprocessors
@@ -368,19 +366,13 @@ class _Call:
 
     def __init__(self, tensors, cu_seqlens, cu_spans, grid, step, window, causal, scale) -> None:
         q, k, *_ = tensors
-        self.num_tokens, self.heads, d = q.shape
+        self.num_tokens, self.heads, _ = q.shape
         self.key_heads, self.like = k.shape[1], q
         self.layout, self.window = (cu_seqlens, cu_spans, grid, step), tuple(window)
         self.rule = tuple(causal), scale
         self.sizes = grid.shape[0], cu_seqlens.shape[0] - 1, self.num_tokens
         self.search_steps = self.sizes[1].bit_length()
-        self.constants = {
-            "GROUP": self.heads // self.key_heads,
-            "UNIT": stride_unit(*tensors),
-            "D": d,
-            "BLOCK_D": max(power_of_2(d), 16),
-            "PRECISION": input_precision(q.dtype),
-        }
+        self.constants = head_constants(*tensors)
 
     def by_row(self, *tensors: Tensor) -> list[tuple]:
         return [by_row(x, self.constants["UNIT"]) for x in tensors]

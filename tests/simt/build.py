@@ -39,7 +39,7 @@ BUILD = ROOT / "build" / "simt"
 # that a load of 16 bytes stays one, which must be aligned.
 WATCH = (
     "-fsanitize=kernel-address --param asan-instrumentation-with-call-threshold=0 --param asan-stack=0 --param asan-globals=0 "
-    "-fno-tree-sra"
+    "-fno-tree-sra -fno-strict-aliasing"
 )
 # -g1 gives reports their lines; native instructions make fmaf one of them.
 FLAGS = f"-std=c++17 -O1 -g1 -fPIC -Wno-unknown-pragmas -Wno-attributes {'-march=native' if platform.machine() == 'x86_64' else ''}"
@@ -49,9 +49,12 @@ WRAPPED = ("_ZN4sora4cuda8allocateERKNS_6TensorEl", "_ZN4sora4cuda7releaseEPv")
 FIRST_OUTPUTS = ("out", "dx", "dresidual", "residual_out", "q_out", "dq", "tokens", "videos")
 
 
+COMPILER = os.environ.get("SIMT_CXX", "g++")
+
+
 def compiler() -> str:
     """The path of g++, without which there is no harness."""
-    path = shutil.which(os.environ.get("SIMT_CXX", "g++"))
+    path = shutil.which(COMPILER)
     if path is None:
         raise RuntimeError("the SIMT harness needs g++ (clang lacks one of the flags it is built with)")
     return path

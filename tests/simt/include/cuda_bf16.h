@@ -15,6 +15,12 @@ inline float __bfloat162float(__nv_bfloat16 x) {
   return value;
 }
 
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 // To nearest, ties to even.
 inline __nv_bfloat16 __float2bfloat16(float x) {
   uint32_t bits;
