@@ -107,13 +107,13 @@ class PackedLayout:
         self.max_seqlen = max(seqlens, default=0)
         if self.num_tokens >= 2**31:
             fail("PackedLayout", "spans", "fewer than 2**31 tokens", str(self.num_tokens))
-        frames = [np.full(span.grid[0], span.grid[1] * span.grid[2]) for span in flat]
         self.cu_seqlens = _boundaries(seqlens)
         self.cu_spans = _boundaries([span.num_tokens for span in flat])
-        self.cu_frames = _boundaries(np.concatenate(frames) if frames else [])
-        self.grid = _rows([span.grid for span in flat], torch.int32)
-        self.origin = _rows([span.origin for span in flat], torch.float32)
-        self.step = _rows([span.step for span in flat], torch.float32)
+        self.grid = _rows([span.grid for span in flat], np.int32)
+        self.origin = _rows([span.origin for span in flat], np.float32)
+        self.step = _rows([span.step for span in flat], np.float32)
+        t, h, w = self.grid.numpy().T
+        self.cu_frames = _boundaries(np.repeat(h * w, t))
         if device is not None:
             self._move(device)
 
@@ -213,8 +213,8 @@ def _boundaries(lengths: Sequence[int] | np.ndarray) -> Tensor:
     return torch.from_numpy(boundaries)
 
 
-def _rows(rows: list, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(rows, dtype=dtype).reshape(len(rows), 3)
+def _rows(rows: list, dtype: type) -> Tensor:
+    return torch.from_numpy(np.array(rows, dtype).reshape(len(rows), 3))
 
 
 def _describe(span: Span) -> str:
