@@ -18,7 +18,7 @@ stop() {
   exit 130
 }
 trap stop INT TERM
-run tests/test_gpu.py & pids+=($!)
+run tests/test_gpu.py tests/test_boundaries.py & pids+=($!)
 for dtype in float32 bfloat16 "float16 and not bfloat16" float64; do
   run tests/test_attention.py -k "$dtype and test_packed" & pids+=($!)
   run tests/test_attention.py -k "$dtype and not test_packed" & pids+=($!)
