@@ -40,7 +40,7 @@ def _eager(op: Any, backward: Callable[..., Any], setup_context: Callable[..., N
     """The op as eager code calls it: the same formula, but through autograd in Python first, and then past it.
 
     `register_autograd` enters Python once for autograd and once for the op and reads the schema each time: 44 microseconds a call
-    where this takes 20, and 14 instead of 9 without gradients. Whatever traces or transforms gets the op itself.
+    where this takes 20, and without gradients 14 where this takes 9. Whatever traces or transforms gets the op itself.
     """
 
     def forward(ctx: Any, *args: Any) -> Any:

@@ -6,8 +6,7 @@ BLOCK_N at a time, reading rows of d elements wherever they lie. So the cost fol
 program owns a tile of keys and walks the queries that see them: along an axis those are an interval too, which makes the same
 code serve both ways.
 
-Tiles are scheduled from a list on the device, those that cost most first, as attention.py's blocks are. How many there are the host
-does not know, so programs take one after the other.
+Tiles come from schedule.py's list. How many there are the host does not know, so programs take one after the other.
 """
 
 from __future__ import annotations
@@ -21,64 +20,21 @@ from torch import Tensor
 from .common import (
     LN2,
     LOG2E,
-    OPTIONS,
     by_row,
     dscores,
     empty_statistics,
-    find_row,
     head_constants,
     load_lse,
     load_statistics,
-    num_slots,
     probabilities,
     softmax_step,
     store_statistics,
     strided,
 )  # fmt: skip
 from .configs import attention_config, num_multiprocessors
+from .schedule import load_span, tile_list
 
 SIZES = ["num_spans", "num_tokens", "num_heads"]  # a batch of another size must not compile anew
-
-
-@triton.jit
-def _power_of_2(n, BLOCK: tl.constexpr):
-    """The least power of two that is at least n, between 1 and BLOCK."""
-    x = n - 1
-    x |= x >> 1
-    x |= x >> 2
-    x |= x >> 4
-    x |= x >> 8
-    x |= x >> 16
-    return tl.minimum(tl.maximum(x + 1, 1), BLOCK)
-
-
-@triton.jit
-def tile_shape(t, h, w, BLOCK: tl.constexpr):
-    """A tile's sizes on a span's grid, powers of two with product BLOCK: 8 wide and high if the span is, the rest along time."""
-    tile_w = tl.minimum(_power_of_2(w, BLOCK), 8)
-    tile_h = tl.minimum(tl.minimum(_power_of_2(h, BLOCK), 8), BLOCK // tile_w)
-    tile_t = tl.minimum(_power_of_2(t, BLOCK), BLOCK // (tile_w * tile_h))
-    tile_w = tl.minimum(_power_of_2(w, BLOCK), BLOCK // (tile_t * tile_h))
-    tile_h = tl.minimum(_power_of_2(h, BLOCK), BLOCK // (tile_t * tile_w))
-    return tile_t, tile_h, BLOCK // (tile_t * tile_h)
-
-
-@triton.jit
-def load_span(p_cu_spans, p_grid, p_step, s, num_spans, num_tokens):
-    """First token, grid (t, h, w) and whether windows apply (not in text), of a span or a block of spans.
-
-    The slack counts as span num_spans, of grid (1, 1, its length).
-    """
-    real = s < num_spans
-    begin = tl.load(p_cu_spans + tl.minimum(s, num_spans))
-    t = tl.load(p_grid + 3 * s, mask=real, other=1)
-    h = tl.load(p_grid + 3 * s + 1, mask=real, other=1)
-    w = tl.load(p_grid + 3 * s + 2, mask=real, other=0)
-    w = tl.where(real, w, tl.maximum(num_tokens - begin, 0))
-    step_t = tl.load(p_step + 3 * s, mask=real, other=0.0)
-    step_h = tl.load(p_step + 3 * s + 1, mask=real, other=0.0)
-    step_w = tl.load(p_step + 3 * s + 2, mask=real, other=0.0)
-    return begin, t, h, w, (step_t != 0) | (step_h != 0) | (step_w != 0)
 
 
 @triton.jit
@@ -92,57 +48,6 @@ def axis_window(i, length, size, causal, SEEN_BY: tl.constexpr):
     else:
         first = tl.maximum(tl.minimum(i - size // 2, length - size), 0)
         return tl.where(causal, tl.maximum(i - size + 1, 0), first), tl.where(causal, i + 1, first + size)
-
-
-@triton.jit
-def span_work(layout, s, window, num_spans, num_samples, num_tokens, search_steps, BLOCK: tl.constexpr):
-    """Of a block of spans: tiles, about how many keys a tile walks, tile sizes along t and h, the sample's boundaries."""
-    p_cu_seqlens, p_cu_spans, p_grid, p_step = layout
-    begin, t, h, w, windowed = load_span(p_cu_spans, p_grid, p_step, s, num_spans, num_tokens)
-    tile_t, tile_h, tile_w = tile_shape(t, h, w, BLOCK)
-    tiles = tl.cdiv(t, tile_t) * tl.cdiv(h, tile_h) * tl.cdiv(w, tile_w)
-    sample = find_row(p_cu_seqlens, num_samples, begin, search_steps)
-    real = (s < num_spans) & (sample < num_samples)
-    sample_begin = tl.load(p_cu_seqlens + sample, mask=real, other=0)
-    sample_end = tl.load(p_cu_seqlens + sample + 1, mask=real, other=0)
-    union = tl.minimum(tl.where(windowed & (window[0] > 0), window[0] + tile_t - 1, t), t)
-    union *= tl.minimum(tl.where(windowed & (window[1] > 0), window[1] + tile_h - 1, h), h)
-    union *= tl.minimum(tl.where(windowed & (window[2] > 0), window[2] + tile_w - 1, w), w)
-    keys = tl.where(s < num_spans, sample_end - sample_begin - t * h * w + union, -1)
-    return tiles, keys, tile_t, tile_h, sample_begin, sample_end
-
-
-@triton.jit(do_not_specialize=["num_spans", "num_samples", "num_tokens", "search_steps"])
-def tile_list_kernel(
-    layout, p_list, window, num_spans, num_samples, num_tokens, search_steps, BLOCK: tl.constexpr, SPANS: tl.constexpr
-):  # fmt: skip
-    """As schedule.py's list, of spans: program s writes span s's tiles, num_spans the slack's, which come last.
-
-    list[5 s] is what span s's tiles have in common: first entry, tile sizes along t and h, the sample's boundaries. Behind these
-    come the number of entries and, for each, its span.
-    """
-    s = tl.program_id(0)
-    count, cost, tile_t, tile_h, sample_begin, sample_end = span_work(
-        layout, s, window, num_spans, num_samples, num_tokens, search_steps, BLOCK
-    )
-    start = count * 0
-    for first in range(0, num_spans, SPANS):
-        c = first + tl.arange(0, SPANS)
-        work = span_work(layout, tl.minimum(c, num_spans), window, num_spans, num_samples, num_tokens, search_steps, BLOCK)
-        before = (work[1] > cost) | ((work[1] == cost) & (c < s))
-        start += tl.sum(tl.where(before & (c < num_spans), work[0], 0), axis=0)
-    p_span = p_list + 5 * s
-    tl.store(p_span, start)
-    tl.store(p_span + 1, tile_t)
-    tl.store(p_span + 2, tile_h)
-    tl.store(p_span + 3, sample_begin)
-    tl.store(p_span + 4, sample_end)
-    p_entries = p_list + 5 * (num_spans + 1) + 1
-    if s == num_spans:
-        tl.store(p_entries - 1, start + count)
-    for first in range(0, count, SPANS):
-        i = first + tl.arange(0, SPANS)
-        tl.store(p_entries + start + i, s + i * 0, mask=i < count)
 
 
 @triton.jit
@@ -366,12 +271,10 @@ class _Call:
 
     def __init__(self, tensors, cu_seqlens, cu_spans, grid, step, window, causal, scale) -> None:
         q, k, *_ = tensors
-        self.num_tokens, self.heads, _ = q.shape
-        self.key_heads, self.like = k.shape[1], q
+        self.heads, self.key_heads, self.like = q.shape[1], k.shape[1], q
         self.layout, self.window = (cu_seqlens, cu_spans, grid, step), tuple(window)
         self.rule = tuple(causal), scale
-        self.sizes = grid.shape[0], cu_seqlens.shape[0] - 1, self.num_tokens
-        self.search_steps = self.sizes[1].bit_length()
+        self.sizes = grid.shape[0], cu_seqlens.shape[0] - 1, q.shape[0]  # spans, samples, tokens
         self.constants = head_constants(*tensors)
 
     def by_row(self, *tensors: Tensor) -> list[tuple]:
@@ -381,17 +284,11 @@ class _Call:
         """Over tiles of queries, or of keys."""
         config = attention_config(name, self.like.device, self.constants["D"], self.like.element_size())
         block, heads = (config["BLOCK_N"], self.key_heads) if keys else (config["BLOCK_M"], self.heads)
-        spans = self.sizes[0]
-        # A tile's sides are less than twice the span's, so along each axis at least half of the tokens of the tiles are real.
-        capacity = num_slots(8 * self.num_tokens, spans, block)
-        entries = self.layout[0].new_empty(5 * (spans + 1) + 1 + capacity)
-        tile_list_kernel[(spans + 1,)](
-            self.layout, entries, self.window, *self.sizes, self.search_steps, BLOCK=block, SPANS=128, **OPTIONS
-        )  # fmt: skip
+        entries, capacity = tile_list(self.layout, self.window, *self.sizes, block)
         # The host does not know how many tiles there are: as many programs as run at once take them in turn.
         programs = min(heads * capacity, 2 * num_multiprocessors(self.like.device))
         kernel[(programs,)](
-            *tensors, self.layout, entries, self.window, *self.rule, spans, self.num_tokens, heads, **self.constants, **config
+            *tensors, self.layout, entries, self.window, *self.rule, self.sizes[0], self.sizes[2], heads, **self.constants, **config
         )  # fmt: skip
 
 
