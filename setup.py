@@ -151,12 +151,12 @@ def present_architectures() -> list[str]:
 
 
 def known_to(nvcc: Path, present: list[str]) -> list[str]:
-    """The GPUs' architectures, those that are newer than this nvcc as the newest it knows, without those it no longer knows."""
+    """For each GPU the newest architecture up to its own that this nvcc knows; nothing for a GPU that it no longer knows."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
     known = [int(number) for number in re.findall(r"compute_(\d+)", listed)]
     if not known:
         return present
-    return list(dict.fromkeys(str(min(int(arch), max(known))) for arch in present if int(arch) >= min(known)))
+    return list(dict.fromkeys(str(max(k for k in known if k <= int(arch))) for arch in present if int(arch) >= min(known)))
 
 
 class NinjaBuild(build_ext):

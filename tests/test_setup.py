@@ -11,9 +11,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def build(tmp_path, release="11.8", gpus="", command=("setup.py", "--name"), **environment):
-    """setup.py, building nothing, where CUDA_HOME has an nvcc of that release for compute capabilities 7.5 to 9.0."""
+    """setup.py, building nothing, where CUDA_HOME has an nvcc of that release for compute capabilities 7.5, 8.0, 8.9 and 9.0."""
+    known, version = "compute_75 compute_80 compute_89 compute_90", f"Cuda compilation tools, release {release}, V1"
     tools = {
-        "nvcc": f"[ $1 = --list-gpu-arch ] && echo compute_75 compute_90 || echo Cuda compilation tools, release {release}, V1",
+        "nvcc": f"[ $1 = --list-gpu-arch ] && echo {known} || echo {version}",
         "nvidia-smi": f"printf '{gpus}'" if gpus else "exit 9",
     }
     (tmp_path / "bin").mkdir()
@@ -42,7 +43,8 @@ def test_new_nvcc_is_silent(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "archs"), [("", ["80", "90a"]), ("8.9\\n8.9\\n9.0\\n", ["89", "90"]), ("12.0\\n", ["90"]), ("7.0\\n8.0\\n", ["80"])]
+    ("gpus", "archs"),
+    [("", ["80", "90a"]), ("8.9\\n8.9\\n9.0\\n", ["89", "90"]), ("12.0\\n", ["90"]), ("8.6\\n", ["80"]), ("7.0\\n8.0\\n", ["80"])],
 )
 def test_architectures_are_those_of_the_gpus_that_nvcc_knows(tmp_path, gpus, archs):
     """A newer GPU runs what its driver compiles from the newest that there is."""
