@@ -32,11 +32,13 @@ CPU, CUDA = ROOT / "csrc" / "cpu", ROOT / "csrc" / "cuda"
 CPU_FLAGS = "-std=c++17 -O3 -g0 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 
-# Each tier compiles the same sources: name, vector width in bytes, flags. bindings.cpp picks one at import.
-TIERS = [("baseline", 16, "")]
+# Each tier compiles the same sources: name, vector width in bytes, flags, sources. bindings.cpp picks one at import.
+PRODUCTS = ["attention", "attention_backward", "patch_embed"]
+KERNELS = [*PRODUCTS, "rope", "adaln"]
+TIERS = [("baseline", 16, "", KERNELS)]
 if platform.machine() in ("x86_64", "AMD64"):
-    TIERS += [("avx2", 32, "-march=x86-64-v3"), ("avx512", 64, "-march=x86-64-v4")]
-KERNELS = ["attention", "rope", "adaln", "patch_embed"]
+    TIERS += [("avx2", 32, "-march=x86-64-v3", KERNELS), ("avx512", 64, "-march=x86-64-v4", KERNELS)]
+    TIERS += [("amx", 64, "-march=x86-64-v4 -mamx-tile -mamx-bf16 -DSORA_TILES", PRODUCTS)]
 
 MINIMUM_NVCC = (12, 0)
 DEFAULT_ARCHS = ["80", "90a"]
@@ -75,8 +77,8 @@ def cpu_graph(output: Path, objects: Path) -> Graph:
     """Module _cpu: bindings once, every kernel source once per tier."""
     cxx = os.environ.get("CXX", "c++")
     graph = Graph(output, objects, f"{cxx} {CPU_FLAGS}", f"{cxx} -shared -fopenmp -s")
-    for tier, width, flags in reversed(TIERS):
-        for kernel in KERNELS:
+    for tier, width, flags, kernels in reversed(TIERS):
+        for kernel in kernels:
             graph.add(CPU / f"{kernel}.cpp", f"{kernel}.{tier}", f"-DSORA_TIER={tier} -DSORA_VECTOR_BYTES={width} {flags}")
     graph.add(CPU / "bindings.cpp", "bindings")
     return graph

@@ -6,6 +6,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -54,6 +62,23 @@ SORA_DECLARE_TIER(baseline, 16)
 #if defined(__x86_64__)
 SORA_DECLARE_TIER(avx2, 32)
 SORA_DECLARE_TIER(avx512, 64)
+
+// Tiles serve matrix products; the other ops are AVX-512's.
+namespace sora::amx {
+void attention_forward(const Attention&);
+void attention_backward(const Attention&);
+void patch_embed_3d_forward(const PatchEmbed&);
+void patch_embed_3d_backward(const PatchEmbed&);
+static const Kernels kernels = [] {
+  Kernels table = avx512::kernels;
+  table.name = "amx";
+  table.attention_forward = attention_forward;
+  table.attention_backward = attention_backward;
+  table.patch_embed_3d_forward = patch_embed_3d_forward;
+  table.patch_embed_3d_backward = patch_embed_3d_backward;
+  return table;
+}();
+}  // namespace sora::amx
 #endif
 
 namespace sora {
@@ -64,6 +89,23 @@ struct Tier {
   bool supported;
 };
 
+#if defined(__x86_64__)
+// Whether the processor multiplies bfloat16 tiles and the system lets this process use them: their 8 KiB of registers are only
+// saved for processes that ask.
+bool has_tiles() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h, since Linux 5.16
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 std::vector<Tier> tiers() {
   std::vector<Tier> best_first;
 #if defined(__x86_64__)
@@ -72,6 +114,7 @@ std::vector<Tier> tiers() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+  best_first.push_back({&amx::kernels, avx512 && has_tiles()});
   best_first.push_back({&avx512::kernels, avx512});
   best_first.push_back({&avx2::kernels, avx2});
 #endif

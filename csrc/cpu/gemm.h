@@ -14,9 +14,8 @@ constexpr int kTileRows = 6;
 constexpr int kTileVectors = W == 16 ? 4 : 2;
 
 enum class Init {
-  kZero,   // C = A B
-  kAdd,    // C = C + A B
-  kScale,  // C = C * scale[n] + A B
+  kZero,  // C = A B
+  kAdd,   // C = C + A B
 };
 
 struct Matrix {  // an operand: element (i, j) is data[i * row + j * column]
@@ -25,53 +24,49 @@ struct Matrix {  // an operand: element (i, j) is data[i * row + j * column]
 };
 
 template <int MR, int NV, Init init>
-__attribute__((noinline)) void gemm_tile(int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                                         const float* scale) {
+__attribute__((noinline)) void gemm_tile(int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc) {
   vf acc[MR][NV] = {};
   const float* a_k = a.data;
   for (int k = 0; k < k_size; ++k, b += ldb, a_k += a.column) {
     vf b_n[NV];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int n = 0; n < NV; ++n) b_n[n] = load(b + n * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int m = 0; m < MR; ++m) {
       vf a_m = broadcast(a_k[m * a.row]);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int n = 0; n < NV; ++n) acc[m][n] += a_m * b_n[n];
     }
   }
   // What C held joins last: sums of one k loop each round less than one long chain.
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int n = 0; n < NV; ++n) {
       float* to = c + m * ldc + n * W;
       if (init == Init::kAdd) acc[m][n] += load(to);
-      if (init == Init::kScale) acc[m][n] += load(to) * load(scale + n * W);
       store(to, acc[m][n]);
     }
 }
 
 template <int MR, int NV, Init init>
-inline void gemm_rows(int rows, int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, const float* scale) {
+inline void gemm_rows(int rows, int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc) {
   for (; rows >= MR; rows -= MR) {
-    gemm_tile<MR, NV, init>(k_size, a, b, ldb, c, ldc, scale);
+    gemm_tile<MR, NV, init>(k_size, a, b, ldb, c, ldc);
     a.data += MR * a.row;
     c += MR * ldc;
   }
   if constexpr (MR > 1)
-    if (rows > 0) gemm_rows<MR - 1, NV, init>(rows, k_size, a, b, ldb, c, ldc, scale);
+    if (rows > 0) gemm_rows<MR - 1, NV, init>(rows, k_size, a, b, ldb, c, ldc);
 }
 
 // m_size x n_size x k_size; n_size is rounded up to whole vectors, so B and C must be readable and writable up to there.
 template <Init init, int NV = kTileVectors>
-inline void gemm(int m_size, int n_size, int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                 const float* scale = nullptr) {
+inline void gemm(int m_size, int n_size, int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc) {
   int n = 0;
-  for (; n + (NV - 1) * W < n_size; n += NV * W)
-    gemm_rows<kTileRows, NV, init>(m_size, k_size, a, b + n, ldb, c + n, ldc, scale ? scale + n : nullptr);
+  for (; n + (NV - 1) * W < n_size; n += NV * W) gemm_rows<kTileRows, NV, init>(m_size, k_size, a, b + n, ldb, c + n, ldc);
   if constexpr (NV > 1)
-    if (n < n_size) gemm<init, NV - 1>(m_size, n_size - n, k_size, a, b + n, ldb, c + n, ldc, scale ? scale + n : nullptr);
+    if (n < n_size) gemm<init, NV - 1>(m_size, n_size - n, k_size, a, b + n, ldb, c + n, ldc);
 }
 
 }  // namespace sora::SORA_TIER

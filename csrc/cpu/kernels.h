@@ -15,10 +15,13 @@ struct Sample {
   int32_t first_span;  // windowed: its first span that holds tokens
 };
 
-// A piece of attention: some consecutive queries of one head (forward), or one key head (backward), of a sample.
+// A piece of attention on one sample: some consecutive queries of a head (forward), or pairs of some queries and keys of a key head
+// and its query heads (backward), for dQ of these queries, dK and dV of these keys, or both.
 struct AttentionItem {
   int32_t sample, head;
-  int64_t q_begin, q_end;
+  int64_t q_begin, q_end, k_begin, k_end;
+  bool queries, keys;
+  double work() const { return double(q_end - q_begin) * double(k_end - k_begin); }
 };
 
 struct Attention {
@@ -38,7 +41,7 @@ struct Attention {
   int64_t num_items;
   int64_t q_used, k_used;  // tokens inside the boundaries; the rest are slack
 };
-constexpr int kQueryBlock = 256;  // queries of a forward item
+constexpr int kQueryBlock = 1024;  // queries of a forward item, at most
 
 struct Kernels {
   const char* name;

@@ -39,15 +39,26 @@ class Scratch {
   int64_t count_ = 0;
 };
 
+constexpr int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
+
 // Hands out consecutive aligned pieces of a block.
 struct Pieces {
-  float* next;
+  float* data;
+  int64_t used = 0;
   float* take(int64_t count) {
-    float* piece = next;
-    next += (count + 15) / 16 * 16;
+    float* piece = data + used;
+    used += padded(count);
     return piece;
   }
 };
-constexpr int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
+
+// A Room(Pieces&, args...) whose pieces are in this thread's scratch memory. It is laid out twice, first to learn its size.
+template <class Room, class... Args>
+Room on_scratch(const Args&... args) {
+  Pieces size{nullptr};
+  Room(size, args...);
+  Pieces pieces{Scratch::get(size.used)};
+  return Room(pieces, args...);
+}
 
 }  // namespace sora::SORA_TIER

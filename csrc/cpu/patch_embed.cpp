@@ -1,17 +1,16 @@
 // Patches of videos [C, T, H, W] of any sizes <-> packed tokens, with or without the embedding's matrix product.
 //
-// patch_embed_3d gathers kRows patches into an L1-sized block in float32 and multiplies it by the weight, which is transposed once
-// per call into column blocks of kColumns; the Conv3d it replaces is never built and no patch matrix is written to memory. The
-// backward gathers the patches once (dweight reads them for every column block) and scatters dvideos tile by tile.
+// patch_embed_3d gathers kRows patches into a small block and multiplies it by the weight, which becomes operands of kColumns
+// columns once per call; the Conv3d it replaces is never built and no patch matrix is written to memory. The backward gathers the
+// patches once (dweight reads them for every column block) and scatters dvideos block by block.
 //
 // Work items are runs of kRows tokens of one video, or column blocks of the weight, so sums have a fixed order.
-#include "gemm.h"
-#include "parallel.h"
+#include "multiplier.h"
 
 namespace sora::SORA_TIER {
 namespace {
 
-constexpr int kRows = 48;
+constexpr int kRows = 96;
 constexpr int kColumns = 64;
 
 struct Grid {
@@ -76,12 +75,12 @@ SORA_INLINE void each_element(const PatchEmbed& a, const Tensor& video, const Gr
   }
 }
 
-// dst [run.count, ld] <- patches in the weight's order (C pt ph pw), widened.
+// dst [run.count, ld] <- patches in the weight's order (C pt ph pw).
 template <class T>
-void gather(const PatchEmbed& a, const Tensor& video, const Grid& g, const Runs::Run& run, float* dst, int64_t ld) {
+void gather(const PatchEmbed& a, const Tensor& video, const Grid& g, const Runs::Run& run, T* dst, int64_t ld) {
   const int pt = a.patch[0], ph = a.patch[1], pw = a.patch[2];
   each_element<const T>(a, video, g, run, [=](int64_t row, int64_t c, int i, int j, int l, const T& x) {
-    dst[row * ld + ((c * pt + i) * ph + j) * pw + l] = to_float(x);
+    dst[row * ld + ((c * pt + i) * ph + j) * pw + l] = x;
   });
 }
 
@@ -90,83 +89,149 @@ struct Sizes {
   explicit Sizes(const Tensor& weight) : d(weight.size[0]), k(weight.size[1] * weight.size[2] * weight.size[3] * weight.size[4]) {}
 };
 
+// Memory for operands that all threads read; contents undefined.
+class Shared {
+ public:
+  explicit Shared(int64_t count) : data(static_cast<float*>(aligned_alloc(64, padded(count + 1) * sizeof(float)))) {
+    if (data == nullptr) abort();
+  }
+  ~Shared() { free(data); }
+  Shared(const Shared&) = delete;
+  float* const data;
+};
+
+// The operand A = x [rows, k], contiguous; made in `room` unless x serves as it is.
+template <class T>
+typename Multiplier<T>::Left left_of(const T* x, int rows, int k, float* room) {
+  if constexpr (Multiplier<T>::kInPlace && sizeof(T) == sizeof(float))
+    return {x, k};
+  else
+    return Multiplier<T>::left(x, k, rows, k, room);
+}
+
+template <class T>
+struct ForwardRoom {
+  T* patches;
+  float *left, *product;
+  ForwardRoom(Pieces& pieces, int64_t k) {
+    patches = reinterpret_cast<T*>(pieces.take(kRows * k));
+    left = pieces.take(Multiplier<T>::left_size(kRows, k)), product = pieces.take(kRows * kColumns);
+  }
+};
+
 template <class T>
 void embed_forward(const PatchEmbed& a) {
+  using M = Multiplier<T>;
   const Sizes size(a.weight);
   const Runs runs(a, a.videos);
-  const int64_t d = size.d, k = size.k, blocks = (d + kColumns - 1) / kColumns;
+  const int d = static_cast<int>(size.d), k = static_cast<int>(size.k), blocks = (d + kColumns - 1) / kColumns;
   const T *weight = static_cast<const T*>(a.weight.data), *bias = static_cast<const T*>(a.bias.data);
-  // Column block b of the transposed weight: [k, kColumns], contiguous; columns past d are zero.
-  float* panels = static_cast<float*>(aligned_alloc(64, blocks * k * kColumns * sizeof(float)));
-  if (panels == nullptr) abort();
+  const int64_t weight_size = M::right_size(k, kColumns);
+  const Shared weights(blocks * weight_size);  // column block b of the transposed weight, an operand [k, kColumns]
+  const auto columns_of = [=](int64_t b) { return static_cast<int>(d - b * kColumns < kColumns ? d - b * kColumns : kColumns); };
   parallel_for(blocks, [&](int64_t b) {
-    for (int64_t n = b * kColumns; n < (b + 1) * kColumns; ++n)
-      for (int64_t i = 0; i < k; ++i)
-        panels[b * k * kColumns + i * kColumns + n % kColumns] = n < d ? to_float(weight[n * k + i]) : 0;
+    M::right_transposed(weight + b * kColumns * k, k, columns_of(b), k, weights.data + b * weight_size);
   });
+  const bool stream = streams(a.tokens);
   parallel_for(runs.count, [&](int64_t item) {
+    const typename M::Session session;
     const Runs::Run& run = runs[item];
     const Grid& g = runs.grid(run.video);
-    Pieces pieces{Scratch::get(padded(kRows * k) + kRows * kColumns)};
-    float *patches = pieces.take(kRows * k), *product = pieces.take(kRows * kColumns);
-    gather<T>(a, a.videos[run.video], g, run, patches, k);
+    const int rows = static_cast<int>(run.count);
+    const auto room = on_scratch<ForwardRoom<T>>(k);
+    gather<T>(a, a.videos[run.video], g, run, room.patches, k);
+    const typename M::Left patches = left_of(room.patches, rows, k, room.left);
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t begin = b * kColumns, columns = d - begin < kColumns ? d - begin : kColumns;
-      gemm<Init::kZero>(run.count, columns, k, {patches, k}, panels + b * k * kColumns, kColumns, product, kColumns);
-      for (int64_t row = 0; row < run.count; ++row) {
-        T* out = static_cast<T*>(a.tokens.data) + (g.first + run.begin + row) * d + begin;
+      const int columns = columns_of(b);
+      const typename M::Right right = M::right_room(weights.data + b * weight_size, k, columns);
+      M::template multiply<Init::kZero>(rows, columns, k, patches, right, room.product, kColumns);
+      for (int64_t row = 0; row < rows; ++row) {
+        T* out = static_cast<T*>(a.tokens.data) + (g.first + run.begin + row) * d + b * kColumns;
         each_vector(columns, [&](int64_t i, int lanes) {
-          vf x = load(product + row * kColumns + i);
-          if (bias != nullptr) x += load_lanes(bias + begin + i, lanes);
-          store_lanes(out + i, x, lanes);
+          vf x = load(room.product + row * kColumns + i);
+          if (bias != nullptr) x += load_lanes(bias + b * kColumns + i, lanes);
+          write_lanes(out + i, x, lanes, stream);
         });
       }
     }
+    if (stream) finish_streams();
   });
-  free(panels);
 }
+
+// What the gradients read: patches as operands [k, kRows] of each run, the weight as one [d, k].
+template <class T>
+struct Operands {
+  const int d, k;
+  const int64_t patches_size;
+  const Shared patches, weight;
+  Operands(const Sizes& size, int64_t runs, bool with_weight)
+      : d(static_cast<int>(size.d)),
+        k(static_cast<int>(size.k)),
+        patches_size(Multiplier<T>::left_size(k, kRows)),
+        patches(runs * patches_size),
+        weight(with_weight ? Multiplier<T>::right_size(d, k) : 0) {}
+};
+
+template <class T>
+struct WeightRoom {
+  float *dtokens, *gradient, *bias;
+  WeightRoom(Pieces& pieces, int k) {
+    dtokens = pieces.take(Multiplier<T>::right_size(kRows, kColumns));
+    gradient = pieces.take((k + 15) / 16 * 16 * kColumns), bias = pieces.take(kColumns);
+  }
+};
 
 // dweight^T [k, kColumns] of a column block = sum over tokens of patch^T dtoken; dbias the column sums.
 template <class T>
-void weight_gradient(const PatchEmbed& a, const Sizes& size, const float* patches, int64_t num_tokens, int64_t block) {
-  const int64_t d = size.d, k = size.k, begin = block * kColumns, columns = d - begin < kColumns ? d - begin : kColumns;
-  Pieces pieces{Scratch::get(padded(k * kColumns) + kRows * kColumns + kColumns)};
-  float *gradient = pieces.take(k * kColumns), *dtokens = pieces.take(kRows * kColumns), *bias_sum = pieces.take(kColumns);
-  memset(gradient, 0, k * kColumns * sizeof(float));
-  memset(bias_sum, 0, kColumns * sizeof(float));
-  memset(dtokens, 0, kRows * kColumns * sizeof(float));
-  for (int64_t n = 0; n < num_tokens; n += kRows) {
-    const int64_t count = num_tokens - n < kRows ? num_tokens - n : kRows;
-    for (int64_t row = 0; row < count; ++row) {
-      const T* from = static_cast<const T*>(a.dtokens.data) + (n + row) * a.dtokens.stride[0] + begin;
-      each_vector(columns, [&](int64_t i, int lanes) {
-        const vf x = load_lanes(from + i, lanes);
-        store(dtokens + row * kColumns + i, x);
-        store(bias_sum + i, load(bias_sum + i) + x);
+void weight_gradient(const PatchEmbed& a, const Operands<T>& operands, const Runs& runs, int64_t block) {
+  using M = Multiplier<T>;
+  const typename M::Session session;
+  const int d = operands.d, k = operands.k, begin = static_cast<int>(block) * kColumns;
+  const int columns = d - begin < kColumns ? d - begin : kColumns;
+  const auto room = on_scratch<WeightRoom<T>>(k);
+  memset(room.gradient, 0, k * kColumns * sizeof(float));
+  memset(room.bias, 0, kColumns * sizeof(float));
+  for (int64_t i = 0; i < runs.count; ++i) {
+    const int rows = static_cast<int>(runs[i].count);
+    const int64_t stride = a.dtokens.stride[0], first = runs.grid(runs[i].video).first + runs[i].begin;
+    const T* from = static_cast<const T*>(a.dtokens.data) + first * stride + begin;
+    for (int row = 0; row < rows; ++row)
+      each_vector(columns, [&](int64_t c, int lanes) {
+        store(room.bias + c, load(room.bias + c) + load_lanes(from + row * stride + c, lanes));
       });
-    }
-    gemm<Init::kAdd>(k, columns, count, {patches + n * k, 1, k}, dtokens, kColumns, gradient, kColumns);
+    const typename M::Right dtokens = M::right(from, stride, rows, columns, room.dtokens);
+    const typename M::Left patches = M::left_transposed_at(operands.patches.data + i * operands.patches_size, k, rows);
+    M::template multiply<Init::kAdd>(k, columns, rows, patches, dtokens, room.gradient, kColumns);
   }
   T *dweight = static_cast<T*>(a.dweight.data), *dbias = static_cast<T*>(a.dbias.data);
-  for (int64_t n = 0; n < columns; ++n) {
-    for (int64_t i = 0; i < k; ++i) from_float(gradient[i * kColumns + n], dweight[(begin + n) * k + i]);
-    if (a.dbias) from_float(bias_sum[n], dbias[begin + n]);
+  for (int n = 0; n < columns; ++n) {
+    for (int i = 0; i < k; ++i) from_float(room.gradient[i * kColumns + n], dweight[int64_t{begin + n} * k + i]);
+    if (a.dbias) from_float(room.bias[n], dbias[begin + n]);
   }
 }
 
+template <class T>
+struct VideoRoom {
+  float *dtokens, *dpatches;
+  VideoRoom(Pieces& pieces, int d, int64_t width) {
+    dtokens = pieces.take(Multiplier<T>::left_size(kRows, d)), dpatches = pieces.take(kRows * width);
+  }
+};
+
 // dvideos of a run: (dtokens weight) scattered back.
 template <class T>
-void video_gradient(const PatchEmbed& a, const Sizes& size, const Runs& runs, const Runs::Run& run, const float* weight,
-                    int64_t width) {
+void video_gradient(const PatchEmbed& a, const Operands<T>& operands, const Runs& runs, const Runs::Run& run) {
+  using M = Multiplier<T>;
+  const typename M::Session session;
+  const int d = operands.d, k = operands.k, rows = static_cast<int>(run.count);
+  const int64_t stride = a.dtokens.stride[0], width = padded(k);
   const Grid& g = runs.grid(run.video);
-  Pieces pieces{Scratch::get(padded(kRows * size.d) + padded(kRows * width))};
-  float *dtokens = pieces.take(kRows * size.d), *dpatches = pieces.take(kRows * width);
-  for (int64_t row = 0; row < run.count; ++row) {
-    const T* from = static_cast<const T*>(a.dtokens.data) + (g.first + run.begin + row) * a.dtokens.stride[0];
-    each_vector(size.d, [&](int64_t i, int lanes) { store_lanes(dtokens + row * size.d + i, load_lanes(from + i, lanes), lanes); });
-  }
-  gemm<Init::kZero>(run.count, size.k, size.d, {dtokens, size.d}, weight, width, dpatches, width);
+  const auto room = on_scratch<VideoRoom<T>>(d, width);
+  const T* from = static_cast<const T*>(a.dtokens.data) + (g.first + run.begin) * stride;
+  const typename M::Left dtokens = M::left(from, stride, rows, d, room.dtokens);
+  M::template multiply<Init::kZero>(rows, k, d, dtokens, M::right_room(operands.weight.data, d, k), room.dpatches, width);
   const int pt = a.patch[0], ph = a.patch[1], pw = a.patch[2];
+  const float* dpatches = room.dpatches;
   each_element<T>(a, a.dvideos[run.video], g, run, [=](int64_t row, int64_t c, int i, int j, int l, T& x) {
     from_float(dpatches[row * width + ((c * pt + i) * ph + j) * pw + l], x);
   });
@@ -174,25 +239,19 @@ void video_gradient(const PatchEmbed& a, const Sizes& size, const Runs& runs, co
 
 template <class T>
 void embed_backward(const PatchEmbed& a) {
-  const Sizes size(a.weight);
+  using M = Multiplier<T>;
   const Runs runs(a, a.videos);
-  const int64_t d = size.d, k = size.k, width = (k + W - 1) / W * W;
-  float* patches = static_cast<float*>(malloc((runs.num_tokens * k + d * width + 1) * sizeof(float)));
-  if (patches == nullptr) abort();
-  parallel_for(runs.count, [&](int64_t item) {
-    const Runs::Run& run = runs[item];
-    const Grid& g = runs.grid(run.video);
-    gather<T>(a, a.videos[run.video], g, run, patches + (g.first + run.begin) * k, k);
+  const Operands<T> operands(Sizes(a.weight), runs.count, a.dvideos != nullptr);
+  const int d = operands.d, k = operands.k;
+  parallel_for(runs.count, [&](int64_t i) {
+    T* patches = reinterpret_cast<T*>(Scratch::get(kRows * k));
+    gather<T>(a, a.videos[runs[i].video], runs.grid(runs[i].video), runs[i], patches, k);
+    M::left_transposed(patches, k, static_cast<int>(runs[i].count), k, operands.patches.data + i * operands.patches_size);
   });
-  parallel_for((d + kColumns - 1) / kColumns, [&](int64_t block) { weight_gradient<T>(a, size, patches, runs.num_tokens, block); });
-  if (a.dvideos != nullptr) {
-    float* weight = patches + runs.num_tokens * k;  // [d, width], columns past k zero
-    for (int64_t n = 0; n < d; ++n)
-      for (int64_t i = 0; i < width; ++i)
-        weight[n * width + i] = i < k ? to_float(static_cast<const T*>(a.weight.data)[n * k + i]) : 0;
-    parallel_for(runs.count, [&](int64_t item) { video_gradient<T>(a, size, runs, runs[item], weight, width); });
-  }
-  free(patches);
+  parallel_for((d + kColumns - 1) / kColumns, [&](int64_t block) { weight_gradient<T>(a, operands, runs, block); });
+  if (a.dvideos == nullptr) return;
+  M::right(static_cast<const T*>(a.weight.data), k, d, k, operands.weight.data);
+  parallel_for(runs.count, [&](int64_t i) { video_gradient<T>(a, operands, runs, runs[i]); });
 }
 
 // Copies between a video and its tokens [N, pt ph pw C]; both directions visit the same elements.

@@ -56,6 +56,13 @@ SORA_INLINE vi lanes_below(int n) { return lanes() < n; }
 // A maximum that keeps `a` where `b` is NaN.
 SORA_INLINE vf max(vf a, vf b) { return b > a ? b : a; }
 
+// Whether any lane of a comparison holds.
+SORA_INLINE bool any(vi x) {
+  int32_t result = 0;
+  for (int i = 0; i < W; ++i) result |= x[i];
+  return result != 0;
+}
+
 SORA_INLINE float sum(vf x) {
   float total[W];
   memcpy(total, &x, sizeof x);
@@ -70,6 +77,11 @@ class Total {
   SORA_INLINE void add(vf x) { sum_ += __builtin_convertvector(x, vd); }
   SORA_INLINE void add_product(vf x, vf y) { sum_ += __builtin_convertvector(x, vd) * __builtin_convertvector(y, vd); }
   SORA_INLINE vf value() const { return __builtin_convertvector(sum_, vf); }
+  SORA_INLINE float total() const {
+    double sum = 0;
+    for (int i = 0; i < W; ++i) sum += sum_[i];
+    return static_cast<float>(sum);
+  }
 
  private:
   typedef double vd __attribute__((vector_size(W * 8)));
@@ -228,22 +240,49 @@ void dispatch(DType dtype, Body body) {
 
 // ---- functions
 
-// e**x to 1 ulp or so; exactly 0 for x <= -88.1, NaN for NaN. x log2(e) = n + f with |f| <= 1/2: the constant's magnitude makes the
-// sum's last bit worth 1, which rounds to n and leaves n + 127, the biased exponent, in the low bits. Both steps are fused
-// multiply-adds, so the product is never rounded.
-SORA_INLINE vf exp(vf x) {
-  x = x < -88.1f ? vf{} - 88.1f : x;
-  const float magic = 0x1.8p23f + 127.0f, log2e = 1.44269504f;
-  const vf shifted = x * log2e + magic;
-  const vf f = x * log2e - (shifted - magic);
-  // Minimax fit of relative error 2e-09 on the interval, exact at 0.
+// a b + c, rounded once even where there is no fused multiply-add.
+SORA_INLINE vf multiply_add(vf a, float b, vf c) {
+#if defined(__x86_64__) && !defined(__FMA__)
+  typedef double vd __attribute__((vector_size(W * 8)));
+  return __builtin_convertvector(__builtin_convertvector(a, vd) * double{b} + __builtin_convertvector(c, vd), vf);
+#else
+  return a * b + c;
+#endif
+}
+
+// 2**f for |f| <= 1/2: a minimax fit of relative error 2e-09, exact at 0.
+SORA_INLINE vf exp2_fraction(vf f) {
   vf p = 0x1.41fbbcp-13f * f + 0x1.5f3e54p-10f;
   p = p * f + 0x1.3b2d4cp-7f;
   p = p * f + 0x1.c6aee8p-5f;
   p = p * f + 0x1.ebfbdcp-3f;
   p = p * f + 0x1.62e43p-1f;
-  p = p * f + 1.0f;
-  return p * bits<vf>(bits<vu>(shifted) << 23);
+  return p * f + 1.0f;
+}
+
+// Added to x, |x| < 2**21, this leaves the nearest integer n as n + 127, the biased exponent of 2**n, in the sum's low bits.
+constexpr float kMagic = 0x1.8p23f + 127.0f;
+
+// 2**x to 1 ulp or so; 0 far below, NaN for NaN.
+SORA_INLINE vf exp2(vf x) {
+#if SORA_VECTOR_BYTES == 64
+  // Masked, as GCC takes the plain forms to read an uninitialised vector.
+  const __mmask16 all = 0xffff;
+  const vf f = bits<vf>(_mm512_maskz_reduce_ps(all, bits<__m512>(x), 0));  // x - n; 0 for infinity
+  return bits<vf>(_mm512_maskz_scalef_ps(all, bits<__m512>(exp2_fraction(f)), bits<__m512>(x - f)));
+#else
+  x = max(x, vf{} - 127.0f);
+  const vf shifted = x + kMagic;
+  return exp2_fraction(x - (shifted - kMagic)) * bits<vf>(bits<vu>(shifted) << 23);
+#endif
+}
+
+// e**x likewise; both steps to n and f are fused multiply-adds, so x log2(e) is never rounded.
+SORA_INLINE vf exp(vf x) {
+  x = max(x, vf{} - 88.1f);
+  const float log2e = 1.44269504f;
+  const vf shifted = x * log2e + kMagic;
+  return exp2_fraction(x * log2e - (shifted - kMagic)) * bits<vf>(bits<vu>(shifted) << 23);
 }
 
 // tanh to a few ulp: from exp, but below 0.6, where 1 - exp(-2|x|) would cancel, by a minimax fit of relative error 3e-9.

@@ -1,6 +1,7 @@
 // Attention: checks, samples and work items; packed, dense and windowed.
 #pragma once
 
+#include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,8 +20,9 @@ namespace py = pybind11;
 struct AttentionCall : Attention {
   std::vector<Sample> sample_list;
   std::vector<AttentionItem> item_list;
-  double work(const AttentionItem& item) const { return double(item.q_end - item.q_begin) * sample_list[item.sample].k_size; }
 };
+
+inline int32_t heads(const Tensor& x) { return static_cast<int32_t>(x.size[x.ndim - 2]); }
 
 inline void add_samples(AttentionCall& a, const Tensor& cu_q, const Tensor& cu_k) {
   same_storage({&a.q, &a.k, &a.v, &a.out});
@@ -48,18 +50,59 @@ inline void add_samples(AttentionCall& a, const Tensor& cu_q, const Tensor& cu_k
   a.samples = a.sample_list.data();
 }
 
-inline void run(AttentionCall& a, bool backward, void (*kernel)(const Attention&)) {
-  const Tensor& split = backward ? a.k : a.q;
-  const int32_t num_heads = static_cast<int32_t>(split.size[split.ndim - 2]);
+// Floats of dQ that a thread may hold for an item.
+constexpr int64_t kMaxAccumulated = int64_t{1} << 20;
+// Keys, or queries, of an item of a sample that is cut.
+constexpr int64_t kBackwardBlock = 1024;
+// What cutting a sample costs: seven products for five.
+constexpr double kCutCost = 1.4;
+
+// Keys become operands once per item, so items have as many queries as fit into a core's cache, but few enough for all threads.
+// No result depends on where items are cut, as long as it is between panels of 64 queries.
+inline int64_t queries_of_item(const AttentionCall& a) {
+  int64_t queries = std::clamp<int64_t>((int64_t{1} << 17) / a.q.size[a.q.ndim - 1] / 64 * 64, 64, kQueryBlock);
+  const auto items = [&] {
+    int64_t count = 0;
+    for (const Sample& s : a.sample_list) count += (s.q_size + queries - 1) / queries;
+    return count * heads(a.q);
+  };
+  while (queries >= 128 && items() < 4 * omp_get_max_threads()) queries = queries / 128 * 64;
+  return queries;
+}
+
+inline void forward_items(AttentionCall& a) {
+  const int64_t step = queries_of_item(a);
   for (size_t b = 0; b < a.sample_list.size(); ++b) {
-    const int64_t size = a.sample_list[b].q_size, step = backward ? std::max<int64_t>(size, 1) : kQueryBlock;
-    for (int32_t h = 0; h < num_heads; ++h)
-      // A sample without queries still owes its keys zero gradients.
-      for (int64_t begin = 0; begin < size || (backward && begin == 0); begin += step)
-        a.item_list.push_back({static_cast<int32_t>(b), h, begin, std::min(begin + step, size)});
+    const Sample& s = a.sample_list[b];
+    for (int32_t h = 0; h < heads(a.q); ++h)
+      for (int64_t begin = 0; begin < s.q_size; begin += step)
+        a.item_list.push_back({static_cast<int32_t>(b), h, begin, std::min(begin + step, s.q_size), 0, s.k_size, true, false});
   }
+}
+
+inline void backward_items(AttentionCall& a) {
+  const int64_t head_dim = a.q.size[a.q.ndim - 1], group = heads(a.q) / heads(a.k);
+  double total = 0;
+  for (const Sample& s : a.sample_list) total += double(s.q_size) * s.k_size * heads(a.k);
+  const double share = kCutCost * total / omp_get_max_threads();
+  for (size_t b = 0; b < a.sample_list.size(); ++b) {
+    const Sample& s = a.sample_list[b];
+    const bool cut = s.q_size * group * head_dim > kMaxAccumulated || double(s.q_size) * s.k_size > share;
+    const int32_t sample = static_cast<int32_t>(b);
+    for (int32_t h = 0; h < heads(a.k); ++h) {
+      // A sample without queries still owes its keys zero gradients, and one without keys its queries.
+      if (!cut && s.q_size + s.k_size > 0) a.item_list.push_back({sample, h, 0, s.q_size, 0, s.k_size, true, true});
+      for (int64_t begin = 0; cut && begin < s.k_size; begin += kBackwardBlock)
+        a.item_list.push_back({sample, h, 0, s.q_size, begin, std::min(begin + kBackwardBlock, s.k_size), false, true});
+      for (int64_t begin = 0; cut && begin < s.q_size; begin += kBackwardBlock)
+        a.item_list.push_back({sample, h, begin, std::min(begin + kBackwardBlock, s.q_size), 0, s.k_size, true, false});
+    }
+  }
+}
+
+inline void run(AttentionCall& a, void (*kernel)(const Attention&)) {
   // Longest first, so that no thread starts a long item when the others are done.
-  std::stable_sort(a.item_list.begin(), a.item_list.end(), [&](const auto& x, const auto& y) { return a.work(x) > a.work(y); });
+  std::stable_sort(a.item_list.begin(), a.item_list.end(), [](const auto& x, const auto& y) { return x.work() > y.work(); });
   a.items = a.item_list.data();
   a.num_items = static_cast<int64_t>(a.item_list.size());
   py::gil_scoped_release release;
@@ -116,27 +159,31 @@ inline void bind_attention(py::module_& m, const Kernels* kernels) {
   m.def("attention_forward", [=](Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, Tensor bias, Tensor alibi, float scale,
                                  int64_t left, int64_t right, float softcap, Tensor out, Tensor lse) {
     AttentionCall a = attention_call(q, k, v, out, lse, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
-    run(a, false, kernels->attention_forward);
+    forward_items(a);
+    run(a, kernels->attention_forward);
   });
   m.def("attention_backward",
         [=](Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_q, Tensor cu_k, Tensor bias,
             Tensor alibi, float scale, int64_t left, int64_t right, float softcap, Tensor dq, Tensor dk, Tensor dv) {
           AttentionCall a = attention_call(q, k, v, out, lse, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
           add_gradients(a, dout, dlse, dq, dk, dv);
-          run(a, true, kernels->attention_backward);
+          backward_items(a);
+          run(a, kernels->attention_backward);
         });
   m.def("spatiotemporal_attention_forward",
         [=](Tensor q, Tensor k, Tensor v, Tensor cu, Tensor cu_spans, Tensor grid, Tensor step, std::array<int32_t, 3> window,
             std::array<bool, 3> causal, float scale, Tensor out, Tensor lse) {
           AttentionCall a = windowed_call(q, k, v, out, lse, cu, cu_spans, grid, step, window, causal, scale);
-          run(a, false, kernels->attention_forward);
+          forward_items(a);
+          run(a, kernels->attention_forward);
         });
   m.def("spatiotemporal_attention_backward",
         [=](Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu, Tensor cu_spans, Tensor grid, Tensor step,
             std::array<int32_t, 3> window, std::array<bool, 3> causal, float scale, Tensor dq, Tensor dk, Tensor dv) {
           AttentionCall a = windowed_call(q, k, v, out, lse, cu, cu_spans, grid, step, window, causal, scale);
           add_gradients(a, dout, Tensor{}, dq, dk, dv);
-          run(a, true, kernels->attention_backward);
+          backward_items(a);
+          run(a, kernels->attention_backward);
         });
 }
 

@@ -1,0 +1,99 @@
+// Multiplier<T>: what a tier multiplies with, and the operands C = A B as it wants them.
+//
+//   A = left(X), left_transposed(X)      B = right(X), right_transposed(X)
+//
+// X is some rows of storage type T, row n at x + n * stride, and the operand is made in `to`, room of left_size or right_size
+// floats. Here: float32 numbers on vectors. tiles.h: bfloat16 pieces on tiles.
+#pragma once
+
+#include "gemm.h"
+#include "parallel.h"
+
+#ifdef SORA_TILES
+#include "tiles.h"
+#else
+
+namespace sora::SORA_TIER {
+
+template <class T>
+struct Multiplier {
+  using Left = Matrix;
+  struct Right {
+    const float* data;
+    int64_t row;
+  };
+  struct Session {  // what a thread holds while it multiplies
+    Session() {}
+  };
+
+  static int64_t left_size(int64_t rows, int64_t depth) { return padded(rows * depth); }
+  static int64_t right_size(int64_t depth, int64_t columns) { return depth * padded(columns); }
+
+  static Left left(const T* x, int64_t stride, int rows, int columns, float* to) {
+    widen(x, stride, rows, columns, columns, to);
+    return {to, columns};
+  }
+  static Left left_transposed(const T* x, int64_t stride, int rows, int columns, float* to) {
+    widen(x, stride, rows, columns, columns, to);
+    return left_transposed_at(to, columns, rows);
+  }
+  // The operand that left_transposed made of an X [depth, rows].
+  static Left left_transposed_at(const float* to, int rows, int) { return {to, 1, rows}; }
+
+  static Right right(const T* x, int64_t stride, int rows, int columns, float* to) {
+    widen(x, stride, rows, columns, padded(columns), to);
+    return {to, padded(columns)};
+  }
+  static Right right_transposed(const T* x, int64_t stride, int rows, int columns, float* to) {
+    const int64_t row = padded(rows);
+    for (int n = 0; n < rows; n += W)
+      each_vector(columns, [&](int64_t i, int lanes) {
+        vf block[W];
+        for (int j = 0; j < W; ++j) block[j] = n + j < rows ? load_lanes(x + (n + j) * stride + i, lanes) : vf{};
+        transpose(block);
+        for (int j = 0; j < lanes; ++j) store(to + (i + j) * row + n, block[j]);
+      });
+    return {to, row};
+  }
+
+  // Operands that are filled as they are computed: A [rows, depth] by put_row, a row's columns j to j + 2 W, and B [depth, columns]
+  // by put_pair, rows k and k + 1 of columns j to j + W, in whole multiples of kDepth.
+  static constexpr bool kInPlace = true;  // whether that may be where the float32 numbers come from
+  static constexpr int kDepth = 1;
+  static Left left_room(const float* to, int, int depth) { return {to, depth}; }
+  static Right right_room(const float* to, int, int columns) { return {to, padded(columns)}; }
+  SORA_INLINE static void put_row(Left a, float* to, int i, int j, vf low, vf high) {
+    store(to + i * a.row + j, low), store(to + i * a.row + j + W, high);
+  }
+  SORA_INLINE static void put_pair(Right b, float* to, int k, int j, vf even, vf odd) {
+    store(to + k * b.row + j, even), store(to + (k + 1) * b.row + j, odd);
+  }
+
+  // C [rows, columns] (op)= A B. C is written up to whole vectors.
+  template <Init init>
+  static void multiply(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
+    gemm<init>(rows, columns, depth, a, b.data, b.row, c, ldc);
+  }
+  // Where the caller will subtract numbers close to C: in two sums of half the length, which round less.
+  static void multiply_precisely(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
+    const int half = depth / 2;
+    multiply<Init::kZero>(rows, columns, half, a, b, c, ldc);
+    a.data += half * a.column, b.data += half * b.row;
+    multiply<Init::kAdd>(rows, columns, depth - half, a, b, c, ldc);
+  }
+
+ private:
+  // [rows, width] <- x, widened; columns from `columns` to a whole vector become zero.
+  static void widen(const T* x, int64_t stride, int rows, int columns, int64_t width, float* to) {
+    for (int n = 0; n < rows; ++n, x += stride, to += width)
+      each_vector(columns, [&](int64_t i, int lanes) {
+        if (width % W == 0)
+          store(to + i, load_lanes(x + i, lanes));
+        else
+          store_lanes(to + i, load_lanes(x + i, lanes), lanes);
+      });
+  }
+};
+
+}  // namespace sora::SORA_TIER
+#endif

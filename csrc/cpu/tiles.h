@@ -1,0 +1,253 @@
+// Matrix products on AMX tiles, for a processor that multiplies bfloat16 numbers far faster than float32 ones.
+//
+// A tile instruction adds to 16 x 16 float32 sums 32 products each of bfloat16 numbers: 16 times the work per cycle of AVX-512's
+// multiply-adds. Numbers of more bits are cut into pieces: the nearest bfloat16 number, the nearest to what is left of it, and so
+// on. Every piece takes 8 bits and what is left is exact, so a float32 number is the sum of three pieces, a float16 number of two.
+// With x = x0 + x1 + x2 and y likewise,
+//
+//   x y = x0 y0 + x0 y1 + x1 y0 + x0 y2 + x1 y1 + x2 y0 + ...    6 products for float32, 3 for float16, 1 for bfloat16
+//
+// and what is left out is 2**-24 of x y at most, as much as rounding the product to float32. The sums round like float32 sums.
+// Only infinity differs: the rest of an infinite number is NaN, and so is the product.
+//
+// An operand is stored as tiles of 1 KiB that hold pairs of numbers adjacent along the sum's index k:
+//   Left   A [rows, depth]      tile[i][k / 2] = (A[i][k], A[i][k + 1])      16 rows x 32
+//   Right  B [depth, columns]   tile[k / 2][j] = (B[k][j], B[k + 1][j])      32 x 16 columns
+// So a tile of A is the transpose, as 16 x 16 words, of a tile of B = A^T. What an operand lacks to whole tiles is zero.
+#pragma once
+
+#include "gemm.h"
+
+namespace sora::SORA_TIER {
+
+constexpr int kTileFloats = 256;  // a tile's size
+constexpr int kTileDepth = 32;
+
+template <class T>
+constexpr int kPieces = sizeof(T) == 4 ? 3 : 2;
+template <>
+inline constexpr int kPieces<bfloat16> = 1;
+
+// The compiler's own tile functions do not say that they touch memory, and take constants only.
+template <int t>
+SORA_INLINE void tile_load(const float* p, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride * sizeof(float)), "i"(t) : "memory");
+}
+template <int t>
+SORA_INLINE void tile_store(float* p, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride * sizeof(float)), "i"(t) : "memory");
+}
+template <int t>
+SORA_INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(t));
+}
+template <int c, int a, int b>
+SORA_INLINE void tile_multiply() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+}
+
+// The nearest bfloat16 number in each lane's upper half; x becomes what is left of it.
+SORA_INLINE vu take_piece(vf& x) {
+  const vu piece = (bits<vu>(x) + 0x8000) & 0xffff0000;
+  x -= bits<vf>(piece);
+  return piece;
+}
+
+// Products of operands of storage type T; gemm.h has the same for vectors.
+template <class T>
+class Multiplier {
+  static constexpr int P = kPieces<T>;
+  static int steps(int64_t depth) { return static_cast<int>((depth + kTileDepth - 1) / kTileDepth); }
+
+ public:
+  // Tiles need their shapes set, per thread; and switching threads is cheaper once they are given back.
+  class Session {
+   public:
+    Session() {
+      struct alignas(64) {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+      } config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+      asm volatile("ldtilecfg %0" ::"m"(config));
+    }
+    ~Session() { asm volatile("tilerelease"); }
+    Session(const Session&) = delete;
+  };
+
+  struct Operand {
+    const float* tiles;
+    int64_t next;  // floats from one row of A's tiles, or column of B's, to the next
+  };
+  using Left = Operand;
+  using Right = Operand;
+
+  static int64_t left_size(int64_t rows, int64_t depth) { return (rows + 15) / 16 * steps(depth) * P * kTileFloats; }
+  static int64_t right_size(int64_t depth, int64_t columns) { return left_size(columns, depth); }
+
+  // A = X, X^T or B = X, X^T, where X is `rows` rows of `columns` numbers, row n at x + n * stride.
+  template <class S>
+  static Left left(const S* x, int64_t stride, int rows, int columns, float* to) {
+    for (int i = 0; i < rows; i += 16)
+      for (int k = 0; k < columns; k += kTileDepth, to += P * kTileFloats) neighbours<false>(x, stride, rows, columns, i, k, to);
+    return {to - left_size(rows, columns), steps(columns) * P * kTileFloats};
+  }
+  template <class S>
+  static Right right_transposed(const S* x, int64_t stride, int rows, int columns, float* to) {
+    for (int i = 0; i < rows; i += 16)
+      for (int k = 0; k < columns; k += kTileDepth, to += P * kTileFloats) neighbours<true>(x, stride, rows, columns, i, k, to);
+    return {to - left_size(rows, columns), steps(columns) * P * kTileFloats};
+  }
+  static Left left_transposed_at(const float* to, int, int depth) { return left_room(to, 0, depth); }
+  template <class S>
+  static Right right(const S* x, int64_t stride, int rows, int columns, float* to) {
+    for (int j = 0; j < columns; j += 16)
+      for (int k = 0; k < rows; k += kTileDepth, to += P * kTileFloats) stacked<false>(x, stride, rows, columns, k, j, to);
+    return {to - left_size(columns, rows), steps(rows) * P * kTileFloats};
+  }
+  template <class S>
+  static Left left_transposed(const S* x, int64_t stride, int rows, int columns, float* to) {
+    for (int j = 0; j < columns; j += 16)
+      for (int k = 0; k < rows; k += kTileDepth, to += P * kTileFloats) stacked<true>(x, stride, rows, columns, k, j, to);
+    return {to - left_size(columns, rows), steps(rows) * P * kTileFloats};
+  }
+
+  // Operands that are filled as they are computed; gemm's multiplier says how. What is not put must not matter.
+  static constexpr bool kInPlace = false;
+  static constexpr int kDepth = kTileDepth;
+  static Left left_room(const float* to, int, int depth) { return {to, steps(depth) * P * kTileFloats}; }
+  static Right right_room(const float* to, int depth, int) { return {to, steps(depth) * P * kTileFloats}; }
+  SORA_INLINE static void put_row(Left a, float* to, int i, int j, vf low, vf high) {
+    to += i / 16 * a.next + j / kTileDepth * P * kTileFloats + i % 16 * W;
+#pragma GCC unroll 3
+    for (int p = 0; p < P; ++p) store(to + p * kTileFloats, upper_halves(take_piece(low), take_piece(high)));
+  }
+  SORA_INLINE static void put_pair(Right b, float* to, int k, int j, vf even, vf odd) {
+    to += j / 16 * b.next + k / kTileDepth * P * kTileFloats + k % kTileDepth / 2 * W;
+#pragma GCC unroll 3
+    for (int p = 0; p < P; ++p) {
+      const vu first = take_piece(even), second = take_piece(odd);
+      store(to + p * kTileFloats, bits<vf>(second | first >> 16));
+    }
+  }
+
+  // C [rows, columns] (op)= A B. C is read and written up to whole tiles.
+  template <Init init>
+  static void multiply(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
+    for (int i = 0; i < rows; i += 32)
+      for (int j = 0; j < columns; j += 32)
+        multiply_block<init>(i + 16 < rows, j + 16 < columns, steps(depth), a.tiles + i / 16 * a.next, a.next,
+                             b.tiles + j / 16 * b.next, b.next, c + i * ldc + j, ldc);
+  }
+  static void multiply_precisely(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
+    multiply<Init::kZero>(rows, columns, depth, a, b, c, ldc);
+  }
+
+ private:
+  // 2 x 2 tiles of C (fewer unless tall, wide) in tiles 0-3; tiles 4-5 hold A, 6-7 B.
+  template <Init init>
+  static void multiply_block(bool tall, bool wide, int steps, const float* a, int64_t a_next, const float* b, int64_t b_next,
+                             float* c, int64_t ldc) {
+    float* const c_next = c + 16 * ldc;
+    if (init == Init::kZero) {
+      tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    } else {
+      tile_load<0>(c, ldc);
+      if (wide) tile_load<1>(c + 16, ldc);
+      if (tall) tile_load<2>(c_next, ldc);
+      if (tall && wide) tile_load<3>(c_next + 16, ldc);
+    }
+    for (; steps > 0; --steps, a += P * kTileFloats, b += P * kTileFloats) {
+#pragma GCC unroll 3
+      for (int j = 0; j < P; ++j) {
+        tile_load<6>(b + j * kTileFloats, 16);
+        if (wide) tile_load<7>(b + b_next + j * kTileFloats, 16);
+#pragma GCC unroll 3
+        for (int i = 0; i + j < P; ++i) {
+          tile_load<4>(a + i * kTileFloats, 16);
+          tile_multiply<0, 4, 6>();
+          if (wide) tile_multiply<1, 4, 7>();
+          if (tall) {
+            tile_load<5>(a + a_next + i * kTileFloats, 16);
+            tile_multiply<2, 5, 6>();
+            if (wide) tile_multiply<3, 5, 7>();
+          }
+        }
+      }
+    }
+    tile_store<0>(c, ldc);
+    if (wide) tile_store<1>(c + 16, ldc);
+    if (tall) tile_store<2>(c_next, ldc);
+    if (tall && wide) tile_store<3>(c_next + 16, ldc);
+  }
+
+  template <bool full, class S>
+  SORA_INLINE static vf element(const S* x, int64_t stride, int rows, int columns, int i, int j) {
+    const S* p = x + i * stride + j;
+    if (full) return load(p);
+    if (i >= rows || j >= columns) return vf{};
+    return columns - j >= W ? load(p) : load(p, columns - j);
+  }
+
+  // P tiles of 16 rows x 32 columns at (i, j), [row][pair of columns] or its transpose.
+  template <bool transposed, class S>
+  static void neighbours(const S* x, int64_t stride, int rows, int columns, int i, int j, float* to) {
+    if (i + 16 <= rows && j + 32 <= columns)
+      neighbours<transposed, true>(x, stride, rows, columns, i, j, to);
+    else
+      neighbours<transposed, false>(x, stride, rows, columns, i, j, to);
+  }
+  template <bool transposed, bool full, class S>
+  static void neighbours(const S* x, int64_t stride, int rows, int columns, int i, int j, float* to) {
+    vf words[P][W];
+    for (int n = 0; n < W; ++n) {
+      if constexpr (full && sizeof(S) == 2 && P == 1) {
+        words[0][n] = load(reinterpret_cast<const float*>(x + (i + n) * stride + j));
+        continue;
+      }
+      vf low = element<full>(x, stride, rows, columns, i + n, j), high = element<full>(x, stride, rows, columns, i + n, j + W);
+      for (int p = 0; p < P; ++p) words[p][n] = upper_halves(take_piece(low), take_piece(high));
+    }
+    put<transposed>(words, to);
+  }
+
+  // P tiles of 32 rows x 16 columns at (i, j), [pair of rows][column] or its transpose.
+  template <bool transposed, class S>
+  static void stacked(const S* x, int64_t stride, int rows, int columns, int i, int j, float* to) {
+    if (i + 32 <= rows && j + 16 <= columns)
+      stacked<transposed, true>(x, stride, rows, columns, i, j, to);
+    else
+      stacked<transposed, false>(x, stride, rows, columns, i, j, to);
+  }
+  template <bool transposed, bool full, class S>
+  static void stacked(const S* x, int64_t stride, int rows, int columns, int i, int j, float* to) {
+    vf words[P][W];
+    for (int n = 0; n < W; ++n) {
+      vf even = element<full>(x, stride, rows, columns, i + 2 * n, j),
+         odd = element<full>(x, stride, rows, columns, i + 2 * n + 1, j);
+      for (int p = 0; p < P; ++p) {
+        const vu first = take_piece(even), second = take_piece(odd);
+        words[p][n] = bits<vf>(second | first >> 16);
+      }
+    }
+    put<transposed>(words, to);
+  }
+
+  template <bool transposed>
+  SORA_INLINE static void put(vf (&words)[P][W], float* to) {
+    for (int p = 0; p < P; ++p) {
+      if constexpr (transposed) transpose(words[p]);
+      for (int n = 0; n < W; ++n) store(to + p * kTileFloats + n * W, words[p][n]);
+    }
+  }
+
+  // The upper halves of all lanes of a, then of b, as 32 numbers.
+  SORA_INLINE static vf upper_halves(vu a, vu b) {
+    typedef uint16_t vs __attribute__((vector_size(64)));
+    vs order;
+    for (int i = 0; i < 32; ++i) order[i] = 2 * i + 1;
+    return bits<vf>(__builtin_shuffle(bits<vs>(a), bits<vs>(b), order));
+  }
+};
+
+}  // namespace sora::SORA_TIER
