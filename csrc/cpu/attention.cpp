@@ -14,6 +14,9 @@
 namespace sora::SORA_TIER {
 namespace {
 
+constexpr int kPanel = 64;                    // queries on the lanes of one panel
+constexpr int kKeyBlock = kTiles ? 256 : 64;  // keys of one block of scores; tiles are faster in long sums
+
 // A running maximum is raised only when it is this far behind, so that what was summed before rarely has to be scaled: numbers up
 // to 2^8 lose no precision.
 constexpr float kBehind = 8;
@@ -47,8 +50,8 @@ bool online_softmax(float* s, int num_keys, float log2_scale, float* m, float* l
   for (; j < num_keys; j += 2, s += 2 * kPanel) {
 #pragma GCC unroll 4
     for (int c = 0; c < NV; ++c) {
-      const vf even = exp2(multiply_add(load(s + c * W), log2_scale, -highest[c])),
-               odd = exp2(multiply_add(load(s + kPanel + c * W), log2_scale, -highest[c]));
+      const vf even = exp2<M::kRough>(multiply_add(load(s + c * W), log2_scale, -highest[c])),
+               odd = exp2<M::kRough>(multiply_add(load(s + kPanel + c * W), log2_scale, -highest[c]));
       M::put_pair(p, to, j, column + c * W, even, odd);
       total[c] += even + odd;
     }
@@ -139,14 +142,17 @@ class Forward {
       bool packed = false;
       typename M::Left k_block, v_block;
       for (int i = 0; i < panels_; ++i) {
-        const Visible visible = panel_[i].mask.visible(block, num_keys);
+        // Of the block, the panel takes what its mask leaves, from a whole tile on.
+        const BlockPart part(panel_[i].mask, block, num_keys);
+        const Visible visible = part.count > 0 ? panel_[i].mask.visible(block + part.skipped, part.count) : Visible::kNone;
         if (visible == Visible::kNone) continue;
         if (!packed) {
           k_block = M::left(k[block], k.stride, num_keys, d_, room_.k);
           v_block = M::left_transposed(v[block], v.stride, num_keys, d_, room_.v);
           packed = true;
         }
-        add_block(panel_[i], visible, block, num_keys, k_block, v_block);
+        add_block(panel_[i], visible, block + part.skipped, part.count, M::from_row(k_block, part.skipped),
+                  M::from_depth(v_block, part.skipped));
       }
     }
     finish();
@@ -169,7 +175,7 @@ class Forward {
   void add_block(Panel& p, Visible visible, int64_t block, int num_keys, typename M::Left k, typename M::Left v) {
     float* scores = room_.scores;
     M::template multiply<Init::kZero>(num_keys, p.count, d_, k, p.q, scores, kPanel);
-    if (terms_.any) terms_.apply(scores, p.begin, p.count, block, num_keys, nullptr);
+    if (terms_.any) terms_.apply(scores, kPanel, p.begin, p.count, block, num_keys, nullptr);
     if (visible == Visible::kSome) p.mask.apply(scores, kPanel, block, num_keys);
     const typename M::Right probabilities = M::right_room(room_.probabilities, num_keys, kPanel);
     const bool changed = online_softmax_columns<M>(p.count, scores, num_keys, terms_.log2_scale, p.m, p.l, room_.correction,
@@ -198,7 +204,7 @@ class Forward {
         lse[p.begin + c] = p.m[c] * __builtin_log(2) + __builtin_log(p.l[c]);  // -inf if nothing was seen
         room_.correction[c] = p.l[c] == 0 ? 0 : 1 / p.l[c];
       }
-      put_transposed(p.out, room_.correction, out, p.begin, p.count, d_);
+      put_transposed(p.out, kPanel, room_.correction, out, p.begin, p.count, d_);
     }
   }
 };

@@ -7,13 +7,6 @@
 
 namespace sora::SORA_TIER {
 
-constexpr int kPanel = 64;  // queries on the lanes of one panel
-// Keys of one block of scores [kKeyBlock, kPanel]. Tiles are faster in long sums.
-#ifdef SORA_TILES
-constexpr int kKeyBlock = 128;
-#else
-constexpr int kKeyBlock = 64;
-#endif
 constexpr float kLog2E = 1.44269504f;
 
 // Rows of one head of one sample: token n is at data + n * stride.
@@ -41,14 +34,24 @@ inline int head_dim(const Tensor& x) { return static_cast<int>(x.size[x.ndim - 1
 inline int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 inline int at_most(int64_t size, int limit) { return static_cast<int>(size < limit ? size : limit); }
 
-// rows begin..begin+count <- src [d, kPanel] transposed, column q times factor[q].
+// The keys of a block between the first and the last that a panel sees: `count` after `skipped`, both whole tiles, or the block
+// ends.
+struct BlockPart {
+  int skipped, count;
+  template <class Mask>
+  BlockPart(const Mask& mask, int64_t block, int num_keys)
+      : skipped(mask.k_begin > block ? at_most(mask.k_begin - block, num_keys) / 32 * 32 : 0),
+        count(at_most((mask.k_end - block + 31) / 32 * 32, num_keys) - skipped) {}
+};
+
+// rows begin..begin+count <- src [d, ld] transposed, column q times factor[q].
 template <class T>
-void put_transposed(const float* src, const float* factor, Rows<T> rows, int64_t begin, int count, int d) {
+void put_transposed(const float* src, int ld, const float* factor, Rows<T> rows, int64_t begin, int count, int d) {
   for (int q = 0; q < count; q += W) {
     const vf f = load(factor + q);
     each_vector(d, [&](int64_t i, int lanes) {
       vf block[W];
-      for (int j = 0; j < W; ++j) block[j] = j < lanes ? load(src + (i + j) * kPanel + q) * f : vf{};
+      for (int j = 0; j < W; ++j) block[j] = j < lanes ? load(src + (i + j) * ld + q) * f : vf{};
       transpose(block);
       for (int j = 0; j < W && q + j < count; ++j) store_lanes(rows[begin + q + j] + i, block[j], lanes);
     });
@@ -80,16 +83,16 @@ struct ScoreTerms {
     log2_scale = any ? kLog2E : scale * kLog2E;
   }
 
-  // s [num_keys, kPanel] in place; `slopes` (or null) receives d capped / d raw.
-  void apply(float* s, int64_t q_begin, int num_queries, int64_t k_begin, int num_keys, float* slopes) const {
+  // s [num_keys, ld] in place; `slopes` (or null) receives d capped / d raw.
+  void apply(float* s, int ld, int64_t q_begin, int num_queries, int64_t k_begin, int num_keys, float* slopes) const {
     for (int j = 0; j < num_keys; ++j)
       for (int c = 0; c < num_queries; c += W) {
-        float* p = s + j * kPanel + c;
+        float* p = s + j * ld + c;
         vf x = load(p) * scale;
         if (cap > 0) {
           vf t = tanh(x * (1 / cap));
           x = t * cap;
-          if (slopes != nullptr) store(slopes + j * kPanel + c, 1.0f - t * t);
+          if (slopes != nullptr) store(slopes + j * ld + c, 1.0f - t * t);
         }
         if (bias != nullptr) {
           vf b = {};

@@ -12,6 +12,9 @@
 namespace sora::SORA_TIER {
 namespace {
 
+constexpr int kPanel = kTiles ? 128 : 64;     // queries on the lanes of one panel
+constexpr int kKeyBlock = kTiles ? 128 : 64;  // keys of one block of scores
+
 // Blocks of keys whose operands and sums are kept while all queries pass: at most, and so that they fit into a core's cache.
 constexpr int kKeyBlocks = 8;
 constexpr int kKeptElements = 1 << 16;
@@ -62,7 +65,7 @@ struct Gradients {
         if (whole) {
           delta[n] = vf{};
           for (int at = c + n * W; at < num_keys * kPanel; at += kPanel)
-            delta[n] += exp2(multiply_add(load(scores + at), log2_scale, -lse[n]) - rest[n]) * load(dp + at);
+            delta[n] += exp2<M::kRough>(multiply_add(load(scores + at), log2_scale, -lse[n]) - rest[n]) * load(dp + at);
         }
         delta[n] -= load(row.dlse + c + n * W);
       }
@@ -74,7 +77,7 @@ struct Gradients {
 #pragma GCC unroll 2
           for (int n = 0; n < 2; ++n) {
             const int at = (j + m) * kPanel + c + n * W;
-            probability[m][n] = exp2(multiply_add(load(scores + at), log2_scale, -lse[n]) - rest[n]);
+            probability[m][n] = exp2<M::kRough>(multiply_add(load(scores + at), log2_scale, -lse[n]) - rest[n]);
             gradient[m][n] = probability[m][n] * (load(dp + at) - delta[n]);
             if (slopes != nullptr) gradient[m][n] *= load(slopes + at);
           }
@@ -200,13 +203,16 @@ class Backward {
     // What is not computed of a panel's last columns must be finite, as it is multiplied by zero.
     if (count < kPanel) memset(scores, 0, kKeyBlock * kPanel * sizeof(float)), memset(dp, 0, kKeyBlock * kPanel * sizeof(float));
     for (int64_t block = k_begin; block < k_end; block += kKeyBlock) {
-      const int num_keys = at_most(k_end - block, kKeyBlock), b = static_cast<int>((block - k_begin) / kKeyBlock);
-      const Visible visible = mask.visible(block, num_keys);
+      const int b = static_cast<int>((block - k_begin) / kKeyBlock);
+      const BlockPart part(mask, block, at_most(k_end - block, kKeyBlock));
+      const int num_keys = part.count;
+      const int64_t first = block + part.skipped;
+      const Visible visible = num_keys > 0 ? mask.visible(first, num_keys) : Visible::kNone;
       if (visible == Visible::kNone) continue;
-      M::template multiply<Init::kZero>(num_keys, count, d_, k_[b], q_transposed, scores, kPanel);
-      if (terms.any) terms.apply(scores, begin, count, block, num_keys, room_.slopes);
-      if (visible == Visible::kSome) mask.apply(scores, kPanel, block, num_keys);
-      M::multiply_precisely(num_keys, count, d_, v_[b], dout_transposed, dp, kPanel);
+      M::template multiply<Init::kZero>(num_keys, count, d_, M::from_row(k_[b], part.skipped), q_transposed, scores, kPanel);
+      if (terms.any) terms.apply(scores, kPanel, begin, count, first, num_keys, room_.slopes);
+      if (visible == Visible::kSome) mask.apply(scores, kPanel, first, num_keys);
+      M::multiply_precisely(num_keys, count, d_, M::from_row(v_[b], part.skipped), dout_transposed, dp, kPanel);
       Gradients<M> g{M::left_room(room_.p, num_keys, kPanel),
                      M::left_room(room_.ds, num_keys, kPanel),
                      M::right_room(room_.ds_right, num_keys, kPanel),
@@ -215,10 +221,12 @@ class Backward {
                      room_.ds_right};
       g.compute(scores, dp, terms.cap > 0 ? room_.slopes : nullptr, terms.log2_scale, num_keys, count, statistics, whole);
       if (item_.keys) {
-        M::template multiply<Init::kAdd>(num_keys, d_, count, g.p, dout_rows, room_.key[b].dv, width_);
-        M::template multiply<Init::kAdd>(num_keys, d_, count, g.ds, q_rows, room_.key[b].dk, width_);
+        M::template multiply<Init::kAdd>(num_keys, d_, count, g.p, dout_rows, room_.key[b].dv + part.skipped * width_, width_);
+        M::template multiply<Init::kAdd>(num_keys, d_, count, g.ds, q_rows, room_.key[b].dk + part.skipped * width_, width_);
       }
-      if (item_.queries) M::template multiply<Init::kAdd>(d_, count, num_keys, k_transposed_[b], g.ds_right, dq, kPanel);
+      if (item_.queries)
+        M::template multiply<Init::kAdd>(d_, count, num_keys, M::from_depth(k_transposed_[b], part.skipped), g.ds_right, dq,
+                                         kPanel);
     }
   }
 
@@ -240,7 +248,8 @@ class Backward {
       const Rows<T> dq(a_.dq, s_.q_batch, s_.q_start, item_.head * group_ + g);
       for (int i = 0; i < panels_; ++i) {
         const int64_t begin = item_.q_begin + int64_t{i} * kPanel;
-        put_transposed(room_.dq + (g * panels_ + i) * tile, room_.scale, dq, begin, at_most(item_.q_end - begin, kPanel), d_);
+        put_transposed(room_.dq + (g * panels_ + i) * tile, kPanel, room_.scale, dq, begin, at_most(item_.q_end - begin, kPanel),
+                       d_);
       }
     }
   }

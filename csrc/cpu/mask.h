@@ -50,7 +50,7 @@ struct BandMask {
 
 // Inside a span a query sees a box of its (T, H, W) grid; in other spans of its sample everything; in a span of step 0 everything.
 struct GridMask {
-  static constexpr int kMaxCount = 64;
+  static constexpr int kMaxCount = 128;
   int64_t k_begin, k_end;
   int count;
   const Attention* a;

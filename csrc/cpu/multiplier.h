@@ -15,6 +15,8 @@
 
 namespace sora::SORA_TIER {
 
+constexpr bool kTiles = false;
+
 template <class T>
 struct Multiplier {
   using Left = Matrix;
@@ -56,9 +58,14 @@ struct Multiplier {
     return {to, row};
   }
 
+  // A without its first n rows, or its first n of depth; n is a multiple of 32.
+  static Left from_row(Left a, int n) { return {a.data + n * a.row, a.row, a.column}; }
+  static Left from_depth(Left a, int n) { return {a.data + n * a.column, a.row, a.column}; }
+
   // Operands that are filled as they are computed: A [rows, depth] by put_row, a row's columns j to j + 2 W, and B [depth, columns]
   // by put_pair, rows k and k + 1 of columns j to j + W, in whole multiples of kDepth.
-  static constexpr bool kInPlace = true;  // whether that may be where the float32 numbers come from
+  static constexpr bool kRough = sizeof(T) == 2;  // whether 16 bits are all that results keep
+  static constexpr bool kInPlace = true;          // whether that may be where the float32 numbers come from
   static constexpr int kDepth = 1;
   static Left left_room(const float* to, int, int depth) { return {to, depth}; }
   static Right right_room(const float* to, int, int columns) { return {to, padded(columns)}; }

@@ -20,6 +20,8 @@
 
 namespace sora::SORA_TIER {
 
+constexpr bool kTiles = true;
+
 constexpr int kTileFloats = 256;  // a tile's size
 constexpr int kTileDepth = 32;
 
@@ -112,7 +114,11 @@ class Multiplier {
     return {to - left_size(columns, rows), steps(rows) * P * kTileFloats};
   }
 
+  static Left from_row(Left a, int n) { return {a.tiles + n / 16 * a.next, a.next}; }
+  static Left from_depth(Left a, int n) { return {a.tiles + n / kTileDepth * P * kTileFloats, a.next}; }
+
   // Operands that are filled as they are computed; gemm's multiplier says how. What is not put must not matter.
+  static constexpr bool kRough = sizeof(T) == 2;  // whether 16 bits are all that results keep
   static constexpr bool kInPlace = false;
   static constexpr int kDepth = kTileDepth;
   static Left left_room(const float* to, int, int depth) { return {to, steps(depth) * P * kTileFloats}; }
