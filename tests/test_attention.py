@@ -2,6 +2,9 @@
 
 import inspect
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -129,6 +132,57 @@ def test_packed(target: Target, case: str) -> None:
     blind = (lse == -torch.inf).T
     assert blind[cu_q[-1] :].all()
     assert_zero(out[blind], dq[blind], dk[cu_k[-1] :], dv[cu_k[-1] :])
+
+
+@pytest.mark.skipif("SORA_KERNELS_BACKEND" in os.environ, reason="the environment forces a backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_change_no_bit(dtype: torch.dtype) -> None:
+    """Work is cut differently for many threads (smaller items; dq apart from dk and dv), and for heads that hold more than fits."""
+    target = Target("cpu", "cpu", dtype)
+    for heads, length, d in (((1, 1), 700, 64), ((6, 2), 130, 32)):
+        inputs = [target.randn(1, length, h, d) for h in (heads[0], heads[1], heads[1])]
+        before, results = torch.get_num_threads(), []
+        for threads in (1, 2, 16):
+            torch.set_num_threads(threads)
+            results.append(run(ops.flash_attn_func, inputs))
+        torch.set_num_threads(before)
+        for other in results[1:]:
+            assert_bit_equal(other[0] + other[1], results[0][0] + results[0][1])
+
+
+@pytest.mark.skipif("SORA_KERNELS_BACKEND" in os.environ, reason="the environment forces a backend")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_does_not_grow_with_the_sample(dtype: str) -> None:
+    """Beyond inputs, outputs and gradients, a long sample takes what each thread holds of an item: some megabytes."""
+    done = subprocess.run([sys.executable, "-c", PEAK_MEMORY, dtype], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    forward, backward = map(float, done.stdout.split())
+    assert forward < 16
+    assert backward < 16
+
+
+# Prints the MiB that a forward and a backward take beyond the tensors they are given. A sliding window makes a long sample cheap.
+PEAK_MEMORY = """
+import sys, torch
+from sora_kernels import backends
+
+def status(name):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+def grown(call, *args):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+    before = status("VmRSS")
+    call(*args)
+    return status("VmHWM") - before
+
+torch.set_num_threads(2)
+cpu, length, dtype = backends.BACKENDS["cpu"].load(), 200_000, getattr(torch, sys.argv[1])
+q, k, v, out, dout, dq, dk, dv = (torch.ones(length, 1, 64, dtype=dtype) for _ in range(8))
+lse, cu = torch.ones(1, length, dtype=torch.float64), torch.tensor([0, length], dtype=torch.int32)
+options = cu, cu, None, None, 0.125, 64, 64, 0.0
+print(grown(cpu.attention_forward, q, k, v, *options, out, lse))
+print(grown(cpu.attention_backward, dout, None, q, k, v, out, lse, *options, dq, dk, dv))
+"""
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -129,6 +129,22 @@ def test_forced_tier_runs(tier):
     assert run("import torch; from sora_kernels import _cpu; print(_cpu.isa())", SORA_KERNELS_ISA=tier).stdout == f"{tier}\n"
 
 
+# A little of everything that is compiled once per tier.
+SAMPLE = (
+    "cpu-cpu and (d72 or gqa or everything or test_spatiotemporal or without_gradient or qk_norm_rope or test_layer_norm_modulate)"
+)
+
+
+@pytest.mark.skipif("SORA_KERNELS_ISA" in os.environ, reason="the environment forces a tier")
+@pytest.mark.parametrize("tier", TIERS[1:])
+def test_other_tiers_pass_the_same_tests(tier):
+    files = [f"tests/test_{name}.py" for name in ("attention", "patch_embed", "rope", "adaln")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not emulated", "-k", SAMPLE, *files]
+    env = {**os.environ, "SORA_KERNELS_ISA": tier}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 def test_best_tier_is_the_default():
     assert os.environ.get("SORA_KERNELS_ISA") or backends.BACKENDS["cpu"].load().isa() == TIERS[0]
 

@@ -11,7 +11,8 @@ namespace sora::SORA_TIER {
 namespace {
 
 constexpr int64_t kTokens = 64;
-constexpr int64_t kGroup = 8;  // tokens whose gradients are summed before they join a longer sum, which keeps rounding errors small
+// What is summed before it joins a longer sum, which keeps rounding errors small: gradients of so many tokens, elements of a row.
+constexpr int64_t kGroup = 8, kSegment = 1024;
 
 template <class T>
 T* row(const Tensor& x, int64_t n) {
@@ -21,16 +22,21 @@ T* row(const Tensor& x, int64_t n) {
 // sum_i term(i) over a row, in four independent chains: one would wait for its own additions.
 template <class Term>
 SORA_INLINE float row_sum(int64_t length, Term term) {
-  vf chain[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * W <= length; i += 4 * W)
-    for (int c = 0; c < 4; ++c) chain[c] += term(i + c * W, W);
-  each_vector(length - i, [&](int64_t j, int lanes) {
-    vf x = term(i + j, lanes);
-    if (lanes < W) x = lanes_below(lanes) ? x : vf{};
-    chain[0] += x;
-  });
-  return sum(chain[0] + chain[1] + (chain[2] + chain[3]));
+  vf total = {};
+  for (int64_t begin = 0; begin < length; begin += kSegment) {
+    const int64_t end = begin + kSegment < length ? begin + kSegment : length;
+    vf chain[4] = {};
+    int64_t i = begin;
+    for (; i + 4 * W <= end; i += 4 * W)
+      for (int c = 0; c < 4; ++c) chain[c] += term(i + c * W, W);
+    each_vector(end - i, [&](int64_t j, int lanes) {
+      vf x = term(i + j, lanes);
+      if (lanes < W) x = lanes_below(lanes) ? x : vf{};
+      chain[0] += x;
+    });
+    total += chain[0] + chain[1] + (chain[2] + chain[3]);
+  }
+  return sum(total);
 }
 
 int64_t num_rows(const AdaLn& a) { return a.cu_seqlens.size[0] - 1; }
