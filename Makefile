@@ -1,13 +1,14 @@
 # make demo    everything from nothing: environment, install, build, training, videos
 # make test    environment, ruff, mypy, clang-format, tests
-# make bench   the benchmarks; make bench-report also writes their table and plot to docs/benchmarks
+# make bench   the benchmarks; make bench-report also writes their table and plot to docs/benchmarks, make bench-gate fails if a
+#              ratio has fallen since
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CSRC := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench bench-report clean
+.PHONY: demo test lint format bench bench-report bench-gate clean
 
 # Reinstalled when what it is made from changes; ninja recompiles only what has to be.
 $(READY): pyproject.toml setup.py constraints.txt $(CSRC)
@@ -41,6 +42,9 @@ bench-report: $(READY)
 	mkdir -p outputs
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=outputs/benchmarks.json
 	$(BIN)/python -m benchmarks.report outputs/benchmarks.json --out docs/benchmarks
+
+bench-gate: $(READY)
+	$(BIN)/python -m benchmarks.gate docs/benchmarks/ratios.json
 
 clean:
 	rm -rf build outputs *.egg-info sora_kernels/*.so

@@ -2,7 +2,8 @@
 
 pytest benchmarks --benchmark-only --benchmark-json=results.json
 python -m benchmarks.report results.json                              ->  the table alone, printed
-python -m benchmarks.report results.json --out docs/benchmarks        ->  docs/benchmarks/benchmarks.{md,png}
+python -m benchmarks.report results.json --out docs/benchmarks        ->  docs/benchmarks/benchmarks.{md,png}, and ratios.json,
+                                                                          which benchmarks.gate compares with
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gate import machine_of, ratios_of
 from benchmarks.race import OURS
 
 UNITS = {"useful_gflops": "GFLOP/s", "useful_gbps": "GB/s"}
@@ -116,22 +118,21 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="what --benchmark-json or --results wrote")
-    parser.add_argument("--out", type=Path, help="folder for benchmarks.md and benchmarks.png; without it, the table is printed")
+    parser.add_argument("--out", type=Path, help="folder for the table, the plot and the ratios; without it, the table is printed")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text())
     rows = rows_of(results)
     if arguments.out is None:
         print(table(rows))
         return
-    machine = results["machine_info"]
-    cpu = machine["cpu"].get("brand_raw", machine["processor"])
     summary = (
-        f"{cpu}, {machine['device']}, torch {machine['torch']}, {results['datetime'][:10]}. Peers alternate with ours; the last "
+        f"{machine_of(results)}, {results['datetime'][:10]}. Peers alternate with ours; the last "
         "column is the median of their ratios. How work is counted: `benchmarks/race.py`."
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "benchmarks.md").write_text(f"# Benchmarks\n\n{summary}\n\n![](benchmarks.png)\n\n{table(rows)}\n")
     plot(rows, arguments.out / "benchmarks.png")
+    (arguments.out / "ratios.json").write_text(json.dumps(ratios_of(results), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_table, report
+from benchmarks import gate, gpu_table, report
 from benchmarks.race import BACKWARD, BOTH, FORWARD, OURS, Implementation, Race, copied, of_pass
 
 
@@ -77,3 +77,18 @@ def test_gpu_table(tmp_path) -> None:
     assert len(table) == 2 + len(rows) - 1 + len(skipped)
     assert table[2] == f"| rope_3d | bfloat16 | backward | **{OURS}** | 3,900.0 GB/s | 0.108 / 0.120 / 0.132 |  |"
     assert r"| peer | not supported | a \| b |  |" in table[6]
+
+
+def test_gate() -> None:
+    """A ratio may fall by 15%, a row may be new; one that is gone, or has fallen further, is found."""
+    machine = {"cpu": {}, "processor": "a cpu", "device": "2 threads", "torch": "2.13"}
+
+    def results(**ratios: float | None) -> dict:
+        rows = [{"fullname": name, "extra_info": {} if ratio is None else {"speedup": ratio}} for name, ratio in ratios.items()]
+        return gate.ratios_of({"machine_info": machine, "benchmarks": rows})
+
+    committed = results(ours=None, same=1.5, lower=2.0, fallen=2.0, gone=3.0)
+    assert committed["machine"] == "a cpu, 2 threads, torch 2.13"
+    assert set(committed["ratios"]) == {"same", "lower", "fallen", "gone"}
+    now = results(ours=None, same=1.5, lower=1.71, fallen=1.69, new=0.1)
+    assert gate.fallen(committed["ratios"], now["ratios"]) == ["fallen", "gone"]

@@ -41,6 +41,7 @@
   void patch_embed_3d_backward(const PatchEmbed&);                           \
   void patchify_3d(const PatchEmbed&);                                       \
   void unpatchify_3d(const PatchEmbed&);                                     \
+  float multiply_adds(int64_t, int64_t);                                     \
   static const Kernels kernels = {#tier,                                     \
                                   bytes,                                     \
                                   attention_forward,                         \
@@ -55,7 +56,8 @@
                                   patch_embed_3d_forward,                    \
                                   patch_embed_3d_backward,                   \
                                   patchify_3d,                               \
-                                  unpatchify_3d};                            \
+                                  unpatchify_3d,                             \
+                                  multiply_adds};                            \
   }
 
 SORA_DECLARE_TIER(baseline, 16)
@@ -156,6 +158,14 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "(tier, whether this processor supports it), best first.");
   m.def("num_threads", [] { return omp_get_max_threads(); }, "Threads a kernel called from here would use.");
+  m.def(
+      "multiply_adds",
+      [=](int64_t items, double operations) {
+        constexpr int64_t kChains = 12;
+        py::gil_scoped_release release;
+        return kernels->multiply_adds(items, static_cast<int64_t>(operations / (2 * kChains * kernels->vector_bytes / 4)));
+      },
+      "On all threads, items * operations float32 operations that are fused multiply-adds; for benchmarks.");
   m.def("empty", empty, "A tensor of like's dtype and these sizes, contents undefined, in memory that is kept for reuse.");
   m.def("cached_bytes", [] { return Pool::instance().cached(); }, "Memory kept for reuse.");
   m.def("set_cache_limit", [](size_t bytes) { Pool::instance().set_limit(bytes); }, "The most memory to keep for reuse.");
