@@ -4,8 +4,9 @@
 // lanes with no horizontal step.
 //
 // An item is up to kQueryBlock queries of one head, in panels of kPanel. For each block of kKeyBlock keys, K and V become operands
-// once; then for each panel S^T = K Q^T; P = 2^(c S - m), c = scale log2(e), m the running maximum; O^T = O^T * 2^(m_old - m) + V^T
-// P.
+// once; then for each panel, with c = scale log2(e) and m the running maximum,
+//
+//   S^T = K Q^T      P = 2^(c S - m)      O^T = O^T 2^(m_old - m) + V^T P
 //
 // Blocks count from a sample's first token, so a sample's result does not depend on what it is packed with. Memory is per thread
 // and does not grow with the sample.

@@ -8,7 +8,8 @@
 //   x y = x0 y0 + x0 y1 + x1 y0 + x0 y2 + x1 y1 + x2 y0 + ...    6 products for float32, 3 for float16, 1 for bfloat16
 //
 // and what is left out is 2**-24 of x y at most, as much as rounding the product to float32. The sums round like float32 sums.
-// Only infinity differs: the rest of an infinite number is NaN, and so is the product.
+// What differs: the rest of an infinite number is NaN, and so is the product; numbers within 0.2% of the largest of float32 round
+// to infinity; subnormal numbers count as zero.
 //
 // An operand is stored as tiles of 1 KiB that hold pairs of numbers adjacent along the sum's index k:
 //   Left   A [rows, depth]      tile[i][k / 2] = (A[i][k], A[i][k + 1])      16 rows x 32
