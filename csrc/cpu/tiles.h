@@ -7,7 +7,7 @@
 //
 //   x y = x0 y0 + x0 y1 + x1 y0 + x0 y2 + x1 y1 + x2 y0 + ...    6 products for float32, 3 for float16, 1 for bfloat16
 //
-// and what is left out is 2**-24 of x y at most, as much as rounding the product to float32. The sums round like float32 sums.
+// and what is left out is 2**-23 of x y at most, 2**-16 for float16, whose numbers have 11 bits. The sums round like float32 sums.
 // What differs: the rest of an infinite number is NaN, and so is the product; numbers within 0.2% of the largest of float32 round
 // to infinity; subnormal numbers count as zero.
 //
