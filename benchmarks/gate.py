@@ -54,7 +54,10 @@ def fallen(committed: dict[str, float], now: dict[str, float]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("committed", type=Path, help="ratios.json, as benchmarks.report writes it")
-    committed = json.loads(parser.parse_args().committed.read_text())
+    path = parser.parse_args().committed
+    if not path.is_file():
+        parser.error(f"{path} does not exist; `make bench-report` writes it")
+    committed = json.loads(path.read_text())
     now = measured(["benchmarks"])
     if now["machine"] != committed["machine"]:
         print(f"the ratios are of {committed['machine']}, this is {now['machine']}", file=sys.stderr)

@@ -21,7 +21,7 @@ trap stop INT TERM
 run tests/test_gpu.py tests/test_boundaries.py & pids+=($!)
 for dtype in float32 bfloat16 "float16 and not bfloat16" float64; do
   run tests/test_attention.py -k "$dtype and test_packed" & pids+=($!)
-  run tests/test_attention.py -k "$dtype and not test_packed" & pids+=($!)
+  run tests/test_attention.py tests/test_spatiotemporal_attention.py -k "$dtype and not test_packed" & pids+=($!)
   run tests/test_rope.py tests/test_patch_embed.py tests/test_patchify.py -k "$dtype" & pids+=($!)
   run tests/test_adaln.py -k "$dtype" & pids+=($!)
 done

@@ -1,11 +1,9 @@
-"""Attention: FlashAttention's names, torch's SDPA and varlen_attn, and space-time windows."""
+"""Attention: FlashAttention's names, torch's SDPA and varlen_attn."""
 
 import inspect
 import itertools
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -32,6 +30,7 @@ from torch.nn.attention.varlen import varlen_attn as torch_varlen_attn
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 from sora_kernels import attention as ops
+from sora_kernels.backends import use_backend
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.reference import attention as reference
 
@@ -134,23 +133,22 @@ def test_packed(target: Target, case: str) -> None:
     assert_zero(out[blind], dq[blind], dk[cu_k[-1] :], dv[cu_k[-1] :])
 
 
-@pytest.mark.skipif("SORA_KERNELS_BACKEND" in os.environ, reason="the environment forces a backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_change_no_bit(dtype: torch.dtype) -> None:
-    """Work is cut differently for many threads (smaller items; dq apart from dk and dv), and for heads that hold more than fits."""
+    """Work is cut differently for many threads: smaller items; dq apart from dk and dv."""
     target = Target("cpu", "cpu", dtype)
     for heads, length, d in (((1, 1), 700, 64), ((6, 2), 130, 32)):
         inputs = [target.randn(1, length, h, d) for h in (heads[0], heads[1], heads[1])]
         before, results = torch.get_num_threads(), []
         for threads in (1, 2, 16):
             torch.set_num_threads(threads)
-            results.append(run(ops.flash_attn_func, inputs))
+            with use_backend("cpu"):
+                results.append(run(ops.flash_attn_func, inputs))
         torch.set_num_threads(before)
         for other in results[1:]:
             assert_bit_equal(other[0] + other[1], results[0][0] + results[0][1])
 
 
-@pytest.mark.skipif("SORA_KERNELS_BACKEND" in os.environ, reason="the environment forces a backend")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_does_not_grow_with_the_sample(dtype: str) -> None:
     """Beyond inputs, outputs and gradients, a long sample takes what each thread holds of an item: some megabytes."""
@@ -159,6 +157,30 @@ def test_memory_does_not_grow_with_the_sample(dtype: str) -> None:
     forward, backward = map(float, done.stdout.split())
     assert forward < 16
     assert backward < 16
+
+
+POISONED = {
+    "softcap": {"softcap": 1.5, "queries": (37, 5), "keys": (41, 65)},
+    "causal": {"causal": True, "queries": (37, 100)},
+    "window": {"window_size": (7, 3), "queries": (75, 17)},
+    "gqa": {"heads": (4, 2), "queries": (49, 1)},
+}
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_leftovers_do_not_matter(target: Target, name: str) -> None:
+    """Kernels keep scratch memory between calls; what a call of NaNs leaves there changes no bit of the next one."""
+    inputs, (cu_q, cu_k), options = packed_case(target, **POISONED[name])
+
+    def call(*qkv: Tensor) -> Run:
+        lengths = int(cu_q.diff().max()), int(cu_k.diff().max())
+        return run(lambda q, k, v: ops.flash_attn_varlen_func(q, k, v, cu_q, cu_k, *lengths, **options), qkv)
+
+    expected = call(*inputs.values())
+    nan = torch.full((1, 300, 2, inputs["q"].shape[-1]), torch.nan, device=target.device, dtype=target.dtype)
+    run(partial(ops.flash_attn_func, softcap=1.5), [nan, nan, nan])
+    actual = call(*inputs.values())
+    assert_bit_equal(actual[0] + actual[1], expected[0] + expected[1])
 
 
 # Prints the MiB that a forward and a backward take beyond the tensors they are given. A sliding window makes a long sample cheap.
@@ -311,89 +333,21 @@ def test_sdpa_leading_dimensions(target: Target) -> None:
     assert_bit_equal([out[1, 2]], [ops.scaled_dot_product_attention(q[1, 2], k[1, 2], v[1, 2], seen[1, 2])])
 
 
-SPANS = [
-    [Span((4, 5, 6))],
-    [Span.text(7), Span((1, 9, 8)), Span((3, 4, 4), origin=(1, 0, 0), step=(1, 0.5, 0.5)), Span.text(2)],
-    [],
-    [Span((2, 2, 2))],
-    [Span.text(3)],
-]
-WINDOWS = {
-    "odd": {"window": (3, 3, 5)},
-    "even": {"window": (2, 4, 4)},
-    "one": {"window": (1, 1, 1)},
-    "wide": {"window": (99, 99, 99)},
-    "axis": {"window": (None, 3, None)},
-    "causal_time": {"causal": (True, False, False)},
-    "causal_all": {"window": (2, None, 3), "causal": (True, True, True)},
-    "causal_width": {"window": (3, 4, 2), "causal": (False, False, True)},
-    "dense": {},
-}
-
-
-def window_mask(layout: PackedLayout, window=(None, None, None), causal=(False, False, False)) -> Tensor:
-    """Who sees whom [N, N], span by span, from the definition along each axis."""
-    visible = torch.block_diag(*(torch.ones(n, n) for n in layout.seqlens)).bool()
-    for span, first in zip(itertools.chain(*layout.spans), layout.cu_spans.tolist(), strict=False):
-        axes = []
-        for length, size, past_only in zip(span.grid, window, causal, strict=True):
-            seen = torch.zeros(length, length, dtype=torch.bool)
-            w = min(size or length, length)
-            for i in range(length):
-                start = max(i - w + 1, 0) if past_only else min(max(i - w // 2, 0), length - w)
-                seen[i, start : i + 1 if past_only else start + w] = True
-            axes.append(seen)
-        if any(span.step):
-            own = slice(first, first + span.num_tokens)
-            visible[own, own] = torch.kron(torch.kron(axes[0], axes[1]), axes[2])
-    return visible
-
-
-@pytest.mark.parametrize("case", WINDOWS)
-def test_spatiotemporal(target: Target, case: str) -> None:
-    """Mixed grids, several spans and text in a sample, against the mask written out."""
-    options = WINDOWS[case]
-    layout = PackedLayout.from_spans(SPANS, target.device)
-    n, slack, d = layout.num_tokens, 4, 24
-    inputs = {name: target.randn(n + slack, h, d) for name, h in (("q", 2), ("k", 1), ("v", 1))}
-    for x in inputs.values():
-        x[n:] = torch.nan
-    visible = window_mask(layout, **options).to(target.device)
-
-    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.nn.functional.pad(plain_sample(q[:n], k[:n], v[:n], visible)[0], (0, 0, 0, 0, 0, slack))
-
-    def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        tables = layout.cu_seqlens, layout.cu_spans, layout.grid, layout.step
-        window = [w or 0 for w in options.get("window", (None, None, None))]
-        causal = options.get("causal", (False, False, False))
-        return reference.spatiotemporal_attention(q, k, v, *tables, window, causal, d**-0.5)[0]
-
-    op = partial(ops.spatiotemporal_attention, layout=layout, **options)
-    (out,), gradients = check_accuracy(op, plain, exact, inputs)
-    assert_zero(*(x[n:] for x in (out, *gradients)))
-
-
-def windowed(layout: PackedLayout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ops.spatiotemporal_attention(q, k, v, layout, window=(3, 3, 2), causal=(True, False, False))
-
-
 def full(layout: PackedLayout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ops.flash_attn_varlen_func(q, k, v, layout.cu_seqlens, layout.cu_seqlens, causal=True)
 
 
-def case_of(op: Callable, operator: str, target: Target) -> Case:
-    layout = PackedLayout.from_spans(SPANS, target.device)
+def case(target: Target) -> Case:
+    layout = PackedLayout.from_spans([[Span.text(n)] if n else [] for n in (120, 129, 0, 8, 3)], target.device)
     inputs = [layout.unpack(target.randn(layout.num_tokens, h, 24)) for h in (2, 1, 1)]
     parts = [(layout.select([b]), list(sample)) for b, sample in enumerate(zip(*inputs, strict=True))]
-    return Case.of_samples(op, layout, parts, {f"{operator}_forward", f"{operator}_backward"})
+    return Case.of_samples(full, layout, parts, {"attention_forward", "attention_backward"})
 
 
-OPS = {"full": partial(case_of, full, "attention"), "windowed": partial(case_of, windowed, "spatiotemporal_attention")}
+OPS = {"full": case}
 
 
 X, P, CU = torch.zeros(2, 6, 4, 8), torch.zeros(12, 4, 8), torch.tensor([0, 6, 12], dtype=torch.int32)
-LAYOUT = PackedLayout.from_grids([(1, 2, 3), (1, 2, 3)])
 GOOD = {
     "flash_attn_func": {"q": X, "k": X, "v": X},
     "flash_attn_qkvpacked_func": {"qkv": X[:, :, None].expand(2, 6, 3, 4, 8)},
@@ -401,7 +355,6 @@ GOOD = {
     "flash_attn_varlen_kvpacked_func": {"q": P, "kv": P.expand(2, *P.shape), "cu_seqlens_q": CU, "cu_seqlens_k": CU},
     "varlen_attn": {"query": P, "key": P, "value": P, "cu_seq_q": CU, "cu_seq_k": CU},
     "scaled_dot_product_attention": {"query": X, "key": X, "value": X},
-    "spatiotemporal_attention": {"q": P, "k": P, "v": P, "layout": LAYOUT},
 }
 BAD = [
     ("flash_attn_func", {"q": [1]}, "q: expected a torch.Tensor, got list"),
@@ -423,12 +376,6 @@ BAD = [
     ("varlen_attn", {"key": P[:, :2], "value": P[:, :2]}, "key: expected 4 heads (or enable_gqa=True), got 2"),
     ("scaled_dot_product_attention", {"key": X[:1]}, "key: expected shape [2, Hk, Sk, d], got [1, 6, 4, 8]"),
     ("scaled_dot_product_attention", {"attn_mask": X[0]}, "attn_mask: expected a shape that ~, got [6, 4, 8]"),
-    ("spatiotemporal_attention", {"layout": CU}, "layout: expected a PackedLayout, got Tensor"),
-    ("spatiotemporal_attention", {"q": P[1:]}, "layout: expected at most 11 tokens, got 12"),
-    ("spatiotemporal_attention", {"k": P[1:]}, "k: expected shape [12, Hk, ~], got [11, 4, 8]"),
-    ("spatiotemporal_attention", {"window": (0, 1, 1)}, "window: expected three sizes >= 1~, got (0, 1, 1)"),
-    ("spatiotemporal_attention", {"window": 3}, "window: expected three sizes >= 1~, got 3"),
-    ("spatiotemporal_attention", {"causal": True}, "causal: expected three bools~, got True"),
 ]
 
 

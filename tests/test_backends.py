@@ -135,10 +135,9 @@ SAMPLE = (
 )
 
 
-@pytest.mark.skipif("SORA_KERNELS_ISA" in os.environ, reason="the environment forces a tier")
 @pytest.mark.parametrize("tier", TIERS[1:])
 def test_other_tiers_pass_the_same_tests(tier):
-    files = [f"tests/test_{name}.py" for name in ("attention", "patch_embed", "rope", "adaln")]
+    files = [f"tests/test_{name}.py" for name in ("attention", "spatiotemporal_attention", "patch_embed", "rope", "adaln")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not emulated", "-k", SAMPLE, *files]
     env = {**os.environ, "SORA_KERNELS_ISA": tier}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

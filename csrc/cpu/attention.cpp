@@ -25,7 +25,7 @@ constexpr float kBehind = 8;
 // One block of keys into the running softmax of NV vectors of queries: m and l are updated, P is put from column `column` on, and
 // `correction` is the factor due to what was summed before. Returns whether any factor is not 1.
 template <class M, int NV>
-bool online_softmax(float* s, int num_keys, float log2_scale, float* m, float* l, float* correction, typename M::Right p, float* to,
+bool online_softmax(float* s, int num_keys, float log2_scale, float* m, float* l, float* correction, typename M::Right p,
                     int column) {
   vf highest[NV], total[NV];
 #pragma GCC unroll 4
@@ -53,12 +53,12 @@ bool online_softmax(float* s, int num_keys, float log2_scale, float* m, float* l
     for (int c = 0; c < NV; ++c) {
       const vf even = exp2<M::kRough>(multiply_add(load(s + c * W), log2_scale, -highest[c])),
                odd = exp2<M::kRough>(multiply_add(load(s + kPanel + c * W), log2_scale, -highest[c]));
-      M::put_pair(p, to, j, column + c * W, even, odd);
+      M::put_pair(p, j, column + c * W, even, odd);
       total[c] += even + odd;
     }
   }
   for (; j % M::kDepth != 0; j += 2)
-    for (int c = 0; c < NV; ++c) M::put_pair(p, to, j, column + c * W, vf{}, vf{});
+    for (int c = 0; c < NV; ++c) M::put_pair(p, j, column + c * W, vf{}, vf{});
 #pragma GCC unroll 4
   for (int c = 0; c < NV; ++c) store(l + c * W, total[c]);
   return any(changed);
@@ -66,13 +66,13 @@ bool online_softmax(float* s, int num_keys, float log2_scale, float* m, float* l
 
 template <class M, int NV = kTileVectors>
 bool online_softmax_columns(int columns, float* s, int num_keys, float log2_scale, float* m, float* l, float* correction,
-                            typename M::Right p, float* to, int column) {
+                            typename M::Right p, int column) {
   bool changed = false;
   for (; column + (NV - 1) * W < columns; column += NV * W)
-    changed |= online_softmax<M, NV>(s + column, num_keys, log2_scale, m + column, l + column, correction + column, p, to, column);
+    changed |= online_softmax<M, NV>(s + column, num_keys, log2_scale, m + column, l + column, correction + column, p, column);
   if constexpr (NV > 1)
     if (column < columns)
-      changed |= online_softmax_columns<M, NV - 1>(columns, s, num_keys, log2_scale, m, l, correction, p, to, column);
+      changed |= online_softmax_columns<M, NV - 1>(columns, s, num_keys, log2_scale, m, l, correction, p, column);
   return changed;
 }
 
@@ -179,8 +179,8 @@ class Forward {
     if (terms_.any) terms_.apply(scores, kPanel, p.begin, p.count, block, num_keys, nullptr);
     if (visible == Visible::kSome) p.mask.apply(scores, kPanel, block, num_keys);
     const typename M::Right probabilities = M::right_room(room_.probabilities, num_keys, kPanel);
-    const bool changed = online_softmax_columns<M>(p.count, scores, num_keys, terms_.log2_scale, p.m, p.l, room_.correction,
-                                                   probabilities, room_.probabilities, 0);
+    const bool changed =
+        online_softmax_columns<M>(p.count, scores, num_keys, terms_.log2_scale, p.m, p.l, room_.correction, probabilities, 0);
     if (!p.seen) {
       M::template multiply<Init::kZero>(d_, p.count, num_keys, v, probabilities, p.out, kPanel);
     } else {

@@ -54,7 +54,6 @@ template <class M>
 struct Gradients {
   typename M::Left p, ds;
   typename M::Right ds_right;
-  float *p_room, *ds_room, *ds_right_room;
 
   void compute(const float* scores, const float* dp, const float* slopes, float log2_scale, int num_keys, int count,
                const PanelStatistics& row, bool whole) {
@@ -91,11 +90,11 @@ struct Gradients {
  private:
   SORA_INLINE void put(int j, int c, const vf (&probability)[2][2], const vf (&gradient)[2][2]) {
     for (int m = 0; m < 2; ++m) {
-      M::put_row(p, p_room, j + m, c, probability[m][0], probability[m][1]);
-      M::put_row(ds, ds_room, j + m, c, gradient[m][0], gradient[m][1]);
+      M::put_row(p, j + m, c, probability[m][0], probability[m][1]);
+      M::put_row(ds, j + m, c, gradient[m][0], gradient[m][1]);
     }
     if constexpr (!M::kInPlace)
-      for (int n = 0; n < 2; ++n) M::put_pair(ds_right, ds_right_room, j, c + n * W, gradient[0][n], gradient[1][n]);
+      for (int n = 0; n < 2; ++n) M::put_pair(ds_right, j, c + n * W, gradient[0][n], gradient[1][n]);
   }
 };
 
@@ -200,8 +199,10 @@ class Backward {
     row_statistics<T>(a_, s_, head, begin, count, statistics);
 
     float *scores = room_.scores, *dp = room_.dp;
-    // What is not computed of a panel's last columns must be finite, as it is multiplied by zero.
-    if (count < kPanel) memset(scores, 0, kKeyBlock * kPanel * sizeof(float)), memset(dp, 0, kKeyBlock * kPanel * sizeof(float));
+    // What is not computed, a panel's last columns and slopes of a last odd key, must be finite, as it is multiplied by zero.
+    constexpr size_t kBlockBytes = kKeyBlock * kPanel * sizeof(float);
+    if (count < kPanel) memset(scores, 0, kBlockBytes), memset(dp, 0, kBlockBytes);
+    if (terms.cap > 0) memset(room_.slopes, 0, kBlockBytes);
     for (int64_t block = k_begin; block < k_end; block += kKeyBlock) {
       const int b = static_cast<int>((block - k_begin) / kKeyBlock);
       const BlockPart part(mask, block, at_most(k_end - block, kKeyBlock));
@@ -213,12 +214,8 @@ class Backward {
       if (terms.any) terms.apply(scores, kPanel, begin, count, first, num_keys, room_.slopes);
       if (visible == Visible::kSome) mask.apply(scores, kPanel, first, num_keys);
       M::multiply_precisely(num_keys, count, d_, M::from_row(v_[b], part.skipped), dout_transposed, dp, kPanel);
-      Gradients<M> g{M::left_room(room_.p, num_keys, kPanel),
-                     M::left_room(room_.ds, num_keys, kPanel),
-                     M::right_room(room_.ds_right, num_keys, kPanel),
-                     room_.p,
-                     room_.ds,
-                     room_.ds_right};
+      Gradients<M> g{M::left_room(room_.p, num_keys, kPanel), M::left_room(room_.ds, num_keys, kPanel),
+                     M::right_room(room_.ds_right, num_keys, kPanel)};
       g.compute(scores, dp, terms.cap > 0 ? room_.slopes : nullptr, terms.log2_scale, num_keys, count, statistics, whole);
       if (item_.keys) {
         M::template multiply<Init::kAdd>(num_keys, d_, count, g.p, dout_rows, room_.key[b].dv + part.skipped * width_, width_);

@@ -41,7 +41,7 @@
   void patch_embed_3d_backward(const PatchEmbed&);                           \
   void patchify_3d(const PatchEmbed&);                                       \
   void unpatchify_3d(const PatchEmbed&);                                     \
-  float multiply_adds(int64_t, int64_t);                                     \
+  float multiply_adds(int64_t, double);                                      \
   static const Kernels kernels = {#tier,                                     \
                                   bytes,                                     \
                                   attention_forward,                         \
@@ -161,9 +161,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "multiply_adds",
       [=](int64_t items, double operations) {
-        constexpr int64_t kChains = 12;
         py::gil_scoped_release release;
-        return kernels->multiply_adds(items, static_cast<int64_t>(operations / (2 * kChains * kernels->vector_bytes / 4)));
+        return kernels->multiply_adds(items, operations);
       },
       "On all threads, items * operations float32 operations that are fused multiply-adds; for benchmarks.");
   m.def("empty", empty, "A tensor of like's dtype and these sizes, contents undefined, in memory that is kept for reuse.");

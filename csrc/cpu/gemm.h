@@ -19,7 +19,7 @@ enum class Init {
 };
 
 struct Matrix {  // an operand: element (i, j) is data[i * row + j * column]
-  const float* data;
+  float* data;
   int64_t row, column = 1;
 };
 

@@ -59,7 +59,7 @@ struct Kernels {
   void (*patch_embed_3d_backward)(const PatchEmbed&);
   void (*patchify_3d)(const PatchEmbed&);
   void (*unpatchify_3d)(const PatchEmbed&);
-  float (*multiply_adds)(int64_t items, int64_t steps);
+  float (*multiply_adds)(int64_t items, double operations);
 };
 
 }  // namespace sora

@@ -5,9 +5,10 @@
 
 namespace sora::SORA_TIER {
 
-// 2 * W * kChains * steps floating-point operations for each of `items` items; returns a number that depends on all of them.
-float multiply_adds(int64_t items, int64_t steps) {
+// items * operations floating-point operations; returns a number that depends on all of them.
+float multiply_adds(int64_t items, double operations) {
   constexpr int kChains = 12;
+  const int64_t steps = static_cast<int64_t>(operations / (2 * W * kChains));
   float total = 0;
   parallel_for(items, [&](int64_t item) {
     vf chain[kChains];

@@ -78,7 +78,7 @@ struct GridMask {
     a = &attention, s = &sample, count = count_;
     k_begin = 0, k_end = sample.k_size;
     one_span = true;
-    for (int i = 0; i < kMaxCount; ++i) {
+    for (int i = 0; i < count || i % W != 0; ++i) {
       const Place q = place(q_begin + (i < count ? i : count - 1));
       const float* step = static_cast<const float*>(a->step.data) + 3 * q.span;
       const bool free = step[0] == 0 && step[1] == 0 && step[2] == 0;

@@ -21,7 +21,7 @@ template <class T>
 struct Multiplier {
   using Left = Matrix;
   struct Right {
-    const float* data;
+    float* data;
     int64_t row;
   };
   struct Session {  // what a thread holds while it multiplies
@@ -40,7 +40,7 @@ struct Multiplier {
     return left_transposed_at(to, columns, rows);
   }
   // The operand that left_transposed made of an X [depth, rows].
-  static Left left_transposed_at(const float* to, int rows, int) { return {to, 1, rows}; }
+  static Left left_transposed_at(float* to, int rows, int) { return {to, 1, rows}; }
 
   static Right right(const T* x, int64_t stride, int rows, int columns, float* to) {
     widen(x, stride, rows, columns, padded(columns), to);
@@ -67,13 +67,13 @@ struct Multiplier {
   static constexpr bool kRough = sizeof(T) == 2;  // whether 16 bits are all that results keep
   static constexpr bool kInPlace = true;          // whether that may be where the float32 numbers come from
   static constexpr int kDepth = 1;
-  static Left left_room(const float* to, int, int depth) { return {to, depth}; }
-  static Right right_room(const float* to, int, int columns) { return {to, padded(columns)}; }
-  SORA_INLINE static void put_row(Left a, float* to, int i, int j, vf low, vf high) {
-    store(to + i * a.row + j, low), store(to + i * a.row + j + W, high);
+  static Left left_room(float* to, int, int depth) { return {to, depth}; }
+  static Right right_room(float* to, int, int columns) { return {to, padded(columns)}; }
+  SORA_INLINE static void put_row(Left a, int i, int j, vf low, vf high) {
+    store(a.data + i * a.row + j, low), store(a.data + i * a.row + j + W, high);
   }
-  SORA_INLINE static void put_pair(Right b, float* to, int k, int j, vf even, vf odd) {
-    store(to + k * b.row + j, even), store(to + (k + 1) * b.row + j, odd);
+  SORA_INLINE static void put_pair(Right b, int k, int j, vf even, vf odd) {
+    store(b.data + k * b.row + j, even), store(b.data + (k + 1) * b.row + j, odd);
   }
 
   // C [rows, columns] (op)= A B. C is written up to whole vectors.

@@ -102,7 +102,7 @@ class Shared {
 
 // The operand A = x [rows, k], contiguous; made in `room` unless x serves as it is.
 template <class T>
-typename Multiplier<T>::Left left_of(const T* x, int rows, int k, float* room) {
+typename Multiplier<T>::Left left_of(T* x, int rows, int k, float* room) {
   if constexpr (Multiplier<T>::kInPlace && sizeof(T) == sizeof(float))
     return {x, k};
   else

@@ -268,9 +268,6 @@ SORA_INLINE vf exp2_fraction(vf f) {
   return p * f + 1.0f;
 }
 
-// Added to x, |x| < 2**21, this leaves the nearest integer n as n + 127, the biased exponent of 2**n, in the sum's low bits.
-constexpr float kMagic = 0x1.8p23f + 127.0f;
-
 // 2**x to 1 ulp or so, unless rough; 0 far below, NaN for NaN.
 template <bool rough = false>
 SORA_INLINE vf exp2(vf x) {
@@ -280,23 +277,17 @@ SORA_INLINE vf exp2(vf x) {
   const vf f = bits<vf>(_mm512_maskz_reduce_ps(all, bits<__m512>(x), 0));  // x - n; 0 for infinity
   return bits<vf>(_mm512_maskz_scalef_ps(all, bits<__m512>(exp2_fraction<rough>(f)), bits<__m512>(x - f)));
 #else
+  // Added to x, this leaves the nearest integer n as n + 127, the biased exponent of 2**n, in the sum's low bits.
+  constexpr float kMagic = 0x1.8p23f + 127.0f;
   x = max(x, vf{} - 127.0f);
   const vf shifted = x + kMagic;
   return exp2_fraction<rough>(x - (shifted - kMagic)) * bits<vf>(bits<vu>(shifted) << 23);
 #endif
 }
 
-// e**x likewise; both steps to n and f are fused multiply-adds, so x log2(e) is never rounded.
-SORA_INLINE vf exp(vf x) {
-  x = max(x, vf{} - 88.1f);
-  const float log2e = 1.44269504f;
-  const vf shifted = x * log2e + kMagic;
-  return exp2_fraction(x * log2e - (shifted - kMagic)) * bits<vf>(bits<vu>(shifted) << 23);
-}
-
 // tanh to a few ulp: from exp, but below 0.6, where 1 - exp(-2|x|) would cancel, by a minimax fit of relative error 3e-9.
 SORA_INLINE vf tanh(vf x) {
-  const vf magnitude = bits<vf>(bits<vu>(x) & 0x7fffffff), e = exp(magnitude * -2.0f), s = x * x;
+  const vf magnitude = bits<vf>(bits<vu>(x) & 0x7fffffff), e = exp2(magnitude * -2.88539008f), s = x * x;
   vf p = -0x1.82585p-8f * s + 0x1.54b8ap-6f;
   p = p * s - 0x1.b898dep-5f;
   p = p * s + 0x1.1109aep-3f;

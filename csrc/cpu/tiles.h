@@ -56,6 +56,9 @@ SORA_INLINE vu take_piece(vf& x) {
   return piece;
 }
 
+// Words of the upper halves of two vectors' lanes: (low, high).
+SORA_INLINE vf pair_up(vu low, vu high) { return bits<vf>(high | low >> 16); }
+
 // Products of operands of storage type T; gemm.h has the same for vectors.
 template <class T>
 class Multiplier {
@@ -79,7 +82,7 @@ class Multiplier {
   };
 
   struct Operand {
-    const float* tiles;
+    float* tiles;
     int64_t next;  // floats from one row of A's tiles, or column of B's, to the next
   };
   using Left = Operand;
@@ -91,29 +94,21 @@ class Multiplier {
   // A = X, X^T or B = X, X^T, where X is `rows` rows of `columns` numbers, row n at x + n * stride.
   template <class S>
   static Left left(const S* x, int64_t stride, int rows, int columns, float* to) {
-    for (int i = 0; i < rows; i += 16)
-      for (int k = 0; k < columns; k += kTileDepth, to += P * kTileFloats) neighbours<false>(x, stride, rows, columns, i, k, to);
-    return {to - left_size(rows, columns), steps(columns) * P * kTileFloats};
+    return from_neighbours<false>(x, stride, rows, columns, to);
   }
   template <class S>
   static Right right_transposed(const S* x, int64_t stride, int rows, int columns, float* to) {
-    for (int i = 0; i < rows; i += 16)
-      for (int k = 0; k < columns; k += kTileDepth, to += P * kTileFloats) neighbours<true>(x, stride, rows, columns, i, k, to);
-    return {to - left_size(rows, columns), steps(columns) * P * kTileFloats};
+    return from_neighbours<true>(x, stride, rows, columns, to);
   }
-  static Left left_transposed_at(const float* to, int, int depth) { return left_room(to, 0, depth); }
   template <class S>
   static Right right(const S* x, int64_t stride, int rows, int columns, float* to) {
-    for (int j = 0; j < columns; j += 16)
-      for (int k = 0; k < rows; k += kTileDepth, to += P * kTileFloats) stacked<false>(x, stride, rows, columns, k, j, to);
-    return {to - left_size(columns, rows), steps(rows) * P * kTileFloats};
+    return from_stacked<false>(x, stride, rows, columns, to);
   }
   template <class S>
   static Left left_transposed(const S* x, int64_t stride, int rows, int columns, float* to) {
-    for (int j = 0; j < columns; j += 16)
-      for (int k = 0; k < rows; k += kTileDepth, to += P * kTileFloats) stacked<true>(x, stride, rows, columns, k, j, to);
-    return {to - left_size(columns, rows), steps(rows) * P * kTileFloats};
+    return from_stacked<true>(x, stride, rows, columns, to);
   }
+  static Left left_transposed_at(float* to, int, int depth) { return left_room(to, 0, depth); }
 
   static Left from_row(Left a, int n) { return {a.tiles + n / 16 * a.next, a.next}; }
   static Left from_depth(Left a, int n) { return {a.tiles + n / kTileDepth * P * kTileFloats, a.next}; }
@@ -122,20 +117,17 @@ class Multiplier {
   static constexpr bool kRough = sizeof(T) == 2;  // whether 16 bits are all that results keep
   static constexpr bool kInPlace = false;
   static constexpr int kDepth = kTileDepth;
-  static Left left_room(const float* to, int, int depth) { return {to, steps(depth) * P * kTileFloats}; }
-  static Right right_room(const float* to, int depth, int) { return {to, steps(depth) * P * kTileFloats}; }
-  SORA_INLINE static void put_row(Left a, float* to, int i, int j, vf low, vf high) {
-    to += i / 16 * a.next + j / kTileDepth * P * kTileFloats + i % 16 * W;
+  static Left left_room(float* to, int, int depth) { return {to, steps(depth) * P * kTileFloats}; }
+  static Right right_room(float* to, int depth, int) { return {to, steps(depth) * P * kTileFloats}; }
+  SORA_INLINE static void put_row(Left a, int i, int j, vf low, vf high) {
+    float* to = a.tiles + i / 16 * a.next + j / kTileDepth * P * kTileFloats + i % 16 * W;
 #pragma GCC unroll 3
     for (int p = 0; p < P; ++p) store(to + p * kTileFloats, upper_halves(take_piece(low), take_piece(high)));
   }
-  SORA_INLINE static void put_pair(Right b, float* to, int k, int j, vf even, vf odd) {
-    to += j / 16 * b.next + k / kTileDepth * P * kTileFloats + k % kTileDepth / 2 * W;
+  SORA_INLINE static void put_pair(Right b, int k, int j, vf even, vf odd) {
+    float* to = b.tiles + j / 16 * b.next + k / kTileDepth * P * kTileFloats + k % kTileDepth / 2 * W;
 #pragma GCC unroll 3
-    for (int p = 0; p < P; ++p) {
-      const vu first = take_piece(even), second = take_piece(odd);
-      store(to + p * kTileFloats, bits<vf>(second | first >> 16));
-    }
+    for (int p = 0; p < P; ++p) store(to + p * kTileFloats, pair_up(take_piece(even), take_piece(odd)));
   }
 
   // C [rows, columns] (op)= A B. C is read and written up to whole tiles.
@@ -188,6 +180,23 @@ class Multiplier {
     if (tall && wide) tile_store<3>(c_next + 16, ldc);
   }
 
+  // Operands whose depth runs along the rows of X, and down its columns.
+  template <bool transposed, class S>
+  static Operand from_neighbours(const S* x, int64_t stride, int rows, int columns, float* to) {
+    const Operand result = left_room(to, rows, columns);
+    for (int i = 0; i < rows; i += 16)
+      for (int k = 0; k < columns; k += kTileDepth, to += P * kTileFloats)
+        neighbours<transposed>(x, stride, rows, columns, i, k, to);
+    return result;
+  }
+  template <bool transposed, class S>
+  static Operand from_stacked(const S* x, int64_t stride, int rows, int columns, float* to) {
+    const Operand result = right_room(to, rows, columns);
+    for (int j = 0; j < columns; j += 16)
+      for (int k = 0; k < rows; k += kTileDepth, to += P * kTileFloats) stacked<transposed>(x, stride, rows, columns, k, j, to);
+    return result;
+  }
+
   template <bool full, class S>
   SORA_INLINE static vf element(const S* x, int64_t stride, int rows, int columns, int i, int j) {
     const S* p = x + i * stride + j;
@@ -232,10 +241,7 @@ class Multiplier {
     for (int n = 0; n < W; ++n) {
       vf even = element<full>(x, stride, rows, columns, i + 2 * n, j),
          odd = element<full>(x, stride, rows, columns, i + 2 * n + 1, j);
-      for (int p = 0; p < P; ++p) {
-        const vu first = take_piece(even), second = take_piece(odd);
-        words[p][n] = bits<vf>(second | first >> 16);
-      }
+      for (int p = 0; p < P; ++p) words[p][n] = pair_up(take_piece(even), take_piece(odd));
     }
     put<transposed>(words, to);
   }
