@@ -33,7 +33,8 @@ CPU_FLAGS = "-std=c++17 -O3 -g0 -fPIC -fopenmp -fvisibility=hidden -ffp-contract
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 
 # Each tier compiles the same sources: name, vector width in bytes, flags, sources. bindings.cpp picks one at import.
-PRODUCTS = ["attention", "attention_backward", "patch_embed"]
+ATTENTION = ["attention", "attention_backward", "spatiotemporal_attention", "spatiotemporal_attention_backward"]
+PRODUCTS = [*ATTENTION, "patch_embed"]
 KERNELS = [*PRODUCTS, "rope", "adaln", "limits"]
 TIERS = [("baseline", 16, "", KERNELS)]
 if platform.machine() in ("x86_64", "AMD64"):

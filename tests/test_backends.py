@@ -131,7 +131,8 @@ def test_forced_tier_runs(tier):
 
 # A little of everything that is compiled once per tier.
 SAMPLE = (
-    "cpu-cpu and (d72 or gqa or everything or test_spatiotemporal or without_gradient or qk_norm_rope or test_layer_norm_modulate)"
+    "test_long or cpu-cpu and "
+    "(d72 or gqa or everything or test_spatiotemporal or without_gradient or qk_norm_rope or test_layer_norm_modulate)"
 )
 
 

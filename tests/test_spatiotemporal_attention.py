@@ -9,9 +9,12 @@ from test_attention import plain_sample
 from tolerance import (  # noqa: F401
     Case,
     Target,
+    assert_bit_equal,
     assert_zero,
     check_accuracy,
     check_rejected,
+    error,
+    run,
     test_any_strides,
     test_compiled,
     test_default_backend,
@@ -22,6 +25,7 @@ from tolerance import (  # noqa: F401
 from torch import Tensor
 
 from sora_kernels.attention import spatiotemporal_attention
+from sora_kernels.backends import use_backend
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.reference import attention as reference
 
@@ -87,6 +91,36 @@ def test_spatiotemporal(target: Target, case: str) -> None:
     op = partial(spatiotemporal_attention, layout=layout, **options)
     (out,), gradients = check_accuracy(op, plain, exact, inputs)
     assert_zero(*(x[n:] for x in (out, *gradients)))
+
+
+# (spans of one sample, head dim, options), each longer than something that the CPU kernels have a limit for: what they gather at
+# once (the text, a row of the third), or the panels of an item along one axis or the other.
+LONG = {
+    "text": ([Span((2, 70, 9)), Span.text(300)], 160, {"window": (2, 21, 5)}),
+    "line": ([Span((1, 1, 700))], 160, {"window": (1, 1, 301)}),
+    "rows": ([Span((1, 36, 35))], 1024, {"window": (1, 3, None)}),
+    "outer": ([Span((33, 34, 2))], 24, {"window": (3, 4, 2), "causal": (True, False, False)}),
+    "frames": ([Span((20, 6, 5)), Span((20, 6, 5))], 24, {"window": (None, 1, 1)}),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_long(case: str) -> None:
+    spans, d, options = LONG[case]
+    target, layout = Target("cpu", "cpu", torch.float32), PackedLayout.from_spans([spans])
+    inputs = [target.randn(layout.num_tokens, h, d) for h in (2, 1, 1)]
+    visible = window_mask(layout, **options)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        with use_backend("cpu"):
+            results.append(run(partial(spatiotemporal_attention, layout=layout, **options), inputs))
+    torch.set_num_threads(before)
+    actual, other = results
+    assert_bit_equal(actual[0] + actual[1], other[0] + other[1])
+    exact = run(lambda q, k, v: plain_sample(q, k, v, visible)[0], [x.double() for x in inputs])
+    for got, right in zip(actual[0] + actual[1], exact[0] + exact[1], strict=True):
+        assert error(got, right) < 3e-6 * right.abs().max()
 
 
 def windowed(layout: PackedLayout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 // What attention's forward and backward share: rows of a head, and how products of queries and keys become scores.
 #pragma once
 
-#include "mask.h"
 #include "multiplier.h"
 #include "parallel.h"
 
@@ -28,32 +27,39 @@ inline double* lse_row(const Tensor& lse, const Sample& s, int64_t head) {
   return lse.ndim == 3 ? data + s.q_batch * lse.stride[0] + head * lse.stride[1] : data + head * lse.stride[0] + s.q_start;
 }
 
+// What the backward needs to know of a query. lse is times log2(e), in two floats, as the rounding of one would scale the whole
+// row, and +inf where a query sees nothing; delta = dO . O is summed in float64, as it is subtracted from numbers close to it.
+struct QueryStatistics {
+  float lse = __builtin_inff(), lse_rest = 0, delta = 0;
+
+  QueryStatistics() {}
+  template <class T>
+  QueryStatistics(double natural_lse, const T* out, const T* dout, int d) {
+    if (natural_lse == -__builtin_inf()) return;
+    const double exponent = natural_lse * 1.44269504088896341;
+    lse = static_cast<float>(exponent), lse_rest = static_cast<float>(exponent - lse);
+    Total sum;
+    each_vector(d, [&](int64_t i, int lanes) { sum.add_product(load_lanes(out + i, lanes), load_lanes(dout + i, lanes)); });
+    delta = sum.total();
+  }
+};
+
 inline int heads(const Tensor& x) { return static_cast<int>(x.size[x.ndim - 2]); }
 inline int head_dim(const Tensor& x) { return static_cast<int>(x.size[x.ndim - 1]); }
 
 inline int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 inline int at_most(int64_t size, int limit) { return static_cast<int>(size < limit ? size : limit); }
 
-// The keys of a block between the first and the last that a panel sees: `count` after `skipped`, both whole tiles, or the block
-// ends.
-struct BlockPart {
-  int skipped, count;
-  template <class Mask>
-  BlockPart(const Mask& mask, int64_t block, int num_keys)
-      : skipped(mask.k_begin > block ? at_most(mask.k_begin - block, num_keys) / 32 * 32 : 0),
-        count(at_most((mask.k_end - block + 31) / 32 * 32, num_keys) - skipped) {}
-};
-
-// rows begin..begin+count <- src [d, ld] transposed, column q times factor[q].
-template <class T>
-void put_transposed(const float* src, int ld, const float* factor, Rows<T> rows, int64_t begin, int count, int d) {
+// The row of q, row(q), for q in 0..count <- column q of src [d, ld] times factor[q].
+template <class Row>
+void put_transposed(const float* src, int ld, const float* factor, int count, int d, Row row) {
   for (int q = 0; q < count; q += W) {
     const vf f = load(factor + q);
     each_vector(d, [&](int64_t i, int lanes) {
       vf block[W];
       for (int j = 0; j < W; ++j) block[j] = j < lanes ? load(src + (i + j) * ld + q) * f : vf{};
       transpose(block);
-      for (int j = 0; j < W && q + j < count; ++j) store_lanes(rows[begin + q + j] + i, block[j], lanes);
+      for (int j = 0; j < W && q + j < count; ++j) store_lanes(row(q + j) + i, block[j], lanes);
     });
   }
 }

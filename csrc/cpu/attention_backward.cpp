@@ -7,7 +7,7 @@
 // products do. dQ is summed in float32 over the whole sample, which takes memory; a sample that would take too much, or that alone
 // would keep one thread busy when the others are done, is cut into items that compute dQ of some queries, and others that compute
 // dK and dV of some keys. They take seven products. Either way a sum's order is the same, and so are its bits.
-#include "attention.h"
+#include "mask.h"
 
 namespace sora::SORA_TIER {
 namespace {
@@ -19,31 +19,20 @@ constexpr int kKeyBlock = kTiles ? 128 : 64;  // keys of one block of scores
 constexpr int kKeyBlocks = 8;
 constexpr int kKeptElements = 1 << 16;
 
-// What the backward needs to know of each query of a panel. lse is times log2(e), in two floats, as the rounding of one would scale
-// the whole row, and +inf where a query sees nothing; delta = dO . O is summed in float64, as it is subtracted from numbers close
-// to it.
 struct PanelStatistics {
   float lse[kPanel], lse_rest[kPanel], delta[kPanel], dlse[kPanel];
 };
 
 template <class T>
-void row_statistics(const Attention& a, const Sample& s, int head, int64_t begin, int count, PanelStatistics& to) {
-  const int d = head_dim(a.q);
+void panel_statistics(const Attention& a, const Sample& s, int head, int64_t begin, int count, PanelStatistics& to) {
   const Rows<const T> out(a.out, s.q_batch, s.q_start, head), dout(a.dout, s.q_batch, s.q_start, head);
   const double* lse = lse_row(a.lse, s, head) + begin;
   const double* dlse = a.dlse ? lse_row(a.dlse, s, head) + begin : nullptr;
   for (int c = 0; c < kPanel; ++c) {
-    const bool seen = c < count && lse[c] != -__builtin_inf();
-    const double exponent = seen ? lse[c] * 1.44269504088896341 : __builtin_inf();
-    to.lse[c] = static_cast<float>(exponent);
-    to.lse_rest[c] = seen ? static_cast<float>(exponent - to.lse[c]) : 0;
-    to.dlse[c] = seen && dlse ? static_cast<float>(dlse[c]) : 0;
-    Total sum;
-    if (seen)
-      each_vector(d, [&](int64_t i, int lanes) {
-        sum.add_product(load_lanes(out[begin + c] + i, lanes), load_lanes(dout[begin + c] + i, lanes));
-      });
-    to.delta[c] = sum.total();
+    const QueryStatistics q =
+        c < count ? QueryStatistics(lse[c], out[begin + c], dout[begin + c], head_dim(a.q)) : QueryStatistics();
+    to.lse[c] = q.lse, to.lse_rest[c] = q.lse_rest, to.delta[c] = q.delta;
+    to.dlse[c] = q.lse < __builtin_inff() && dlse ? static_cast<float>(dlse[c]) : 0;
   }
 }
 
@@ -126,7 +115,7 @@ struct Room {
   }
 };
 
-template <class T, class Mask>
+template <class T>
 class Backward {
   using M = Multiplier<T>;
   const typename M::Session session_;
@@ -182,7 +171,7 @@ class Backward {
   void add_panel(int head, int i, int64_t k_begin, int64_t k_end, float* dq) {
     const int64_t begin = item_.q_begin + int64_t{i} * kPanel;
     const int count = at_most(item_.q_end - begin, kPanel);
-    Mask mask;
+    BandMask mask;
     mask.start(a_, s_, begin, count);
     if (mask.k_end <= k_begin || mask.k_begin >= k_end) return;
     const bool whole = mask.k_begin / kKeyBlock == (mask.k_end - 1) / kKeyBlock;  // one block is all that it sees
@@ -196,7 +185,7 @@ class Backward {
       dout_rows = M::right(dout[begin], dout.stride, count, d_, room_.dout);
     }
     PanelStatistics statistics;
-    row_statistics<T>(a_, s_, head, begin, count, statistics);
+    panel_statistics<T>(a_, s_, head, begin, count, statistics);
 
     float *scores = room_.scores, *dp = room_.dp;
     // What is not computed, a panel's last columns and slopes of a last odd key, must be finite, as it is multiplied by zero.
@@ -245,16 +234,16 @@ class Backward {
       const Rows<T> dq(a_.dq, s_.q_batch, s_.q_start, item_.head * group_ + g);
       for (int i = 0; i < panels_; ++i) {
         const int64_t begin = item_.q_begin + int64_t{i} * kPanel;
-        put_transposed(room_.dq + (g * panels_ + i) * tile, kPanel, room_.scale, dq, begin, at_most(item_.q_end - begin, kPanel),
-                       d_);
+        put_transposed(room_.dq + (g * panels_ + i) * tile, kPanel, room_.scale, at_most(item_.q_end - begin, kPanel), d_,
+                       [&](int c) { return dq[begin + c]; });
       }
     }
   }
 };
 
-template <class T, class Mask>
+template <class T>
 void backward(const Attention& a) {
-  parallel_for(a.num_items, [&](int64_t i) { Backward<T, Mask>(a, a.items[i]).run(); });
+  parallel_for(a.num_items, [&](int64_t i) { Backward<T>(a, a.items[i]).run(); });
   zero_slack<T>(a.dq, a.q_used);
   zero_slack<T>(a.dk, a.k_used);
   zero_slack<T>(a.dv, a.k_used);
@@ -263,7 +252,7 @@ void backward(const Attention& a) {
 }  // namespace
 
 void attention_backward(const Attention& a) {
-  dispatch(a.q.dtype, [&](auto t) { a.windowed ? backward<decltype(t), GridMask>(a) : backward<decltype(t), BandMask>(a); });
+  dispatch(a.q.dtype, [&](auto t) { backward<decltype(t)>(a); });
 }
 
 }  // namespace sora::SORA_TIER

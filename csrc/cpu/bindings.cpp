@@ -25,11 +25,14 @@
 #include "bindings/attention.h"
 #include "bindings/memory.h"
 #include "bindings/patch_embed.h"
+#include "bindings/spatiotemporal_attention.h"
 
 #define SORA_DECLARE_TIER(tier, bytes)                                       \
   namespace sora::tier {                                                     \
   void attention_forward(const Attention&);                                  \
   void attention_backward(const Attention&);                                 \
+  void spatiotemporal_attention_forward(const SpatiotemporalAttention&);     \
+  void spatiotemporal_attention_backward(const SpatiotemporalAttention&);    \
   void rope_3d(const Rope&, const Tensor&, const Tensor&);                   \
   void qk_norm_rope_3d_forward(const Rope&, QkNorm (&)[2], bool, float);     \
   void qk_norm_rope_3d_backward(const Rope&, QkNorm (&)[2], bool);           \
@@ -46,6 +49,8 @@
                                   bytes,                                     \
                                   attention_forward,                         \
                                   attention_backward,                        \
+                                  spatiotemporal_attention_forward,          \
+                                  spatiotemporal_attention_backward,         \
                                   rope_3d,                                   \
                                   qk_norm_rope_3d_forward,                   \
                                   qk_norm_rope_3d_backward,                  \
@@ -69,6 +74,8 @@ SORA_DECLARE_TIER(avx512, 64)
 namespace sora::amx {
 void attention_forward(const Attention&);
 void attention_backward(const Attention&);
+void spatiotemporal_attention_forward(const SpatiotemporalAttention&);
+void spatiotemporal_attention_backward(const SpatiotemporalAttention&);
 void patch_embed_3d_forward(const PatchEmbed&);
 void patch_embed_3d_backward(const PatchEmbed&);
 static const Kernels kernels = [] {
@@ -76,6 +83,8 @@ static const Kernels kernels = [] {
   table.name = "amx";
   table.attention_forward = attention_forward;
   table.attention_backward = attention_backward;
+  table.spatiotemporal_attention_forward = spatiotemporal_attention_forward;
+  table.spatiotemporal_attention_backward = spatiotemporal_attention_backward;
   table.patch_embed_3d_forward = patch_embed_3d_forward;
   table.patch_embed_3d_backward = patch_embed_3d_backward;
   return table;
@@ -170,6 +179,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_cache_limit", [](size_t bytes) { Pool::instance().set_limit(bytes); }, "The most memory to keep for reuse.");
   m.def("empty_cache", [] { Pool::instance().shrink(0); }, "Gives back the memory kept for reuse.");
   bind_attention(m, kernels);
+  bind_spatiotemporal_attention(m, kernels);
   bind_rope(m, kernels);
   bind_adaln(m, kernels);
   bind_patch_embed(m, kernels);

@@ -12,7 +12,6 @@ struct Sample {
   int64_t q_start, k_start;  // first token (packed) or 0 (dense)
   int64_t q_batch, k_batch;  // 0 (packed) or the batch index (dense)
   int64_t q_size, k_size;
-  int32_t first_span;  // windowed: its first span that holds tokens
 };
 
 // A piece of attention on one sample: some consecutive queries of a head (forward), or pairs of some queries and keys of a key head
@@ -30,11 +29,6 @@ struct Attention {
   Tensor bias, alibi;
   float scale, softcap;
   int64_t left, right;
-  // Space-time windows.
-  bool windowed;
-  Tensor cu_spans, grid, step;
-  int32_t window[3];
-  bool causal[3];
 
   const Sample* samples;
   const AttentionItem* items;
@@ -43,11 +37,55 @@ struct Attention {
 };
 constexpr int kQueryBlock = 1024;  // queries of a forward item, at most
 
+struct Interval {
+  int32_t begin, end;
+};
+struct Box {
+  Interval axis[3];
+};
+
+struct Axis {
+  int32_t size, window;
+  bool causal;
+  int64_t stride;  // tokens from one index to the next
+};
+
+// A span's grid with windows. Its axes are in the order in which it is walked: an item is a box of it, cut into panels along the
+// first two axes.
+struct Grid {
+  bool windowed;       // or else its tokens see all of their sample
+  int64_t begin, end;  // tokens of the sample
+  Axis axis[3];
+  int32_t edge[3];  // of a panel
+  int32_t planes;   // indices of the first axis that are walked together
+};
+constexpr int kWindowPanel = 64;                    // tokens of a panel, at most
+constexpr int kOuterPanels = 4, kMiddlePanels = 8;  // of an item, at most
+
+// A piece of windowed attention: the queries of a head (forward, and backward for dQ), or else the keys of a key head (for dK and
+// dV), of a box of a span's grid.
+struct WindowItem {
+  int32_t sample, head, span;
+  bool keys;
+  Box box;
+  double pairs;  // of queries and keys
+  double work() const { return pairs; }
+};
+
+struct SpatiotemporalAttention {
+  Attention attention;  // its items: of spans that see all of their samples
+  const Grid* grids;    // of the spans
+  const WindowItem* items;
+  int64_t num_items;
+};
+
 struct Kernels {
   const char* name;
   int vector_bytes;
   void (*attention_forward)(const Attention&);
   void (*attention_backward)(const Attention&);
+  void (*spatiotemporal_attention_forward)(const SpatiotemporalAttention&);
+  void (*spatiotemporal_attention_backward)(const SpatiotemporalAttention&);
   void (*rope_3d)(const Rope&, const Tensor& x, const Tensor& out);
   void (*qk_norm_rope_3d_forward)(const Rope&, QkNorm (&)[2], bool across_heads, float eps);
   void (*qk_norm_rope_3d_backward)(const Rope&, QkNorm (&)[2], bool across_heads);

@@ -58,9 +58,11 @@ struct Multiplier {
     return {to, row};
   }
 
-  // A without its first n rows, or its first n of depth; n is a multiple of 32.
+  // A without its first n rows, or its first n of depth; n is a multiple of kDepth.
   static Left from_row(Left a, int n) { return {a.data + n * a.row, a.row, a.column}; }
   static Left from_depth(Left a, int n) { return {a.data + n * a.column, a.row, a.column}; }
+  // B without its first n columns; n is a multiple of 16.
+  static Right from_column(Right b, int n) { return {b.data + n, b.row}; }
 
   // Operands that are filled as they are computed: A [rows, depth] by put_row, a row's columns j to j + 2 W, and B [depth, columns]
   // by put_pair, rows k and k + 1 of columns j to j + W, in whole multiples of kDepth.

@@ -112,6 +112,7 @@ class Multiplier {
 
   static Left from_row(Left a, int n) { return {a.tiles + n / 16 * a.next, a.next}; }
   static Left from_depth(Left a, int n) { return {a.tiles + n / kTileDepth * P * kTileFloats, a.next}; }
+  static Left from_column(Left b, int n) { return from_row(b, n); }
 
   // Operands that are filled as they are computed; gemm's multiplier says how. What is not put must not matter.
   static constexpr bool kRough = sizeof(T) == 2;  // whether 16 bits are all that results keep
@@ -134,9 +135,13 @@ class Multiplier {
   template <Init init>
   static void multiply(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
     for (int i = 0; i < rows; i += 32)
-      for (int j = 0; j < columns; j += 32)
-        multiply_block<init>(i + 16 < rows, j + 16 < columns, steps(depth), a.tiles + i / 16 * a.next, a.next,
-                             b.tiles + j / 16 * b.next, b.next, c + i * ldc + j, ldc);
+      for (int j = 0; j < columns; j += 32) {
+        const bool tall = i + 16 < rows, wide = j + 16 < columns;
+        const auto block = tall   ? wide ? multiply_block<init, true, true> : multiply_block<init, true, false>
+                           : wide ? multiply_block<init, false, true>
+                                  : multiply_block<init, false, false>;
+        block(steps(depth), a.tiles + i / 16 * a.next, a.next, b.tiles + j / 16 * b.next, b.next, c + i * ldc + j, ldc);
+      }
   }
   static void multiply_precisely(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
     multiply<Init::kZero>(rows, columns, depth, a, b, c, ldc);
@@ -144,9 +149,8 @@ class Multiplier {
 
  private:
   // 2 x 2 tiles of C (fewer unless tall, wide) in tiles 0-3; tiles 4-5 hold A, 6-7 B.
-  template <Init init>
-  static void multiply_block(bool tall, bool wide, int steps, const float* a, int64_t a_next, const float* b, int64_t b_next,
-                             float* c, int64_t ldc) {
+  template <Init init, bool tall, bool wide>
+  static void multiply_block(int steps, const float* a, int64_t a_next, const float* b, int64_t b_next, float* c, int64_t ldc) {
     float* const c_next = c + 16 * ldc;
     if (init == Init::kZero) {
       tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
@@ -156,28 +160,35 @@ class Multiplier {
       if (tall) tile_load<2>(c_next, ldc);
       if (tall && wide) tile_load<3>(c_next + 16, ldc);
     }
-    for (; steps > 0; --steps, a += P * kTileFloats, b += P * kTileFloats) {
-#pragma GCC unroll 3
-      for (int j = 0; j < P; ++j) {
-        tile_load<6>(b + j * kTileFloats, 16);
-        if (wide) tile_load<7>(b + b_next + j * kTileFloats, 16);
-#pragma GCC unroll 3
-        for (int i = 0; i + j < P; ++i) {
-          tile_load<4>(a + i * kTileFloats, 16);
-          tile_multiply<0, 4, 6>();
-          if (wide) tile_multiply<1, 4, 7>();
-          if (tall) {
-            tile_load<5>(a + a_next + i * kTileFloats, 16);
-            tile_multiply<2, 5, 6>();
-            if (wide) tile_multiply<3, 5, 7>();
-          }
-        }
-      }
-    }
+    for (; steps > 0; --steps, a += P * kTileFloats, b += P * kTileFloats) multiply_pieces<tall, wide, 0>(a, a_next, b, b_next);
     tile_store<0>(c, ldc);
     if (wide) tile_store<1>(c + 16, ldc);
     if (tall) tile_store<2>(c_next, ldc);
     if (tall && wide) tile_store<3>(c_next + 16, ldc);
+  }
+
+  // Pieces (i, j) of A and B in an order in which each product shares an operand with the one before, which is a load less.
+  struct Pair {
+    int i, j;
+  };
+  static constexpr Pair kOrder[][6] = {{{0, 0}}, {{0, 1}, {0, 0}, {1, 0}}, {{0, 2}, {0, 0}, {0, 1}, {1, 1}, {1, 0}, {2, 0}}};
+
+  template <bool tall, bool wide, int n>
+  SORA_INLINE static void multiply_pieces(const float* a, int64_t a_next, const float* b, int64_t b_next) {
+    constexpr Pair pair = kOrder[P - 1][n], before = n > 0 ? kOrder[P - 1][n - 1] : Pair{-1, -1};
+    if (pair.j != before.j) {
+      tile_load<6>(b + pair.j * kTileFloats, 16);
+      if (wide) tile_load<7>(b + b_next + pair.j * kTileFloats, 16);
+    }
+    if (pair.i != before.i) tile_load<4>(a + pair.i * kTileFloats, 16);
+    tile_multiply<0, 4, 6>();
+    if (wide) tile_multiply<1, 4, 7>();
+    if (tall) {
+      if (pair.i != before.i) tile_load<5>(a + a_next + pair.i * kTileFloats, 16);
+      tile_multiply<2, 5, 6>();
+      if (wide) tile_multiply<3, 5, 7>();
+    }
+    if constexpr (n + 1 < P * (P + 1) / 2) multiply_pieces<tall, wide, n + 1>(a, a_next, b, b_next);
   }
 
   // Operands whose depth runs along the rows of X, and down its columns.

@@ -1,4 +1,4 @@
-// Attention: checks, samples and work items; packed, dense and windowed.
+// Attention: checks, samples and work items; packed and dense.
 #pragma once
 
 #include <omp.h>
@@ -37,12 +37,12 @@ inline void add_samples(AttentionCall& a, const Tensor& cu_q, const Tensor& cu_k
     boundaries(cu_k, a.k.size[0]);
     require(cu_q.size[0] == cu_k.size[0], "as many key samples as query samples expected");
     const int32_t *q = cu_q.ints(), *k = cu_k.ints();
-    for (int64_t b = 0; b + 1 < cu_q.size[0]; ++b) a.sample_list.push_back({q[b], k[b], 0, 0, q[b + 1] - q[b], k[b + 1] - k[b], 0});
+    for (int64_t b = 0; b + 1 < cu_q.size[0]; ++b) a.sample_list.push_back({q[b], k[b], 0, 0, q[b + 1] - q[b], k[b + 1] - k[b]});
     a.q_used = q[cu_q.size[0] - 1], a.k_used = k[cu_q.size[0] - 1];
     shape(a.lse, {a.q.size[1], a.q.size[0]});
   } else {
     require(a.k.size[0] == a.q.size[0], "batch sizes differ");
-    for (int64_t b = 0; b < a.q.size[0]; ++b) a.sample_list.push_back({0, 0, b, b, a.q.size[1], a.k.size[1], 0});
+    for (int64_t b = 0; b < a.q.size[0]; ++b) a.sample_list.push_back({0, 0, b, b, a.q.size[1], a.k.size[1]});
     a.q_used = a.k_used = 0;
     shape(a.lse, {a.q.size[0], a.q.size[2], a.q.size[1]});
   }
@@ -70,41 +70,63 @@ inline int64_t queries_of_item(const AttentionCall& a) {
   return queries;
 }
 
+// Items for queries, or for keys, [begin, end) of a sample.
+inline void add_items(AttentionCall& a, size_t sample, int32_t num_heads, bool keys, int64_t begin, int64_t end, int64_t step) {
+  const Sample& s = a.sample_list[sample];
+  const int32_t b = static_cast<int32_t>(sample);
+  for (int32_t h = 0; h < num_heads; ++h)
+    for (int64_t n = begin; n < end; n += step) {
+      const int64_t last = std::min(n + step, end);
+      if (keys)
+        a.item_list.push_back({b, h, 0, s.q_size, n, last, false, true});
+      else
+        a.item_list.push_back({b, h, n, last, 0, s.k_size, true, false});
+    }
+}
+
 inline void forward_items(AttentionCall& a) {
   const int64_t step = queries_of_item(a);
-  for (size_t b = 0; b < a.sample_list.size(); ++b) {
-    const Sample& s = a.sample_list[b];
-    for (int32_t h = 0; h < heads(a.q); ++h)
-      for (int64_t begin = 0; begin < s.q_size; begin += step)
-        a.item_list.push_back({static_cast<int32_t>(b), h, begin, std::min(begin + step, s.q_size), 0, s.k_size, true, false});
-  }
+  for (size_t b = 0; b < a.sample_list.size(); ++b) add_items(a, b, heads(a.q), false, 0, a.sample_list[b].q_size, step);
+}
+
+// Items for dQ of some queries and for dK and dV of some keys.
+inline void add_cut(AttentionCall& a, size_t sample, int64_t q_begin, int64_t q_end, int64_t k_begin, int64_t k_end) {
+  add_items(a, sample, heads(a.k), true, k_begin, k_end, kBackwardBlock);
+  add_items(a, sample, heads(a.k), false, q_begin, q_end, kBackwardBlock);
+}
+
+// The pairs of queries and keys that keep a thread busy as long as all the others.
+inline double share_of_thread(const AttentionCall& a) {
+  double total = 0;
+  for (const Sample& s : a.sample_list) total += double(s.q_size) * s.k_size * heads(a.k);
+  return kCutCost * total / omp_get_max_threads();
+}
+
+inline void add_backward_items(AttentionCall& a, size_t sample, double share) {
+  const Sample& s = a.sample_list[sample];
+  const int64_t head_dim = a.q.size[a.q.ndim - 1], group = heads(a.q) / heads(a.k);
+  if (s.q_size * group * head_dim > kMaxAccumulated || double(s.q_size) * s.k_size > share)
+    add_cut(a, sample, 0, s.q_size, 0, s.k_size);
+  // A sample without queries still owes its keys zero gradients, and one without keys its queries.
+  else if (s.q_size + s.k_size > 0)
+    for (int32_t h = 0; h < heads(a.k); ++h)
+      a.item_list.push_back({static_cast<int32_t>(sample), h, 0, s.q_size, 0, s.k_size, true, true});
 }
 
 inline void backward_items(AttentionCall& a) {
-  const int64_t head_dim = a.q.size[a.q.ndim - 1], group = heads(a.q) / heads(a.k);
-  double total = 0;
-  for (const Sample& s : a.sample_list) total += double(s.q_size) * s.k_size * heads(a.k);
-  const double share = kCutCost * total / omp_get_max_threads();
-  for (size_t b = 0; b < a.sample_list.size(); ++b) {
-    const Sample& s = a.sample_list[b];
-    const bool cut = s.q_size * group * head_dim > kMaxAccumulated || double(s.q_size) * s.k_size > share;
-    const int32_t sample = static_cast<int32_t>(b);
-    for (int32_t h = 0; h < heads(a.k); ++h) {
-      // A sample without queries still owes its keys zero gradients, and one without keys its queries.
-      if (!cut && s.q_size + s.k_size > 0) a.item_list.push_back({sample, h, 0, s.q_size, 0, s.k_size, true, true});
-      for (int64_t begin = 0; cut && begin < s.k_size; begin += kBackwardBlock)
-        a.item_list.push_back({sample, h, 0, s.q_size, begin, std::min(begin + kBackwardBlock, s.k_size), false, true});
-      for (int64_t begin = 0; cut && begin < s.q_size; begin += kBackwardBlock)
-        a.item_list.push_back({sample, h, begin, std::min(begin + kBackwardBlock, s.q_size), 0, s.k_size, true, false});
-    }
-  }
+  const double share = share_of_thread(a);
+  for (size_t b = 0; b < a.sample_list.size(); ++b) add_backward_items(a, b, share);
+}
+
+// Longest first, so that no thread starts a long item when the others are done.
+template <class Item>
+void longest_first(std::vector<Item>& list, const Item*& items, int64_t& num_items) {
+  std::stable_sort(list.begin(), list.end(), [](const Item& x, const Item& y) { return x.work() > y.work(); });
+  items = list.data(), num_items = static_cast<int64_t>(list.size());
 }
 
 inline void run(AttentionCall& a, void (*kernel)(const Attention&)) {
-  // Longest first, so that no thread starts a long item when the others are done.
-  std::stable_sort(a.item_list.begin(), a.item_list.end(), [](const auto& x, const auto& y) { return x.work() > y.work(); });
-  a.items = a.item_list.data();
-  a.num_items = static_cast<int64_t>(a.item_list.size());
+  longest_first(a.item_list, a.items, a.num_items);
   py::gil_scoped_release release;
   kernel(a);
 }
@@ -131,30 +153,6 @@ inline AttentionCall attention_call(Tensor q, Tensor k, Tensor v, Tensor out, Te
   return a;
 }
 
-inline AttentionCall windowed_call(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu, Tensor cu_spans, Tensor grid,
-                                   Tensor step, std::array<int32_t, 3> window, std::array<bool, 3> causal, float scale) {
-  AttentionCall a{};
-  a.q = q, a.k = k, a.v = v, a.out = out, a.lse = lse, a.scale = scale, a.windowed = true;
-  a.cu_spans = cu_spans, a.grid = grid, a.step = step;
-  std::copy(window.begin(), window.end(), a.window);
-  std::copy(causal.begin(), causal.end(), a.causal);
-  require(static_cast<bool>(cu), "boundaries expected");
-  add_samples(a, cu, cu);
-  require(q.size[0] == k.size[0], "as many keys as queries expected");
-  spans(cu_spans, grid, q.size[0]);
-  shape(step, {grid.size[0], 3});
-  int32_t span = 0;
-  const int32_t count = static_cast<int32_t>(grid.size[0]);
-  for (Sample& s : a.sample_list) {
-    while (span < count && cu_spans.ints()[span + 1] <= s.q_start) ++span;  // empty spans in between
-    s.first_span = span;
-    int64_t end = s.q_start;
-    for (; end < s.q_start + s.q_size && span < count; ++span) end = cu_spans.ints()[span + 1];
-    require(end == s.q_start + s.q_size, "spans must end where samples end");
-  }
-  return a;
-}
-
 inline void bind_attention(py::module_& m, const Kernels* kernels) {
   m.def("attention_forward", [=](Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, Tensor bias, Tensor alibi, float scale,
                                  int64_t left, int64_t right, float softcap, Tensor out, Tensor lse) {
@@ -167,21 +165,6 @@ inline void bind_attention(py::module_& m, const Kernels* kernels) {
             Tensor alibi, float scale, int64_t left, int64_t right, float softcap, Tensor dq, Tensor dk, Tensor dv) {
           AttentionCall a = attention_call(q, k, v, out, lse, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
           add_gradients(a, dout, dlse, dq, dk, dv);
-          backward_items(a);
-          run(a, kernels->attention_backward);
-        });
-  m.def("spatiotemporal_attention_forward",
-        [=](Tensor q, Tensor k, Tensor v, Tensor cu, Tensor cu_spans, Tensor grid, Tensor step, std::array<int32_t, 3> window,
-            std::array<bool, 3> causal, float scale, Tensor out, Tensor lse) {
-          AttentionCall a = windowed_call(q, k, v, out, lse, cu, cu_spans, grid, step, window, causal, scale);
-          forward_items(a);
-          run(a, kernels->attention_forward);
-        });
-  m.def("spatiotemporal_attention_backward",
-        [=](Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu, Tensor cu_spans, Tensor grid, Tensor step,
-            std::array<int32_t, 3> window, std::array<bool, 3> causal, float scale, Tensor dq, Tensor dk, Tensor dv) {
-          AttentionCall a = windowed_call(q, k, v, out, lse, cu, cu_spans, grid, step, window, causal, scale);
-          add_gradients(a, dout, Tensor{}, dq, dk, dv);
           backward_items(a);
           run(a, kernels->attention_backward);
         });

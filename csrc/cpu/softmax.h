@@ -1,0 +1,127 @@
+// The running softmax of a panel of queries, and the output it weighs: what is the same for every kind of attention, forward.
+//
+// Everything is computed transposed: scores S^T [keys, queries] = K Q^T with queries on the vector lanes. So softmax runs down the
+// lanes with no horizontal step. With c = scale log2(e) and m the running maximum, a block of keys adds
+//
+//   P = 2^(c S - m)      O^T = O^T 2^(m_old - m) + V^T P      l = l 2^(m_old - m) + sum P
+#pragma once
+
+#include "attention.h"
+
+namespace sora::SORA_TIER {
+
+constexpr int kPanel = 64;                    // queries on the lanes of one panel
+constexpr int kKeyBlock = kTiles ? 256 : 64;  // keys of one block of scores; tiles are faster in long sums
+
+// A running maximum is raised only when it is this far behind, so that what was summed before rarely has to be scaled: numbers up
+// to 2^8 lose no precision.
+constexpr float kBehind = 8;
+
+// One block of keys into the running softmax of NV vectors of queries: m and l are updated, P is put from column `column` on, and
+// `correction` is the factor due to what was summed before. Returns whether any factor is not 1.
+template <class M, int NV>
+bool online_softmax(float* s, int num_keys, float log2_scale, float* m, float* l, float* correction, typename M::Right p,
+                    int column) {
+  vf highest[NV], total[NV];
+#pragma GCC unroll 4
+  for (int c = 0; c < NV; ++c) highest[c] = load(s + c * W);
+  for (int j = 1; j < num_keys; ++j)
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; ++c) highest[c] = max(highest[c], load(s + j * kPanel + c * W));
+  vi changed = {};
+#pragma GCC unroll 4
+  for (int c = 0; c < NV; ++c) {
+    const vf before = load(m + c * W), candidate = highest[c] * log2_scale;
+    highest[c] = candidate > before + kBehind ? candidate : before;
+    changed |= before != highest[c];
+    store(m + c * W, highest[c]);
+    highest[c] = highest[c] == -__builtin_inff() ? vf{} : highest[c];  // nothing seen yet: 2^(-inf - 0) is 0, not NaN
+    const vf factor = exp2(before - highest[c]);
+    store(correction + c * W, factor);
+    total[c] = load(l + c * W) * factor;
+  }
+  if (num_keys % 2 != 0)
+    for (int c = 0; c < NV; ++c) store(s + num_keys * kPanel + c * W, vf{} - __builtin_inff());
+  int j = 0;
+  for (; j < num_keys; j += 2, s += 2 * kPanel) {
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; ++c) {
+      const vf even = exp2<M::kRough>(multiply_add(load(s + c * W), log2_scale, -highest[c])),
+               odd = exp2<M::kRough>(multiply_add(load(s + kPanel + c * W), log2_scale, -highest[c]));
+      M::put_pair(p, j, column + c * W, even, odd);
+      total[c] += even + odd;
+    }
+  }
+  for (; j % M::kDepth != 0; j += 2)
+    for (int c = 0; c < NV; ++c) M::put_pair(p, j, column + c * W, vf{}, vf{});
+#pragma GCC unroll 4
+  for (int c = 0; c < NV; ++c) store(l + c * W, total[c]);
+  return any(changed);
+}
+
+template <class M, int NV = kTileVectors>
+bool online_softmax_columns(int columns, float* s, int num_keys, float log2_scale, float* m, float* l, float* correction,
+                            typename M::Right p, int column) {
+  bool changed = false;
+  for (; column + (NV - 1) * W < columns; column += NV * W)
+    changed |= online_softmax<M, NV>(s + column, num_keys, log2_scale, m + column, l + column, correction + column, p, column);
+  if constexpr (NV > 1)
+    if (column < columns)
+      changed |= online_softmax_columns<M, NV - 1>(columns, s, num_keys, log2_scale, m, l, correction, p, column);
+  return changed;
+}
+
+// A thread's memory for one block of scores.
+template <class M>
+struct ScoreRoom {
+  float *scores, *probabilities, *correction;
+  explicit ScoreRoom(Pieces& pieces) {
+    scores = pieces.take(kKeyBlock * kPanel);
+    probabilities = M::kInPlace ? scores : pieces.take(M::right_size(kKeyBlock, kPanel));
+    correction = pieces.take(kPanel);
+  }
+};
+
+// Up to kPanel queries of one head, and what became of them so far.
+template <class M>
+struct QueryPanel {
+  float *q_room, *out, *m, *l;
+  typename M::Right q;
+
+  void take_room(Pieces& pieces, int d) {
+    q_room = pieces.take(M::right_size(d, kPanel)), out = pieces.take(padded(d) * kPanel);
+    m = pieces.take(kPanel), l = pieces.take(kPanel);
+  }
+
+  template <class T>
+  void start(const T* rows, int64_t stride, int count, int d) {
+    q = M::right_transposed(rows, stride, count, d, q_room);
+    for (int c = 0; c < kPanel; ++c) m[c] = -__builtin_inff(), l[c] = 0;
+    memset(out, 0, d * kPanel * sizeof(float));
+  }
+
+  // Adds a block of keys for the queries on columns [begin, end), in whole vectors; `masked(scores)` makes scores of products.
+  template <class Masked>
+  void add(int begin, int end, int num_keys, int d, typename M::Left k, typename M::Left v, float log2_scale,
+           const ScoreRoom<M>& room, Masked masked) {
+    M::template multiply<Init::kZero>(num_keys, end - begin, d, k, M::from_column(q, begin), room.scores + begin, kPanel);
+    masked(room.scores);
+    const typename M::Right p = M::right_room(room.probabilities, num_keys, kPanel);
+    if (online_softmax_columns<M>(end, room.scores, num_keys, log2_scale, m, l, room.correction, p, begin))
+      for (int i = 0; i < d; ++i)
+        for (int c = begin; c < end; c += W) store(out + i * kPanel + c, load(out + i * kPanel + c) * load(room.correction + c));
+    M::template multiply<Init::kAdd>(d, end - begin, num_keys, v, M::from_column(p, begin), out + begin, kPanel);
+  }
+
+  // The results, query c's to row(c) and lse(c).
+  template <class Row, class Lse>
+  void finish(int count, int d, const ScoreRoom<M>& room, Row row, Lse lse) const {
+    for (int c = 0; c < count; ++c) {
+      lse(c) = m[c] * __builtin_log(2) + __builtin_log(l[c]);  // -inf if nothing was seen
+      room.correction[c] = l[c] == 0 ? 0 : 1 / l[c];
+    }
+    put_transposed(out, kPanel, room.correction, count, d, row);
+  }
+};
+
+}  // namespace sora::SORA_TIER

@@ -1,0 +1,184 @@
+// Windows in space and time: a panel of a box's tokens on the vector lanes, and the blocks of tokens that meet it.
+//
+// It serves both directions: a panel's tokens are queries and the blocks' are the keys that they see, or the panel's are keys and
+// the blocks' the queries that see them: what they meet. An item's panels are stacked along the outer and the middle axis of the
+// grid, and what they meet in their own span is a box. It is walked along the outer axis. A block, some planes of that box, is
+// gathered once for all panels, row by row of the middle axis, so that what one panel meets of it is a run of its rows; and of the
+// panel's columns, whole vectors of queries or keys, only those take part that meet any of these planes.
+#pragma once
+
+#include "attention.h"
+#include "grid.h"
+
+namespace sora::SORA_TIER {
+
+constexpr int kWindowPanels = kOuterPanels * kMiddlePanels;
+constexpr int kWindowColumns = 16;  // columns that are left out together
+
+// Tokens that are gathered at once, so that their operands fit into a core's cache; and the room for rows of them, or of a panel.
+inline int gathered(int d) { return clamp((1 << 15) / d / 32 * 32, 32, 512); }
+inline int64_t gathered_size(int d) { return int64_t{larger(gathered(d), kWindowPanel)} * d; }
+
+inline int32_t length(Interval x) { return x.end - x.begin; }
+inline bool holds(Interval x, Interval y) { return x.begin <= y.begin && y.end <= x.end; }
+inline Interval common(Interval x, Interval y) { return {larger(x.begin, y.begin), smaller(x.end, y.end)}; }
+
+// body(i, n): token n of the sample is the i-th of a box, with this axis outermost, 0 or 1, and axis 2 innermost.
+template <int outer, class Body>
+void each_token(const Grid& grid, const Box& box, Body body) {
+  const auto [x, y, z] = Box{box.axis[outer], box.axis[1 - outer], box.axis[2]}.axis;
+  int i = 0;
+  for (int32_t a = x.begin; a < x.end; ++a)
+    for (int32_t b = y.begin; b < y.end; ++b) {
+      const int64_t row = grid.begin + a * grid.axis[outer].stride + b * grid.axis[1 - outer].stride;
+      for (int32_t c = z.begin; c < z.end; ++c) body(i++, row + c * grid.axis[2].stride);
+    }
+}
+
+template <int outer, class T>
+void gather(const Rows<const T>& rows, const Grid& grid, const Box& box, int d, T* to) {
+  each_token<outer>(grid, box, [&](int i, int64_t n) { memcpy(to + int64_t{i} * d, rows[n], d * sizeof(T)); });
+}
+
+struct WindowPanel {
+  Box box;    // its tokens, on lanes in the order of each_token
+  Box meets;  // the box that holds all that any of them meets
+  Box all;    // and that all of them meet; may be empty
+  int count;
+
+  void start(const Grid& grid, const Box& box_, bool keys) {
+    box = box_, count = 1;
+    for (int a = 0; a < 3; ++a) {
+      count *= length(box.axis[a]);
+      meets.axis[a] = met_by(grid.axis[a], box.axis[a], keys);
+      const Interval first = met_by(grid.axis[a], {box.axis[a].begin, box.axis[a].begin + 1}, keys),
+                     last = met_by(grid.axis[a], {box.axis[a].end - 1, box.axis[a].end}, keys);
+      all.axis[a] = common(first, last);
+    }
+    int i = 0;
+    const auto [x, y, z] = box.axis;
+    for (int32_t a = x.begin; a < x.end; ++a)
+      for (int32_t b = y.begin; b < y.end; ++b)
+        for (int32_t c = z.begin; c < z.end; ++c, ++i) {
+          const int32_t index[3] = {a, b, c};
+          for (int axis = 0; axis < 3; ++axis) {
+            const Interval met = met_by(grid.axis[axis], {index[axis], index[axis] + 1}, keys);
+            begin_[axis][i] = met.begin, length_[axis][i] = length(met);
+          }
+        }
+    for (; i < kWindowPanel; ++i)  // a panel's last columns do as its last token
+      for (int axis = 0; axis < 3; ++axis) begin_[axis][i] = begin_[axis][count - 1], length_[axis][i] = length_[axis][count - 1];
+  }
+
+  Interval columns() const { return {0, (count + kWindowColumns - 1) / kWindowColumns * kWindowColumns}; }
+
+  // The columns that meet any of x of the outer axis: neighbours, as lanes are in that axis' order.
+  Interval columns(Interval x) const {
+    Interval c = columns();
+    const auto end = [&](int lane) { return begin_[0][lane] + length_[0][lane]; };
+    while (c.begin < c.end && end(c.begin + kWindowColumns - 1) <= x.begin) c.begin += kWindowColumns;
+    while (c.begin < c.end && begin_[0][c.end - kWindowColumns] >= x.end) c.end -= kWindowColumns;
+    return c;
+  }
+
+  // Scores [num_tokens, kWindowPanel] of these columns and the block's tokens from `first` on: those of pairs that do not meet
+  // become -inf.
+  void apply(float* scores, const Box& block, int first, int num_tokens, Interval columns) const {
+    const int32_t width = length(block.axis[2]), planes = length(block.axis[0]);
+    const bool whole_rows = holds(all.axis[2], block.axis[2]);
+    for (int done = 0; done < num_tokens;) {
+      const int32_t row = (first + done) / width, x = block.axis[0].begin + row % planes, y = block.axis[1].begin + row / planes,
+                    z = block.axis[2].begin + (first + done) % width;
+      const int run = smaller(block.axis[2].end - z, num_tokens - done);
+      if (!(whole_rows && holds(all.axis[0], {x, x + 1}) && holds(all.axis[1], {y, y + 1})))
+        for (int c = columns.begin; c < columns.end; c += W) {
+          const vi row = meets_index(0, c, x) & meets_index(1, c, y);
+          for (int i = 0; i < run; ++i) {
+            float* p = scores + (done + i) * kWindowPanel + c;
+            store(p, (row & meets_index(2, c, z + i)) != 0 ? load(p) : vf{} - __builtin_inff());
+          }
+        }
+      done += run;
+    }
+  }
+
+ private:
+  int32_t begin_[3][kWindowPanel], length_[3][kWindowPanel];  // what each lane meets
+
+  SORA_INLINE vi meets_index(int axis, int c, int32_t x) const {
+    vu begin, length;
+    memcpy(&begin, begin_[axis] + c, sizeof begin), memcpy(&length, length_[axis] + c, sizeof length);
+    return vu{} + static_cast<uint32_t>(x) - begin < length;
+  }
+};
+
+// The panels of an item.
+struct WindowStack {
+  const Grid& grid;
+  int panels = 0;
+  WindowPanel panel[kWindowPanels];
+  Box meets;  // the box that holds all that any panel meets
+
+  WindowStack(const SpatiotemporalAttention& a, const WindowItem& item) : grid(a.grids[item.span]), meets(item.box) {
+    const auto [outer, middle, inner] = item.box.axis;
+    for (int32_t x = outer.begin; x < outer.end; x += grid.edge[0])
+      for (int32_t y = middle.begin; y < middle.end; y += grid.edge[1]) {
+        const Box box{{{x, smaller(x + grid.edge[0], outer.end)}, {y, smaller(y + grid.edge[1], middle.end)}, inner}};
+        panel[panels++].start(grid, box, item.keys);
+      }
+    for (int axis = 0; axis < 3; ++axis) meets.axis[axis] = met_by(grid.axis[axis], item.box.axis[axis], item.keys);
+  }
+
+  // Calls pack(grid, box, count) for each block of at most `gathered` tokens that the panels meet, and for each panel i that does
+  //
+  //   add(i, first, count, columns, mask)    at most `at_once` of its tokens from `first`, a multiple of `depth`, on
+  //
+  // where mask(scores) makes those of pairs that do not meet -inf.
+  template <class Pack, class Add>
+  void walk(int64_t sample_size, int gathered, int at_once, int depth, Pack pack, Add add) const {
+    walk_others(0, grid.begin, gathered, at_once, pack, add);
+    walk_others(grid.end, sample_size, gathered, at_once, pack, add);
+    const Interval x = meets.axis[0];
+    for (int32_t begin = x.begin; begin < x.end; begin += grid.planes)
+      walk_planes({begin, smaller(begin + grid.planes, x.end)}, gathered, at_once, depth, pack, add);
+  }
+
+ private:
+  // Tokens [begin, end) of other spans: all meet.
+  template <class Pack, class Add>
+  void walk_others(int64_t begin, int64_t end, int gathered, int at_once, Pack pack, Add add) const {
+    for (; begin < end; begin += gathered) {
+      const int count = at_most(end - begin, gathered);
+      const Grid row{false, begin, begin + count, {{1, 1, false, 0}, {1, 1, false, 0}, {count, count, false, 1}}, {}, 1};
+      pack(row, Box{{{0, 1}, {0, 1}, {0, count}}}, count);
+      for (int i = 0; i < panels; ++i)
+        for (int first = 0; first < count; first += at_once)
+          add(i, first, smaller(at_once, count - first), panel[i].columns(), [](float*) {});
+    }
+  }
+
+  template <class Pack, class Add>
+  void walk_planes(Interval x, int gathered, int at_once, int depth, Pack pack, Add add) const {
+    const Interval ys = meets.axis[1], zs = meets.axis[2];
+    const int32_t width = smaller(length(zs), gathered / grid.planes), height = gathered / grid.planes / width;
+    for (int32_t y = ys.begin; y < ys.end; y += height)
+      for (int32_t z = zs.begin; z < zs.end; z += width) {
+        const Box block{{x, {y, smaller(y + height, ys.end)}, {z, smaller(z + width, zs.end)}}};
+        const int32_t row = length(x) * length(block.axis[2]);
+        bool packed = false;
+        for (int i = 0; i < panels; ++i) {
+          const Interval columns = panel[i].columns(x), rows = common(block.axis[1], panel[i].meets.axis[1]);
+          if (length(columns) <= 0 || length(rows) <= 0) continue;
+          if (!packed) pack(grid, block, length(block.axis[1]) * row);
+          packed = true;
+          const int end = (rows.end - y) * row;
+          for (int first = (rows.begin - y) * row / depth * depth; first < end; first += at_once) {
+            const int count = smaller(at_once, end - first);
+            add(i, first, count, columns, [&](float* scores) { panel[i].apply(scores, block, first, count, columns); });
+          }
+        }
+      }
+  }
+};
+
+}  // namespace sora::SORA_TIER
