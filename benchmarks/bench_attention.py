@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -36,7 +37,11 @@ from sora_kernels.layout import PackedLayout
 
 TEXT_TOKENS = 77
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
-WINDOW_GRID, WINDOW = ((16, 32, 32), (5, 9, 9)) if ON_GPU else ((8, 24, 24), (3, 7, 7))
+HAS_NATTEN = importlib.util.find_spec("natten") is not None
+# (grid, window). NATTEN builds the whole score matrix on a CPU, for which the larger grid is too large.
+WINDOWS = {"16x32x32": ((16, 32, 32), (5, 9, 9))}
+if not ON_GPU:
+    WINDOWS["8x24x24"] = ((8, 24, 24), (3, 7, 7))
 # (lengths, heads, head dim) of the packed batches.
 LENGTHS = [t * h * w for t, h, w in GRIDS]
 BATCHES: dict[str, tuple[list[int], int, int]] = {"mixed": (LENGTHS, 8, 64)}
@@ -150,15 +155,16 @@ def flex(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask_mod: Callable[..., 
     return Implementation(lambda q, k, v: function(q, k, v, block_mask=mask), dense[:3], dense[3:], restore)
 
 
-def window_attention(dtype: torch.dtype, which: str) -> Race:
+def window_attention(dtype: torch.dtype, which: str, *, case: str) -> Race:
     """Attention within a (t, h, w) window of one video, NATTEN's rule, against a mask and against all of the video."""
     torch.manual_seed(0)
-    layout, (_, heads, head_dim) = PackedLayout.from_grids([WINDOW_GRID], DEVICE), BATCHES[FIRST]
+    (grid, window), (_, heads, head_dim) = WINDOWS[case], BATCHES[FIRST]
+    layout = PackedLayout.from_grids([grid], DEVICE)
     q, k, v, dout = (randn(layout.num_tokens, heads, head_dim, dtype=dtype, grad=which != FORWARD) for _ in range(4))
 
     def seen(i: Tensor, j: Tensor) -> Tensor:
         inside, stride = j >= 0, 1
-        for n, w in reversed(list(zip(WINDOW_GRID, WINDOW, strict=True))):
+        for n, w in reversed(list(zip(grid, window, strict=True))):
             first = (i // stride % n - w // 2).clamp(0, n - w)
             key = j // stride % n
             inside, stride = inside & (key >= first) & (key < first + w), stride * n
@@ -171,14 +177,21 @@ def window_attention(dtype: torch.dtype, which: str) -> Race:
         return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask)[0].transpose(0, 1)
 
     rows = {
-        OURS: Implementation(lambda q, k, v: spatiotemporal_attention(q, k, v, layout, window=WINDOW)),
+        OURS: Implementation(lambda q, k, v: spatiotemporal_attention(q, k, v, layout, window=window)),
         f"{OURS}, no window": Implementation(lambda q, k, v: spatiotemporal_attention(q, k, v, layout), comparable=False),
         "SDPA with mask": Implementation(masked),
         "flex_attention compiled": flex(q, k, v, dout, lambda b, h, i, j: seen(i, j)),
     }
-    flops = 4e-9 * heads * head_dim * q.shape[0] * WINDOW[0] * WINDOW[1] * WINDOW[2]
+    if HAS_NATTEN:
+        from natten.functional import na3d
+
+        def neighborhood(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return na3d(*(x.reshape(1, *grid, heads, head_dim) for x in (q, k, v)), kernel_size=window).reshape(q.shape)
+
+        rows["NATTEN na3d"] = Implementation(neighborhood)
+    flops = 4e-9 * heads * head_dim * q.shape[0] * math.prod(window)
     work = {"gflops": of_pass(which, flops, 2.5 * flops)}
-    return Race("window attention", dtype, which, work, [q, k, v], [dout], masked, rows)
+    return Race(f"window attention, {case}", dtype, which, work, [q, k, v], [dout], masked, rows)
 
 
 ROWS = [OURS, "SDPA per sample", "flex_attention compiled"]
@@ -202,7 +215,13 @@ def test_cross_attention(measure, implementation, dtype, which):
     measure(implementation, attention, dtype, which, cross=True, batch=list(BATCHES)[-1])
 
 
-@pytest.mark.parametrize("implementation", [OURS, f"{OURS}, no window", "SDPA with mask", "flex_attention compiled"])
+WINDOW_ROWS = [OURS, f"{OURS}, no window", "SDPA with mask", "flex_attention compiled"]
+WINDOW_CASES = [(case, row) for case in WINDOWS for row in WINDOW_ROWS]
+if HAS_NATTEN:
+    WINDOW_CASES.append((list(WINDOWS)[-1], "NATTEN na3d"))
+
+
+@pytest.mark.parametrize(("case", "implementation"), WINDOW_CASES)
 @pytest.mark.parametrize("which", PASSES.values(), ids=PASSES.keys())
-def test_window_attention(measure, implementation, which):
-    measure(implementation, window_attention, MAIN, which)
+def test_window_attention(measure, implementation, case, which):
+    measure(implementation, window_attention, MAIN, which, case=case)
