@@ -93,23 +93,23 @@ class Backward {
         room_(on_scratch<Room<T>>(d_, stack_.panels)) {}
 
   void run() {
-    const int head_k = keys ? item_.head : item_.head / group_;
-    start_panels(head_k);
-    for (int head = keys ? head_k * group_ : item_.head; head < (keys ? (head_k + 1) * group_ : item_.head + 1); ++head)
-      add_head(head, head_k);
+    start_panels();
+    if (keys)
+      for (int g = 0; g < group_; ++g) add_head(item_.head * group_ + g, item_.head);
+    else
+      add_head(item_.head, item_.head / group_);
     finish();
   }
 
  private:
-  Rows<const T> queries(const Tensor& x, int head) const { return Rows<const T>(x, 0, s_.q_start, head); }
+  Rows<const T> rows(const Tensor& x, int head) const { return Rows<const T>(x, 0, s_.q_start, head); }
 
   QueryStatistics statistics(int head, int64_t n) const {
-    return QueryStatistics(lse_row(a_.lse, s_, head)[n], queries(a_.out, head)[n], queries(a_.dout, head)[n], d_);
+    return QueryStatistics(lse_row(a_.lse, s_, head)[n], rows(a_.out, head)[n], rows(a_.dout, head)[n], d_);
   }
 
-  void start_panels(int head_k) {
-    const Rows<const T> x[2] = {queries(keys ? a_.k : a_.q, keys ? head_k : item_.head),
-                                queries(keys ? a_.v : a_.dout, keys ? head_k : item_.head)};
+  void start_panels() {
+    const Rows<const T> x[2] = {rows(keys ? a_.k : a_.q, item_.head), rows(keys ? a_.v : a_.dout, item_.head)};
     for (int i = 0; i < stack_.panels; ++i) {
       const WindowPanel& panel = stack_.panel[i];
       const auto& room = room_.panel[i];
@@ -127,8 +127,7 @@ class Backward {
   // What the panels meet of one query head.
   void add_head(int head, int head_k) {
     const ScoreTerms terms(a_, s_, head);
-    const Rows<const T> y[2] = {queries(keys ? a_.q : a_.k, keys ? head : head_k),
-                                queries(keys ? a_.dout : a_.v, keys ? head : head_k)};
+    const Rows<const T> y[2] = {keys ? rows(a_.q, head) : rows(a_.k, head_k), keys ? rows(a_.dout, head) : rows(a_.v, head_k)};
     const auto pack = [&](const Grid& grid, const Box& box, int count) {
       for (int n = 0; n < 2; ++n) {
         gather<1>(y[n], grid, box, d_, room_.rows[n]);

@@ -13,12 +13,12 @@ struct WindowCall {
   std::vector<WindowItem> items;
 };
 
-// What `tokens` neighbours along an axis meet, far from the borders.
+// How much of an axis `tokens` neighbours meet, far from its ends.
 inline int32_t mostly_met(const Axis& a, int32_t tokens) { return std::min(a.window + std::min(tokens, a.size) - 1, a.size); }
 
 inline int32_t parts(int32_t size, int32_t edge) { return (size + edge - 1) / edge; }
 
-// One, unless a panel would meet too little at a time.
+// Planes of the outer axis in a block: one, unless a panel would meet too little at a time.
 inline int32_t planes_of(const Grid& g) {
   return std::clamp(32 / (mostly_met(g.axis[1], g.edge[1]) * mostly_met(g.axis[2], g.edge[2])), 1, g.axis[0].size);
 }
@@ -63,9 +63,9 @@ inline Grid grid_of(const int32_t* size, const float* step, const std::array<int
   Grid best = grid;
   double least = work_of(best);
   auto& [x, y, z] = grid.edge;
-  for (x = 1; x <= kWindowPanel && x < 2 * grid.axis[0].size; x *= 2)
-    for (y = 1; x * y <= kWindowPanel && y < 2 * grid.axis[1].size; y *= 2)
-      for (z = 1; x * y * z <= kWindowPanel && z < 2 * grid.axis[2].size; z *= 2)
+  for (x = 1; x <= kWindowPanel && x / 2 < grid.axis[0].size; x *= 2)
+    for (y = 1; x * y <= kWindowPanel && y / 2 < grid.axis[1].size; y *= 2)
+      for (z = 1; x * y * z <= kWindowPanel && z / 2 < grid.axis[2].size; z *= 2)
         if (const double work = work_of(grid); work < least) best = grid, least = work;
   best.planes = planes_of(best);
   return best;
