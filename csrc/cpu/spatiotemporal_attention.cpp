@@ -42,16 +42,16 @@ void forward(const SpatiotemporalAttention& w, const WindowItem& item) {
 
   const Rows<const T> q(a.q, 0, s.q_start, item.head);
   for (int i = 0; i < stack.panels; ++i) {
-    gather<0>(q, stack.grid, stack.panel[i].box, d, room.rows);
+    stack.panel[i].gather(q, d, room.rows);
     room.panel[i].start(room.rows, d, stack.panel[i].count, d);
   }
 
   const Rows<const T> k(a.k, 0, s.k_start, head_k), v(a.v, 0, s.k_start, head_k);
   typename M::Left k_block, v_block;
   const auto pack = [&](const Grid& grid, const Box& box, int count) {
-    gather<1>(k, grid, box, d, room.rows);
+    gather(k, grid, box, d, room.rows);
     k_block = M::left(room.rows, d, count, d, room.k);
-    gather<1>(v, grid, box, d, room.rows);
+    gather(v, grid, box, d, room.rows);
     v_block = M::left_transposed(room.rows, d, count, d, room.v);
   };
   const auto add = [&](int i, int first, int count, Interval columns, auto mask) {
@@ -66,8 +66,7 @@ void forward(const SpatiotemporalAttention& w, const WindowItem& item) {
   const Rows<T> out(a.out, 0, s.q_start, item.head);
   double* lse = lse_row(a.lse, s, item.head);
   for (int i = 0; i < stack.panels; ++i) {
-    int64_t token[kPanel];
-    each_token<0>(stack.grid, stack.panel[i].box, [&](int c, int64_t n) { token[c] = n; });
+    const int64_t* token = stack.panel[i].token;
     room.panel[i].finish(
         stack.panel[i].count, d, room.block, [&](int c) { return out[token[c]]; }, [&](int c) -> double& { return lse[token[c]]; });
   }

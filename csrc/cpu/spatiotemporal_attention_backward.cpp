@@ -114,13 +114,13 @@ class Backward {
       const WindowPanel& panel = stack_.panel[i];
       const auto& room = room_.panel[i];
       for (int n = 0; n < 2; ++n) {
-        gather<0>(x[n], stack_.grid, panel.box, d_, room_.rows[0]);
+        panel.gather(x[n], d_, room_.rows[0]);
         x_[i][n] = M::right_transposed(room_.rows[0], d_, panel.count, d_, room.x[n]);
       }
       for (int n = 0; n < kSums; ++n) memset(room.sum[n], 0, d_ * kPanel * sizeof(float));
       if (keys) continue;
-      each_token<0>(stack_.grid, panel.box, [&](int c, int64_t n) { room.column.put(c, statistics(item_.head, n)); });
-      for (int c = panel.count; c < kPanel; ++c) room.column.put(c, QueryStatistics());
+      for (int c = 0; c < kPanel; ++c)
+        room.column.put(c, c < panel.count ? statistics(item_.head, panel.token[c]) : QueryStatistics());
     }
   }
 
@@ -130,11 +130,11 @@ class Backward {
     const Rows<const T> y[2] = {keys ? rows(a_.q, head) : rows(a_.k, head_k), keys ? rows(a_.dout, head) : rows(a_.v, head_k)};
     const auto pack = [&](const Grid& grid, const Box& box, int count) {
       for (int n = 0; n < 2; ++n) {
-        gather<1>(y[n], grid, box, d_, room_.rows[n]);
+        gather(y[n], grid, box, d_, room_.rows[n]);
         y_[n] = M::left(room_.rows[n], d_, count, d_, room_.y[n]);
         if (n < kSums) y_transposed_[n] = M::left_transposed(room_.rows[n], d_, count, d_, room_.y_transposed[n]);
       }
-      if (keys) each_token<1>(grid, box, [&](int i, int64_t n) { room_.row.put(i, statistics(head, n)); });
+      if (keys) each_token(grid, box, [&](int i, int64_t n) { room_.row.put(i, statistics(head, n)); });
     };
     const auto add = [&](int i, int first, int count, Interval columns, auto mask) {
       const int begin = columns.begin, width = length(columns);
@@ -193,8 +193,7 @@ class Backward {
       const Rows<T> to(*results[n], 0, s_.q_start, item_.head);
       for (int c = 0; c < kPanel; ++c) room_.factor[c] = n == 0 ? a_.scale : 1;
       for (int i = 0; i < stack_.panels; ++i) {
-        int64_t token[kPanel];
-        each_token<0>(stack_.grid, stack_.panel[i].box, [&](int c, int64_t m) { token[c] = m; });
+        const int64_t* token = stack_.panel[i].token;
         put_transposed(room_.panel[i].sum[n], kPanel, room_.factor, stack_.panel[i].count, d_, [&](int c) { return to[token[c]]; });
       }
     }

@@ -23,31 +23,33 @@ inline int32_t length(Interval x) { return x.end - x.begin; }
 inline bool holds(Interval x, Interval y) { return x.begin <= y.begin && y.end <= x.end; }
 inline Interval common(Interval x, Interval y) { return {larger(x.begin, y.begin), smaller(x.end, y.end)}; }
 
-// body(i, n): token n of the sample is the i-th of a box, with this axis outermost, 0 or 1, and axis 2 innermost.
-template <int outer, class Body>
-void each_token(const Grid& grid, const Box& box, Body body) {
-  const auto [x, y, z] = Box{box.axis[outer], box.axis[1 - outer], box.axis[2]}.axis;
-  int i = 0;
-  for (int32_t a = x.begin; a < x.end; ++a)
-    for (int32_t b = y.begin; b < y.end; ++b) {
-      const int64_t row = grid.begin + a * grid.axis[outer].stride + b * grid.axis[1 - outer].stride;
-      for (int32_t c = z.begin; c < z.end; ++c) body(i++, row + c * grid.axis[2].stride);
-    }
+inline int64_t grid_token(const Grid& grid, int32_t x, int32_t y, int32_t z) {
+  return grid.begin + x * grid.axis[0].stride + y * grid.axis[1].stride + z * grid.axis[2].stride;
 }
 
-template <int outer, class T>
+// body(i, n): token n of the sample is the i-th of a block, which is in rows along the middle axis.
+template <class Body>
+void each_token(const Grid& grid, const Box& box, Body body) {
+  const auto [x, y, z] = box.axis;
+  int i = 0;
+  for (int32_t b = y.begin; b < y.end; ++b)
+    for (int32_t a = x.begin; a < x.end; ++a)
+      for (int32_t c = z.begin; c < z.end; ++c) body(i++, grid_token(grid, a, b, c));
+}
+
+template <class T>
 void gather(const Rows<const T>& rows, const Grid& grid, const Box& box, int d, T* to) {
-  each_token<outer>(grid, box, [&](int i, int64_t n) { memcpy(to + int64_t{i} * d, rows[n], d * sizeof(T)); });
+  each_token(grid, box, [&](int i, int64_t n) { memcpy(to + int64_t{i} * d, rows[n], d * sizeof(T)); });
 }
 
 struct WindowPanel {
-  Box box;    // its tokens, on lanes in the order of each_token
-  Box meets;  // the box that holds all that any of them meets
-  Box all;    // and that all of them meet; may be empty
+  int64_t token[kWindowPanel];  // on the lanes, in the order of the axes
+  Box meets;                    // the box that holds all that any of them meets
+  Box all;                      // and that all of them meet; may be empty
   int count;
 
-  void start(const Grid& grid, const Box& box_, bool keys) {
-    box = box_, count = 1;
+  void start(const Grid& grid, const Box& box, bool keys) {
+    count = 1;
     for (int a = 0; a < 3; ++a) {
       count *= length(box.axis[a]);
       meets.axis[a] = met_by(grid.axis[a], box.axis[a], keys);
@@ -61,6 +63,7 @@ struct WindowPanel {
       for (int32_t b = y.begin; b < y.end; ++b)
         for (int32_t c = z.begin; c < z.end; ++c, ++i) {
           const int32_t index[3] = {a, b, c};
+          token[i] = grid_token(grid, a, b, c);
           for (int axis = 0; axis < 3; ++axis) {
             const Interval met = met_by(grid.axis[axis], {index[axis], index[axis] + 1}, keys);
             begin_[axis][i] = met.begin, length_[axis][i] = length(met);
@@ -68,6 +71,11 @@ struct WindowPanel {
         }
     for (; i < kWindowPanel; ++i)  // a panel's last columns do as its last token
       for (int axis = 0; axis < 3; ++axis) begin_[axis][i] = begin_[axis][count - 1], length_[axis][i] = length_[axis][count - 1];
+  }
+
+  template <class T>
+  void gather(const Rows<const T>& rows, int d, T* to) const {
+    for (int c = 0; c < count; ++c) memcpy(to + int64_t{c} * d, rows[token[c]], d * sizeof(T));
   }
 
   Interval columns() const { return {0, (count + kWindowColumns - 1) / kWindowColumns * kWindowColumns}; }
