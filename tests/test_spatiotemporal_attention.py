@@ -127,6 +127,18 @@ def windowed(layout: PackedLayout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return spatiotemporal_attention(q, k, v, layout, window=(3, 3, 2), causal=(True, False, False))
 
 
+def test_leftovers_do_not_matter(target: Target) -> None:
+    """What a call of NaNs leaves in the kernels' scratch memory changes no bit of the next call."""
+    layout, large = (PackedLayout.from_spans(spans, target.device) for spans in (SPANS, [[Span((5, 8, 9)), Span.text(70)]]))
+    inputs = [target.randn(layout.num_tokens, h, 24) for h in (2, 1, 1)]
+    nans = [target.randn(large.num_tokens, h, 24).fill_(torch.nan) for h in (2, 1, 1)]
+    call = partial(run, partial(windowed, layout))
+    expected = call(inputs)
+    run(partial(windowed, large), nans)
+    actual = call(inputs)
+    assert_bit_equal(actual[0] + actual[1], expected[0] + expected[1])
+
+
 def case(target: Target) -> Case:
     layout = PackedLayout.from_spans(SPANS, target.device)
     inputs = [layout.unpack(target.randn(layout.num_tokens, h, 24)) for h in (2, 1, 1)]
