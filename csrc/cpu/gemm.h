@@ -2,7 +2,8 @@
 //
 // B and C are row-major with n on the vector lanes; A is read one broadcast element at a time, so it may have any strides and
 // serves transposed operands for free. A tile of MR x NV vectors of C stays in registers over the whole k loop: for each k it costs
-// NV loads of B and MR broadcasts for MR * NV fused multiply-adds, which keeps the multipliers, not the loads, busy.
+// NV loads of B and MR broadcasts for MR * NV fused multiply-adds, which keeps the multipliers, not the loads, busy. `Step` is that
+// multiply-add; pairs.h has another, for which an element is a word of two numbers.
 #pragma once
 
 #include "simd.h"
@@ -23,7 +24,11 @@ struct Matrix {  // an operand: element (i, j) is data[i * row + j * column]
   int64_t row, column = 1;
 };
 
-template <int MR, int NV, Init init>
+struct MultiplyAdd {
+  SORA_INLINE static vf add(vf sum, vf a, vf b) { return sum + a * b; }
+};
+
+template <int MR, int NV, Init init, class Step>
 __attribute__((noinline)) void gemm_tile(int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc) {
   vf acc[MR][NV] = {};
   const float* a_k = a.data;
@@ -35,7 +40,7 @@ __attribute__((noinline)) void gemm_tile(int k_size, Matrix a, const float* b, i
     for (int m = 0; m < MR; ++m) {
       vf a_m = broadcast(a_k[m * a.row]);
 #pragma GCC unroll 12
-      for (int n = 0; n < NV; ++n) acc[m][n] += a_m * b_n[n];
+      for (int n = 0; n < NV; ++n) acc[m][n] = Step::add(acc[m][n], a_m, b_n[n]);
     }
   }
   // What C held joins last: sums of one k loop each round less than one long chain.
@@ -49,24 +54,24 @@ __attribute__((noinline)) void gemm_tile(int k_size, Matrix a, const float* b, i
     }
 }
 
-template <int MR, int NV, Init init>
+template <int MR, int NV, Init init, class Step>
 inline void gemm_rows(int rows, int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc) {
   for (; rows >= MR; rows -= MR) {
-    gemm_tile<MR, NV, init>(k_size, a, b, ldb, c, ldc);
+    gemm_tile<MR, NV, init, Step>(k_size, a, b, ldb, c, ldc);
     a.data += MR * a.row;
     c += MR * ldc;
   }
   if constexpr (MR > 1)
-    if (rows > 0) gemm_rows<MR - 1, NV, init>(rows, k_size, a, b, ldb, c, ldc);
+    if (rows > 0) gemm_rows<MR - 1, NV, init, Step>(rows, k_size, a, b, ldb, c, ldc);
 }
 
 // m_size x n_size x k_size; n_size is rounded up to whole vectors, so B and C must be readable and writable up to there.
-template <Init init, int NV = kTileVectors>
+template <Init init, class Step = MultiplyAdd, int NV = kTileVectors>
 inline void gemm(int m_size, int n_size, int k_size, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc) {
   int n = 0;
-  for (; n + (NV - 1) * W < n_size; n += NV * W) gemm_rows<kTileRows, NV, init>(m_size, k_size, a, b + n, ldb, c + n, ldc);
+  for (; n + (NV - 1) * W < n_size; n += NV * W) gemm_rows<kTileRows, NV, init, Step>(m_size, k_size, a, b + n, ldb, c + n, ldc);
   if constexpr (NV > 1)
-    if (n < n_size) gemm<init, NV - 1>(m_size, n_size - n, k_size, a, b + n, ldb, c + n, ldc);
+    if (n < n_size) gemm<init, Step, NV - 1>(m_size, n_size - n, k_size, a, b + n, ldb, c + n, ldc);
 }
 
 }  // namespace sora::SORA_TIER

@@ -3,7 +3,7 @@
 //   A = left(X), left_transposed(X)      B = right(X), right_transposed(X)
 //
 // X is some rows of storage type T, row n at x + n * stride, and the operand is made in `to`, room of left_size or right_size
-// floats. Here: float32 numbers on vectors. tiles.h: bfloat16 pieces on tiles.
+// floats. Here: float32 numbers on vectors. pairs.h: pairs of bfloat16 numbers on vectors. tiles.h: bfloat16 pieces on tiles.
 #pragma once
 
 #include "gemm.h"
@@ -105,4 +105,8 @@ struct Multiplier {
 };
 
 }  // namespace sora::SORA_TIER
+
+#ifdef __AVX512BF16__
+#include "pairs.h"
+#endif
 #endif
