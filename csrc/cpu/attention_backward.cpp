@@ -12,8 +12,8 @@
 namespace sora::SORA_TIER {
 namespace {
 
-constexpr int kPanel = kTiles ? 128 : 64;     // queries on the lanes of one panel
-constexpr int kKeyBlock = kTiles ? 128 : 64;  // keys of one block of scores
+constexpr int kPanel = kTiles ? 128 : 64;               // queries on the lanes of one panel
+constexpr int kKeyBlock = kTiles || kPairs ? 128 : 64;  // keys of one block of scores
 
 // Blocks of keys whose operands and sums are kept while all queries pass: at most, and so that they fit into a core's cache.
 constexpr int kKeyBlocks = 8;

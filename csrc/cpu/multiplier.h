@@ -9,6 +9,16 @@
 #include "gemm.h"
 #include "parallel.h"
 
+namespace sora::SORA_TIER {
+
+#ifdef __AVX512BF16__
+constexpr bool kPairs = true;  // whether bfloat16 numbers are multiplied in pairs
+#else
+constexpr bool kPairs = false;
+#endif
+
+}  // namespace sora::SORA_TIER
+
 #ifdef SORA_TILES
 #include "tiles.h"
 #else

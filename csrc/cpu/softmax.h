@@ -10,8 +10,9 @@
 
 namespace sora::SORA_TIER {
 
-constexpr int kPanel = 64;                    // queries on the lanes of one panel
-constexpr int kKeyBlock = kTiles ? 256 : 64;  // keys of one block of scores; tiles are faster in long sums
+constexpr int kPanel = 64;  // queries on the lanes of one panel
+// Keys of one block of scores: the faster the products, the longer the sums that pay.
+constexpr int kKeyBlock = kTiles ? 256 : kPairs ? 128 : 64;
 
 // A running maximum is raised only when it is this far behind, so that what was summed before rarely has to be scaled: numbers up
 // to 2^8 lose no precision.
