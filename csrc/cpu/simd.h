@@ -63,14 +63,6 @@ SORA_INLINE bool any(vi x) {
   return result != 0;
 }
 
-SORA_INLINE float sum(vf x) {
-  float total[W];
-  memcpy(total, &x, sizeof x);
-  for (int n = W / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) total[i] += total[i + n];
-  return total[0];
-}
-
 // A sum of many vectors, kept in float64.
 class Total {
  public:
@@ -90,10 +82,18 @@ class Total {
 
 // ---- float32 <-> storage
 
-SORA_INLINE vf widen(vh h, bfloat16) { return bits<vf>(__builtin_convertvector(h, vu) << 16); }
+SORA_INLINE vu zero_extend(vh h) {
+#if SORA_VECTOR_BYTES == 64
+  return bits<vu>(_mm512_cvtepu16_epi32(bits<__m256i>(h)));  // GCC 12 makes four instructions of the conversion
+#else
+  return __builtin_convertvector(h, vu);
+#endif
+}
+
+SORA_INLINE vf widen(vh h, bfloat16) { return bits<vf>(zero_extend(h) << 16); }
 
 SORA_INLINE vf widen(vh h, float16) {
-  vu u = __builtin_convertvector(h, vu);
+  vu u = zero_extend(h);
   // Moving exponent and mantissa into place leaves the exponent 112 too small; the product repairs it, subnormals included.
   vu magnitude = bits<vu>(bits<vf>((u & 0x7fff) << 13) * 0x1p112f);
   magnitude = (u & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : magnitude;  // infinity and NaN
@@ -312,6 +312,15 @@ SORA_INLINE vf shuffle(vf a, vf b, Index index) {
 
 SORA_INLINE vf swap_pairs(vf x) {
   return shuffle(x, x, [](int i) { return i ^ 1; });
+}
+
+// The sum of all lanes, each added to the one half as many lanes away.
+template <int S = W / 2>
+SORA_INLINE float sum(vf x) {
+  if constexpr (S > 0)
+    return sum<S / 2>(x + shuffle(x, x, [](int i) { return i ^ S; }));
+  else
+    return x[0];
 }
 
 // Transposes a W x W block held in W vectors: log2(W) rounds, each swapping the off-diagonal quarters of its 2S x 2S blocks.
