@@ -55,32 +55,52 @@ class Runs {
   Run* runs_;
 };
 
-// Visits every element of the patches of a run: body(row, c, i, j, l, element of the video), l the column within the patch. For
-// each line of the video it walks along, elements come in memory order.
+// Calls body(row, width, c, i, j, line) for each stretch of a video's line that the patches of a run hold: of channel c, row (i, j)
+// of the patches of `width` tokens from `row` on. Element l of token row + x is line[(x * patch + l) * video.stride[3]].
 template <class T, class Body>
-SORA_INLINE void each_element(const PatchEmbed& a, const Tensor& video, const Grid& g, const Runs::Run& run, Body body) {
+SORA_INLINE void each_line(const PatchEmbed& a, const Tensor& video, const Grid& g, const Runs::Run& run, Body body) {
   const int64_t *stride = video.stride, channels = video.size[0];
   for (int64_t row = 0; row < run.count;) {
     const int64_t token = run.begin + row, w = token % g.w, h = token / g.w % g.h, t = token / g.w / g.h;
-    const int64_t width = g.w - w < run.count - row ? g.w - w : run.count - row;  // tokens on this line of the grid
+    const int64_t width = g.w - w < run.count - row ? g.w - w : run.count - row;
     for (int64_t c = 0; c < channels; ++c)
       for (int i = 0; i < a.patch[0]; ++i)
-        for (int j = 0; j < a.patch[1]; ++j) {
-          T* line = static_cast<T*>(video.data) + c * stride[0] + (t * a.patch[0] + i) * stride[1] +
-                    (h * a.patch[1] + j) * stride[2] + w * a.patch[2] * stride[3];
-          for (int64_t x = 0; x < width; ++x)
-            for (int l = 0; l < a.patch[2]; ++l) body(row + x, c, i, j, l, line[(x * a.patch[2] + l) * stride[3]]);
-        }
+        for (int j = 0; j < a.patch[1]; ++j)
+          body(row, width, c, i, j,
+               static_cast<T*>(video.data) + c * stride[0] + (t * a.patch[0] + i) * stride[1] + (h * a.patch[1] + j) * stride[2] +
+                   w * a.patch[2] * stride[3]);
     row += width;
   }
+}
+
+// Where element l of token x of a line is: data[x * next + l * step].
+template <class T>
+struct Line {
+  T* data;
+  int64_t next, step;
+};
+
+// Copies `patch` elements of each of `width` tokens; a constant size spares most of the work there is.
+template <int size, class T>
+SORA_INLINE void copy_line(int64_t width, int patch, Line<T> to, Line<const T> from) {
+  const int count = size > 0 ? size : patch;
+  for (int64_t x = 0; x < width; ++x)
+    for (int l = 0; l < count; ++l) to.data[x * to.next + l * to.step] = from.data[x * from.next + l * from.step];
+}
+template <class T>
+void copy_line(int64_t width, int patch, Line<T> to, Line<const T> from) {
+  if (patch == 1) return copy_line<1, T>(width, patch, to, from);
+  if (patch == 2) return copy_line<2, T>(width, patch, to, from);
+  copy_line<0, T>(width, patch, to, from);
 }
 
 // dst [run.count, ld] <- patches in the weight's order (C pt ph pw).
 template <class T>
 void gather(const PatchEmbed& a, const Tensor& video, const Grid& g, const Runs::Run& run, T* dst, int64_t ld) {
   const int pt = a.patch[0], ph = a.patch[1], pw = a.patch[2];
-  each_element<const T>(a, video, g, run, [=](int64_t row, int64_t c, int i, int j, int l, const T& x) {
-    dst[row * ld + ((c * pt + i) * ph + j) * pw + l] = x;
+  const int64_t step = video.stride[3];
+  each_line<const T>(a, video, g, run, [=](int64_t row, int64_t width, int64_t c, int i, int j, const T* line) {
+    copy_line<T>(width, pw, {dst + row * ld + ((c * pt + i) * ph + j) * pw, ld, 1}, {line, pw * step, step});
   });
 }
 
@@ -232,8 +252,11 @@ void video_gradient(const PatchEmbed& a, const Operands<T>& operands, const Runs
   M::template multiply<Init::kZero>(rows, k, d, dtokens, M::right_room(operands.weight.data, d, k), room.dpatches, width);
   const int pt = a.patch[0], ph = a.patch[1], pw = a.patch[2];
   const float* dpatches = room.dpatches;
-  each_element<T>(a, a.dvideos[run.video], g, run, [=](int64_t row, int64_t c, int i, int j, int l, T& x) {
-    from_float(dpatches[row * width + ((c * pt + i) * ph + j) * pw + l], x);
+  const Tensor& video = a.dvideos[run.video];
+  each_line<T>(a, video, g, run, [=, &video](int64_t row, int64_t tokens, int64_t c, int i, int j, T* line) {
+    for (int64_t x = 0; x < tokens; ++x)
+      for (int l = 0; l < pw; ++l)
+        from_float(dpatches[(row + x) * width + ((c * pt + i) * ph + j) * pw + l], line[(x * pw + l) * video.stride[3]]);
   });
 }
 
@@ -265,12 +288,14 @@ void rearrange(const PatchEmbed& a) {
     const Grid& g = runs.grid(run.video);
     const int64_t channels = video.size[0], stride = a.tokens.stride[0];
     T* tokens = static_cast<T*>(a.tokens.data) + (g.first + run.begin) * stride;
-    each_element<T>(a, video, g, run, [=](int64_t row, int64_t c, int i, int j, int l, T& x) {
-      T& token = tokens[row * stride + ((i * ph + j) * pw + l) * channels + c];
+    each_line<T>(a, video, g, run, [=, &video](int64_t row, int64_t width, int64_t c, int i, int j, T* line) {
+      const Line<T> token{tokens + row * stride + (i * ph + j) * pw * channels + c, stride, channels},
+          element{line, pw * video.stride[3], video.stride[3]};
+      const auto read = [](const Line<T>& from) { return Line<const T>{from.data, from.next, from.step}; };
       if constexpr (to_tokens)
-        token = x;
+        copy_line<T>(width, pw, token, read(element));
       else
-        x = token;
+        copy_line<T>(width, pw, element, read(token));
     });
   });
 }
