@@ -77,7 +77,7 @@ def exact_varlen(q, k, v, cu_q, cu_k, causal=False, window_size=(-1, -1), softca
 CROSS = {"queries": (37, 1, 199, 20), "keys": (5, 64, 37, 0)}
 SLOPES = (0.5, 0.1)
 PACKED = {
-    **{f"d{d}": {"d": d} for d in (8, 16, 64, 72, 80, 96, 128, 256)},
+    **{f"d{d}": {"d": d} for d in (7, 8, 16, 64, 72, 80, 96, 128, 256)},
     "cross": CROSS,
     "gqa": {"heads": (6, 2)},
     "mqa": {"heads": (5, 1), **CROSS},
@@ -164,6 +164,7 @@ POISONED = {
     "causal": {"causal": True, "queries": (37, 100)},
     "window": {"window_size": (7, 3), "queries": (75, 17)},
     "gqa": {"heads": (4, 2), "queries": (49, 1)},
+    "odd_keys": {"queries": (128, 3), "keys": (37, 65)},
 }
 
 

@@ -114,6 +114,16 @@ struct ScoreTerms {
   }
 };
 
+// Scores [num_keys, ld] are made into probabilities two keys at a time: of an odd number of keys, the last one's other is seen by
+// nobody, and its dP, if there are any, is zero. Columns [begin, end), in whole vectors.
+inline void complete_pairs(float* scores, float* dp, int num_keys, int ld, int begin, int end) {
+  if (num_keys % 2 == 0) return;
+  for (int at = num_keys * ld + begin; at < num_keys * ld + end; at += W) {
+    store(scores + at, vf{} - __builtin_inff());
+    if (dp != nullptr) store(dp + at, vf{});
+  }
+}
+
 // Zeroes the rows of a packed tensor [N, H, d] past the last boundary.
 template <class T>
 void zero_slack(const Tensor& x, int64_t used) {

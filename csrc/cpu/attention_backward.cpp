@@ -44,8 +44,9 @@ struct Gradients {
   typename M::Left p, ds;
   typename M::Right ds_right;
 
-  void compute(const float* scores, const float* dp, const float* slopes, float log2_scale, int num_keys, int count,
-               const PanelStatistics& row, bool whole) {
+  void compute(float* scores, float* dp, const float* slopes, float log2_scale, int num_keys, int count, const PanelStatistics& row,
+               bool whole) {
+    complete_pairs(scores, dp, num_keys, kPanel, 0, kPanel);
     for (int c = 0; c < count; c += 2 * W) {
       vf lse[2], rest[2], delta[2];
       for (int n = 0; n < 2; ++n) {

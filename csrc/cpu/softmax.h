@@ -41,8 +41,7 @@ bool online_softmax(float* s, int num_keys, float log2_scale, float* m, float* l
     store(correction + c * W, factor);
     total[c] = load(l + c * W) * factor;
   }
-  if (num_keys % 2 != 0)
-    for (int c = 0; c < NV; ++c) store(s + num_keys * kPanel + c * W, vf{} - __builtin_inff());
+  complete_pairs(s, nullptr, num_keys, kPanel, 0, NV * W);
   int j = 0;
   for (; j < num_keys; j += 2, s += 2 * kPanel) {
 #pragma GCC unroll 4

@@ -161,9 +161,7 @@ class Backward {
   void gradients(int i, int first, int count, Interval columns, float log2_scale, Right p, Right ds) {
     float *scores = room_.scores, *dp = room_.dp;
     const Statistics &row = room_.row, &column = room_.panel[i].column;
-    if (count % 2 != 0)  // of an odd number, the pair's other one
-      for (int c = columns.begin; c < columns.end; c += W)
-        store(scores + count * kPanel + c, vf{} - __builtin_inff()), store(dp + count * kPanel + c, vf{});
+    complete_pairs(scores, dp, count, kPanel, columns.begin, columns.end);
     for (int c = columns.begin; c < columns.end; c += W) {
       int j = 0;
       for (; j < count; j += 2) {
