@@ -39,8 +39,8 @@ KERNELS = [*PRODUCTS, "rope", "adaln", "limits"]
 TIERS = [("baseline", 16, "", KERNELS)]
 if platform.machine() in ("x86_64", "AMD64"):
     TIERS += [("avx2", 32, "-march=x86-64-v3", KERNELS), ("avx512", 64, "-march=x86-64-v4", KERNELS)]
-    TIERS += [("avx512bf16", 64, "-march=x86-64-v4 -mavx512bf16", PRODUCTS)]
-    TIERS += [("amx", 64, "-march=x86-64-v4 -mamx-tile -mamx-bf16 -DSORA_TILES", PRODUCTS)]
+    TIERS += [("avx512bf16", 64, "-march=x86-64-v4 -mavx512bf16", KERNELS)]
+    TIERS += [("amx", 64, "-march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16 -DSORA_TILES", PRODUCTS)]
 
 MINIMUM_NVCC = (12, 0)
 DEFAULT_ARCHS = ["80", "90a"]

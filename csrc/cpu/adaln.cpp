@@ -19,24 +19,35 @@ T* row(const Tensor& x, int64_t n) {
   return static_cast<T*>(x.data) + n * x.stride[0];
 }
 
-// sum_i term(i) over a row, in four independent chains: one would wait for its own additions.
-template <class Term>
-SORA_INLINE float row_sum(int64_t length, Term term) {
-  vf total = {};
+// sums[k] = sum_i of values[k] that term(i, lanes, values) gives, in independent chains: one would wait for its own additions.
+template <int K, class Term>
+SORA_INLINE void row_sums(int64_t length, float (&sums)[K], Term term) {
+  constexpr int kChains = 8 / K;
+  vf total[K] = {};
   for (int64_t begin = 0; begin < length; begin += kSegment) {
     const int64_t end = begin + kSegment < length ? begin + kSegment : length;
-    vf chain[4] = {};
+    vf chain[kChains][K] = {}, values[K];
     int64_t i = begin;
-    for (; i + 4 * W <= end; i += 4 * W)
-      for (int c = 0; c < 4; ++c) chain[c] += term(i + c * W, W);
+    for (; i + kChains * W <= end; i += kChains * W)
+      for (int c = 0; c < kChains; ++c) {
+        term(i + c * W, W, values);
+        for (int k = 0; k < K; ++k) chain[c][k] += values[k];
+      }
     each_vector(end - i, [&](int64_t j, int lanes) {
-      vf x = term(i + j, lanes);
-      if (lanes < W) x = lanes_below(lanes) ? x : vf{};
-      chain[0] += x;
+      term(i + j, lanes, values);
+      for (int k = 0; k < K; ++k) chain[0][k] += lanes == W ? values[k] : lanes_below(lanes) ? values[k] : vf{};
     });
-    total += chain[0] + chain[1] + (chain[2] + chain[3]);
+    for (int k = 0; k < K; ++k)
+      for (int c = 0; c < kChains; ++c) total[k] += chain[c][k];
   }
-  return sum(total);
+  for (int k = 0; k < K; ++k) sums[k] = sum(total[k]);
+}
+
+template <class Term>
+SORA_INLINE float row_sum(int64_t length, Term term) {
+  float sums[1];
+  row_sums(length, sums, [&](int64_t i, int lanes, vf(&values)[1]) { values[0] = term(i, lanes); });
+  return sums[0];
 }
 
 int64_t num_rows(const AdaLn& a) { return a.cu_seqlens.size[0] - 1; }
@@ -56,43 +67,47 @@ int64_t find_row(const AdaLn& a, int64_t n) {
   return low;
 }
 
-// The norm's own weight and bias.
-template <class T>
-SORA_INLINE vf affine(const AdaLn& a, vf xhat, int64_t i, int lanes) {
-  if (a.weight) xhat *= load_lanes(static_cast<const T*>(a.weight.data) + i, lanes);
-  if (a.bias) xhat += load_lanes(static_cast<const T*>(a.bias.data) + i, lanes);
-  return xhat;
-}
+// What modulation and the norm's own weight and bias do to xhat for all tokens of a row r: xhat * factor + offset.
+struct Modulation {
+  Modulation(Pieces& pieces, int64_t d) : factor(pieces.take(d)), offset(pieces.take(d)) {}
 
-template <class T>
-void norm_token(const AdaLn& a, const T* x, int64_t n, int64_t r) {
+  template <class T>
+  void read(const AdaLn& a, int64_t r) {
+    const T *scale = row<const T>(a.scale, r), *weight = static_cast<const T*>(a.weight.data);
+    const T *shift = row<const T>(a.shift, r), *bias = static_cast<const T*>(a.bias.data);
+    each_vector(a.x.size[1], [&](int64_t i, int lanes) {
+      const vf f = 1.0f + load_lanes(scale + i, lanes);
+      store_lanes(factor + i, weight != nullptr ? f * load_lanes(weight + i, lanes) : f, lanes);
+      if (!a.shift) return;  // the backward has none
+      const vf o = load_lanes(shift + i, lanes);
+      store_lanes(offset + i, bias != nullptr ? f * load_lanes(bias + i, lanes) + o : o, lanes);
+    });
+  }
+
+  float *factor, *offset;
+};
+
+// Normalises and modulates token n: x_at(i, lanes) gives its elements, once; after that they are at x.
+template <class T, class X>
+SORA_INLINE void norm_token(const AdaLn& a, const Modulation& m, int64_t n, const T* x, X x_at) {
   const int64_t d = a.x.size[1];
-  float mean = 0;
-  if (!a.rms) mean = row_sum(d, [&](int64_t i, int lanes) { return load_lanes(x + i, lanes); }) / d;
-  const float variance = row_sum(d,
-                                 [&](int64_t i, int lanes) {
-                                   const vf c = load_lanes(x + i, lanes) - mean;
-                                   return c * c;
-                                 }) /
-                         d;
+  const auto square = [](vf y) { return y * y; };
+  float mean = 0, variance = 0;
+  if (a.rms) {
+    variance = row_sum(d, [&](int64_t i, int lanes) { return square(x_at(i, lanes)); }) / d;
+  } else {
+    mean = row_sum(d, x_at) / d;
+    variance = row_sum(d, [&](int64_t i, int lanes) { return square(load_lanes(x + i, lanes) - mean); }) / d;
+  }
   const float rstd = 1 / __builtin_sqrtf(variance + a.eps);
   static_cast<float*>(a.mean.data)[n] = mean;
   static_cast<float*>(a.rstd.data)[n] = rstd;
-  const T *scale = row<const T>(a.scale, r), *shift = row<const T>(a.shift, r);
   T* out = row<T>(a.out, n);
+  const float *factor = m.factor, *offset = m.offset;
   const bool stream = streams(a.out);
-  each_vector(d, [&](int64_t i, int lanes) {
-    const vf y = affine<T>(a, (load_lanes(x + i, lanes) - mean) * rstd, i, lanes);
-    write_lanes(out + i, y * (1.0f + load_lanes(scale + i, lanes)) + load_lanes(shift + i, lanes), lanes, stream);
-  });
-}
-
-template <class T>
-void gate_token(const AdaLn& a, const Tensor& out, bool stream, int64_t n, int64_t r) {
-  const T *residual = row<const T>(a.residual, n), *x = row<const T>(a.x, n), *gate = row<const T>(a.gate, r);
-  T* to = row<T>(out, n);
-  each_vector(a.x.size[1], [&](int64_t i, int lanes) {
-    write_lanes(to + i, load_lanes(residual + i, lanes) + load_lanes(gate + i, lanes) * load_lanes(x + i, lanes), lanes, stream);
+  each_vector(d, [=](int64_t i, int lanes) {
+    const vf xhat = (load_lanes(x + i, lanes) - mean) * rstd;
+    write_lanes(out + i, xhat * load_lanes(factor + i, lanes) + load_lanes(offset + i, lanes), lanes, stream);
   });
 }
 
@@ -101,18 +116,29 @@ void zero_row(const Tensor& x, int64_t n) {
   if (x) memset(row<T>(x, n), 0, x.size[1] * sizeof(T));
 }
 
-// token(n, r) for every token inside the boundaries; zeros in all outputs for the slack.
+// f(i, lanes) = residual + gate * x at elements i.. of token n, of row r.
+template <class T>
+auto gated(const AdaLn& a, int64_t n, int64_t r) {
+  const T *residual = row<const T>(a.residual, n), *x = row<const T>(a.x, n), *gate = row<const T>(a.gate, r);
+  return [=](int64_t i, int lanes) {
+    return load_lanes(residual + i, lanes) + load_lanes(gate + i, lanes) * load_lanes(x + i, lanes);
+  };
+}
+
+// token(n, r, modulation of r) for every token inside the boundaries; zeros in all outputs for the slack.
 template <class T, class Token>
 void forward(const AdaLn& a, Token token) {
   const int64_t total = a.x.size[0], used = used_tokens(a);
   const int32_t* cu = a.cu_seqlens.ints();
   parallel_for((total + kTokens - 1) / kTokens, [&](int64_t item) {
     const int64_t end = (item + 1) * kTokens < total ? (item + 1) * kTokens : total;
-    int64_t r = find_row(a, item * kTokens);
+    Modulation modulation = on_scratch<Modulation>(a.x.size[1]);
+    int64_t r = find_row(a, item * kTokens), read = -1;
     for (int64_t n = item * kTokens; n < end; ++n) {
       if (n < used) {
         while (n >= cu[r + 1]) ++r;
-        token(n, r);
+        if (a.scale && r != read) modulation.read<T>(a, read = r);
+        token(n, r, modulation);
       } else {
         zero_row<T>(a.out, n), zero_row<T>(a.residual_out, n);
         if (a.mean) static_cast<float*>(a.mean.data)[n] = static_cast<float*>(a.rstd.data)[n] = 0;
@@ -122,52 +148,56 @@ void forward(const AdaLn& a, Token token) {
   });
 }
 
-// The sums over the tokens of a row r that the second pass needs.
+// The sums over the tokens of a row r that the second pass needs: without a norm the last, without a gate the first two.
 enum Sum { kShift, kScale, kGate, kSums };  // dout; dout * xhat; d(residual) * x
 
 // With u = dout (1 + scale) weight:  d(norm input) = rstd (u - mean(u) - xhat mean(u xhat)), without mean(u) for RMS.
 template <class T>
-void backward_token(const AdaLn& a, int64_t n, int64_t r, float* sums) {
+void backward_token(const AdaLn& a, const Modulation& m, int64_t n, int64_t r, float* sums) {
   const int64_t d = a.x.size[1];
-  const bool norm = static_cast<bool>(a.scale), gated = static_cast<bool>(a.gate);
+  const bool norm = static_cast<bool>(a.scale), gate = static_cast<bool>(a.gate);
   // Without a norm, dout is the residual's own gradient.
   const T* dout = norm ? row<const T>(a.dout, n) : nullptr;
-  const T* normed = norm ? row<const T>(gated ? a.residual_out : a.x, n) : nullptr;
-  const T* scale = norm ? row<const T>(a.scale, r) : nullptr;
-  const T* weight = static_cast<const T*>(a.weight.data);
+  const T* normed = norm ? row<const T>(gate ? a.residual_out : a.x, n) : nullptr;
   const float mean = norm ? static_cast<const float*>(a.mean.data)[n] : 0,
               rstd = norm ? static_cast<const float*>(a.rstd.data)[n] : 0;
-  float mean_u = 0, mean_ux = 0;
-  const auto xhat_at = [&](int64_t i, int lanes) { return (load_lanes(normed + i, lanes) - mean) * rstd; };
-  const auto u_at = [&](int64_t i, int lanes) {
-    vf u = load_lanes(dout + i, lanes) * (1.0f + load_lanes(scale + i, lanes));
-    return weight != nullptr ? u * load_lanes(weight + i, lanes) : u;
+  const float* factor = m.factor;
+  const auto xhat_at = [=](int64_t i, int lanes) { return (load_lanes(normed + i, lanes) - mean) * rstd; };
+  const auto add = [=](Sum k, int64_t i, vf value, int lanes) {
+    float* to = sums + k * d + i;
+    store_lanes(to, load_lanes(to, lanes) + value, lanes);
   };
+  float means[2] = {};  // of u, of u xhat
   if (norm) {
-    vf total_u = {}, total_ux = {};
-    each_vector(d, [&](int64_t i, int lanes) {
-      const vf g = load_lanes(dout + i, lanes), u = u_at(i, lanes), xhat = xhat_at(i, lanes);
-      total_u += u, total_ux += u * xhat;
-      float *shift_sum = sums + kShift * d + i, *scale_sum = sums + kScale * d + i;
-      store_lanes(shift_sum, load_lanes(shift_sum, lanes) + g, lanes);
-      store_lanes(scale_sum, load_lanes(scale_sum, lanes) + g * xhat, lanes);
+    row_sums(d, means, [=](int64_t i, int lanes, vf(&values)[2]) {
+      const vf g = load_lanes(dout + i, lanes), xhat = xhat_at(i, lanes);
+      add(kShift, i, g, lanes);
+      add(kScale, i, g * xhat, lanes);
+      values[0] = g * load_lanes(factor + i, lanes);
+      values[1] = values[0] * xhat;
     });
-    mean_u = a.rms ? 0 : sum(total_u) / d, mean_ux = sum(total_ux) / d;
+    means[0] = a.rms ? 0 : means[0] / d, means[1] /= d;
   }
-  const T *dresidual_out = gated ? row<const T>(norm ? a.dresidual_out : a.dout, n) : nullptr, *x = row<const T>(a.x, n);
-  const T* gate = gated ? row<const T>(a.gate, r) : nullptr;
-  T *dresidual = gated ? row<T>(a.dresidual, n) : nullptr, *dx = row<T>(a.dx, n);
-  each_vector(d, [&](int64_t i, int lanes) {
-    vf gradient = {};
-    if (norm) gradient = (u_at(i, lanes) - mean_u - xhat_at(i, lanes) * mean_ux) * rstd;
-    if (gated) {
-      gradient += load_lanes(dresidual_out + i, lanes);
-      store_lanes(dresidual + i, gradient, lanes);
-      float* gate_sum = sums + kGate * d + i;
-      store_lanes(gate_sum, load_lanes(gate_sum, lanes) + gradient * load_lanes(x + i, lanes), lanes);
-      gradient *= load_lanes(gate + i, lanes);
-    }
-    store_lanes(dx + i, gradient, lanes);
+  const float mean_u = means[0], mean_ux = means[1];
+  const auto through_norm = [=](int64_t i, int lanes) {
+    const vf u = load_lanes(dout + i, lanes) * load_lanes(factor + i, lanes);
+    return (u - mean_u - xhat_at(i, lanes) * mean_ux) * rstd;
+  };
+  const bool stream = streams(a.dx);
+  T* dx = row<T>(a.dx, n);
+  if (!gate) {
+    each_vector(d, [=](int64_t i, int lanes) { write_lanes(dx + i, through_norm(i, lanes), lanes, stream); });
+    return;
+  }
+  const T *dresidual_out = row<const T>(norm ? a.dresidual_out : a.dout, n), *x = row<const T>(a.x, n);
+  const T* gates = row<const T>(a.gate, r);
+  T* dresidual = row<T>(a.dresidual, n);
+  each_vector(d, [=](int64_t i, int lanes) {
+    vf gradient = load_lanes(dresidual_out + i, lanes);
+    if (norm) gradient += through_norm(i, lanes);
+    write_lanes(dresidual + i, gradient, lanes, stream);
+    add(kGate, i, gradient * load_lanes(x + i, lanes), lanes);
+    write_lanes(dx + i, gradient * load_lanes(gates + i, lanes), lanes, stream);
   });
 }
 
@@ -189,14 +219,19 @@ void backward(const AdaLn& a) {
       (first[middle] <= item ? r : high) = middle;
     }
     const int64_t begin = cu[r] + (item - first[r]) * kTokens, end = begin + kTokens < cu[r + 1] ? begin + kTokens : cu[r + 1];
-    float *total = partial + item * stride, *group = Scratch::get(stride);
+    Pieces pieces{Scratch::get(2 * padded(d) + padded(stride))};
+    Modulation modulation(pieces, d);
+    if (a.scale) modulation.read<T>(a, r);
+    const int64_t first_sum = (a.scale ? kShift : kGate) * d, sums = (a.gate ? kSums : kGate) * d - first_sum;
+    float *group = pieces.take(stride), *from = group + first_sum, *total = partial + item * stride + first_sum;
     for (int64_t n = begin; n < end; n += kGroup) {
-      memset(group, 0, stride * sizeof(float));
-      for (int64_t m = n; m < end && m < n + kGroup; ++m) backward_token<T>(a, m, r, group);
-      each_vector(stride, [&](int64_t i, int lanes) {
-        store_lanes(total + i, load_lanes(total + i, lanes) + load_lanes(group + i, lanes), lanes);
+      memset(from, 0, sums * sizeof(float));
+      for (int64_t token = n; token < end && token < n + kGroup; ++token) backward_token<T>(a, modulation, token, r, group);
+      each_vector(sums, [&](int64_t i, int lanes) {
+        store_lanes(total + i, load_lanes(total + i, lanes) + load_lanes(from + i, lanes), lanes);
       });
     }
+    finish_streams();
   });
   for (int64_t n = used_tokens(a); n < a.x.size[0]; ++n) zero_row<T>(a.dx, n), zero_row<T>(a.dresidual, n);
 
@@ -234,7 +269,10 @@ void backward(const AdaLn& a) {
 void layer_norm_modulate_forward(const AdaLn& a) {
   dispatch(a.x.dtype, [&](auto t) {
     using T = decltype(t);
-    forward<T>(a, [&](int64_t n, int64_t r) { norm_token(a, row<const T>(a.x, n), n, r); });
+    forward<T>(a, [&](int64_t n, int64_t, const Modulation& m) {
+      const T* x = row<const T>(a.x, n);
+      norm_token<T>(a, m, n, x, [&](int64_t i, int lanes) { return load_lanes(x + i, lanes); });
+    });
   });
 }
 
@@ -242,16 +280,24 @@ void gate_residual_forward(const AdaLn& a) {
   const bool stream = streams(a.out);
   dispatch(a.x.dtype, [&](auto t) {
     using T = decltype(t);
-    forward<T>(a, [&](int64_t n, int64_t r) { gate_token<T>(a, a.out, stream, n, r); });
+    forward<T>(a, [&](int64_t n, int64_t r, const Modulation&) {
+      T* out = row<T>(a.out, n);
+      const auto sum_at = gated<T>(a, n, r);
+      each_vector(a.x.size[1], [=](int64_t i, int lanes) { write_lanes(out + i, sum_at(i, lanes), lanes, stream); });
+    });
   });
 }
 
 void gate_residual_layer_norm_modulate_forward(const AdaLn& a) {
   dispatch(a.x.dtype, [&](auto t) {
     using T = decltype(t);
-    forward<T>(a, [&](int64_t n, int64_t r) {
-      gate_token<T>(a, a.residual_out, false, n, r);  // the norm reads it at once
-      norm_token(a, row<const T>(a.residual_out, n), n, r);
+    forward<T>(a, [&](int64_t n, int64_t r, const Modulation& m) {
+      T* residual = row<T>(a.residual_out, n);
+      const auto sum_at = gated<T>(a, n, r);
+      norm_token<T>(a, m, n, residual, [=](int64_t i, int lanes) {
+        store_lanes(residual + i, sum_at(i, lanes), lanes);
+        return load_lanes(residual + i, lanes);  // rounded
+      });
     });
   });
 }

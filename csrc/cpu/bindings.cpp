@@ -69,31 +69,28 @@ SORA_DECLARE_TIER(baseline, 16)
 #if defined(__x86_64__)
 SORA_DECLARE_TIER(avx2, 32)
 SORA_DECLARE_TIER(avx512, 64)
+SORA_DECLARE_TIER(avx512bf16, 64)
 
-// Tiers of matrix products; their other ops are AVX-512's.
-#define SORA_DECLARE_PRODUCTS(tier)                                              \
-  namespace sora::tier {                                                         \
-  void attention_forward(const Attention&);                                      \
-  void attention_backward(const Attention&);                                     \
-  void spatiotemporal_attention_forward(const SpatiotemporalAttention&);         \
-  void spatiotemporal_attention_backward(const SpatiotemporalAttention&);        \
-  void patch_embed_3d_forward(const PatchEmbed&);                                \
-  void patch_embed_3d_backward(const PatchEmbed&);                               \
-  static const Kernels kernels = [] {                                            \
-    Kernels table = avx512::kernels;                                             \
-    table.name = #tier;                                                          \
-    table.attention_forward = attention_forward;                                 \
-    table.attention_backward = attention_backward;                               \
-    table.spatiotemporal_attention_forward = spatiotemporal_attention_forward;   \
-    table.spatiotemporal_attention_backward = spatiotemporal_attention_backward; \
-    table.patch_embed_3d_forward = patch_embed_3d_forward;                       \
-    table.patch_embed_3d_backward = patch_embed_3d_backward;                     \
-    return table;                                                                \
-  }();                                                                           \
-  }
-
-SORA_DECLARE_PRODUCTS(avx512bf16)
-SORA_DECLARE_PRODUCTS(amx)
+// Matrix products on tiles; the other ops are those of AVX-512 BF16, which every processor with tiles has.
+namespace sora::amx {
+void attention_forward(const Attention&);
+void attention_backward(const Attention&);
+void spatiotemporal_attention_forward(const SpatiotemporalAttention&);
+void spatiotemporal_attention_backward(const SpatiotemporalAttention&);
+void patch_embed_3d_forward(const PatchEmbed&);
+void patch_embed_3d_backward(const PatchEmbed&);
+static const Kernels kernels = [] {
+  Kernels table = avx512bf16::kernels;
+  table.name = "amx";
+  table.attention_forward = attention_forward;
+  table.attention_backward = attention_backward;
+  table.spatiotemporal_attention_forward = spatiotemporal_attention_forward;
+  table.spatiotemporal_attention_backward = spatiotemporal_attention_backward;
+  table.patch_embed_3d_forward = patch_embed_3d_forward;
+  table.patch_embed_3d_backward = patch_embed_3d_backward;
+  return table;
+}();
+}  // namespace sora::amx
 #endif
 
 namespace sora {
@@ -129,8 +126,9 @@ std::vector<Tier> tiers() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  best_first.push_back({&amx::kernels, avx512 && has_tiles()});
-  best_first.push_back({&avx512bf16::kernels, avx512 && __builtin_cpu_supports("avx512bf16")});
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  best_first.push_back({&amx::kernels, avx512bf16 && has_tiles()});
+  best_first.push_back({&avx512bf16::kernels, avx512bf16});
   best_first.push_back({&avx512::kernels, avx512});
   best_first.push_back({&avx2::kernels, avx2});
 #endif

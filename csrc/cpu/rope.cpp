@@ -27,7 +27,7 @@ class AngleTables {
       offset_[i] = floats;
       floats += static_cast<int64_t>(rope.grid.ints()[i]) * 2 * width_[i % 3];
     }
-    data_ = static_cast<float*>(malloc((floats + 1) * sizeof(float)));
+    data_ = static_cast<float*>(malloc((floats + W) * sizeof(float)));
     if (offset_ == nullptr || data_ == nullptr) abort();
     parallel_for(3 * spans_, [&](int64_t i) { fill(i / 3, i % 3); });
   }
@@ -69,13 +69,20 @@ class AngleTables {
   float* data_;
 };
 
+// Copies length floats and up to W - 1 more, so that there is no tail to take care of.
+SORA_INLINE void copy_vectors(float* to, const float* from, int length) {
+  for (int i = 0; i < length; i += W) store(to + i, load(from + i));
+}
+
+constexpr int64_t angle_row_size(int64_t d) { return 2 * (padded(d) + 16); }
+
 // Calls body(n, cosines, sines) for each token of an item, the rows [d] or [d / 2] being valid during the call.
 template <class Body>
 void each_token(const Rope& rope, const AngleTables& tables, int64_t begin, int64_t end, float* rows, Body body) {
   const int32_t* cu = rope.cu_spans.ints();
   const int32_t* grid = rope.grid.ints();
   const int total = tables.width(0) + tables.width(1) + tables.width(2);
-  float *cosines = rows, *sines = rows + total;
+  float *cosines = rows, *sines = rows + padded(total) + 16;
   int64_t span = 0, spans = rope.grid.size[0];
   for (int64_t high = spans; span + 1 < high;) {  // the last span that starts at or before the token
     const int64_t middle = (span + high) / 2;
@@ -91,16 +98,30 @@ void each_token(const Rope& rope, const AngleTables& tables, int64_t begin, int6
       const bool changed = axis == 2 || index[2] == 0 || all;
       if (!changed) continue;
       const float* row = tables.row(span, axis, index[axis]);
-      memcpy(cosines + at, row, tables.width(axis) * sizeof(float));
-      memcpy(sines + at, row + tables.width(axis), tables.width(axis) * sizeof(float));
+      copy_vectors(cosines + at, row, tables.width(axis));
+      copy_vectors(sines + at, row + tables.width(axis), tables.width(axis));
     }
     body(n, cosines, sines);
   }
 }
 
+// A head dim known at compile time, over which loops are unrolled.
+template <int n>
+struct Fixed {
+  constexpr operator int() const { return n; }
+};
+
+// Calls body(d), with a constant for the usual head dims.
+template <class Body>
+void by_head_dim(int64_t d, Body body) {
+  if (d == 64) return body(Fixed<64>{});
+  if (d == 128) return body(Fixed<128>{});
+  body(static_cast<int>(d));
+}
+
 // Rotates one head: read(i, lanes) gives channels i.., write(i, x, lanes) takes them.
-template <class Read, class Write>
-SORA_INLINE void rotate(bool interleaved, int d, const float* cosines, const float* sines, Read read, Write write) {
+template <class Dim, class Read, class Write>
+SORA_INLINE void rotate(bool interleaved, Dim d, const float* cosines, const float* sines, Read read, Write write) {
   if (interleaved) {
     each_vector(d, [&](int64_t i, int lanes) {
       const vf x = read(i, lanes);
@@ -139,15 +160,14 @@ void each_piece(int64_t used, int64_t total, Body body, Zero zero) {
   });
 }
 
-template <class T>
-void rope_forward(const Rope& rope, const Tensor& x, const Tensor& out) {
+template <class T, class Dim>
+void rope_forward(const Rope& rope, Dim d, const Tensor& x, const Tensor& out) {
   const AngleTables tables(rope);
-  const int d = static_cast<int>(x.size[2]);
   const bool stream = streams(out);
   each_piece(
       used_tokens(rope), x.size[0],
       [&](int64_t begin, int64_t end) {
-        each_token(rope, tables, begin, end, Scratch::get(2 * d), [&](int64_t n, const float* c, const float* s) {
+        each_token(rope, tables, begin, end, Scratch::get(angle_row_size(d)), [&](int64_t n, const float* c, const float* s) {
           for (int64_t h = 0; h < x.size[1]; ++h) {
             const T* from = at<const T>(x, n, h);
             T* to = at<T>(out, n, h);
@@ -161,24 +181,31 @@ void rope_forward(const Rope& rope, const Tensor& x, const Tensor& out) {
       [&](int64_t n) { zero_token<T>(out, n); });
 }
 
-// The norm's weight at channel i of head h; ones if there is none.
+// Channels of a norm's weight: of all heads, or of one.
+int64_t weight_size(const QkNorm& p, bool across_heads) { return (across_heads ? p.x.size[1] : 1) * p.x.size[2]; }
+
+// The norm's weight in float32; ones if there is none.
 template <class T>
-SORA_INLINE vf weight_at(const QkNorm& p, bool across_heads, int64_t h, int64_t i, int lanes) {
-  if (!p.weight) return vf{} + 1.0f;
-  return load_lanes(static_cast<const T*>(p.weight.data) + (across_heads ? h * p.x.size[2] : 0) + i, lanes);
+void read_weight(const QkNorm& p, bool across_heads, float* to) {
+  const T* weight = static_cast<const T*>(p.weight.data);
+  each_vector(weight_size(p, across_heads), [&](int64_t i, int lanes) {
+    store_lanes(to + i, weight != nullptr ? load_lanes(weight + i, lanes) : broadcast(1), lanes);
+  });
 }
 
-template <class T>
-void norm_rope_token(const Rope& rope, const QkNorm& p, bool across_heads, float eps, int64_t n, const float* c, const float* s) {
+template <class T, class Dim>
+void norm_rope_token(const Rope& rope, Dim d, const QkNorm& p, bool across_heads, float eps, int64_t n, const float* c,
+                     const float* s, const float* weight) {
   const int64_t num_heads = p.x.size[1];
-  const int d = static_cast<int>(p.x.size[2]);
   const bool stream = streams(p.out);
   float* rstd = static_cast<float*>(p.rstd.data) + n * p.rstd.size[1];
+  // In two loops over the heads: in one, the rotation would wait for its head's sum, root and quotient.
   vf squares = {};
   for (int64_t h = 0; h < num_heads; ++h) {
+    const T* from = at<const T>(p.x, n, h);
     if (!across_heads) squares = vf{};
     each_vector(d, [&](int64_t i, int lanes) {
-      const vf x = load_lanes(at<const T>(p.x, n, h) + i, lanes);
+      const vf x = load_lanes(from + i, lanes);
       squares += x * x;
     });
     if (!across_heads) rstd[h] = 1 / __builtin_sqrtf(sum(squares) / d + eps);
@@ -187,22 +214,25 @@ void norm_rope_token(const Rope& rope, const QkNorm& p, bool across_heads, float
   for (int64_t h = 0; h < num_heads; ++h) {
     const T* from = at<const T>(p.x, n, h);
     T* to = at<T>(p.out, n, h);
-    const float r = rstd[across_heads ? 0 : h];
+    const float *w = weight + (across_heads ? h * d : 0), r = rstd[across_heads ? 0 : h];
     rotate(
-        rope.interleaved, d, c, s,
-        [&](int64_t i, int lanes) { return load_lanes(from + i, lanes) * r * weight_at<T>(p, across_heads, h, i, lanes); },
+        rope.interleaved, d, c, s, [=](int64_t i, int lanes) { return load_lanes(from + i, lanes) * r * load_lanes(w + i, lanes); },
         [=](int64_t i, vf y, int lanes) { write_lanes(to + i, y, lanes, stream); });
   }
 }
 
-template <class T>
-void norm_rope_forward(const Rope& rope, QkNorm (&parts)[2], bool across_heads, float eps) {
+template <class T, class Dim>
+void norm_rope_forward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across_heads, float eps) {
   const AngleTables tables(rope);
+  const int64_t sizes[2] = {weight_size(parts[0], across_heads), weight_size(parts[1], across_heads)};
   each_piece(
       used_tokens(rope), parts[0].x.size[0],
       [&](int64_t begin, int64_t end) {
-        each_token(rope, tables, begin, end, Scratch::get(2 * parts[0].x.size[2]), [&](int64_t n, const float* c, const float* s) {
-          for (const QkNorm& p : parts) norm_rope_token<T>(rope, p, across_heads, eps, n, c, s);
+        Pieces scratch{Scratch::get(angle_row_size(d) + padded(sizes[0]) + padded(sizes[1]))};
+        float *rows = scratch.take(angle_row_size(d)), *weights[2] = {scratch.take(sizes[0]), scratch.take(sizes[1])};
+        for (int i = 0; i < 2; ++i) read_weight<T>(parts[i], across_heads, weights[i]);
+        each_token(rope, tables, begin, end, rows, [&](int64_t n, const float* c, const float* s) {
+          for (int i = 0; i < 2; ++i) norm_rope_token<T>(rope, d, parts[i], across_heads, eps, n, c, s, weights[i]);
         });
         finish_streams();
       },
@@ -216,61 +246,66 @@ void norm_rope_forward(const Rope& rope, QkNorm (&parts)[2], bool across_heads, 
 
 // With g the gradient turned back, xhat = x * rstd and u = g * weight:
 //   dx = rstd * (u - xhat * mean(u * xhat)),   dweight += g * xhat
-template <class T>
-void norm_rope_backward_token(const Rope& rope, const QkNorm& p, bool across_heads, int64_t n, const float* c, const float* s,
-                              float* g, float* dweight) {
-  const int64_t num_heads = p.x.size[1];
-  const int d = static_cast<int>(p.x.size[2]);
+// In two loops over the heads, as forward.
+template <class T, class Dim>
+void norm_rope_backward_token(const Rope& rope, Dim d, const QkNorm& p, bool across_heads, int64_t n, const float* c,
+                              const float* s, const float* weight, float* g, float* mean, float* dweight) {
+  const int64_t num_heads = p.x.size[1], next = across_heads ? d : 0;  // from one head's weight to the next one's
   const float* rstd = static_cast<const float*>(p.rstd.data) + n * p.rstd.size[1];
+  const bool stream = streams(p.dx);
   vf dot = {};
-  const auto finish = [&](int64_t h) {
-    const float r = rstd[across_heads ? 0 : h], mean = sum(dot) / (across_heads ? d * num_heads : d);
-    each_vector(d, [&](int64_t i, int lanes) {
-      const vf xhat = load_lanes(at<const T>(p.x, n, h) + i, lanes) * r;
-      const vf u = load_lanes(g + h * d + i, lanes) * weight_at<T>(p, across_heads, h, i, lanes);
-      store_lanes(at<T>(p.dx, n, h) + i, (u - xhat * mean) * r, lanes);
-    });
-  };
   for (int64_t h = 0; h < num_heads; ++h) {
-    const T* from = at<const T>(p.dout, n, h);
+    const T *from = at<const T>(p.dout, n, h), *x = at<const T>(p.x, n, h);
+    const float *w = weight + h * next, r = rstd[across_heads ? 0 : h];
+    float *to = g + h * d, *dw = dweight + h * next;
+    if (!across_heads) dot = vf{};
     rotate(
         rope.interleaved, d, c, s, [=](int64_t i, int lanes) { return load_lanes(from + i, lanes); },
-        [&](int64_t i, vf y, int lanes) { store_lanes(g + h * d + i, y, lanes); });
-    if (!across_heads) dot = vf{};
-    float* dw = dweight + (across_heads ? h * d : 0);
-    each_vector(d, [&](int64_t i, int lanes) {
-      const vf product =
-          load_lanes(g + h * d + i, lanes) * load_lanes(at<const T>(p.x, n, h) + i, lanes) * rstd[across_heads ? 0 : h];
-      dot += product * weight_at<T>(p, across_heads, h, i, lanes);
-      store_lanes(dw + i, load_lanes(dw + i, lanes) + product, lanes);
-    });
-    if (!across_heads) finish(h);
+        [&](int64_t i, vf y, int lanes) {
+          const vf product = y * load_lanes(x + i, lanes) * r;
+          dot += product * load_lanes(w + i, lanes);
+          store_lanes(to + i, y, lanes);
+          store_lanes(dw + i, load_lanes(dw + i, lanes) + product, lanes);
+        });
+    if (!across_heads) mean[h] = sum(dot) / d;
   }
-  if (across_heads)
-    for (int64_t h = 0; h < num_heads; ++h) finish(h);
+  if (across_heads) mean[0] = sum(dot) / (d * num_heads);
+  for (int64_t h = 0; h < num_heads; ++h) {
+    const T* x = at<const T>(p.x, n, h);
+    T* dx = at<T>(p.dx, n, h);
+    const float *w = weight + h * next, *from = g + h * d;
+    const float r = rstd[across_heads ? 0 : h], factor = r * mean[across_heads ? 0 : h];
+    each_vector(d, [&](int64_t i, int lanes) {
+      const vf u = load_lanes(from + i, lanes) * load_lanes(w + i, lanes);
+      write_lanes(dx + i, (u - load_lanes(x + i, lanes) * factor) * r, lanes, stream);
+    });
+  }
 }
 
-template <class T>
-void norm_rope_backward(const Rope& rope, QkNorm (&parts)[2], bool across_heads) {
+template <class T, class Dim>
+void norm_rope_backward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across_heads) {
   const AngleTables tables(rope);
-  const int64_t tokens = parts[0].x.size[0], pieces = (tokens + kTokens - 1) / kTokens, d = parts[0].x.size[2];
+  const int64_t tokens = parts[0].x.size[0], pieces = (tokens + kTokens - 1) / kTokens;
   // Each piece sums its own weight gradients; adding those in order makes the result independent of the threads.
-  int64_t weights[2];
-  for (int i = 0; i < 2; ++i) weights[i] = across_heads ? parts[i].x.size[1] * d : d;
-  const int64_t both = weights[0] + weights[1];
+  const int64_t sizes[2] = {weight_size(parts[0], across_heads), weight_size(parts[1], across_heads)};
+  const int64_t both = sizes[0] + sizes[1];
+  const int64_t heads = parts[0].x.size[1] > parts[1].x.size[1] ? parts[0].x.size[1] : parts[1].x.size[1];
   float* partial = static_cast<float*>(calloc(pieces * both + 1, sizeof(float)));
   if (partial == nullptr) abort();
-  const int64_t widest = parts[0].x.size[1] > parts[1].x.size[1] ? parts[0].x.size[1] : parts[1].x.size[1];
   each_piece(
       used_tokens(rope), tokens,
       [&](int64_t begin, int64_t end) {
-        Pieces scratch{Scratch::get(padded(2 * d) + padded(widest * d) + padded(both))};
-        float *rows = scratch.take(2 * d), *g = scratch.take(widest * d), *group = scratch.take(both);
+        Pieces scratch{Scratch::get(angle_row_size(d) + padded(heads * d) + padded(heads) + 2 * padded(both))};
+        float *rows = scratch.take(angle_row_size(d)), *g = scratch.take(heads * d), *mean = scratch.take(heads);
+        float *weights = scratch.take(both), *group = scratch.take(both);
         float* total = partial + begin / kTokens * both;
         memset(group, 0, both * sizeof(float));
+        for (int i = 0; i < 2; ++i) read_weight<T>(parts[i], across_heads, weights + i * sizes[0]);
         each_token(rope, tables, begin, end, rows, [&](int64_t n, const float* c, const float* s) {
-          norm_rope_backward_token<T>(rope, parts[0], across_heads, n, c, s, g, group);
-          norm_rope_backward_token<T>(rope, parts[1], across_heads, n, c, s, g, group + weights[0]);
+          for (int i = 0; i < 2; ++i) {
+            const int64_t first = i * sizes[0];
+            norm_rope_backward_token<T>(rope, d, parts[i], across_heads, n, c, s, weights + first, g, mean, group + first);
+          }
           if ((n + 1 - begin) % kGroup == 0 || n + 1 == end) {
             each_vector(both, [&](int64_t i, int lanes) {
               store_lanes(total + i, load_lanes(total + i, lanes) + load_lanes(group + i, lanes), lanes);
@@ -278,14 +313,15 @@ void norm_rope_backward(const Rope& rope, QkNorm (&parts)[2], bool across_heads)
             memset(group, 0, both * sizeof(float));
           }
         });
+        finish_streams();
       },
       [&](int64_t n) {
         for (const QkNorm& p : parts) zero_token<T>(p.dx, n);
       });
   for (int part = 0; part < 2; ++part) {
     if (!parts[part].dweight) continue;
-    const float* first = partial + (part ? weights[0] : 0);
-    each_vector(weights[part], [&](int64_t i, int lanes) {
+    const float* first = partial + part * sizes[0];
+    each_vector(sizes[part], [&](int64_t i, int lanes) {
       Total sum_of_pieces;
       for (int64_t piece = 0; piece < pieces; ++piece) sum_of_pieces.add(load_lanes(first + piece * both + i, lanes));
       store_lanes(static_cast<T*>(parts[part].dweight.data) + i, sum_of_pieces.value(), lanes);
@@ -297,15 +333,19 @@ void norm_rope_backward(const Rope& rope, QkNorm (&parts)[2], bool across_heads)
 }  // namespace
 
 void rope_3d(const Rope& rope, const Tensor& x, const Tensor& out) {
-  dispatch(x.dtype, [&](auto t) { rope_forward<decltype(t)>(rope, x, out); });
+  dispatch(x.dtype, [&](auto t) { by_head_dim(x.size[2], [&](auto d) { rope_forward<decltype(t)>(rope, d, x, out); }); });
 }
 
 void qk_norm_rope_3d_forward(const Rope& rope, QkNorm (&parts)[2], bool across_heads, float eps) {
-  dispatch(parts[0].x.dtype, [&](auto t) { norm_rope_forward<decltype(t)>(rope, parts, across_heads, eps); });
+  dispatch(parts[0].x.dtype, [&](auto t) {
+    by_head_dim(parts[0].x.size[2], [&](auto d) { norm_rope_forward<decltype(t)>(rope, d, parts, across_heads, eps); });
+  });
 }
 
 void qk_norm_rope_3d_backward(const Rope& rope, QkNorm (&parts)[2], bool across_heads) {
-  dispatch(parts[0].x.dtype, [&](auto t) { norm_rope_backward<decltype(t)>(rope, parts, across_heads); });
+  dispatch(parts[0].x.dtype, [&](auto t) {
+    by_head_dim(parts[0].x.size[2], [&](auto d) { norm_rope_backward<decltype(t)>(rope, d, parts, across_heads); });
+  });
 }
 
 }  // namespace sora::SORA_TIER

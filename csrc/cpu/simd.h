@@ -84,7 +84,8 @@ class Total {
 
 SORA_INLINE vu zero_extend(vh h) {
 #if SORA_VECTOR_BYTES == 64
-  return bits<vu>(_mm512_cvtepu16_epi32(bits<__m256i>(h)));  // GCC 12 makes four instructions of the conversion
+  // GCC 12 makes four instructions of the conversion. Masked, as it takes the plain form to read an uninitialised vector.
+  return bits<vu>(_mm512_maskz_cvtepu16_epi32(0xffff, bits<__m256i>(h)));
 #else
   return __builtin_convertvector(h, vu);
 #endif
@@ -93,21 +94,36 @@ SORA_INLINE vu zero_extend(vh h) {
 SORA_INLINE vf widen(vh h, bfloat16) { return bits<vf>(zero_extend(h) << 16); }
 
 SORA_INLINE vf widen(vh h, float16) {
+#if SORA_VECTOR_BYTES == 64
+  return bits<vf>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(h)));
+#elif SORA_VECTOR_BYTES == 32
+  return bits<vf>(_mm256_cvtph_ps(bits<__m128i>(h)));
+#else
   vu u = zero_extend(h);
   // Moving exponent and mantissa into place leaves the exponent 112 too small; the product repairs it, subnormals included.
   vu magnitude = bits<vu>(bits<vf>((u & 0x7fff) << 13) * 0x1p112f);
   magnitude = (u & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : magnitude;  // infinity and NaN
   return bits<vf>(magnitude | (u & 0x8000) << 16);
+#endif
 }
 
 SORA_INLINE vh narrow(vf x, bfloat16) {
+#ifdef __AVX512BF16__
+  return bits<vh>(_mm512_cvtneps_pbh(bits<__m512>(x)));  // rounds as below, but subnormal numbers to zero
+#else
   vu u = bits<vu>(x);
   vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   rounded = x != x ? (u >> 16) | 0x40 : rounded;  // rounding up could turn a NaN into infinity
   return __builtin_convertvector(rounded, vh);
+#endif
 }
 
 SORA_INLINE vh narrow(vf x, float16) {
+#if SORA_VECTOR_BYTES == 64
+  return bits<vh>(_mm512_maskz_cvtps_ph(0xffff, bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#elif SORA_VECTOR_BYTES == 32
+  return bits<vh>(_mm256_cvtps_ph(bits<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
   vu u = bits<vu>(x), magnitude = u & 0x7fffffff;
   // A normal result: rebias the exponent by -112 and round at bit 13. A value that rounds past 65504 becomes infinity by itself.
   vu normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
@@ -117,6 +133,7 @@ SORA_INLINE vh narrow(vf x, float16) {
   half = magnitude >= 0x47800000 ? vu{} + 0x7c00 : half;
   half = magnitude > 0x7f800000 ? vu{} + 0x7e00 : half;
   return __builtin_convertvector(half | (u >> 31) << 15, vh);
+#endif
 }
 
 SORA_INLINE vf load(const float* p) {
