@@ -32,6 +32,7 @@ from benchmarks.race import (
     randn,
 )
 from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
+from sora_kernels.layout import PackedLayout
 
 Spread = Callable[[Tensor], Tensor]  # rows [R, D] -> [N, D]
 
@@ -57,17 +58,17 @@ ADALN = {
 }
 
 
-def adaln(op: str, dtype: torch.dtype, which: str, *, per_frame: bool) -> Race:
+def adaln(op: str, dtype: torch.dtype, which: str, *, per_frame: bool = False, layout: PackedLayout = LAYOUT) -> Race:
     """One of the three adaLN ops, with modulation rows per sample or per latent frame."""
     torch.manual_seed(0)
     backward = which != FORWARD
     ours, peer, num_inputs, num_rows, num_outputs, backward_tensors = ADALN[op]
-    boundaries = LAYOUT.cu_frames if per_frame else LAYOUT.cu_seqlens
+    boundaries = layout.cu_frames if per_frame else layout.cu_seqlens
     lengths = boundaries.diff().tolist()
-    row_of_token = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(LAYOUT.device)
-    tokens = [randn(LAYOUT.num_tokens, WIDTH, dtype=dtype, grad=backward) for _ in range(num_inputs)]
+    row_of_token = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(layout.device)
+    tokens = [randn(layout.num_tokens, WIDTH, dtype=dtype, grad=backward) for _ in range(num_inputs)]
     inputs = tokens + [randn(len(lengths), WIDTH, dtype=dtype, grad=backward) for _ in range(num_rows)]
-    cotangents = [randn(LAYOUT.num_tokens, WIDTH, dtype=dtype) for _ in range(num_outputs)]
+    cotangents = [randn(layout.num_tokens, WIDTH, dtype=dtype) for _ in range(num_outputs)]
 
     def by_index(*xs: Tensor) -> Any:
         return peer(*xs, lambda rows: rows[row_of_token])

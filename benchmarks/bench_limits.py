@@ -1,17 +1,22 @@
-"""Attention on one long sample against what the machine can do at most: multiply-adds alone, and one thread of two.
+"""Our ops against what the machine can do at most.
 
-For these rows "ours is faster by" is a share: 0.7x "multiply-adds" is 70% of the arithmetic that vectors can do at most (AMX tiles
-can do more), 1.9x "1 thread" is how much faster all threads are. How near memory-bound ops come to a copy is said beside them.
+Attention on one long sample against multiply-adds alone, and against one thread of two; memory-bound ops on a batch that no cache
+holds against a copy. For these rows "ours is faster by" is a share: 0.7x "multiply-adds" is 70% of the arithmetic that vectors can
+do at most (AMX tiles can do more), 0.9x "copy" 90% of the bandwidth, 1.9x "1 thread" is how much faster all threads are.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.race import BACKWARD, FORWARD, IDS, ON_GPU, OURS, Implementation, Race, Tensors, of_pass, randn
+from benchmarks.bench_adaln import ADALN, adaln
+from benchmarks.bench_rope import ROPE, rope
+from benchmarks.race import BACKWARD, BEYOND_CACHES, BOTH, FORWARD, IDS, ON_GPU, OURS, Implementation, Race, Tensors, of_pass, randn
 from sora_kernels import backends
 from sora_kernels.attention import flash_attn_func
 
@@ -59,6 +64,12 @@ def one_sample(dtype: torch.dtype, which: str, head_dim: int) -> Race:
     return Race(name, dtype, which, {"gflops": work}, inputs, [dout.detach()], sdpa, rows)
 
 
+def beyond_caches(op: str, dtype: torch.dtype, which: str) -> Race:
+    """A memory-bound op on four times the tokens of its own benchmark."""
+    race = (adaln if op in ADALN else rope)(op, dtype, which, layout=BEYOND_CACHES)
+    return replace(race, op=f"{op}, {BEYOND_CACHES.num_tokens} tokens")
+
+
 if not ON_GPU:  # these are the limits of a CPU
 
     @pytest.mark.parametrize(
@@ -70,3 +81,10 @@ if not ON_GPU:  # these are the limits of a CPU
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_one_sample(measure, implementation, dtype, which, head_dim):
         measure(implementation, one_sample, dtype, which, head_dim)
+
+    @pytest.mark.parametrize("implementation", [OURS, "copy"])
+    @pytest.mark.parametrize("which", [FORWARD, BOTH], ids=IDS.get)
+    @pytest.mark.parametrize("op", [*ADALN, *ROPE])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_beyond_caches(measure, implementation, dtype, op, which):
+        measure(implementation, beyond_caches, op, dtype, which)

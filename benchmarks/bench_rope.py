@@ -51,17 +51,21 @@ def norm_rotate(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: T
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
-def rope(dtype: torch.dtype, which: str, *, norm: bool) -> Race:
-    """rope_3d, or qk_norm_rope_3d with `norm`."""
+ROPE = ["rope_3d", "qk_norm_rope_3d"]
+
+
+def rope(op: str, dtype: torch.dtype, which: str, *, layout: PackedLayout = LAYOUT) -> Race:
+    """One of the two ops."""
     torch.manual_seed(0)
     backward = which != FORWARD
-    cos, sin = rope_tables(LAYOUT, HEAD_DIM)
-    x, y, dx, dy = (randn(LAYOUT.num_tokens, HEADS, HEAD_DIM, dtype=dtype, grad=backward) for _ in range(4))
+    cos, sin = rope_tables(layout, HEAD_DIM)
+    x, y, dx, dy = (randn(layout.num_tokens, HEADS, HEAD_DIM, dtype=dtype, grad=backward) for _ in range(4))
     weights = [randn(HEAD_DIM, dtype=dtype, grad=backward) for _ in range(2)]
+    norm = op == "qk_norm_rope_3d"
     inputs, cotangents, peer = ([x, y, *weights], [dx, dy], norm_rotate) if norm else ([x], [dx], rotate)
 
     def ours(*xs: Tensor) -> Any:
-        return qk_norm_rope_3d(*xs, LAYOUT) if norm else rope_3d(*xs, LAYOUT)
+        return qk_norm_rope_3d(*xs, layout) if norm else rope_3d(*xs, layout)
 
     def plain(*xs: Tensor) -> Any:
         return peer(*xs, cos, sin)
@@ -74,11 +78,11 @@ def rope(dtype: torch.dtype, which: str, *, norm: bool) -> Race:
         "torch.compile": Implementation(compiled(plain)),
         "copy": copied(work),
     }
-    return Race("qk_norm_rope_3d" if norm else "rope_3d", dtype, which, {"gbps": work}, inputs, cotangents, plain, rows)
+    return Race(op, dtype, which, {"gbps": work}, inputs, cotangents, plain, rows)
 
 
 @pytest.mark.parametrize(("which", "implementation"), passes(OURS, "torch eager", "torch.compile"), ids=IDS.get)
-@pytest.mark.parametrize("norm", [False, True], ids=["rope_3d", "qk_norm_rope_3d"])
+@pytest.mark.parametrize("op", ROPE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16] if ON_GPU else [torch.float32, torch.bfloat16], ids=str)
-def test_rope(measure, implementation, dtype, which, norm):
-    measure(implementation, rope, dtype, which, norm=norm)
+def test_rope(measure, implementation, dtype, op, which):
+    measure(implementation, rope, op, dtype, which)

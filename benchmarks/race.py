@@ -31,6 +31,7 @@ MAIN = torch.bfloat16 if ON_GPU else torch.float32
 # Images and videos of 256, 1024, 1600, 4096, 576 and 2304 tokens; on a GPU four times that, for more than its caches hold.
 GRIDS = [(1, 16, 16), (4, 16, 16), (4, 20, 20), (16, 16, 16), (1, 24, 24), (4, 24, 24)]
 LAYOUT = PackedLayout.from_grids(GRIDS * (4 if ON_GPU else 1), DEVICE)
+BEYOND_CACHES = PackedLayout.from_grids(GRIDS * 4, DEVICE)
 HEADS, HEAD_DIM, WIDTH = (24, 128, 3072) if ON_GPU else (8, 64, 1152)
 # Largest error allowed, relative to the largest element of the float32 result.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
