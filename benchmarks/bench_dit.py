@@ -25,7 +25,7 @@ from sora_kernels.layout import PackedLayout
 from sora_model.config import DiTConfig
 from sora_model.dit import FREQUENCIES, DiT, sinusoids
 
-SMALL = PackedLayout.from_grids([(1, 16, 16), (4, 16, 16), (4, 20, 20), (1, 24, 24), (1, 32, 18)], DEVICE)
+SMALL = PackedLayout.from_grids([(1, 16, 16), (4, 16, 16), (4, 20, 20), (16, 16, 16), (1, 24, 24), (1, 32, 18)], DEVICE)
 LAYOUT = LARGE if ON_GPU else SMALL
 CONFIG = DiTConfig.preset("S", patch=(1, 2, 2), in_channels=16, depth=2)
 
