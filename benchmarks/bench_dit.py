@@ -40,6 +40,11 @@ def dense_dit(dit: DiT, patches: Tensor, timesteps: Tensor, cos: Tensor, sin: Te
         seen = None if mask is None else mask[:, None, None]
         return attention.out(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
 
+    def mlp(layers: torch.nn.Sequential, y: Tensor) -> Tensor:
+        for layer in layers:
+            y = layer(y)
+        return y
+
     def same(row: Tensor) -> Tensor:  # [B, 1, D] serves the S tokens of its sample by broadcasting
         return row
 
@@ -48,7 +53,7 @@ def dense_dit(dit: DiT, patches: Tensor, timesteps: Tensor, cos: Tensor, sin: Te
     for block in dit.blocks:
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.modulation(c).chunk(6, dim=-1)
         x = x + gate * attend(block.attention, modulate(x, shift, scale, same))
-        x = x + gate_mlp * block.mlp(modulate(x, shift_mlp, scale_mlp, same))
+        x = x + gate_mlp * mlp(block.mlp, modulate(x, shift_mlp, scale_mlp, same))
     return dit.final(modulate(x, *dit.final_modulation(c).chunk(2, dim=-1), same))
 
 

@@ -8,6 +8,7 @@ do at most (AMX tiles can do more), 0.9x "copy" 90% of the bandwidth, 1.9x "1 th
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,11 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.bench_adaln import ADALN, adaln
+from benchmarks.bench_bias_gelu import activation
 from benchmarks.bench_rope import ROPE, rope
 from benchmarks.race import BACKWARD, BEYOND_CACHES, BOTH, FORWARD, IDS, ON_GPU, OURS, Implementation, Race, Tensors, of_pass, randn
 from sora_kernels import backends
 from sora_kernels.attention import flash_attn_func
 
+MEMORY_BOUND = {
+    **{op: partial(adaln, op) for op in ADALN},
+    **{op: partial(rope, op) for op in ROPE},
+    "bias_gelu": activation,
+}
 LENGTH, HEADS = 4096, 4
 PEAK, SINGLE, PEER = "multiply-adds", f"{OURS}, 1 thread", "SDPA"
 
@@ -66,7 +73,7 @@ def one_sample(dtype: torch.dtype, which: str, head_dim: int) -> Race:
 
 def beyond_caches(op: str, dtype: torch.dtype, which: str) -> Race:
     """A memory-bound op on four times the tokens of its own benchmark."""
-    race = (adaln if op in ADALN else rope)(op, dtype, which, layout=BEYOND_CACHES)
+    race = MEMORY_BOUND[op](dtype, which, layout=BEYOND_CACHES)
     return replace(race, op=f"{op}, {BEYOND_CACHES.num_tokens} tokens")
 
 
@@ -84,7 +91,7 @@ if not ON_GPU:  # these are the limits of a CPU
 
     @pytest.mark.parametrize("implementation", [OURS, "copy"])
     @pytest.mark.parametrize("which", [FORWARD, BOTH], ids=IDS.get)
-    @pytest.mark.parametrize("op", [*ADALN, *ROPE])
+    @pytest.mark.parametrize("op", MEMORY_BOUND)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_beyond_caches(measure, implementation, dtype, op, which):
         measure(implementation, beyond_caches, op, dtype, which)

@@ -28,6 +28,7 @@ from benchmarks.race import DEVICE, ON_GPU, randn
 from sora_kernels import backends
 from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
 from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attention
+from sora_kernels.bias_gelu import bias_gelu
 from sora_kernels.layout import PackedLayout
 from sora_kernels.patch_embed import patch_embed_3d, unpatchify_3d
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
@@ -59,6 +60,7 @@ def calls() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
             lambda: gate_residual_layer_norm_modulate(y, x, gate, shift, scale, cu),
             lambda: gated_modulate(y, x, gate, shift, scale, whole),
         ),
+        "bias_gelu": (lambda: bias_gelu(x, bias), lambda: F.gelu(x + bias, approximate="tanh")),
         "rope_3d": (lambda: rope_3d(q, layout), lambda: rotate(q, cos, sin)),
         "qk_norm_rope_3d": (lambda: qk_norm_rope_3d(q, k, *weights, layout), lambda: norm_rotate(q, k, *weights, cos, sin)),
         "attention": (lambda: flash_attn_varlen_func(q, k, v, *bounds), lambda: F.scaled_dot_product_attention(*dense)),

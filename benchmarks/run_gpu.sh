@@ -38,9 +38,9 @@ stage benchmarks table 20 "$python" -m benchmarks.report "$out/benchmarks.json"
 stage tests tests 150 benchmarks/run_gpu_tests.sh "$python"
 if command -v compute-sanitizer >/dev/null; then
   # Every kernel of csrc/cuda, forward and backward, on rows of a wider buffer; then on rows of odd and of large size.
-  some="(test_any_strides and rows) or (test_gate_residual_layer_norm_modulate and (D37 or D1152)) or (test_qk_norm_rope and d10)"
+  some="(test_any_strides and rows) or (test_gate_residual_layer_norm_modulate and (D37 or D1152)) or (test_qk_norm_rope and d10) or (test_bias_gelu and D37)"
   stage other sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" -m pytest -v -m gpu -k "cuda-cuda and (bfloat16 or float32) and ($some)" \
-    tests/test_adaln.py tests/test_rope.py tests/test_patchify.py
+    tests/test_adaln.py tests/test_bias_gelu.py tests/test_rope.py tests/test_patchify.py
 else
   echo "sanitizer: skipped, no compute-sanitizer" | tee -a "$out/stages.txt"
 fi

@@ -23,7 +23,7 @@ for dtype in float32 bfloat16 "float16 and not bfloat16" float64; do
   run tests/test_attention.py -k "$dtype and test_packed" & pids+=($!)
   run tests/test_attention.py tests/test_spatiotemporal_attention.py -k "$dtype and not test_packed" & pids+=($!)
   run tests/test_rope.py tests/test_patch_embed.py tests/test_patchify.py -k "$dtype" & pids+=($!)
-  run tests/test_adaln.py -k "$dtype" & pids+=($!)
+  run tests/test_adaln.py tests/test_bias_gelu.py -k "$dtype" & pids+=($!)
 done
 status=0
 for pid in "${pids[@]}"; do wait "$pid" || status=1; done

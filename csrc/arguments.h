@@ -29,6 +29,11 @@ struct AdaLn {
   Tensor dresidual_out, dout, dresidual, dx, dgate, dshift, dscale, dweight, dbias;
 };
 
+struct BiasGelu {
+  Tensor x, bias, out;
+  Tensor dout, dx, dbias;  // backward
+};
+
 struct PatchEmbed {
   const Tensor* videos;
   int64_t num_videos;

@@ -40,6 +40,8 @@ FUNCTIONS = (
     "gate_residual_backward",
     "gate_residual_layer_norm_modulate_forward",
     "gate_residual_layer_norm_modulate_backward",
+    "bias_gelu_forward",
+    "bias_gelu_backward",
     "patch_embed_3d_forward",
     "patch_embed_3d_backward",
     "patchify_3d",

@@ -30,6 +30,7 @@ from torch import Tensor
 from . import backends
 from .adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
 from .attention import flash_attn_varlen_func, spatiotemporal_attention
+from .bias_gelu import bias_gelu
 from .layout import PackedLayout
 from .patch_embed import patch_embed_3d, patchify_3d, unpatchify_3d
 from .rope import qk_norm_rope_3d, rope_3d
@@ -119,6 +120,9 @@ def works(dtype: torch.dtype, head_dim: int, width: int = 3072) -> Iterator[Work
     yield from passes("gate_residual", "token", n, (3 * tokens, 0), (4 * tokens, 0), [y, x, rows[0]], gate)
     inputs = [y, x, *rows, *affine]
     yield from passes("gate_residual_layer_norm_modulate", "token", n, (4 * tokens, 0), (6 * tokens, 0), inputs, fused)
+
+    hidden = empty(n, 4 * width)
+    yield from passes("bias_gelu", "token", n, (8 * tokens, 0), (12 * tokens, 0), [hidden, empty(4 * width)], bias_gelu)
 
     def rotate(q: Tensor) -> Tensor:
         return rope_3d(q, layout)

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sora_kernels.adaln import gate_residual_layer_norm_modulate, layer_norm_modulate
 from sora_kernels.attention import flash_attn_varlen_func
+from sora_kernels.bias_gelu import bias_gelu
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.patch_embed import patch_embed_3d, unpatchify_3d
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
@@ -52,10 +53,6 @@ def places(layout: PackedLayout) -> Tensor:
     quarter_turns = torch.pi / 2 * torch.arange(PLACES // 2, device=place.device)
     angles = (place[:, :, None] * quarter_turns).flatten(1)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def mlp(dim: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
 
 def embedder(in_dim: int, dim: int) -> nn.Sequential:
@@ -97,6 +94,18 @@ class CrossAttention(nn.Module):
         return self.out(flash_attn_varlen_func(q, k, v, layout.cu_seqlens, text.cu_seqlens).flatten(1))
 
 
+class Mlp(nn.Sequential):
+    """Two linear layers with a GELU between them, in one pass with the first one's bias."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: nn.Linear = self[0]  # type: ignore[assignment]
+        second = self[2]
+        return second(bias_gelu(F.linear(x, first.weight), first.bias))
+
+
 class Block(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -104,7 +113,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(dim, 6 * dim)
         self.attention = SelfAttention(config)
         self.cross_attention = CrossAttention(dim, config.text_dim, config.num_heads) if config.text_dim else None
-        self.mlp = mlp(dim, int(dim * config.mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
 
     def forward(
         self,

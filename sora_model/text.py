@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sora_kernels.attention import flash_attn_varlen_qkvpacked_func
 
 from .conditioning import PackedText
-from .dit import mlp, sinusoids
+from .dit import Mlp, sinusoids
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -90,7 +90,7 @@ class TextLayer(nn.Module):
         self.num_heads = num_heads
         self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.mlp = mlp(dim, 4 * dim)
+        self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         qkv = self.qkv(self.norm_attention(x)).unflatten(1, (3, self.num_heads, -1))  # [M, 3, H, d]

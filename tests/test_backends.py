@@ -132,13 +132,15 @@ def test_forced_tier_runs(tier):
 # A little of everything that is compiled once per tier.
 SAMPLE = (
     "test_long or cpu-cpu and "
-    "(d72 or gqa or everything or test_spatiotemporal or without_gradient or qk_norm_rope or test_layer_norm_modulate)"
+    "(d72 or gqa or everything or test_spatiotemporal or without_gradient or qk_norm_rope or test_layer_norm_modulate "
+    "or test_bias_gelu)"
 )
 
 
 @pytest.mark.parametrize("tier", TIERS[1:])
 def test_other_tiers_pass_the_same_tests(tier):
-    files = [f"tests/test_{name}.py" for name in ("attention", "spatiotemporal_attention", "patch_embed", "rope", "adaln")]
+    names = ("attention", "spatiotemporal_attention", "patch_embed", "rope", "adaln", "bias_gelu")
+    files = [f"tests/test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not emulated", "-k", SAMPLE, *files]
     env = {**os.environ, "SORA_KERNELS_ISA": tier}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -163,7 +165,7 @@ def test_threads_are_torchs():
 def test_import_costs_little_beyond_torch():
     code = (
         "import torch, numpy, einops, time\nstart = time.perf_counter()\n"
-        "import sora_kernels.attention, sora_kernels.rope, sora_kernels.adaln, sora_kernels.patch_embed\n"
+        "import sora_kernels.attention, sora_kernels.rope, sora_kernels.adaln, sora_kernels.bias_gelu, sora_kernels.patch_embed\n"
         "print(time.perf_counter() - start)"
     )
     assert min(float(run(code).stdout) for _ in range(3)) < 0.3

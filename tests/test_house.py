@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OPS = ("attention", "rope", "adaln", "patch_embed")
+OPS = ("attention", "rope", "adaln", "bias_gelu", "patch_embed")
 STORIES = (*OPS, "spatiotemporal_attention")
 
 

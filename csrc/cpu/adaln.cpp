@@ -14,11 +14,6 @@ constexpr int64_t kTokens = 64;
 // What is summed before it joins a longer sum, which keeps rounding errors small: gradients of so many tokens, elements of a row.
 constexpr int64_t kGroup = 8, kSegment = 1024;
 
-template <class T>
-T* row(const Tensor& x, int64_t n) {
-  return static_cast<T*>(x.data) + n * x.stride[0];
-}
-
 // sums[k] = sum_i of values[k] that term(i, lanes, values) gives, in independent chains: one would wait for its own additions.
 template <int K, class Term>
 SORA_INLINE void row_sums(int64_t length, float (&sums)[K], Term term) {
@@ -209,8 +204,7 @@ void backward(const AdaLn& a) {
   if (first == nullptr) abort();
   first[0] = 0;
   for (int64_t r = 0; r < rows; ++r) first[r + 1] = first[r] + (cu[r + 1] - cu[r] + kTokens - 1) / kTokens;
-  float* partial = static_cast<float*>(calloc(first[rows] * stride + 1, sizeof(float)));
-  if (partial == nullptr) abort();
+  const Zeros partial(first[rows] * stride);
 
   parallel_for(first[rows], [&](int64_t item) {
     int64_t r = 0;
@@ -223,13 +217,11 @@ void backward(const AdaLn& a) {
     Modulation modulation(pieces, d);
     if (a.scale) modulation.read<T>(a, r);
     const int64_t first_sum = (a.scale ? kShift : kGate) * d, sums = (a.gate ? kSums : kGate) * d - first_sum;
-    float *group = pieces.take(stride), *from = group + first_sum, *total = partial + item * stride + first_sum;
+    float *group = pieces.take(stride), *from = group + first_sum, *total = partial.data() + item * stride + first_sum;
     for (int64_t n = begin; n < end; n += kGroup) {
       memset(from, 0, sums * sizeof(float));
       for (int64_t token = n; token < end && token < n + kGroup; ++token) backward_token<T>(a, modulation, token, r, group);
-      each_vector(sums, [&](int64_t i, int lanes) {
-        store_lanes(total + i, load_lanes(total + i, lanes) + load_lanes(from + i, lanes), lanes);
-      });
+      add_row(total, from, sums);
     }
     finish_streams();
   });
@@ -246,7 +238,7 @@ void backward(const AdaLn& a) {
       for (int64_t r = 0; r < rows; ++r) {
         Total totals[kSums];
         for (int64_t item = first[r]; item < first[r + 1]; ++item)
-          for (int k = 0; k < kSums; ++k) totals[k].add(load_lanes(partial + item * stride + k * d + i, lanes));
+          for (int k = 0; k < kSums; ++k) totals[k].add(load_lanes(partial.data() + item * stride + k * d + i, lanes));
         const vf total[kSums] = {totals[kShift].value(), totals[kScale].value(), totals[kGate].value()};
         if (a.scale) {
           store_lanes(row<T>(a.dshift, r) + i, total[kShift], lanes);
@@ -260,7 +252,6 @@ void backward(const AdaLn& a) {
       if (a.dbias) store_lanes(static_cast<T*>(a.dbias.data) + i, dbias.value(), lanes);
     });
   });
-  free(partial);
   free(first);
 }
 

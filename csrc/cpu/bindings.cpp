@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "../bindings/adaln.h"
+#include "../bindings/bias_gelu.h"
 #include "../bindings/patchify.h"
 #include "../bindings/rope.h"
 #include "bindings/attention.h"
@@ -40,6 +41,8 @@
   void gate_residual_forward(const AdaLn&);                                  \
   void gate_residual_layer_norm_modulate_forward(const AdaLn&);              \
   void adaln_backward(const AdaLn&);                                         \
+  void bias_gelu_forward(const BiasGelu&);                                   \
+  void bias_gelu_backward(const BiasGelu&);                                  \
   void patch_embed_3d_forward(const PatchEmbed&);                            \
   void patch_embed_3d_backward(const PatchEmbed&);                           \
   void patchify_3d(const PatchEmbed&);                                       \
@@ -58,6 +61,8 @@
                                   gate_residual_forward,                     \
                                   gate_residual_layer_norm_modulate_forward, \
                                   adaln_backward,                            \
+                                  bias_gelu_forward,                         \
+                                  bias_gelu_backward,                        \
                                   patch_embed_3d_forward,                    \
                                   patch_embed_3d_backward,                   \
                                   patchify_3d,                               \
@@ -185,6 +190,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_spatiotemporal_attention(m, kernels);
   bind_rope(m, kernels);
   bind_adaln(m, kernels);
+  bind_bias_gelu(m, kernels);
   bind_patch_embed(m, kernels);
   bind_patchify(m, kernels);
 }

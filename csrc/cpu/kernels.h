@@ -93,6 +93,8 @@ struct Kernels {
   void (*gate_residual_forward)(const AdaLn&);
   void (*gate_residual_layer_norm_modulate_forward)(const AdaLn&);
   void (*adaln_backward)(const AdaLn&);  // of all three
+  void (*bias_gelu_forward)(const BiasGelu&);
+  void (*bias_gelu_backward)(const BiasGelu&);
   void (*patch_embed_3d_forward)(const PatchEmbed&);
   void (*patch_embed_3d_backward)(const PatchEmbed&);
   void (*patchify_3d)(const PatchEmbed&);

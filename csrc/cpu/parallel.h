@@ -39,6 +39,20 @@ class Scratch {
   int64_t count_ = 0;
 };
 
+// `count` zeros for sums of all threads.
+class Zeros {
+ public:
+  explicit Zeros(int64_t count) : data_(static_cast<float*>(calloc(count + 1, sizeof(float)))) {
+    if (data_ == nullptr) abort();
+  }
+  Zeros(const Zeros&) = delete;
+  ~Zeros() { free(data_); }
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
 constexpr int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
 // Hands out consecutive aligned pieces of a block.

@@ -290,15 +290,14 @@ void norm_rope_backward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across
   const int64_t sizes[2] = {weight_size(parts[0], across_heads), weight_size(parts[1], across_heads)};
   const int64_t both = sizes[0] + sizes[1];
   const int64_t heads = parts[0].x.size[1] > parts[1].x.size[1] ? parts[0].x.size[1] : parts[1].x.size[1];
-  float* partial = static_cast<float*>(calloc(pieces * both + 1, sizeof(float)));
-  if (partial == nullptr) abort();
+  const Zeros partial(pieces * both);
   each_piece(
       used_tokens(rope), tokens,
       [&](int64_t begin, int64_t end) {
         Pieces scratch{Scratch::get(angle_row_size(d) + padded(heads * d) + padded(heads) + 2 * padded(both))};
         float *rows = scratch.take(angle_row_size(d)), *g = scratch.take(heads * d), *mean = scratch.take(heads);
         float *weights = scratch.take(both), *group = scratch.take(both);
-        float* total = partial + begin / kTokens * both;
+        float* total = partial.data() + begin / kTokens * both;
         memset(group, 0, both * sizeof(float));
         for (int i = 0; i < 2; ++i) read_weight<T>(parts[i], across_heads, weights + i * sizes[0]);
         each_token(rope, tables, begin, end, rows, [&](int64_t n, const float* c, const float* s) {
@@ -307,9 +306,7 @@ void norm_rope_backward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across
             norm_rope_backward_token<T>(rope, d, parts[i], across_heads, n, c, s, weights + first, g, mean, group + first);
           }
           if ((n + 1 - begin) % kGroup == 0 || n + 1 == end) {
-            each_vector(both, [&](int64_t i, int lanes) {
-              store_lanes(total + i, load_lanes(total + i, lanes) + load_lanes(group + i, lanes), lanes);
-            });
+            add_row(total, group, both);
             memset(group, 0, both * sizeof(float));
           }
         });
@@ -320,14 +317,13 @@ void norm_rope_backward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across
       });
   for (int part = 0; part < 2; ++part) {
     if (!parts[part].dweight) continue;
-    const float* first = partial + part * sizes[0];
+    const float* first = partial.data() + part * sizes[0];
     each_vector(sizes[part], [&](int64_t i, int lanes) {
       Total sum_of_pieces;
       for (int64_t piece = 0; piece < pieces; ++piece) sum_of_pieces.add(load_lanes(first + piece * both + i, lanes));
       store_lanes(static_cast<T*>(parts[part].dweight.data) + i, sum_of_pieces.value(), lanes);
     });
   }
-  free(partial);
 }
 
 }  // namespace

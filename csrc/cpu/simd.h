@@ -200,6 +200,18 @@ SORA_INLINE void store_lanes(T* p, vf x, int n) {
     store(p, x, n);
 }
 
+// Row n of x [N, D].
+template <class T>
+SORA_INLINE T* row(const Tensor& x, int64_t n) {
+  return static_cast<T*>(x.data) + n * x.stride[0];
+}
+
+// to += from, both [length].
+SORA_INLINE void add_row(float* to, const float* from, int64_t length) {
+  each_vector(length,
+              [=](int64_t i, int lanes) { store_lanes(to + i, load_lanes(to + i, lanes) + load_lanes(from + i, lanes), lanes); });
+}
+
 // ---- outputs that pass the caches by
 
 // A plain store first reads the line it writes and pushes another one out of the cache. An output that the caches cannot hold until

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../bindings/adaln.h"
+#include "../bindings/bias_gelu.h"
 #include "../bindings/patchify.h"
 #include "../bindings/rope.h"
 #include "../dlpack.h"
@@ -66,6 +67,8 @@ struct Kernels {
   decltype(&cuda::gate_residual_layer_norm_modulate_forward) gate_residual_layer_norm_modulate_forward =
       cuda::gate_residual_layer_norm_modulate_forward;
   decltype(&cuda::adaln_backward) adaln_backward = cuda::adaln_backward;
+  decltype(&cuda::bias_gelu_forward) bias_gelu_forward = cuda::bias_gelu_forward;
+  decltype(&cuda::bias_gelu_backward) bias_gelu_backward = cuda::bias_gelu_backward;
   decltype(&cuda::patchify_3d) patchify_3d = cuda::patchify_3d;
   decltype(&cuda::unpatchify_3d) unpatchify_3d = cuda::unpatchify_3d;
 };
@@ -81,6 +84,7 @@ PYBIND11_MODULE(_cuda, m) {
   static const Kernels kernels;
   bind_rope(m, &kernels);
   bind_adaln(m, &kernels);
+  bind_bias_gelu(m, &kernels);
   bind_patchify(m, &kernels);
 }
 

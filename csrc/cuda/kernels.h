@@ -12,6 +12,8 @@ void layer_norm_modulate_forward(const AdaLn&);
 void gate_residual_forward(const AdaLn&);
 void gate_residual_layer_norm_modulate_forward(const AdaLn&);
 void adaln_backward(const AdaLn&);  // of all three
+void bias_gelu_forward(const BiasGelu&);
+void bias_gelu_backward(const BiasGelu&);
 void patchify_3d(const PatchEmbed&);
 void unpatchify_3d(const PatchEmbed&);
 

@@ -70,6 +70,7 @@ from sora_kernels.reference.attention import (  # noqa: E402
     spatiotemporal_attention_backward,
     spatiotemporal_attention_forward,
 )
+from sora_kernels.reference.bias_gelu import bias_gelu_backward, bias_gelu_forward  # noqa: E402
 from sora_kernels.reference.patch_embed import (  # noqa: E402
     patch_embed_3d_backward,
     patch_embed_3d_forward,
@@ -85,6 +86,8 @@ from sora_kernels.reference.rope import (  # noqa: E402
 __all__ = [
     "attention_backward",
     "attention_forward",
+    "bias_gelu_backward",
+    "bias_gelu_forward",
     "gate_residual_backward",
     "gate_residual_forward",
     "gate_residual_layer_norm_modulate_backward",

@@ -12,6 +12,7 @@ from .adaln import (
     layer_norm_modulate_forward,
 )
 from .attention import attention_backward, attention_forward
+from .bias_gelu import bias_gelu_backward, bias_gelu_forward
 from .patch_embed import patch_embed_3d_backward, patch_embed_3d_forward, patchify_3d, unpatchify_3d
 from .rope import qk_norm_rope_3d_backward, qk_norm_rope_3d_forward, rope_3d
 from .spatiotemporal_attention import spatiotemporal_attention_backward, spatiotemporal_attention_forward
@@ -19,6 +20,8 @@ from .spatiotemporal_attention import spatiotemporal_attention_backward, spatiot
 __all__ = [
     "attention_backward",
     "attention_forward",
+    "bias_gelu_backward",
+    "bias_gelu_forward",
     "gate_residual_backward",
     "gate_residual_forward",
     "gate_residual_layer_norm_modulate_backward",

@@ -130,6 +130,21 @@ def sum_chunks(p_partial, first_slot, num_chunks, cols, num_cols, CHUNKS: tl.con
     return total
 
 
+@triton.jit(do_not_specialize=["num_parts"])
+def sum_kernel(p_parts, p_out, num_parts, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (block of columns): all parts in order."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = sum_chunks(p_parts, 0, num_parts, cols, WIDTH, CHUNKS)
+    tl.store(p_out + cols, total.to(p_out.dtype.element_ty), mask=cols < WIDTH)
+
+
+def sum_parts(parts: Tensor, out: Tensor) -> None:
+    """out [D] <- the sum of parts float32 [n, D], in a fixed order."""
+    num_parts, width = parts.shape
+    if width:
+        sum_kernel[(triton.cdiv(width, 16),)](parts, out, num_parts, WIDTH=width, CHUNKS=256, BLOCK=16, **OPTIONS)
+
+
 @triton.jit
 def tanh(x):
     """To a few ulp: from exp2, but below 0.6, where 1 - exp(-2|x|) would cancel, by a minimax fit of relative error 3e-9."""

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS, find_row, power_of_2, sum_chunks
+from .common import OPTIONS, find_row, power_of_2, sum_parts
 
 MAX_PARTS = 1024  # of dweight: enough programs to fill a GPU, few enough to add up in no time
 MIN_TOKENS = 16  # to a part, which costs as much memory traffic as one token or two
@@ -233,14 +233,6 @@ def backward_kernel(
         _store_pairs(p_slot, weight_row < H, dw_u, dw_v, ROWS, 1, D, BLOCK_P, INTERLEAVED)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
-def weight_kernel(p_parts, p_dweight, num_parts, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (block of columns): all parts in order."""
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = sum_chunks(p_parts, 0, num_parts, cols, WIDTH, CHUNKS)
-    tl.store(p_dweight + cols, total.to(p_dweight.dtype.element_ty), mask=cols < WIDTH)
-
-
 def _tile(x: Tensor, interleaved: bool, across: bool, per_thread: int) -> dict[str, int]:
     """`per_thread` elements to a thread: vectors of 16 bytes of as many heads of one token, so that heads share its angles."""
     _, heads, d = x.shape
@@ -300,8 +292,7 @@ def _backward(dout, x, weight, rstd, tables, theta, axes_dim, interleaved, acros
             **_shape(x, axes_dim, interleaved, across), DENSE_DOUT=dout.stride(1) == d, DENSE=x.stride(1) == d, **tile,
         )  # fmt: skip
     if parts is not None:
-        width = dweight.shape[0]
-        weight_kernel[(triton.cdiv(width, 16),)](parts, dweight, runs * blocks, WIDTH=width, CHUNKS=256, BLOCK=16, **OPTIONS)
+        sum_parts(parts, dweight)
 
 
 def rope_3d(

@@ -128,8 +128,8 @@ def outputs_from(name: str, parameters: list[str]) -> int:
     """The place of the first output among a backend function's parameters, which come last."""
     if name in ("patchify_3d", "unpatchify_3d"):
         return len(parameters) - 1
-    start = parameters.index("cu_spans" if "rope" in name else "cu")
-    return next(i for i in range(start, len(parameters)) if parameters[i] in FIRST_OUTPUTS)
+    last_input = "bias" if "gelu" in name else "cu_spans" if "rope" in name else "cu"
+    return next(i for i in range(parameters.index(last_input), len(parameters)) if parameters[i] in FIRST_OUTPUTS)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

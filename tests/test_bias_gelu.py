@@ -1,0 +1,101 @@
+"""The bias and activation of an MLP."""
+
+import pytest
+import torch
+from tolerance import (  # noqa: F401
+    Case,
+    Target,
+    check_accuracy,
+    check_rejected,
+    test_any_strides,
+    test_compiled,
+    test_default_backend,
+    test_packed_equals_separate,
+    test_registration,
+    test_repeatable,
+)
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from sora_kernels import backends
+from sora_kernels.bias_gelu import bias_gelu
+from sora_kernels.reference import bias_gelu as reference
+
+FUNCTION = "bias_gelu_forward"
+SHAPES = {
+    **{f"D{d}": {"d": d} for d in (1, 3, 8, 37, 130, 1152)},
+    "one_token": {"tokens": 1, "d": 1030},
+    "many_tokens": {"tokens": 261, "d": 8},  # of more partial sums than one item or block adds
+    "no_tokens": {"tokens": 0},
+    "small": {"scale": 1e-3},
+    "large": {"scale": 30.0},
+}
+
+
+def plain(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Eager PyTorch at x's dtype."""
+    return gelu(x if bias is None else x + bias, approximate="tanh")
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "none"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bias_gelu(target: Target, shape: str, biased: bool) -> None:
+    options = {"tokens": 50, "d": 64, "scale": 2.0, **SHAPES[shape]}
+    inputs = {"x": target.randn(options["tokens"], options["d"], scale=options["scale"])}
+    if biased:
+        inputs["bias"] = target.randn(options["d"])
+    check_accuracy(bias_gelu, plain, lambda x, bias=None: reference.bias_gelu(x, bias), inputs)
+
+
+def test_far_out(target: Target) -> None:
+    """Where powers of x overflow, gelu is x or 0 and its slope 1 or 0; NaN stays NaN."""
+    far = 1e30 if target.dtype in (torch.float32, torch.bfloat16) else 6e4
+    x = torch.tensor([[far, -far, 30.0, -30.0, 0.0, torch.nan]]).to(target.device, target.dtype).requires_grad_()
+    y = bias_gelu(x)
+    y.backward(torch.ones_like(y))
+    exact = torch.tensor([[far, 0, 30, 0, 0, torch.nan]]).to(y)
+    torch.testing.assert_close(y.detach(), exact, rtol=0, atol=0, equal_nan=True)
+    if backends.forced_backend() != "reference":  # as autograd differentiates its powers, they overflow
+        slope = torch.tensor([[1, 0, 1, 0, 0.5, torch.nan]]).to(y)
+        torch.testing.assert_close(x.grad, slope, rtol=0, atol=0, equal_nan=True)
+
+
+def make_case(target: Target) -> Case:
+    parts = [(None, [target.randn(n, 72)]) for n in (37, 1, 0, 12)]
+    operators = {"bias_gelu_forward", "bias_gelu_backward"}
+    return Case.of_samples(lambda _, x, bias: bias_gelu(x, bias), None, parts, operators, target.randn(72))
+
+
+OPS = {"bias_gelu": make_case}
+
+X = torch.zeros(6, 8)
+BAD = [
+    ({"x": 1}, "x: expected a torch.Tensor, got int"),
+    ({"x": X.int()}, "x: expected dtype float32 or ~, got int32"),
+    ({"x": X[0]}, "x: expected shape [N, D], got [8]"),
+    ({"bias": X}, "bias: expected shape [8], got [6, 8]"),
+    ({"bias": X[0, :4]}, "bias: expected shape [8], got [4]"),
+    ({"bias": X[0].half()}, "bias: expected dtype float32, got float16"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD)
+def test_bad_input(wrong: dict, message: str) -> None:
+    check_rejected(bias_gelu, {"x": X, "bias": X[0], **wrong}, f"bias_gelu: {message}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [1024, 1000, 333])
+def test_large_outputs_equal_small_ones(d: int, dtype: torch.dtype) -> None:
+    """Large outputs pass the caches by, where rows are aligned; the numbers are the same."""
+    tokens = (12 << 20) // (d * dtype.itemsize) // 2
+    x, dout = torch.randn(2, 2 * tokens, d).to(dtype)
+    bias = torch.randn(d).to(dtype)
+
+    def run(part: slice) -> tuple[Tensor, Tensor]:
+        leaf = x[part].clone().requires_grad_()
+        y = bias_gelu(leaf, bias)
+        return y.detach(), torch.autograd.grad(y, leaf, dout[part])[0]
+
+    for whole, *parts in zip(run(slice(None)), run(slice(tokens)), run(slice(tokens, None)), strict=True):
+        assert torch.equal(whole, torch.cat(parts))
