@@ -2,8 +2,9 @@
 
 A fresh CPU tensor of many megabytes costs more in page faults than a memory-bound kernel needs to fill it, so memory of large
 outputs that nobody uses any more is kept for the next ones, as torch does on a GPU. The tensors are ordinary ones, except that
-their storage cannot be resized in place. At most 1 GiB is kept, or as many MiB as the environment variable `SORA_KERNELS_CACHE_MB`
-says; 0 keeps nothing.
+their storage cannot be resized in place. At most a quarter of the machine's memory is kept, or as many MiB as the environment
+variable `SORA_KERNELS_CACHE_MB` says; 0 keeps nothing. A training step frees all that it kept for its backward at once and asks for
+it again: what the limit does not let it keep costs page faults in every step.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import functools
 import importlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 LARGE = 4 << 20  # bytes; below, malloc keeps memory by itself
-_DEFAULT_MB = 1024
+_LIMIT_FILE = Path("/sys/fs/cgroup/memory.max")  # "max", or the bytes that a container may use
 
 
 @functools.cache
@@ -38,10 +40,19 @@ def cache_limit() -> int:
     Raises:
         ValueError: SORA_KERNELS_CACHE_MB is not a whole number of at least 0.
     """
-    text = os.environ.get("SORA_KERNELS_CACHE_MB") or str(_DEFAULT_MB)
+    text = os.environ.get("SORA_KERNELS_CACHE_MB")
+    if not text:
+        return _machine_bytes() // 4
     if not text.isdecimal():
         raise ValueError(f"sora_kernels: SORA_KERNELS_CACHE_MB: expected a whole number of MiB of at least 0, got {text!r}")
     return int(text) << 20
+
+
+def _machine_bytes() -> int:
+    """The machine's memory, or the container's."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    allowed = _LIMIT_FILE.read_text().strip() if _LIMIT_FILE.is_file() else ""
+    return min(installed, int(allowed)) if allowed.isdecimal() else installed
 
 
 def cached_bytes() -> int:

@@ -1,5 +1,6 @@
 """Memory of large CPU outputs: reused once nobody holds it, never before, never more of it than allowed, and ordinary tensors."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -114,3 +115,13 @@ def test_a_wrong_limit_is_named():
     result = in_a_process("lots")
     expected = "SORA_KERNELS_CACHE_MB: expected a whole number of MiB of at least 0, got 'lots'"
     assert expected in result.stderr
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [("max\n", None), ("4000000000\n", 1000000000), (None, None)])
+def test_a_quarter_of_the_machine_is_kept(allowed, expected, tmp_path, monkeypatch):
+    monkeypatch.delenv("SORA_KERNELS_CACHE_MB", raising=False)
+    monkeypatch.setattr(memory, "_LIMIT_FILE", tmp_path / "memory.max")
+    if allowed is not None:
+        memory._LIMIT_FILE.write_text(allowed)
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert memory.cache_limit() == (installed // 4 if expected is None else min(installed // 4, expected))
