@@ -91,7 +91,12 @@ struct Multiplier {
   // C [rows, columns] (op)= A B. C is written up to whole vectors.
   template <Init init>
   static void multiply(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
-    gemm<init>(rows, columns, depth, a, b.data, b.row, c, ldc);
+    gemm<MultiplyAdd>(rows, columns, depth, a, b.data, b.row, ToMatrix<init>{c, ldc});
+  }
+  // A B to an `Out` as gemm.h has it; `room` for rows x padded(columns) floats may be needed on the way.
+  template <class Out>
+  static void multiply_to(Out out, int rows, int columns, int depth, Left a, Right b, float*) {
+    gemm<MultiplyAdd>(rows, columns, depth, a, b.data, b.row, out);
   }
   // Where the caller will subtract numbers close to C: in two sums of half the length, which round less.
   static void multiply_precisely(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {

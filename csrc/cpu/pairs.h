@@ -84,7 +84,11 @@ struct Multiplier<bfloat16> {
 
   template <Init init>
   static void multiply(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
-    gemm<init, MultiplyAddPairs>(rows, columns, words(depth), a, b.data, b.row, c, ldc);
+    gemm<MultiplyAddPairs>(rows, columns, words(depth), a, b.data, b.row, ToMatrix<init>{c, ldc});
+  }
+  template <class Out>
+  static void multiply_to(Out out, int rows, int columns, int depth, Left a, Right b, float*) {
+    gemm<MultiplyAddPairs>(rows, columns, words(depth), a, b.data, b.row, out);
   }
   static void multiply_precisely(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
     multiply<Init::kZero>(rows, columns, depth, a, b, c, ldc);

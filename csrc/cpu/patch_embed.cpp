@@ -129,6 +129,20 @@ typename Multiplier<T>::Left left_of(T* x, int rows, int k, float* room) {
     return Multiplier<T>::left(x, k, rows, k, room);
 }
 
+// Where the product of patches and a column block of the weight goes: into tokens, with the bias.
+template <class T>
+struct ToTokens {
+  T* tokens;
+  int64_t stride;
+  const float* bias;
+  int columns;
+  bool stream;
+  SORA_INLINE ToTokens at(int i, int j) const { return {tokens + i * stride + j, stride, bias + j, columns - j, stream}; }
+  SORA_INLINE void put(int i, int j, vf x) const {
+    write_lanes(tokens + i * stride + j, x + load(bias + j), columns - j < W ? columns - j : W, stream);
+  }
+};
+
 template <class T>
 struct ForwardRoom {
   T* patches;
@@ -145,9 +159,13 @@ void embed_forward(const PatchEmbed& a) {
   const Sizes size(a.weight);
   const Runs runs(a, a.videos);
   const int d = static_cast<int>(size.d), k = static_cast<int>(size.k), blocks = (d + kColumns - 1) / kColumns;
-  const T *weight = static_cast<const T*>(a.weight.data), *bias = static_cast<const T*>(a.bias.data);
+  const T* weight = static_cast<const T*>(a.weight.data);
   const int64_t weight_size = M::right_size(k, kColumns);
   const Shared weights(blocks * weight_size);  // column block b of the transposed weight, an operand [k, kColumns]
+  const Shared bias(blocks * kColumns);
+  each_vector(d, [&](int64_t i, int lanes) {
+    store(bias.data + i, a.bias ? load_lanes(static_cast<const T*>(a.bias.data) + i, lanes) : vf{});
+  });
   const auto columns_of = [=](int64_t b) { return static_cast<int>(d - b * kColumns < kColumns ? d - b * kColumns : kColumns); };
   parallel_for(blocks, [&](int64_t b) {
     M::right_transposed(weight + b * kColumns * k, k, columns_of(b), k, weights.data + b * weight_size);
@@ -164,15 +182,9 @@ void embed_forward(const PatchEmbed& a) {
     for (int64_t b = 0; b < blocks; ++b) {
       const int columns = columns_of(b);
       const typename M::Right right = M::right_room(weights.data + b * weight_size, k, columns);
-      M::template multiply<Init::kZero>(rows, columns, k, patches, right, room.product, kColumns);
-      for (int64_t row = 0; row < rows; ++row) {
-        T* out = static_cast<T*>(a.tokens.data) + (g.first + run.begin + row) * d + b * kColumns;
-        each_vector(columns, [&](int64_t i, int lanes) {
-          vf x = load(room.product + row * kColumns + i);
-          if (bias != nullptr) x += load_lanes(bias + b * kColumns + i, lanes);
-          write_lanes(out + i, x, lanes, stream);
-        });
-      }
+      T* tokens = static_cast<T*>(a.tokens.data) + (g.first + run.begin) * d + b * kColumns;
+      M::multiply_to(ToTokens<T>{tokens, d, bias.data + b * kColumns, columns, stream}, rows, columns, k, patches, right,
+                     room.product);
     }
     if (stream) finish_streams();
   });

@@ -143,6 +143,13 @@ class Multiplier {
         block(steps(depth), a.tiles + i / 16 * a.next, a.next, b.tiles + j / 16 * b.next, b.next, c + i * ldc + j, ldc);
       }
   }
+  template <class Out>
+  static void multiply_to(Out out, int rows, int columns, int depth, Left a, Right b, float* room) {
+    const int64_t row = (columns + 31) / 32 * 32;
+    multiply<Init::kZero>(rows, columns, depth, a, b, room, row);
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; j += W) out.put(i, j, load(room + i * row + j));
+  }
   static void multiply_precisely(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
     multiply<Init::kZero>(rows, columns, depth, a, b, c, ldc);
   }
