@@ -47,14 +47,14 @@ def latents(layout: PackedLayout, dtype: torch.dtype, grad: bool = False) -> Ten
     return [randn(CHANNELS, *shape, dtype=dtype, grad=grad) for shape in shapes]
 
 
-def patch_embedding(dtype: torch.dtype, which: str) -> Race:
+def patch_embedding(dtype: torch.dtype, which: str, layout: PackedLayout = LAYOUT) -> Race:
     """A list of latents to packed tokens; with the backward, the gradients of weight and bias."""
     torch.manual_seed(0)
     backward = which != FORWARD
-    videos = latents(LAYOUT, dtype)
+    videos = latents(layout, dtype)
     weight, bias = randn(WIDTH, CHANNELS, *PATCH, dtype=dtype, grad=backward), randn(WIDTH, dtype=dtype, grad=backward)
-    dtokens = randn(LAYOUT.num_tokens, WIDTH, dtype=dtype)
-    split = LAYOUT.unpack(dtokens)
+    dtokens = randn(layout.num_tokens, WIDTH, dtype=dtype)
+    split = layout.unpack(dtokens)
 
     def conv(videos: Tensors, weight: Tensor, bias: Tensor) -> Tensors:
         return [F.conv3d(video[None], weight, bias, stride=PATCH)[0].flatten(1).T for video in videos]
@@ -66,7 +66,7 @@ def patch_embedding(dtype: torch.dtype, which: str) -> Race:
     def join(results: Tensors) -> Tensors:
         return [torch.cat(results[: len(videos)]), *results[len(videos) :]]
 
-    flops, moved = 2e-9 * LAYOUT.num_tokens * weight.numel(), gigabytes(*videos, weight, bias, dtokens)
+    flops, moved = 2e-9 * layout.num_tokens * weight.numel(), gigabytes(*videos, weight, bias, dtokens)
     work = {"gflops": of_pass(which, flops, flops), "gbps": of_pass(which, moved, moved)}  # gradients in their tensors' place
     rows = {
         OURS: Implementation(lambda *xs: patch_embed_3d(*xs, patch_size=PATCH)[0]),
@@ -75,7 +75,8 @@ def patch_embedding(dtype: torch.dtype, which: str) -> Race:
         "einops + linear, packed": Implementation(lambda *xs: torch.cat(linear(*xs))),
         "copy": copied(work["gbps"]),
     }
-    return Race("patch_embed_3d", dtype, which, work, [videos, weight, bias], [dtokens], lambda *xs: torch.cat(linear(*xs)), rows)
+    name = "patch_embed_3d" if layout is LAYOUT else f"patch_embed_3d, {'x'.join(map(str, videos[0].shape[1:]))}"
+    return Race(name, dtype, which, work, [videos, weight, bias], [dtokens], lambda *xs: torch.cat(linear(*xs)), rows)
 
 
 def patches(dtype: torch.dtype, which: str, *, cut: bool) -> Race:
@@ -104,6 +105,11 @@ def patches(dtype: torch.dtype, which: str, *, cut: bool) -> Race:
     return Race("patchify_3d" if cut else "unpatchify_3d", dtype, which, {"gbps": work}, inputs, cotangents, peer, rows)
 
 
+# T, H and W of a latent, and what it packs to.
+LATENTS = {
+    f"{t}x{h}x{w}": PackedLayout.from_grids([(t, h // 2, w // 2)], LAYOUT.device)
+    for t, h, w in ((16, 64, 64), (8, 32, 32), (1, 64, 64), (1, 32, 32))
+}
 CASES = [(torch.float32, FORWARD), (torch.float32, BOTH), (torch.bfloat16, FORWARD)]
 CASES += [(torch.bfloat16, BOTH), (torch.bfloat16, BACKWARD)] if ON_GPU else []
 
@@ -112,6 +118,13 @@ CASES += [(torch.bfloat16, BOTH), (torch.bfloat16, BACKWARD)] if ON_GPU else []
 @pytest.mark.parametrize(("dtype", "which"), CASES, ids=IDS.get)
 def test_patch_embed(measure, implementation, dtype, which):
     measure(implementation, patch_embedding, dtype, which)
+
+
+@pytest.mark.parametrize("implementation", [OURS, *PEERS[:2]])
+@pytest.mark.parametrize("dtype", [MAIN] if ON_GPU else [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("latent", LATENTS, ids=LATENTS.keys())
+def test_one_latent(measure, implementation, latent, dtype):
+    measure(implementation, patch_embedding, dtype, FORWARD, LATENTS[latent])
 
 
 @pytest.mark.parametrize("implementation", [OURS, "einops per video", *COPY])
