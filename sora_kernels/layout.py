@@ -112,8 +112,7 @@ class PackedLayout:
         self.grid = _rows([span.grid for span in flat], np.int32)
         self.origin = _rows([span.origin for span in flat], np.float32)
         self.step = _rows([span.step for span in flat], np.float32)
-        t, h, w = self.grid.numpy().T
-        self.cu_frames = _boundaries(np.repeat(h * w, t))
+        self.cu_frames = _boundaries([h * w for t, h, w in (span.grid for span in flat) for _ in range(t)])
         if device is not None:
             self._move(device)
 
@@ -207,10 +206,8 @@ class PackedLayout:
         )
 
 
-def _boundaries(lengths: Sequence[int] | np.ndarray) -> Tensor:
-    boundaries = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=boundaries[1:])
-    return torch.from_numpy(boundaries)
+def _boundaries(lengths: Iterable[int]) -> Tensor:
+    return torch.from_numpy(np.array([*itertools.accumulate(lengths, initial=0)], np.int32))
 
 
 def _rows(rows: list, dtype: type) -> Tensor:
