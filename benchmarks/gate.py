@@ -36,6 +36,15 @@ def ratios_of(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def lowest(*runs: dict[str, Any]) -> dict[str, Any]:
+    """The first run's ratios, each as the run on its machine has it that has the lowest: a lucky moment is nothing to hold to."""
+    first, *others = map(ratios_of, runs)
+    for other in others:
+        if other["machine"] == first["machine"]:
+            first["ratios"] = {test: min(ratio, other["ratios"].get(test, ratio)) for test, ratio in first["ratios"].items()}
+    return first
+
+
 def measured(tests: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"

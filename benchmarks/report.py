@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gate import machine_of, ratios_of
+from benchmarks.gate import lowest, machine_of
 from benchmarks.race import OURS
 
 UNITS = {"useful_gflops": "GFLOP/s", "useful_gbps": "GB/s"}
@@ -117,10 +117,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="what --benchmark-json or --results wrote")
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="what --benchmark-json or --results wrote; earlier runs after the last"
+    )
     parser.add_argument("--out", type=Path, help="folder for the table, the plot and the ratios; without it, the table is printed")
     arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text())
+    results, *earlier = (json.loads(path.read_text()) for path in arguments.results)
     rows = rows_of(results)
     if arguments.out is None:
         print(table(rows))
@@ -132,7 +134,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "benchmarks.md").write_text(f"# Benchmarks\n\n{summary}\n\n![](benchmarks.png)\n\n{table(rows)}\n")
     plot(rows, arguments.out / "benchmarks.png")
-    (arguments.out / "ratios.json").write_text(json.dumps(ratios_of(results), indent=1) + "\n")
+    (arguments.out / "ratios.json").write_text(json.dumps(lowest(results, *earlier), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 A fresh CPU tensor of many megabytes costs more in page faults than a memory-bound kernel needs to fill it, so memory of large
 outputs that nobody uses any more is kept for the next ones, as torch does on a GPU. The tensors are ordinary ones, except that
-their storage cannot be resized in place. At most a quarter of the machine's memory is kept, or as many MiB as the environment
-variable `SORA_KERNELS_CACHE_MB` says; 0 keeps nothing. A training step frees all that it kept for its backward at once and asks for
-it again: what the limit does not let it keep costs page faults in every step.
+their storage cannot be resized in place. What is kept and what is in use are at most twice what was once in use at the same time,
+and what is kept is at most a quarter of the machine's memory (or of the container's), or as many MiB as the environment variable
+`SORA_KERNELS_CACHE_MB` says, for each process; 0 keeps nothing. A training step frees all that it held for its backward at once and
+asks for it again: what the limit does not let it keep costs page faults in every step.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 LARGE = 4 << 20  # bytes; below, malloc keeps memory by itself
-_LIMIT_FILE = Path("/sys/fs/cgroup/memory.max")  # "max", or the bytes that a container may use
+# Where a container finds how many bytes it may use, "max" for no limit: cgroup 2 and 1.
+_LIMIT_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @functools.cache
@@ -51,8 +53,8 @@ def cache_limit() -> int:
 def _machine_bytes() -> int:
     """The machine's memory, or the container's."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    allowed = _LIMIT_FILE.read_text().strip() if _LIMIT_FILE.is_file() else ""
-    return min(installed, int(allowed)) if allowed.isdecimal() else installed
+    allowed = [file.read_text().strip() for file in _LIMIT_FILES if file.is_file()]
+    return min([installed, *(int(text) for text in allowed if text.isdecimal())])
 
 
 def cached_bytes() -> int:

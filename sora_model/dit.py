@@ -95,15 +95,15 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Sequential):
-    """Two linear layers with a GELU between them, in one pass with the first one's bias."""
+    """Two linear layers with a GELU between them, in one pass with the first one's bias; weights are named as in a Sequential."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         first: nn.Linear = self[0]  # type: ignore[assignment]
-        second = self[2]
-        return second(bias_gelu(F.linear(x, first.weight), first.bias))
+        hidden = F.linear(x, first.weight)
+        return self[2](bias_gelu(hidden, first.bias.to(hidden)))  # autocast leaves the bias as it is
 
 
 class Block(nn.Module):

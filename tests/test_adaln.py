@@ -7,12 +7,15 @@ from functools import partial
 import pytest
 import torch
 from tolerance import (  # noqa: F401
+    LARGE_WIDTHS,
     Case,
     Target,
     assert_bit_equal,
     assert_zero,
     check_accuracy,
+    check_large,
     check_rejected,
+    large_lengths,
     test_any_strides,
     test_compiled,
     test_default_backend,
@@ -179,13 +182,13 @@ def gate_modulate(cu, residual, x, gate, shift, scale, weight):
     return ops.gate_residual_layer_norm_modulate(residual, x, gate, shift, scale, cu, weight=weight)
 
 
-def make_case(op, operator: str, names: list[str], weights: list[str], target: Target) -> Case:
-    inputs = make_inputs(target, names + weights, d=72)
+def make_case(op, operator: str, names: list[str], weights: list[str], target: Target, lengths=LENGTHS, d=72) -> Case:
+    inputs = make_inputs(target, names + weights, lengths, d=d)
     shared = [inputs.pop(name) for name in weights]
-    cu = target.boundaries(*LENGTHS)
+    cu = target.boundaries(*lengths)
     parts = [
         (target.boundaries(n), [x[r : r + 1] if name in ROWS else x[cu[r] : cu[r + 1]] for name, x in inputs.items()])
-        for r, n in enumerate(LENGTHS)
+        for r, n in enumerate(lengths)
     ]
     return Case.of_samples(op, cu, parts, {f"{operator}_forward", f"{operator}_backward"}, *shared)
 
@@ -256,20 +259,7 @@ def test_missing_tensor(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("d", [1024, 1000, 333])
-def test_large_outputs_equal_small_ones(d: int, dtype: torch.dtype) -> None:
-    """Large outputs pass the caches by, where rows are aligned; the numbers are the same."""
-    tokens = (12 << 20) // (d * dtype.itemsize) // 2
-    x, y = torch.randn(2, 2 * tokens, d).to(dtype)
-    gate, shift, scale = torch.randn(3, 1, d).to(dtype)
-    runs = (
-        lambda x, y, cu, r: (ops.layer_norm_modulate(x, r(shift), r(scale), cu),),
-        lambda x, y, cu, r: (ops.gate_residual(x, y, r(gate), cu),),
-        lambda x, y, cu, r: ops.gate_residual_layer_norm_modulate(x, y, r(gate), r(shift), r(scale), cu),
-    )
-    one = torch.tensor([0, tokens], dtype=torch.int32)
-    both = torch.tensor([0, tokens, 2 * tokens], dtype=torch.int32)
-    for run in runs:
-        halves = [run(x[part], y[part], one, lambda row: row) for part in (slice(tokens), slice(tokens, None))]
-        for whole, *parts in zip(run(x, y, both, lambda row: row.repeat(2, 1)), *halves, strict=True):
-            assert torch.equal(whole, torch.cat(parts))
+@pytest.mark.parametrize("d", LARGE_WIDTHS)
+@pytest.mark.parametrize("name", OPS)
+def test_large(name: str, d: int, dtype: torch.dtype) -> None:
+    check_large(OPS[name](Target("cpu", "cpu", dtype), lengths=large_lengths(d, dtype), d=d))

@@ -16,6 +16,7 @@ from tolerance import (  # noqa: F401
     assert_zero,
     check_accuracy,
     check_rejected,
+    check_threads,
     run,
     test_any_strides,
     test_compiled,
@@ -30,7 +31,6 @@ from torch.nn.attention.varlen import varlen_attn as torch_varlen_attn
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 from sora_kernels import attention as ops
-from sora_kernels.backends import use_backend
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.reference import attention as reference
 
@@ -139,14 +139,7 @@ def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     target = Target("cpu", "cpu", dtype)
     for heads, length, d in (((1, 1), 700, 64), ((6, 2), 130, 32)):
         inputs = [target.randn(1, length, h, d) for h in (heads[0], heads[1], heads[1])]
-        before, results = torch.get_num_threads(), []
-        for threads in (1, 2, 16):
-            torch.set_num_threads(threads)
-            with use_backend("cpu"):
-                results.append(run(ops.flash_attn_func, inputs))
-        torch.set_num_threads(before)
-        for other in results[1:]:
-            assert_bit_equal(other[0] + other[1], results[0][0] + results[0][1])
+        check_threads(ops.flash_attn_func, inputs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

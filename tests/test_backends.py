@@ -132,8 +132,8 @@ def test_forced_tier_runs(tier):
 # A little of everything that is compiled once per tier.
 SAMPLE = (
     "test_long or cpu-cpu and "
-    "(d72 or gqa or everything or test_spatiotemporal or without_gradient or qk_norm_rope or test_layer_norm_modulate "
-    "or test_bias_gelu)"
+    "(d72 or gqa or everything or test_spatiotemporal or test_patch_embed or qk_norm_rope or layer_norm_modulate "
+    "or test_gate_residual or test_bias_gelu)"
 )
 
 

@@ -83,12 +83,17 @@ def test_gate() -> None:
     """A ratio may fall by 15%, a row may be new; one that is gone, or has fallen further, is found."""
     machine = {"cpu": {}, "processor": "a cpu", "device": "2 threads", "torch": "2.13"}
 
-    def results(**ratios: float | None) -> dict:
+    def measured(**ratios: float | None) -> dict:
         rows = [{"fullname": name, "extra_info": {} if ratio is None else {"speedup": ratio}} for name, ratio in ratios.items()]
-        return gate.ratios_of({"machine_info": machine, "benchmarks": rows})
+        return {"machine_info": machine, "benchmarks": rows}
+
+    def results(**ratios: float | None) -> dict:
+        return gate.ratios_of(measured(**ratios))
 
     committed = results(ours=None, same=1.5, lower=2.0, fallen=2.0, gone=3.0)
     assert committed["machine"] == "a cpu, 2 threads, torch 2.13"
     assert set(committed["ratios"]) == {"same", "lower", "fallen", "gone"}
     now = results(ours=None, same=1.5, lower=1.71, fallen=1.69, new=0.1)
     assert gate.fallen(committed["ratios"], now["ratios"]) == ["fallen", "gone"]
+    another = {**measured(a=0.1), "machine_info": {**machine, "torch": "2.12"}}
+    assert gate.lowest(measured(a=2.0, b=1.0), measured(a=1.5, b=3.0, c=1.0), another)["ratios"] == {"a": 1.5, "b": 1.0}

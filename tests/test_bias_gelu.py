@@ -3,10 +3,13 @@
 import pytest
 import torch
 from tolerance import (  # noqa: F401
+    LARGE_WIDTHS,
     Case,
     Target,
     check_accuracy,
+    check_large,
     check_rejected,
+    large_lengths,
     test_any_strides,
     test_compiled,
     test_default_backend,
@@ -60,10 +63,10 @@ def test_far_out(target: Target) -> None:
         torch.testing.assert_close(x.grad, slope, rtol=0, atol=0, equal_nan=True)
 
 
-def make_case(target: Target) -> Case:
-    parts = [(None, [target.randn(n, 72)]) for n in (37, 1, 0, 12)]
+def make_case(target: Target, lengths=(37, 1, 0, 12), d=72) -> Case:
+    parts = [(None, [target.randn(n, d)]) for n in lengths]
     operators = {"bias_gelu_forward", "bias_gelu_backward"}
-    return Case.of_samples(lambda _, x, bias: bias_gelu(x, bias), None, parts, operators, target.randn(72))
+    return Case.of_samples(lambda _, x, bias: bias_gelu(x, bias), None, parts, operators, target.randn(d))
 
 
 OPS = {"bias_gelu": make_case}
@@ -85,17 +88,6 @@ def test_bad_input(wrong: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("d", [1024, 1000, 333])
-def test_large_outputs_equal_small_ones(d: int, dtype: torch.dtype) -> None:
-    """Large outputs pass the caches by, where rows are aligned; the numbers are the same."""
-    tokens = (12 << 20) // (d * dtype.itemsize) // 2
-    x, dout = torch.randn(2, 2 * tokens, d).to(dtype)
-    bias = torch.randn(d).to(dtype)
-
-    def run(part: slice) -> tuple[Tensor, Tensor]:
-        leaf = x[part].clone().requires_grad_()
-        y = bias_gelu(leaf, bias)
-        return y.detach(), torch.autograd.grad(y, leaf, dout[part])[0]
-
-    for whole, *parts in zip(run(slice(None)), run(slice(tokens)), run(slice(tokens, None)), strict=True):
-        assert torch.equal(whole, torch.cat(parts))
+@pytest.mark.parametrize("d", LARGE_WIDTHS)
+def test_large(d: int, dtype: torch.dtype) -> None:
+    check_large(make_case(Target("cpu", "cpu", dtype), large_lengths(d, dtype), d))

@@ -120,8 +120,19 @@ def test_a_wrong_limit_is_named():
 @pytest.mark.parametrize(("allowed", "expected"), [("max\n", None), ("4000000000\n", 1000000000), (None, None)])
 def test_a_quarter_of_the_machine_is_kept(allowed, expected, tmp_path, monkeypatch):
     monkeypatch.delenv("SORA_KERNELS_CACHE_MB", raising=False)
-    monkeypatch.setattr(memory, "_LIMIT_FILE", tmp_path / "memory.max")
+    file = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "_LIMIT_FILES", (file, tmp_path / "absent"))
     if allowed is not None:
-        memory._LIMIT_FILE.write_text(allowed)
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert memory.cache_limit() == (installed // 4 if expected is None else min(installed // 4, expected))
+        file.write_text(allowed)
+    quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    assert memory.cache_limit() == (quarter if expected is None else min(quarter, expected))
+
+
+def test_sizes_that_never_come_back_do_not_pile_up():
+    code = (
+        "import torch; from sora_kernels import memory; x = torch.zeros(1)\n"
+        "for rows in range(2000, 4000, 100): memory.empty(x, (rows, 4096))\n"
+        "print(memory.cached_bytes() <= 2 * 64 * 2**20)"  # the largest is 62 MiB
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr

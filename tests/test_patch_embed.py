@@ -5,12 +5,15 @@ from functools import partial
 import pytest
 import torch
 from tolerance import (  # noqa: F401
+    LARGE_WIDTHS,
     Case,
     Target,
     assert_bit_equal,
     assert_zero,
     check_accuracy,
     check_rejected,
+    check_threads,
+    large_lengths,
     run,
     test_any_strides,
     test_compiled,
@@ -169,3 +172,18 @@ BAD = {
 @pytest.mark.parametrize(("name", "wrong", "message"), [(name, *row) for name, rows in BAD.items() for row in rows])
 def test_bad_input(name: str, wrong: dict, message: str) -> None:
     check_rejected(getattr(ops, name), {**GOOD[name], **wrong}, f"{name}: {message}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", LARGE_WIDTHS)
+def test_large(d: int, dtype: torch.dtype) -> None:
+    """Large outputs, which pass the caches by, have the bits of small ones, and of any number of threads."""
+    target, (tokens, _) = Target("cpu", "cpu", dtype), large_lengths(d, dtype)
+    case = {"patch_size": (1, 2, 2), "grids": [(1, 1, tokens)] * 2, "d": d}
+    videos, weights = make_videos(target, **case), make_weights(target, **case)
+
+    def embed(weight: Tensor, bias: Tensor, *clips: Tensor) -> Tensor:
+        return ops.patch_embed_3d(clips, weight, bias, patch_size=case["patch_size"])[0]
+
+    (together,), _ = check_threads(embed, [*weights, *videos])
+    assert_bit_equal([together], [torch.cat([embed(*weights, video) for video in videos])])

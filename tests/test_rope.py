@@ -11,7 +11,9 @@ from tolerance import (  # noqa: F401
     Target,
     assert_zero,
     check_accuracy,
+    check_large,
     check_rejected,
+    large_lengths,
     test_any_strides,
     test_compiled,
     test_default_backend,
@@ -275,16 +277,13 @@ def test_missing_tensor(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [64, 72])
-def test_large_outputs_equal_small_ones(d: int, dtype: torch.dtype) -> None:
-    """Large outputs pass the caches by, where rows are aligned; the numbers are the same."""
-    tokens = (12 << 20) // (4 * d * dtype.itemsize) // 2
-    one, both = PackedLayout.from_grids([(1, 1, tokens)]), PackedLayout.from_grids([(1, 1, tokens)] * 2)
-    q, k = torch.randn(2, 2 * tokens, 4, d).to(dtype)
-    weight = torch.rand(d).to(dtype)
-    for run in (
-        lambda q, k, layout: (ops.rope_3d(q, layout),),
-        lambda q, k, layout: ops.qk_norm_rope_3d(q, k, weight, None, layout),
-    ):
-        halves = [run(q[part], k[part], one) for part in (slice(tokens), slice(tokens, None))]
-        for whole, *parts in zip(run(q, k, both), *halves, strict=True):
-            assert torch.equal(whole, torch.cat(parts))
+@pytest.mark.parametrize("name", ["rope_3d", "qk_norm_rope_3d"])
+def test_large(name: str, d: int, dtype: torch.dtype) -> None:
+    target, lengths = Target("cpu", "cpu", dtype), large_lengths(4 * d, dtype)
+    layout = PackedLayout.from_grids([(1, 1, n) for n in lengths])
+    parts = [(PackedLayout.from_grids([(1, 1, n)]), [target.randn(n, 4, d) for _ in range(2)]) for n in lengths]
+    if name == "rope_3d":
+        parts = [(each, inputs[:1]) for each, inputs in parts]
+        check_large(Case.of_samples(lambda layout, x: ops.rope_3d(x, layout), layout, parts, {"rope_3d"}))
+    else:
+        check_large(Case.of_samples(norm_and_turn, layout, parts, BOTH, *(1 + target.randn(d, scale=0.3) for _ in range(2))))

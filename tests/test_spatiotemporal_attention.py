@@ -13,6 +13,7 @@ from tolerance import (  # noqa: F401
     assert_zero,
     check_accuracy,
     check_rejected,
+    check_threads,
     error,
     run,
     test_any_strides,
@@ -25,7 +26,6 @@ from tolerance import (  # noqa: F401
 from torch import Tensor
 
 from sora_kernels.attention import spatiotemporal_attention
-from sora_kernels.backends import use_backend
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.reference import attention as reference
 
@@ -110,14 +110,7 @@ def test_long(case: str) -> None:
     target, layout = Target("cpu", "cpu", torch.float32), PackedLayout.from_spans([spans])
     inputs = [target.randn(layout.num_tokens, h, d) for h in (2, 1, 1)]
     visible = window_mask(layout, **options)
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        with use_backend("cpu"):
-            results.append(run(partial(spatiotemporal_attention, layout=layout, **options), inputs))
-    torch.set_num_threads(before)
-    actual, other = results
-    assert_bit_equal(actual[0] + actual[1], other[0] + other[1])
+    actual = check_threads(partial(spatiotemporal_attention, layout=layout, **options), inputs, counts=(1, 3))
     exact = run(lambda q, k, v: plain_sample(q, k, v, visible)[0], [x.double() for x in inputs])
     for got, right in zip(actual[0] + actual[1], exact[0] + exact[1], strict=True):
         assert error(got, right) < 3e-6 * right.abs().max()

@@ -168,15 +168,11 @@ class Case:
         return self.op(self.layout, *arguments)
 
 
-# The tests below run for every entry of a test module's OPS, a dict of functions that make a Case for a target.
-
-
-def test_packed_equals_separate(target: Target, make_case: Callable[[Target], Case]) -> None:
+def check_packed(case: Case) -> None:
     """The packed batch has the bits of its samples run one by one; gradients agree.
 
     The cotangents are the outputs themselves, which makes them the same on both sides.
     """
-    case = make_case(target)
     together = run(case, case.arguments, torch.clone)
     apart = [run(partial(case.op, layout), sample + case.shared, torch.clone) for layout, sample in case.parts]
     for i, output in enumerate(together[0]):
@@ -190,6 +186,42 @@ def test_packed_equals_separate(target: Target, make_case: Callable[[Target], Ca
         else:
             continue  # a weight's gradient rounded sample by sample is another number
         torch.testing.assert_close(gradient, expected, rtol=0, atol=AGREE_PACKED * max(1, largest(expected)))
+
+
+def check_threads(function: Callable, inputs: Iterable[Tensor], counts: Sequence[int] = (1, 2, 16)) -> Run:
+    """The CPU kernels give the same bits, backward included, for any number of threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            with backends.use_backend("cpu"):
+                results.append(run(function, inputs))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_bit_equal(other[0] + other[1], results[0][0] + results[0][1])
+    return results[0]
+
+
+# Widths of rows that are whole vectors, begin where vectors do, or neither.
+LARGE_WIDTHS = (1024, 1000, 333)
+
+
+def large_lengths(width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Tokens of two samples of 6 MiB: together their outputs pass the caches by, alone they do not."""
+    return ((6 << 20) // (width * dtype.itemsize),) * 2
+
+
+def check_large(case: Case) -> None:
+    check_packed(case)
+    check_threads(case, case.arguments)
+
+
+# The tests below run for every entry of a test module's OPS, a dict of functions that make a Case for a target.
+
+
+def test_packed_equals_separate(target: Target, make_case: Callable[[Target], Case]) -> None:
+    check_packed(make_case(target))
 
 
 def test_repeatable(target: Target, make_case: Callable[[Target], Case]) -> None:

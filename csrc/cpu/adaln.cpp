@@ -227,30 +227,25 @@ void backward(const AdaLn& a) {
   });
   for (int64_t n = used_tokens(a); n < a.x.size[0]; ++n) zero_row<T>(a.dx, n), zero_row<T>(a.dresidual, n);
 
-  parallel_for((d + 4 * W - 1) / (4 * W), [&](int64_t block) {
-    const int64_t column = block * 4 * W;
-    each_vector(d - column < 4 * W ? d - column : 4 * W, [&](int64_t offset, int lanes) {
-      const int64_t i = column + offset;
-      const vf one = vf{} + 1.0f;
-      const vf weight = a.weight ? load_lanes(static_cast<const T*>(a.weight.data) + i, lanes) : one;
-      const vf bias = a.bias ? load_lanes(static_cast<const T*>(a.bias.data) + i, lanes) : vf{};
-      Total dweight, dbias;
-      for (int64_t r = 0; r < rows; ++r) {
-        Total totals[kSums];
-        for (int64_t item = first[r]; item < first[r + 1]; ++item)
-          for (int k = 0; k < kSums; ++k) totals[k].add(load_lanes(partial.data() + item * stride + k * d + i, lanes));
-        const vf total[kSums] = {totals[kShift].value(), totals[kScale].value(), totals[kGate].value()};
-        if (a.scale) {
-          store_lanes(row<T>(a.dshift, r) + i, total[kShift], lanes);
-          store_lanes(row<T>(a.dscale, r) + i, total[kScale] * weight + total[kShift] * bias, lanes);
-          const vf factor = 1.0f + load_lanes(row<const T>(a.scale, r) + i, lanes);
-          dweight.add(total[kScale] * factor), dbias.add(total[kShift] * factor);
-        }
-        if (a.gate) store_lanes(row<T>(a.dgate, r) + i, total[kGate], lanes);
+  parallel_vectors(d, [&](int64_t i, int lanes) {
+    const vf one = vf{} + 1.0f;
+    const vf weight = a.weight ? load_lanes(static_cast<const T*>(a.weight.data) + i, lanes) : one;
+    const vf bias = a.bias ? load_lanes(static_cast<const T*>(a.bias.data) + i, lanes) : vf{};
+    Total dweight, dbias;
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto total = [&](Sum k) {
+        return column_sum(partial.data() + first[r] * stride + k * d + i, stride, first[r + 1] - first[r], lanes);
+      };
+      if (a.scale) {
+        const vf shift = total(kShift), scale = total(kScale), factor = 1.0f + load_lanes(row<const T>(a.scale, r) + i, lanes);
+        store_lanes(row<T>(a.dshift, r) + i, shift, lanes);
+        store_lanes(row<T>(a.dscale, r) + i, scale * weight + shift * bias, lanes);
+        dweight.add(scale * factor), dbias.add(shift * factor);
       }
-      if (a.dweight) store_lanes(static_cast<T*>(a.dweight.data) + i, dweight.value(), lanes);
-      if (a.dbias) store_lanes(static_cast<T*>(a.dbias.data) + i, dbias.value(), lanes);
-    });
+      if (a.gate) store_lanes(row<T>(a.dgate, r) + i, total(kGate), lanes);
+    }
+    if (a.dweight) store_lanes(static_cast<T*>(a.dweight.data) + i, dweight.value(), lanes);
+    if (a.dbias) store_lanes(static_cast<T*>(a.dbias.data) + i, dbias.value(), lanes);
   });
   free(first);
 }

@@ -29,7 +29,8 @@ SORA_INLINE Gelu gelu(vf u) {
   return {u * s, s + u * (e * r * r) * (kSlope + 3 * kSlope * kCubic * bounded)};
 }
 
-// body(item, begin, end, bias) for each item of tokens; bias [D] is float32, zeros if there is none.
+// body(item, begin, end, bias, room) for each item of tokens: bias [D] is float32, zeros if there is none; `scratch` floats of
+// room.
 template <class T, class Body>
 void each_item(const BiasGelu& a, int64_t scratch, Body body) {
   const int64_t tokens = a.x.size[0], d = a.x.size[1];
@@ -75,20 +76,15 @@ void backward(const BiasGelu& a) {
           const vf slope = gelu<T>(load_lanes(x + i, lanes) + load_lanes(bias + i, lanes)).slope;
           const vf gradient = load_lanes(dout + i, lanes) * slope;
           write_lanes(dx + i, gradient, lanes, stream);
-          store_lanes(group + i, load_lanes(group + i, lanes) + gradient, lanes);
+          if (biased) store_lanes(group + i, load_lanes(group + i, lanes) + gradient, lanes);
         });
       }
       if (biased) add_row(partial.data() + item * d, group, d);
     }
   });
   if (!biased) return;
-  parallel_for((d + 4 * W - 1) / (4 * W), [&](int64_t block) {
-    const int64_t column = block * 4 * W;
-    each_vector(d - column < 4 * W ? d - column : 4 * W, [&](int64_t offset, int lanes) {
-      Total total;
-      for (int64_t item = 0; item < items; ++item) total.add(load_lanes(partial.data() + item * d + column + offset, lanes));
-      store_lanes(static_cast<T*>(a.dbias.data) + column + offset, total.value(), lanes);
-    });
+  parallel_vectors(d, [&](int64_t i, int lanes) {
+    store_lanes(static_cast<T*>(a.dbias.data) + i, column_sum(partial.data() + i, d, items, lanes), lanes);
   });
 }
 

@@ -93,7 +93,7 @@ struct Multiplier {
   static void multiply(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
     gemm<MultiplyAdd>(rows, columns, depth, a, b.data, b.row, ToMatrix<init>{c, ldc});
   }
-  // A B to an `Out` as gemm.h has it; `room` for rows x padded(columns) floats may be needed on the way.
+  // A B to an `Out` as gemm.h has it; tiles need room for as many floats on the way, rows and columns rounded up to 16.
   template <class Out>
   static void multiply_to(Out out, int rows, int columns, int depth, Left a, Right b, float*) {
     gemm<MultiplyAdd>(rows, columns, depth, a, b.data, b.row, out);

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "simd.h"
+
 namespace sora::SORA_TIER {
 
 // body(i) for i in 0..count, in any order, on all threads; the pieces may differ in size.
@@ -15,6 +17,16 @@ template <class Body>
 void parallel_for(int64_t count, Body body) {
 #pragma omp parallel for schedule(dynamic, 1) if (count > 1)
   for (int64_t i = 0; i < count; ++i) body(i);
+}
+
+// body(i, lanes) for the vectors of a row of `length` elements, on all threads.
+template <class Body>
+void parallel_vectors(int64_t length, Body body) {
+  constexpr int64_t kBlock = 4 * W;
+  parallel_for((length + kBlock - 1) / kBlock, [&](int64_t block) {
+    const int64_t begin = block * kBlock, count = length - begin < kBlock ? length - begin : kBlock;
+    each_vector(count, [&](int64_t i, int lanes) { body(begin + i, lanes); });
+  });
 }
 
 // One block of floats per thread that only ever grows, so that a call allocates nothing once warm.

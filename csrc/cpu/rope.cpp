@@ -318,10 +318,8 @@ void norm_rope_backward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across
   for (int part = 0; part < 2; ++part) {
     if (!parts[part].dweight) continue;
     const float* first = partial.data() + part * sizes[0];
-    each_vector(sizes[part], [&](int64_t i, int lanes) {
-      Total sum_of_pieces;
-      for (int64_t piece = 0; piece < pieces; ++piece) sum_of_pieces.add(load_lanes(first + piece * both + i, lanes));
-      store_lanes(static_cast<T*>(parts[part].dweight.data) + i, sum_of_pieces.value(), lanes);
+    parallel_vectors(sizes[part], [&](int64_t i, int lanes) {
+      store_lanes(static_cast<T*>(parts[part].dweight.data) + i, column_sum(first + i, both, pieces, lanes), lanes);
     });
   }
 }

@@ -212,6 +212,13 @@ SORA_INLINE void add_row(float* to, const float* from, int64_t length) {
               [=](int64_t i, int lanes) { store_lanes(to + i, load_lanes(to + i, lanes) + load_lanes(from + i, lanes), lanes); });
 }
 
+// A vector of the column sums of `count` rows, `stride` apart, from `first` on.
+SORA_INLINE vf column_sum(const float* first, int64_t stride, int64_t count, int lanes) {
+  Total total;
+  for (int64_t n = 0; n < count; ++n) total.add(load_lanes(first + n * stride, lanes));
+  return total.value();
+}
+
 // ---- outputs that pass the caches by
 
 // A plain store first reads the line it writes and pushes another one out of the cache. An output that the caches cannot hold until

@@ -145,7 +145,7 @@ class Multiplier {
   }
   template <class Out>
   static void multiply_to(Out out, int rows, int columns, int depth, Left a, Right b, float* room) {
-    const int64_t row = (columns + 31) / 32 * 32;
+    const int64_t row = padded(columns);
     multiply<Init::kZero>(rows, columns, depth, a, b, room, row);
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < columns; j += W) out.put(i, j, load(room + i * row + j));

@@ -4,7 +4,7 @@
 //
 // A block owns kTokens tokens of as many vectors as it has threads; a thread goes down the columns of one, with kTogether tokens in
 // flight, and adds their gradients of the bias in float32. Each element moves once: 2 D elements a token forward, 3 D backward, and
-// D / 16 (2-byte types) of sums, which sum_blocks adds in order.
+// D / 8 (2-byte types) of sums, which sum_blocks reads back and adds in a fixed order.
 #include "common.cuh"
 #include "kernels.h"
 

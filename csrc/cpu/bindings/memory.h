@@ -2,8 +2,9 @@
 //
 // To the system, a fresh output of many megabytes is a promise: each of its pages is found and zeroed when first written, which
 // takes longer than a memory-bound kernel needs to fill it. So memory of outputs that are no longer used stays here and serves the
-// next output of about that size, as torch does on a GPU. Blocks are whole huge pages, so that a block's first use costs one fault
-// per 2 MiB and not per 4 KiB.
+// next output of about that size, as torch does on a GPU. All blocks together are at most twice what was once in use at the same
+// time, so that outputs of ever new sizes do not pile up: the sizes of one model take turns in less, and a backward's in as much as
+// they take. Blocks are whole huge pages, so that a block's first use costs one fault per 2 MiB and not per 4 KiB.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -51,15 +52,22 @@ class Pool {
         const Block block = *best;
         free_.erase(best);
         cached_ -= block.bytes;
+        use(block.bytes);
         return block;
       }
+      use(bytes);
+      trim(limit_);
     }
     void* data = aligned_alloc(kHugePage, bytes);
     if (data == nullptr) {
       shrink(0);
       data = aligned_alloc(kHugePage, bytes);
     }
-    if (data == nullptr) throw std::bad_alloc();
+    if (data == nullptr) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      used_ -= bytes;
+      throw std::bad_alloc();
+    }
 #if defined(__linux__)
     madvise(data, bytes, MADV_HUGEPAGE);
 #endif
@@ -70,6 +78,7 @@ class Pool {
     std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back(block);
     cached_ += block.bytes;
+    used_ -= block.bytes;
     trim(limit_);
   }
 
@@ -91,8 +100,13 @@ class Pool {
   }
 
  private:
+  void use(size_t bytes) {
+    used_ += bytes;
+    most_ = std::max(most_, used_);
+  }
+
   void trim(size_t bytes) {
-    while (cached_ > bytes) {
+    while (cached_ > bytes || (cached_ > 0 && cached_ + used_ > 2 * most_)) {
       cached_ -= free_.front().bytes;
       free(free_.front().data);
       free_.pop_front();
@@ -101,7 +115,7 @@ class Pool {
 
   std::mutex mutex_;
   std::deque<Block> free_;  // longest unused first
-  size_t cached_ = 0, limit_ = size_t{1} << 30;
+  size_t cached_ = 0, used_ = 0, most_ = 0, limit_ = 0;
 };
 
 // A contiguous tensor of like's type and dtype, contents undefined, whose memory goes back to the pool with its last reference.
