@@ -9,7 +9,6 @@ from tolerance import (  # noqa: F401
     Case,
     Target,
     assert_bit_equal,
-    assert_zero,
     check_accuracy,
     check_rejected,
     check_threads,

@@ -275,6 +275,16 @@ def test_missing_tensor(name: str) -> None:
                 function(*{**good, key: None}.values())
 
 
+def test_subnormal_bfloat16() -> None:
+    """Where one instruction rounds to bfloat16, subnormal numbers become zero; on other tiers they stay, as all others do."""
+    x = torch.tensor([1e-39, -1e-39, 1.2e-38, -3e38, 0.0, 1.0, -2.0, 3.0]).bfloat16().repeat(6, 2, 1)
+    standing = PackedLayout.from_spans([[Span.text(6)]])
+    flushed = backends.BACKENDS["cpu"].load().isa() in ("avx512bf16", "amx")
+    subnormal = x.float().abs() < torch.finfo(torch.bfloat16).tiny
+    with backends.use_backend("cpu"):
+        assert torch.equal(ops.rope_3d(x, standing), x.masked_fill(subnormal & flushed, 0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [64, 72])
 @pytest.mark.parametrize("name", ["rope_3d", "qk_norm_rope_3d"])
