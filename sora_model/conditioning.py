@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -45,6 +46,15 @@ class PackedText:
             starts.append(text.cu_seqlens[1:] + starts[-1][-1])
         tokens, pooled = torch.cat([text.tokens for text in texts]), torch.cat([text.pooled for text in texts])
         return cls(tokens, torch.cat(starts), pooled)
+
+    def select(self, samples: Sequence[int]) -> PackedText:
+        """The captions of some samples, in that order; all of them in theirs are the text itself."""
+        if list(samples) == list(range(self.num_samples)):
+            return self
+        bounds = self.cu_seqlens.tolist()
+        tokens = [self.tokens[bounds[i] : bounds[i + 1]] for i in samples]
+        cu_seqlens = torch.tensor([0, *accumulate(len(part) for part in tokens)], dtype=torch.int32)
+        return PackedText(torch.cat(tokens), cu_seqlens.to(self.cu_seqlens.device), self.pooled[list(samples)])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PackedText:
         """Moved to a device, and its vectors to a dtype."""

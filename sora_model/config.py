@@ -9,6 +9,7 @@ Size = tuple[int, int, int]  # frames, height and width
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"depth": 4, "hidden_size": 128, "num_heads": 4, "absolute_positions": True},
+    "XS": {"depth": 6, "hidden_size": 192, "num_heads": 6, "absolute_positions": True, "modulation": "shared"},
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
     "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
     "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
@@ -40,6 +41,9 @@ class DiTConfig:
         sincos_size: tokens along a side of the grid that other grids are stretched onto, as diffusers does; None counts 0, 1, 2...
         text_dim: width of the text tokens; None for a model without text.
         num_classes: class labels; label num_classes means none. None for a model without labels.
+        modulation: "block": every block has a linear layer from the conditioning to its shifts, scales and gates, as in the DiT
+            paper; "shared": one for all, to which each block adds a vector of its own (PixArt-alpha's adaLN-single, also Wan's),
+            which saves a quarter of the weights.
         prediction: "direct": the network puts out what the scheduler asks for. "clean": it puts out the clean latent x, and the
             model returns flow matching's velocity, (x_sigma - x) / sigma (JiT: Li and He, 2025). Noise need not pass through the
             network then, so it learns much faster where a patch holds many numbers next to hidden_size, as patches of pixels do.
@@ -60,13 +64,14 @@ class DiTConfig:
     sincos_size: int | None = None
     text_dim: int | None = None
     num_classes: int | None = None
+    modulation: str = "block"
     prediction: str = "direct"
     learn_sigma: bool = False
     timestep_shift: int = 0
 
     @classmethod
     def preset(cls, name: str, *, patch: tuple[int, int, int], in_channels: int, **changes: Any) -> DiTConfig:
-        """DiT-S, -B, -L or -XL of the DiT paper, or "tiny" for a CPU and some minutes; `changes` are further fields."""
+        """DiT-S, -B, -L or -XL of the DiT paper, or "tiny" and "XS" for a CPU; `changes` are further fields."""
         if name not in PRESETS:
             raise ValueError(f"DiTConfig.preset: name: expected one of {', '.join(PRESETS)}, got {name!r}")
         return cls.from_dict({**PRESETS[name], "patch_size": patch, "in_channels": in_channels, **changes})
@@ -104,6 +109,8 @@ class DiTConfig:
             self._fail("hidden_size", f"a multiple of 2 * num_heads = {2 * self.num_heads}", self.hidden_size)
         if self.positions not in ("rope", "sincos"):
             self._fail("positions", "'rope' or 'sincos'", self.positions)
+        if self.modulation not in ("block", "shared"):
+            self._fail("modulation", "'block' or 'shared'", self.modulation)
         if self.prediction not in ("direct", "clean"):
             self._fail("prediction", "'direct' or 'clean'", self.prediction)
         if self.prediction == "clean" and self.learn_sigma:

@@ -1,9 +1,7 @@
-"""The demo: train on the procedural world for some minutes, generate videos of several sizes, compare the kernels with torch."""
+"""The demo: videos of several sizes and tasks from the checkpoint that comes with the package, and the kernels beside torch."""
 
 from __future__ import annotations
 
-import csv
-import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,103 +19,89 @@ from sora_kernels.patch_embed import patch_embed_3d
 from sora_kernels.rope import rope_3d
 
 from .config import Size
-from .data import PackedSampler, World, WorldConfig, WorldSource, judge, read_video
-from .diffusion import TaskMix
+from .data import Scene, World, WorldConfig, contact_sheet, judge
 from .pipeline import SoraPipeline
-from .terminal import generate_files, run_training
-from .train import TrainConfig, Trainer
+from .request import Request, extend, image_to_video, join, text_to_video, video_to_video
+from .terminal import denoising, write_files
 
-SIZES: list[Size] = [(6, 24, 24), (6, 16, 32), (6, 32, 16), (1, 24, 24)]
 # Colour, shape, motion and size of what is generated; an image has no motion.
 WANTED: list[tuple[str, str, str, Size]] = [
-    ("red", "circle", "right", (6, 24, 24)),
-    ("green", "square", "up", (6, 24, 24)),
-    ("blue", "triangle", "left", (6, 24, 24)),
-    ("blue", "circle", "left", (6, 16, 32)),
-    ("red", "square", "right", (6, 16, 32)),
-    ("green", "triangle", "up", (6, 32, 16)),
-    ("blue", "square", "down", (6, 32, 16)),
-    ("red", "triangle", "stay", (1, 24, 24)),
+    ("red", "circle", "right", (13, 48, 48)),
+    ("green", "square", "up", (13, 48, 48)),
+    ("blue", "star", "left", (13, 48, 80)),
+    ("yellow", "ring", "down and right", (13, 48, 80)),
+    ("purple", "triangle", "up and left", (13, 80, 48)),
+    ("cyan", "cross", "down", (13, 80, 48)),
+    ("orange", "diamond", "stay", (1, 64, 64)),
 ]
+STEPS, GUIDANCE = 30, 3.0
 
 
-def run(out: Path, minutes: float, seed: int, console: Console) -> None:
+def run(pipeline: SoraPipeline, out: Path, seed: int, console: Console) -> None:
     """Everything the demo does; files go to `out`."""
     began = time.perf_counter()
-    console.rule("1. training a packed DiT on a procedural world")
-    config = WorldConfig.simple(seed)
-    pipeline = SoraPipeline.from_preset("tiny", patch=(1, 8, 8), seed=seed)
-    sampler = PackedSampler(WorldSource(World(config), SIZES, weights=[3, 2, 2, 1]), pipeline.unit, 1024, min_sizes=4, seed=seed)
-    first = sampler.batch(0)
-    mixed = sorted({tuple(video.shape[1:]) for video in first.videos})
-    console.print(f"first batch: {len(first.videos)} samples, {first.tokens} tokens, no padding, (T, H, W) of {mixed}")
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    run_folder = out / f"run-{stamp}"
-    # Many small steps at a high rate, and text to video alone: minutes are few.
-    training = TrainConfig(
-        steps=None, minutes=minutes, learning_rate=3e-3, ema_decay=0.995, tasks=TaskMix(1, 0, 0, 0), seed=seed, save_every=10**6
-    )
-    trainer = Trainer(pipeline, sampler, training, run_folder)
-    losses = run_training(trainer, console)
-    console.print(f"{len(losses)} steps in {trainer.seconds:.0f} s")
-    loss_curve(run_folder / "loss.csv", out / "loss.png")
+    console.rule("1. a first video")
+    prompt = "a red circle moves right"
+    first = generate(pipeline, [text_to_video(prompt, (13, 48, 48))], seed, console)
+    files = write_files(first, [prompt], out / "first", 8.0, 8, "mp4")
+    console.print(f"{files[0]} after {time.perf_counter() - began:.0f} s", highlight=False, soft_wrap=True)
 
-    console.rule("2. generating videos of several sizes in one packed batch")
-    world = World(WorldConfig.simple(seed + 1))
+    console.rule("2. videos and images of several sizes in one packed batch")
+    world = World(WorldConfig.studio(seed))
     scenes = [world.sample(i, color=c, shape=s, motion=m) for i, (c, s, m, _) in enumerate(WANTED)]
     sizes = [size for *_, size in WANTED]
     prompts = [scene.caption(frames=size[0]) for scene, size in zip(scenes, sizes, strict=True)]
-    files = generate_files(trainer.averaged_pipeline(), prompts, sizes, out / "videos", 30, 3.0, seed, 6.0, 8, "mp4", console)
-    table = Table("prompt", "size", "colour", "motion", "shape", title="what a program sees in the videos")
-    for prompt, scene, size, file in zip(prompts, scenes, sizes, files, strict=False):
-        video = read_video(file, normalize=True)[0][:, :, 4::8, 4::8]  # the files are enlarged 8 times
-        seen = judge(video, scene.truth(*size))
-        motion = "-" if size[0] == 1 else _mark(seen["motion"])
-        table.add_row(prompt, "x".join(map(str, size)), _mark(seen["color"]), motion, _mark(seen["shape"]))
-    console.print(table)
-    console.print(f"the same for every colour, shape and motion: {all_prompts(trainer.averaged_pipeline(), world)}")
+    requests = [text_to_video(text, size) for text, size in zip(prompts, sizes, strict=True)]
+    videos = generate(pipeline, requests, seed, console)
+    files += write_files(videos, prompts, out / "videos", 8.0, 4, "mp4")
+    console.print(verdicts(prompts, scenes, sizes, videos))
 
-    console.rule("3. the kernels against torch")
+    console.rule("3. every task in one packed batch")
+    tasks = every_task(pipeline, videos)
+    made = generate(pipeline, list(tasks.values()), seed, console)
+    files.append(contact_sheet(out / "tasks.png", made, [f"{name}: {tasks[name].prompt}" for name in tasks], columns=12, cell=80))
+    if pipeline.captioner is not None:
+        for text, caption in zip(prompts, pipeline.caption(videos), strict=True):
+            console.print(f"asked for: {text}\n  captioned: {caption}", highlight=False, soft_wrap=True)
+
+    console.rule("4. the kernels against torch")
     console.print(kernel_table())
 
     console.rule("what the demo made")
-    for path in [*files, out / "loss.png", run_folder / "checkpoint"]:
+    for path in files:
         console.print(str(path), highlight=False, soft_wrap=True)
     console.print(f"in all {time.perf_counter() - began:.0f} s")
 
 
-def all_prompts(pipeline: SoraPipeline, world: World) -> str:
-    """Generates a clip for every colour, shape and motion of the world; says how many show what was asked for."""
-    config = world.config
-    wanted = list(itertools.product(config.colors, config.shapes, config.motions))
-    scenes = [world.sample(i, color=c, shape=s, motion=m) for i, (c, s, m) in enumerate(wanted)]
-    sizes = [SIZES[i % 3] for i in range(len(wanted))]
-    videos = pipeline([scene.caption() for scene in scenes], sizes, guidance_scale=3.0, seeds=1000)
-    seen = [judge(video, scene.truth(*size)) for video, scene, size in zip(videos, scenes, sizes, strict=True)]
-    rights = {name: sum(one[key] for one in seen) for name, key in (("colour", "color"), ("motion", "motion"), ("shape", "shape"))}
-    return ", ".join(f"{name} {right} of {len(wanted)}" for name, right in rights.items())
+def generate(pipeline: SoraPipeline, requests: list[Request], seed: int, console: Console) -> list[Tensor]:
+    with denoising(console, STEPS) as advance:
+        return pipeline(
+            requests, generator=seed, num_inference_steps=STEPS, guidance_scale=GUIDANCE, callback=lambda *_: advance(1)
+        )
 
 
-def loss_curve(log: Path, path: Path) -> None:
-    """Plots the loss of every step and its running mean."""
-    import matplotlib
+def every_task(pipeline: SoraPipeline, videos: list[Tensor]) -> dict[str, Request]:
+    """A request of each task, made of videos of `WANTED`: clips and, last, an image."""
+    timing = pipeline.timing
+    return {
+        "text to video": text_to_video("a white ring moves up and right", pipeline.size),
+        "text to image": text_to_video("a purple cross", (1, 64, 64)),
+        "image to video": image_to_video("an orange diamond moves right", videos[-1], 13),
+        "video to video": video_to_video("a yellow circle moves right", videos[0], 0.85),
+        "extension": extend("a red circle moves down", videos[0], 8, timing),
+        "extension backward": extend("a green square moves up", videos[1], 9, timing, backward=True),
+        "joining": join("a blue star", videos[2], videos[2].flip(3), 8, timing),
+    }
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    with open(log, newline="") as file:
-        rows = list(csv.DictReader(file))
-    steps, losses = [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
-    window = max(len(losses) // 50, 1)
-    means = [sum(losses[max(i - window + 1, 0) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, label="each step")
-    axes.plot(steps, means, color="tab:blue", label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="loss (mean squared error)", yscale="log", title="Training loss")
-    axes.legend()
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def verdicts(prompts: list[str], scenes: list[Scene], sizes: list[Size], videos: list[Tensor]) -> Table:
+    """What a program sees in each video."""
+    table = Table("prompt", "size", "colour", "motion", "shape", title="what a program sees in the videos")
+    for prompt, scene, size, video in zip(prompts, scenes, sizes, videos, strict=True):
+        seen = judge(video, scene.truth(*size))
+        motion = "-" if size[0] == 1 else _mark(seen["motion"])
+        table.add_row(prompt, "x".join(map(str, size)), _mark(seen["color"]), motion, _mark(seen["shape"]))
+    return table
 
 
 def kernel_table() -> Table:

@@ -26,23 +26,31 @@ from torch import Tensor
 from .conditioning import PackedText
 from .dit import DiT
 
-Denoiser = Callable[[list[Tensor], Tensor], list[Tensor]]
+# (latents, timesteps, which samples of the batch these are) -> predictions
+Denoiser = Callable[[list[Tensor], Tensor, Sequence[int]], list[Tensor]]
 Callback = Callable[[int, Tensor, list[Tensor]], None]
 
 
 @dataclass(frozen=True)
 class TaskMix:
-    """How often each task is trained, as relative weights. Images and clips too short for a task are trained as a simpler one."""
+    """How often each task is trained, as relative weights. Images and clips too short for a task are trained as a simpler one.
+
+    per_frame: share, from 0 to 1, of the clips whose every token frame has a noise level of its own (diffusion forcing: Chen et
+    al., 2024), so that the model also learns from frames that are nearly, but not quite, given.
+    """
 
     text_to_video: float = 0.7
     image_to_video: float = 0.1
     extension: float = 0.1
     joining: float = 0.1
+    per_frame: float = 0.0
 
     def __post_init__(self) -> None:
         weights = (self.text_to_video, self.image_to_video, self.extension, self.joining)
         if min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(f"TaskMix: expected weights >= 0, not all 0, got {weights}")
+        if not 0 <= self.per_frame <= 1:
+            raise ValueError(f"TaskMix: per_frame: expected a number from 0 to 1, got {self.per_frame}")
 
     def given(self, num_frames: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws a task and a mask for a clip: bool [num_frames], True where a frame is given. At least one is not.
@@ -94,6 +102,7 @@ def add_noise(
     latents: Sequence[Tensor],
     *,
     given: Sequence[Tensor] | None = None,
+    per_frame: Sequence[bool] | None = None,
     patch_frames: int = 1,
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
@@ -110,6 +119,7 @@ def add_noise(
             `shift`; otherwise the timestep is uniform. Levels are spread evenly over the batch (Kingma et al., 2021).
         latents: [C, T, H, W] each.
         given: bool [T] each, True for the frames that stay clean; whole token frames.
+        per_frame: for each latent, whether every token frame has a level of its own; default: none.
         patch_frames: pt.
         logit_mean, logit_std: of the logit of sigma.
         generator: on the host, so that a seed means the same on every device.
@@ -118,33 +128,44 @@ def add_noise(
     noise = [torch.randn(latent.shape, generator=generator).to(latent) for latent in latents]
     # One level from each of `samples` equal slices of (0, 1), in random order: less variance than independent draws.
     slices = torch.randperm(samples, generator=generator)
-    levels = (slices + torch.rand(samples, generator=generator)) / samples
-    prediction = prediction_type(scheduler)
+    levels = list(((slices + torch.rand(samples, generator=generator)) / samples).split(1))
+    for i, own in enumerate(per_frame or ()):
+        if own:
+            levels[i] = torch.rand(latents[i].shape[1] // patch_frames, generator=generator)
+    prediction, steps = prediction_type(scheduler), scheduler.config.num_train_timesteps
     if prediction == "flow_prediction":
-        sigmas = torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(levels.clamp(1e-6, 1 - 1e-6)))
         shift = scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))
-        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
-        timesteps = (sigmas * scheduler.config.num_train_timesteps).to(device)
-        pairs = list(zip(latents, noise, sigmas.tolist(), strict=True))
-        noised = [torch.lerp(x, n, sigma) for x, n, sigma in pairs]
-        targets = [n - x for x, n, _ in pairs]
+        normals = [torch.special.ndtri(level.clamp(1e-6, 1 - 1e-6)) for level in levels]
+        sigmas = [torch.sigmoid(logit_mean + logit_std * normal) for normal in normals]
+        timesteps = [(shift * sigma / (1 + (shift - 1) * sigma) * steps).to(device) for sigma in sigmas]
     else:
-        timesteps = (levels * scheduler.config.num_train_timesteps).long().to(device)
-        triples = list(zip(latents, noise, timesteps[:, None], strict=True))
-        noised = [scheduler.add_noise(x[None], n[None], t)[0] for x, n, t in triples]
-        if prediction == "epsilon":
-            targets = noise
-        elif prediction == "v_prediction":
-            targets = [scheduler.get_velocity(x[None], n[None], t)[0] for x, n, t in triples]
-        elif prediction == "sample":
-            targets = list(latents)
-        else:
-            raise ValueError(f"add_noise: scheduler: expected a known prediction_type, got {prediction!r}")
+        timesteps = [(level * steps).long().to(device) for level in levels]
+    pairs = [
+        _noised(scheduler, prediction, x, n, t.repeat_interleave(patch_frames) if len(t) > 1 else t)
+        for x, n, t in zip(latents, noise, timesteps, strict=True)
+    ]
+    noised, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     masks = _check_given(given, latents, patch_frames)
     if masks is not None:
         noised = _fill(noised, latents, masks)
-        timesteps = _frame_levels(timesteps, masks, patch_frames)
-    return NoisedBatch(noised, timesteps, targets, masks)
+    return NoisedBatch(noised, _frame_levels(timesteps, latents, masks, patch_frames), targets, masks)
+
+
+def _noised(scheduler: Any, prediction: str, x: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """A latent [C, T, H, W] at timesteps [1] or [T], and what is to be predicted of it."""
+    if prediction == "flow_prediction":
+        sigma = (timesteps / scheduler.config.num_train_timesteps).to(x)[:, None, None]
+        return torch.lerp(x, noise, sigma), noise - x
+    # Frames as a batch: schedulers take one timestep for each of it.
+    frames, noises, timesteps = x.transpose(0, 1), noise.transpose(0, 1), timesteps.expand(x.shape[1])
+    noised = scheduler.add_noise(frames, noises, timesteps).transpose(0, 1)
+    if prediction == "epsilon":
+        return noised, noise
+    if prediction == "v_prediction":
+        return noised, scheduler.get_velocity(frames, noises, timesteps).transpose(0, 1)
+    if prediction == "sample":
+        return noised, x
+    raise ValueError(f"add_noise: scheduler: expected a known prediction_type, got {prediction!r}")
 
 
 def diffusion_loss(predictions: Sequence[Tensor], batch: NoisedBatch) -> Tensor:
@@ -175,7 +196,7 @@ def guided(
     labels: Tensor | None = None,
     guidance_scale: float = 1.0,
 ) -> Denoiser:
-    """Classifier-free guidance as a function of (latents, timesteps): null + guidance_scale * (conditioned - null).
+    """Classifier-free guidance as a function of (latents, timesteps, samples): null + guidance_scale * (conditioned - null).
 
     Both predictions come from one packed batch of twice the samples. A guidance_scale of 1 needs the conditioned one alone.
 
@@ -184,30 +205,24 @@ def guided(
         null_text: what guidance leads away from: empty or negative captions. Default: no text at all.
         labels: int64 [B]; num_classes is their null.
     """
-    channels = dit.config.in_channels
-    if guidance_scale == 1:
-        return lambda latents, timesteps: [x[:channels] for x in dit(latents, timesteps, text, labels)]
-    if text is not None:
-        null = PackedText.empty(text.num_samples, text.tokens.shape[1]) if null_text is None else null_text
-        text = PackedText.concat([text, null.to(text.tokens.device, text.tokens.dtype)])
-    if labels is not None and dit.config.num_classes is not None:
-        labels = torch.cat([labels, torch.full_like(labels, dit.config.num_classes)])
+    channels, negative = dit.config.in_channels, null_text
+    if text is not None and guidance_scale != 1 and negative is None:
+        negative = PackedText.empty(text.num_samples, text.tokens.shape[1])
 
-    def denoise(latents: list[Tensor], timesteps: Tensor) -> list[Tensor]:
-        both = [x[:channels] for x in dit([*latents, *latents], timesteps.repeat(2), text, labels)]
+    def denoise(latents: list[Tensor], timesteps: Tensor, which: Sequence[int]) -> list[Tensor]:
+        own_text = None if text is None else text.select(which)
+        own_labels = None if labels is None else labels[list(which)]
+        if guidance_scale == 1:
+            return [x[:channels] for x in dit(latents, timesteps, own_text, own_labels)]
+        if own_text is not None and negative is not None:
+            own_text = PackedText.concat([own_text, negative.select(which).to(own_text.tokens.device, own_text.tokens.dtype)])
+        if own_labels is not None and dit.config.num_classes is not None:
+            own_labels = torch.cat([own_labels, torch.full_like(own_labels, dit.config.num_classes)])
+        both = [x[:channels] for x in dit([*latents, *latents], timesteps.repeat(2), own_text, own_labels)]
         pairs = zip(both[: len(latents)], both[len(latents) :], strict=True)
         return [torch.lerp(null, conditioned, guidance_scale) for conditioned, null in pairs]
 
     return denoise
-
-
-def initial_noise(shapes: Sequence[Sequence[int]], seeds: Sequence[int]) -> tuple[list[Tensor], list[torch.Generator]]:
-    """Noise of each shape [C, T, H, W] from its own seed, and the generators, for schedulers that draw more of it.
-
-    On the host, so that a sample starts from the same noise on every device, alone or packed with others.
-    """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return [torch.randn(tuple(s), generator=g) for s, g in zip(shapes, generators, strict=True)], generators
 
 
 @torch.no_grad()
@@ -218,24 +233,27 @@ def sample(
     *,
     num_inference_steps: int = 50,
     given: Sequence[tuple[Tensor, Tensor]] | None = None,
+    begin: Sequence[tuple[Tensor, float] | None] | None = None,
     patch_frames: int = 1,
     generators: Sequence[torch.Generator] | None = None,
     callback: Callback | None = None,
 ) -> list[Tensor]:
     """Turns noise into latents, all samples together; what a sample becomes does not depend on the others.
 
-    >>> noise, generators = initial_noise([(3, 8, 32, 32), (3, 1, 32, 48)], seeds=[0, 1])
+    >>> noise = [torch.randn(3, 8, 32, 32), torch.randn(3, 1, 32, 48)]
     >>> latents = sample(guided(dit, text=text, guidance_scale=4), scheduler, noise, num_inference_steps=30)
 
     Each sample is stepped by its own copy of the scheduler, so that those that keep a history, threshold or draw noise treat it as
     if it were alone.
 
     Args:
-        denoise: (latents, timesteps) -> predictions; see `guided`.
+        denoise: (latents, timesteps, samples) -> predictions; see `guided`.
         scheduler: any of diffusers' with set_timesteps and step.
         noise: [C, T, H, W] each, float32, on the model's device.
         num_inference_steps: steps.
         given: for each sample a mask, bool [T], of the frames to keep (whole token frames), and a latent [C, T, H, W] with them.
+        begin: for each sample a latent to start from and a strength in (0, 1], or None: it is noised, and only that share of the
+            steps is made (SDEdit: Meng et al., 2021). Samples join the batch where their steps begin.
         patch_frames: pt.
         generators: one per sample, for schedulers that draw noise.
         callback: called after each step with (step, timestep, latents).
@@ -250,20 +268,39 @@ def sample(
     if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
         options = [{"generator": generator} for generator in generators]
     latents = [x * getattr(stepper, "init_noise_sigma", 1.0) for x, stepper in zip(noise, steppers, strict=True)]
-    for step, t in enumerate(steppers[0].timesteps):
-        inputs = [_scaled(stepper, x, t) for stepper, x in zip(steppers, latents, strict=True)]
-        levels = t.expand(len(latents))
-        if masks is not None:
-            inputs = _fill(inputs, clean, masks)
-            levels = _frame_levels(levels, masks, patch_frames)
-        predictions = denoise(inputs, levels)
-        latents = [
-            stepper.step(prediction.to(x), t, x, **option, return_dict=False)[0]
-            for stepper, prediction, x, option in zip(steppers, predictions, latents, options, strict=True)
-        ]
+    times = steppers[0].timesteps
+    starts = [0] * len(latents)
+    for i, start in enumerate(begin or ()):
+        if start is not None:
+            starts[i], latents[i] = _begin(steppers[i], times, noise[i], *start)
+    for step, t in enumerate(times):
+        which = [i for i in range(len(latents)) if starts[i] <= step]
+        if not which:
+            continue
+        inputs = [_scaled(steppers[i], latents[i], t) for i in which]
+        kept = None if masks is None else [masks[i] for i in which]
+        if kept is not None:
+            inputs = _fill(inputs, [clean[i] for i in which], kept)
+        levels = _frame_levels([t[None]] * len(which), inputs, kept, patch_frames)
+        for i, prediction in zip(which, denoise(inputs, levels, which), strict=True):
+            latents[i] = steppers[i].step(prediction.to(latents[i]), t, latents[i], **options[i], return_dict=False)[0]
         if callback is not None:
             callback(step, t, latents if masks is None else _fill(latents, clean, masks))
     return latents if masks is None else _fill(latents, clean, masks)
+
+
+def _begin(scheduler: Any, times: Tensor, noise: Tensor, latent: Tensor, strength: float) -> tuple[int, Tensor]:
+    """The first step to make, and the latent noised for it."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"sample: begin: expected a strength above 0 and up to 1, got {strength}")
+    order = getattr(scheduler, "order", 1)
+    start = round((1 - strength) * len(times)) // order * order
+    start = min(start, len(times) - 1)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start)
+    add = scheduler.scale_noise if hasattr(scheduler, "scale_noise") else scheduler.add_noise
+    latent, noise, t = latent.to(noise)[None], noise[None], times[start : start + 1]
+    return start, (add(latent, t, noise) if hasattr(scheduler, "scale_noise") else add(latent, noise, t))[0]
 
 
 def _scaled(scheduler: Any, latent: Tensor, t: Tensor) -> Tensor:
@@ -294,9 +331,12 @@ def _fill(latents: Sequence[Tensor], clean: Sequence[Tensor], masks: Sequence[Te
     ]
 
 
-def _frame_levels(levels: Tensor, masks: Sequence[Tensor], patch_frames: int) -> Tensor:
-    """One level per sample [B] -> one per token frame [F], 0 where given."""
-    kept = [~mask[::patch_frames] for mask in masks]
-    frames = torch.tensor([len(mask) for mask in kept], device=levels.device)
-    kept_frames = torch.cat(kept).to(levels.device)
-    return levels.repeat_interleave(frames, output_size=len(kept_frames)) * kept_frames
+def _frame_levels(levels: Sequence[Tensor], latents: Sequence[Tensor], masks: Sequence[Tensor] | None, patch_frames: int) -> Tensor:
+    """Levels of each sample, [1] or one per token frame -> [B] where one says all, else one per token frame [F], 0 where given."""
+    if masks is None and all(len(level) == 1 for level in levels):
+        return torch.cat(list(levels))
+    rows = []
+    for i, (level, latent) in enumerate(zip(levels, latents, strict=True)):
+        row = level.expand(latent.shape[1] // patch_frames)
+        rows.append(row if masks is None else row * ~masks[i][::patch_frames].to(row.device))
+    return torch.cat(rows)

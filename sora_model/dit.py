@@ -49,7 +49,9 @@ def sinusoids(positions: Tensor, dim: int, shift: int = 0) -> Tensor:
 
 def places(layout: PackedLayout) -> Tensor:
     """Sinusoids of where each token lies on its grid, along each axis from 0 to 1: float32 [N, 3 * PLACES]."""
-    place = (layout.positions() + 0.5) / layout.grid.repeat_interleave(layout.cu_spans.diff(), 0, output_size=layout.num_tokens)
+    rows = torch.stack([layout.origin, layout.step, layout.grid], dim=1)  # of each span
+    origin, step, grid = rows.repeat_interleave(layout.cu_spans.diff(), 0, output_size=layout.num_tokens).unbind(1)
+    place = ((layout.positions() - origin) / step + 0.5) / grid
     quarter_turns = torch.pi / 2 * torch.arange(PLACES // 2, device=place.device)
     angles = (place[:, :, None] * quarter_turns).flatten(1)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -110,7 +112,10 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         dim = config.hidden_size
-        self.modulation = nn.Linear(dim, 6 * dim)
+        if config.modulation == "block":
+            self.modulation = nn.Linear(dim, 6 * dim)
+        else:
+            self.offset = nn.Parameter(torch.zeros(6 * dim))
         self.attention = SelfAttention(config)
         self.cross_attention = CrossAttention(dim, config.text_dim, config.num_heads) if config.text_dim else None
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
@@ -168,6 +173,7 @@ class DiT(nn.Module):
         self.text_embed = embedder(config.text_dim, dim) if config.text_dim else None
         self.label_embed = nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))  # type: ignore[assignment]
+        self.shared_modulation = nn.Linear(dim, 6 * dim) if config.modulation == "shared" else None
         self.final_modulation = nn.Linear(dim, 2 * dim)
         pt, ph, pw = config.patch_size
         self.final = nn.Linear(dim, pt * ph * pw * config.out_channels)
@@ -207,7 +213,7 @@ class DiT(nn.Module):
             text = PackedText.empty(len(latents), text_dim) if text is None else text
             text = text.to(weight.device, weight.dtype)
         c, cu_rows = self._condition(layout, timesteps, text, labels)
-        rows = [block.modulation(c).chunk(6, dim=1) for block in self.blocks]  # shift, scale, gate of attention; of MLP
+        rows = [row.chunk(6, dim=1) for row in self._modulations(c)]  # shift, scale, gate of attention; of MLP
         following = [row[:2] for row in rows[1:]] + [self.final_modulation(c).chunk(2, dim=1)]
         shift, scale = rows[0][:2]
         y = layer_norm_modulate(x, shift, scale, cu_rows)
@@ -219,6 +225,13 @@ class DiT(nn.Module):
                 x, y = block(*args)
         outputs = unpatchify_3d(self.final(y), layout, patch_size=patch)
         return outputs if self.config.prediction == "direct" else self._velocities(latents, outputs, timesteps)
+
+    def _modulations(self, c: Tensor) -> list[Tensor]:
+        """Every block's [R, 6D]."""
+        if self.shared_modulation is None:
+            return [block.modulation(c) for block in self.blocks]
+        shared = self.shared_modulation(c)
+        return [shared + block.offset for block in self.blocks]
 
     def _velocities(self, latents: Sequence[Tensor], clean: list[Tensor], timesteps: Tensor) -> list[Tensor]:
         """(x_sigma - x) / sigma of each latent."""
@@ -283,7 +296,8 @@ class DiT(nn.Module):
                 nn.init.zeros_(parameter)
         if self.label_embed is not None:
             nn.init.normal_(self.label_embed.weight, std=0.02)
-        zero = [self.final, self.final_modulation, *(block.modulation for block in self.blocks)]
+        zero = [self.final, self.final_modulation]
+        zero += [block.modulation for block in self.blocks] if self.shared_modulation is None else [self.shared_modulation]
         zero += [block.cross_attention.out for block in self.blocks if block.cross_attention is not None]
         for layer in zero:
             nn.init.zeros_(layer.weight)

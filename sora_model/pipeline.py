@@ -1,45 +1,64 @@
-"""From prompts and sizes to videos, in the manner of diffusers."""
+"""From requests to videos, in the manner of diffusers."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from .captioner import Captioner
+from .checkpoint import load_weights, read_json, save_module, whole_folder
 from .conditioning import TextEncoder
 from .config import DiTConfig, Size
-from .diffusion import Callback, guided, initial_noise, prediction_type, sample
+from .diffusion import Callback, guided, prediction_type, sample
 from .dit import TIMESTEPS, DiT
+from .request import Request, Timing
 from .text import WordEncoder
-from .vae import Codec, PixelCodec
+from .vae import Codec, PixelCodec, VideoVAE, latent_frames, latent_size
+
+Seeds = int | torch.Generator | Sequence[int | torch.Generator] | None
+EMBEDDED = Path(__file__).parent / "pretrained"  # the checkpoint that comes with the package
+OUTPUTS = ("pt", "np", "pil", "latent")
 
 
 class SoraPipeline:
-    """Text to video, image to video, extension and joining, many prompts of different sizes in one packed batch.
+    """Many requests, of different tasks and sizes, in one packed batch.
 
     >>> pipeline = SoraPipeline.from_pretrained("runs/shapes")
-    >>> videos = pipeline(["a red circle moves right", "a blue square"], [(8, 32, 48), (1, 32, 32)], seeds=0)
+    >>> videos = pipeline(["a red circle moves right", "a blue square"], [(13, 48, 80), (1, 64, 64)], generator=0)
     >>> [tuple(video.shape) for video in videos]
-    [(3, 8, 32, 48), (3, 1, 32, 32)]
-    >>> longer = pipeline(["a red circle moves right"], [(12, 32, 48)], given=[{0: videos[0][:, -4:]}])      # goes on from there
+    [(3, 13, 48, 80), (3, 1, 64, 64)]
+    >>> (longer,) = pipeline([extend("a red circle moves up", videos[0], 8, pipeline.timing)])            # [3, 21, 48, 80]
 
     Args:
         dit: with a text_dim, the text encoder's.
         text_encoder: captions -> PackedText.
         scheduler: any of diffusers' whose kind of prediction the model was trained for.
         codec: pixels <-> latents; default: latents are pixels.
+        captioner: latents -> captions, short prompts -> long ones; may be None.
+        size: (T, H, W) of a request that says none.
     """
 
-    def __init__(self, dit: DiT, text_encoder: TextEncoder, scheduler: Any, codec: Codec | None = None) -> None:
-        self.dit, self.text_encoder, self.scheduler = dit, text_encoder, scheduler
+    def __init__(
+        self,
+        dit: DiT,
+        text_encoder: TextEncoder,
+        scheduler: Any,
+        codec: Codec | None = None,
+        captioner: Captioner | None = None,
+        *,
+        size: Size = (6, 24, 24),
+    ) -> None:
+        self.captioner = captioner
+        self.dit, self.text_encoder, self.scheduler, self.size = dit, text_encoder, scheduler, size
         self.codec: Codec = PixelCodec() if codec is None else codec
         for what, wanted, got in (
             ("text_dim", text_encoder.dim, dit.config.text_dim),
@@ -56,125 +75,179 @@ class SoraPipeline:
 
     @property
     def unit(self) -> Size:
-        """Pixels along T, H and W per token; every size must be a multiple."""
+        """Pixels along T, H and W per token."""
         pt, ph, pw = self.dit.config.patch_size
         ct, ch, cw = self.codec.compression
         return pt * ct, ph * ch, pw * cw
 
+    @property
+    def timing(self) -> Timing:
+        """Pixel frames per token frame."""
+        grain = self.unit[0]
+        return Timing(1 + grain - self.codec.compression[0] if self.codec.causal else grain, grain)
+
     @torch.no_grad()
     def __call__(
         self,
-        prompts: Sequence[str],
-        sizes: Sequence[Size],
+        requests: str | Request | Sequence[str | Request],
+        size: Size | Sequence[Size] | None = None,
         *,
-        given: Sequence[Mapping[int, Tensor] | None] | None = None,
-        negative_prompts: Sequence[str] | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float = 4.0,
-        seeds: int | Sequence[int] | None = None,
+        generator: Seeds = None,
         callback: Callback | None = None,
-    ) -> list[Tensor]:
-        """Generates one video per prompt.
+        output_type: str = "pt",
+    ) -> list[Any]:
+        """Generates one video per request.
+
+        A size may be any: what is made is the next larger one of whole tokens, and what is over is cut off below, to the right and
+        at the end.
 
         Args:
-            prompts: B captions.
-            sizes: (T, H, W) in pixels of each.
-            given: for each video, {first frame: clip [3, t, H, W]} to keep, or None: {0: image} animates an image, {0: start}
-                extends a video, {0: start, -4: end} joins two (the end has 4 frames), {-4: end} leads up to one.
-            negative_prompts: what guidance leads away from; default: empty captions.
+            requests: B of them, or one; a string is a prompt of text to video.
+            size: (T, H, W) in pixels of the strings, one for all or one each; default: the pipeline's.
             num_inference_steps: steps of the scheduler.
             guidance_scale: of classifier-free guidance; 1 is none.
-            seeds: one per video, or one number: video i has seed + i. None is random. A video depends on its own seed alone.
+            generator: a seed or a torch.Generator on the host for each request that has no seed, or one seed: request i has
+                that + i; or one Generator for all. None is random. A video depends on its own seed alone.
             callback: called after each step with (step, timestep, latents).
+            output_type: "pt": [3, T, H, W] in [-1, 1]; "np": float32 [T, H, W, 3] in [0, 1]; "pil": a list of T images; "latent":
+                [C, T', H', W'] as the model made it.
 
         Returns:
-            B videos [3, T, H, W] in [-1, 1].
+            B videos.
 
         Raises:
-            ValueError: numbers of prompts, sizes, ... that differ; a size or a given clip that does not fit whole patches.
+            ValueError: numbers of requests, sizes and seeds that differ; given frames that are not whole token frames.
         """
-        samples = len(prompts)
-        if seeds is None:
-            seeds = int(torch.randint(2**31, ()))
-        seeds = [seeds + i for i in range(samples)] if isinstance(seeds, int) else seeds
-        for name, values in (("sizes", sizes), ("given", given), ("negative_prompts", negative_prompts), ("seeds", seeds)):
-            if values is not None and len(values) != samples:
-                raise ValueError(f"SoraPipeline: {name}: expected {samples}, one per prompt, got {len(values)}")
+        if output_type not in OUTPUTS:
+            raise ValueError(f"SoraPipeline: output_type: expected one of {', '.join(OUTPUTS)}, got {output_type!r}")
+        wanted = self._requests([requests] if isinstance(requests, str | Request) else list(requests), size)
+        shapes = [self._latent_shape(request) for request in wanted]
+        generators = self._generators(generator, wanted)
         device = self.dit.final.weight.device
-        noise, generators = initial_noise([self._latent_shape(size) for size in sizes], seeds)
-        noise = [x.to(device) for x in noise]
-        kept = None
-        if given is not None:
-            kept = [self._place(clips or {}, size, x) for clips, size, x in zip(given, sizes, noise, strict=True)]
-        text = self.text_encoder(list(prompts))
-        null_text = self.text_encoder(list(negative_prompts or [""] * samples)) if guidance_scale != 1 else None
+        noise = [torch.randn(shape, generator=g).to(device) for shape, g in zip(shapes, generators, strict=True)]
+        kept = [self._given(request, x) for request, x in zip(wanted, noise, strict=True)]
+        begin = [self._begin(request, x) for request, x in zip(wanted, noise, strict=True)]
+        text = self.text_encoder([request.prompt for request in wanted])
+        null_text = self.text_encoder([request.negative_prompt for request in wanted]) if guidance_scale != 1 else None
         latents = sample(
             guided(self.dit, text=text, null_text=null_text, guidance_scale=guidance_scale),
             self.scheduler,
             noise,
             num_inference_steps=num_inference_steps,
-            given=kept,
+            given=kept if any(mask.any() for mask, _ in kept) else None,
+            begin=begin,
             patch_frames=self.dit.config.patch_size[0],
             generators=generators,
             callback=callback,
         )
-        return self.codec.decode(latents)
+        if output_type == "latent":
+            return latents
+        videos = []
+        for request, video in zip(wanted, self.codec.decode(latents), strict=True):
+            frames, height, width = request.size
+            videos.append(request.finish(video[:, :frames, :height, :width]))
+        return [_converted(video, output_type) for video in videos]
 
-    def _latent_shape(self, size: Size) -> tuple[int, ...]:
-        """[C, T, H, W] of the latent of a video of `size`."""
-        if len(size) != 3 or any(n < 1 or n % u for n, u in zip(size, self.unit, strict=True)):
-            made_of = f"patch_size {self.dit.config.patch_size} at compression {self.codec.compression}"
-            raise ValueError(f"SoraPipeline: sizes: expected (T, H, W) divisible by {self.unit} ({made_of}), got {size}")
-        return self.codec.channels, *(n // c for n, c in zip(size, self.codec.compression, strict=True))
+    def caption(self, videos: Sequence[Tensor], *, detailed: bool = True) -> list[str]:
+        """What the captioner sees in videos [3, T, H, W] of any sizes."""
+        padded = []
+        for video in videos:
+            frames, height, width = video.shape[1:]
+            padded.append(_pad(video, self._padded((frames, height, width))))
+        return self._captioner().caption(self.codec.encode(padded), detailed=detailed)
 
-    def _place(self, clips: Mapping[int, Tensor], size: Size, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mask [T] and latent of the frames that are given."""
-        clean, mask = torch.zeros_like(like), torch.zeros(like.shape[1], dtype=torch.bool)
-        frames, stride = size[0], self.codec.compression[0]
-        for at, clip in clips.items():
-            start = at + frames if at < 0 else at
-            if clip.ndim != 4 or tuple(clip.shape[2:]) != tuple(size[1:]) or not 0 <= start <= frames - clip.shape[1]:
-                raise ValueError(
-                    f"SoraPipeline: given: expected clips [3, t, {size[1]}, {size[2]}] within {frames} frames, "
-                    f"got {list(clip.shape)} at frame {at}"
-                )
-            if start % stride or clip.shape[1] % stride:
-                raise ValueError(
-                    f"SoraPipeline: given: expected multiples of {stride} frames (the codec's), got {clip.shape[1]} at {at}"
-                )
-            (latent,) = self.codec.encode([clip.to(like)])
-            place = slice(start // stride, start // stride + latent.shape[1])
-            clean[:, place], mask[place] = latent, True
-        return mask, clean
+    def expand(self, prompts: Sequence[str]) -> list[str]:
+        """A long and detailed prompt for each short one."""
+        return self._captioner().expand(prompts)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Writes config.json, model.safetensors and the scheduler's config, complete or not at all.
+    def _captioner(self) -> Captioner:
+        if self.captioner is None:
+            raise ValueError("SoraPipeline: captioner: expected a checkpoint with a captioner, got one without")
+        return self.captioner
 
-        Everything is written to a folder next to `directory` first and then renamed. Only a `WordEncoder` can be saved so far.
+    def _requests(self, requests: list[str | Request], size: Size | Sequence[Size] | None) -> list[Request]:
+        if not requests:
+            raise ValueError("SoraPipeline: requests: expected at least one, got none")
+        sizes: list[Any] = [self.size if size is None else size] * len(requests)
+        if size is not None and not isinstance(size[0], int):
+            if len(size) != len(requests):
+                raise ValueError(f"SoraPipeline: size: expected one (T, H, W) or {len(requests)}, one per request, got {len(size)}")
+            sizes = list(size)
+        pairs = zip(requests, sizes, strict=True)
+        return [Request(request, tuple(one)) if isinstance(request, str) else request for request, one in pairs]
+
+    def _generators(self, generator: Seeds, requests: list[Request]) -> list[torch.Generator]:
+        """One per request, on the host: a sample starts from the same noise on every device, alone or packed with others."""
+        if generator is None:
+            generator = int(torch.randint(2**31, ()))
+        if isinstance(generator, int):
+            generator = [generator + i for i in range(len(requests))]
+        sources = [generator] * len(requests) if isinstance(generator, torch.Generator) else list(generator)
+        if len(sources) != len(requests):
+            raise ValueError(f"SoraPipeline: generator: expected {len(requests)}, one per request, got {len(sources)}")
+        drawn = [source if request.seed is None else request.seed for source, request in zip(sources, requests, strict=True)]
+        return [torch.Generator().manual_seed(source) if isinstance(source, int) else source for source in drawn]
+
+    def _padded(self, size: Size) -> Size:
+        """The next size of whole tokens."""
+        _, uh, uw = self.unit
+        return self.timing.whole(size[0]), -(-size[1] // uh) * uh, -(-size[2] // uw) * uw
+
+    def _latent_shape(self, request: Request) -> tuple[int, ...]:
+        return self.codec.channels, *latent_size(self.codec, self._padded(request.size))
+
+    def _begin(self, request: Request, like: Tensor) -> tuple[Tensor, float] | None:
+        if request.begin is None:
+            return None
+        (latent,) = self.codec.encode([_pad(request.begin.to(like), self._padded(request.size))])
+        return latent, request.strength
+
+    def _given(self, request: Request, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask [T'] and latent of the frames that are given."""
+        padded = self._padded(request.size)
+        video, known = torch.zeros(3, *padded, device=like.device), torch.zeros(padded[0], dtype=torch.bool)
+        for at, clip in request.given.items():
+            start = at + request.size[0] if at < 0 else at
+            place = slice(start, start + clip.shape[1])
+            video[:, place], known[place] = _pad(clip.to(video), (clip.shape[1], *padded[1:])), True
+        mask = latent_frames(self.codec, known)
+        if not known.any():
+            return mask, torch.zeros_like(like)
+        lead, grain = self.timing
+        tokens = torch.cat([known[:lead].all()[None], known[lead:].unflatten(0, (-1, grain)).all(1)])
+        if not torch.equal(torch.cat([tokens[:1].repeat(lead), tokens[1:].repeat_interleave(grain)]), known):
+            lengths = {at: clip.shape[1] for at, clip in request.given.items()}
+            raise ValueError(
+                f"SoraPipeline: given: expected whole token frames, the first {lead} and then {grain} at a time, "
+                f"got clips of frames {lengths} in {padded[0]}"
+            )
+        # What is not given shows the nearest frame that is, so that a causal VAE sees no jump before a given end.
+        places = known.nonzero().flatten()
+        nearest = (torch.arange(len(known))[:, None] - places).abs().argmin(1)
+        (latent,) = self.codec.encode([video[:, places[nearest].to(video.device)]])
+        return mask, latent
+
+    def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Writes model_index.json and a folder for each part, all or nothing.
+
+        dtype: of the weights in the files; default: what they are.
         """
         if not isinstance(self.text_encoder, WordEncoder):
             kind = type(self.text_encoder).__name__
             raise TypeError(f"SoraPipeline.save_pretrained: text_encoder: expected a WordEncoder, got {kind}")
-        target = Path(directory).absolute()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            weights = {f"dit.{name}": value for name, value in self.dit.state_dict().items()}
-            weights |= {f"text_encoder.{name}": value for name, value in self.text_encoder.state_dict().items()}
-            save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
-            config = {"dit": self.dit.config.to_dict(), "text_encoder": self.text_encoder.config}
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        with whole_folder(directory) as folder:
+            save_module(self.dit, self.dit.config.to_dict(), folder / "dit", dtype)
+            save_module(self.text_encoder, self.text_encoder.config, folder / "text_encoder", dtype)
             self.scheduler.save_pretrained(folder / "scheduler")
-            folder.chmod(0o755)  # mkdtemp's folders are private
-            if target.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-                target.rename(old / target.name)
-                folder.rename(target)
-                shutil.rmtree(old)
-            else:
-                folder.rename(target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(self.codec, VideoVAE):
+                self.codec.save_pretrained(folder / "vae", dtype=dtype)
+            if self.captioner is not None:
+                self.captioner.save_pretrained(folder / "captioner", dtype=dtype)
+            parts = {"vae": isinstance(self.codec, VideoVAE), "captioner": self.captioner is not None}
+            index = {"size": list(self.size), **parts}
+            (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     @classmethod
     def from_preset(
@@ -182,29 +255,34 @@ class SoraPipeline:
         model: str,
         *,
         patch: Size,
+        codec: Codec | None = None,
         prediction: str = "flow",
+        size: Size = (6, 24, 24),
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> SoraPipeline:
-        """An untrained pipeline on pixels.
+        """An untrained pipeline.
 
         >>> SoraPipeline.from_preset("tiny", patch=(1, 8, 8)).unit
         (1, 8, 8)
 
         Args:
             model: see `DiTConfig.preset`.
-            patch: (pt, ph, pw) in pixels.
+            patch: (pt, ph, pw) in latent positions, which are pixels without a codec.
+            codec: pixels <-> latents, on `device`.
             prediction: "flow" matching, or DDPM's "epsilon" or "v".
+            size: see `SoraPipeline`.
             seed: of the weights.
             device: to put it on.
         """
         if prediction not in ("flow", "epsilon", "v"):
             raise ValueError(f"SoraPipeline.from_preset: prediction: expected flow, epsilon or v, got {prediction!r}")
         torch.manual_seed(seed)
+        codec = PixelCodec() if codec is None else codec
         encoder = WordEncoder(dim=128)
-        # Pixels in large patches: what the network can tell easily is the clean video, not the noise in it.
+        # Large patches of pixels: what the network can tell easily is the clean video, not the noise in it.
         output = "clean" if prediction == "flow" else "direct"
-        config = DiTConfig.preset(model, patch=patch, in_channels=3, text_dim=encoder.dim, prediction=output)
+        config = DiTConfig.preset(model, patch=patch, in_channels=codec.channels, text_dim=encoder.dim, prediction=output)
         scheduler: Any
         if prediction == "flow":
             # Neighbouring pixels tell the same, so what a video shows is decided at high noise: Esser et al. (2024) shift by 3.
@@ -216,26 +294,42 @@ class SoraPipeline:
                 rescale_betas_zero_snr=prediction == "v",
                 beta_schedule="squaredcos_cap_v2",
                 timestep_spacing="trailing",
-                clip_sample=True,
+                clip_sample=isinstance(codec, PixelCodec),
             )
-        return cls(DiT(config).to(device), encoder.to(device), scheduler)
+        return cls(DiT(config).to(device), encoder.to(device), scheduler, codec, size=size)
 
     @classmethod
-    def from_pretrained(
-        cls, directory: str | Path, *, device: torch.device | str = "cpu", codec: Codec | None = None
-    ) -> SoraPipeline:
-        """Reads what `save_pretrained` wrote."""
-        folder = Path(directory)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"SoraPipeline.from_pretrained: expected a folder with config.json, got {folder}")
-        config = json.loads((folder / "config.json").read_text())
-        dit, text_encoder = DiT(DiTConfig.from_dict(config["dit"])), WordEncoder(**config["text_encoder"])
-        weights = load_file(folder / "model.safetensors")
-        for prefix, module in (("dit.", dit), ("text_encoder.", text_encoder)):
-            state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-            # assign: weights keep the dtype they were saved in.
-            module.load_state_dict(state, assign=True)
-            module.to(device).eval()
-        name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
-        scheduler = getattr(diffusers, name).from_pretrained(folder / "scheduler")
-        return cls(dit, text_encoder, scheduler, codec)
+    def from_pretrained(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> SoraPipeline:
+        """Reads what `save_pretrained` wrote, in float32.
+
+        Raises:
+            FileNotFoundError: a folder without a pipeline in it. ValueError: files that are broken or do not fit together.
+        """
+        folder, owner = Path(directory), "SoraPipeline.from_pretrained"
+        index = read_json(folder / "model_index.json", owner)
+        dit = DiT(DiTConfig.from_dict(read_json(folder / "dit" / "config.json", owner)))
+        text_encoder = WordEncoder(**read_json(folder / "text_encoder" / "config.json", owner))
+        for module, name in ((dit, "dit"), (text_encoder, "text_encoder")):
+            load_weights(module, folder / name, owner)
+            module.to(device).float().eval()
+        scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", owner)
+        scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_pretrained(folder / "scheduler")
+        codec = VideoVAE.from_pretrained(folder / "vae").to(device) if index["vae"] else None
+        captioner = Captioner.from_pretrained(folder / "captioner").to(device) if index["captioner"] else None
+        return cls(dit, text_encoder, scheduler, codec, captioner, size=tuple(index["size"]))
+
+
+def _pad(video: Tensor, size: Size) -> Tensor:
+    """A video [3, T, H, W] made larger below, to the right and at the end, by repeating its border."""
+    (t, h, w), (frames, height, width) = video.shape[1:], size
+    return F.pad(video[None], (0, width - w, 0, height - h, 0, frames - t), mode="replicate")[0]
+
+
+def _converted(video: Tensor, output_type: str) -> Any:
+    """[3, T, H, W] in [-1, 1] as "pt", "np" or "pil"."""
+    if output_type == "pt":
+        return video
+    frames = ((video + 1) / 2).permute(1, 2, 3, 0).float().cpu().numpy()
+    if output_type == "np":
+        return frames
+    return [Image.fromarray(frame) for frame in (frames * 255).round().astype(np.uint8)]

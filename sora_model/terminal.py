@@ -1,18 +1,22 @@
-"""Training and generating as a terminal shows them: behind progress bars, with files at the end."""
+"""Training, generating and videos as a terminal shows them; files at the end."""
 
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from .config import Size
+from rich.text import Text
 
 if TYPE_CHECKING:
-    from .pipeline import SoraPipeline
+    from torch import Tensor
+
     from .train import Trainer
 
 
@@ -30,33 +34,48 @@ def run_training(trainer: Trainer, console: Console) -> list[float]:
     return losses
 
 
-def generate_files(
-    pipeline: SoraPipeline,
-    prompts: list[str],
-    sizes: list[Size],
-    out: Path,
-    steps: int,
-    guidance: float,
-    seed: int,
-    fps: float,
-    scale: int,
-    format: str,
-    console: Console,
-) -> list[Path]:
-    """Generates in one packed batch and writes one file each and a contact sheet; returns their paths."""
+@contextmanager
+def denoising(console: Console, total: int, what: str = "denoising") -> Iterator[Callable[[int], None]]:
+    """A progress bar; what it gives is called with how much more is done."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=total)
+        yield lambda done: progress.advance(bar, done)
+
+
+def write_files(videos: list[Tensor], prompts: list[str], out: Path, fps: float, scale: int, format: str) -> list[Path]:
+    """Writes one file each and a contact sheet; returns their paths."""
     from .data import contact_sheet, write_video
 
-    columns = (TextColumn("denoising"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=steps)
-        videos = pipeline(
-            prompts, sizes, num_inference_steps=steps, guidance_scale=guidance, seeds=seed,
-            callback=lambda *_: progress.advance(bar),
-        )  # fmt: skip
     paths = []
     for i, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
-        name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48]
+        name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48] or "video"
         suffix = "png" if video.shape[1] == 1 else format
         paths.append(write_video(out / f"{i:02d}-{name}.{suffix}", video, fps=fps, scale=scale))
-    labels = [f"{prompt} ({'x'.join(map(str, size))})" for prompt, size in zip(prompts, sizes, strict=True)]
+    labels = [f"{prompt} ({'x'.join(map(str, video.shape[1:]))})" for prompt, video in zip(prompts, videos, strict=True)]
     return [*paths, contact_sheet(out / "contact_sheet.png", videos, labels)]
+
+
+def show_video(video: Tensor, console: Console, fps: float) -> None:
+    """Plays a video [3, T, H, W] in the terminal, two pixels per character; elsewhere, its last frame is not drawn at all."""
+    if not console.is_terminal:
+        console.print(f"{video.shape[1]} frames", highlight=False)
+        return
+    with Live(console=console, refresh_per_second=30) as live:
+        for t in range(video.shape[1]):
+            live.update(_drawn(video[:, t], console.width))
+            time.sleep(1 / fps)
+
+
+def _drawn(frame: Tensor, width: int) -> Text:
+    """A frame [3, H, W] as half blocks: the upper pixel is the letter's colour, the lower one the background's."""
+    step = max(1, -(-frame.shape[2] // width))
+    pixels = ((frame[:, ::step, ::step].float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+    if len(pixels) % 2:
+        pixels = pixels[:-1]
+    text = Text()
+    for upper, lower in zip(pixels[0::2].tolist(), pixels[1::2].tolist(), strict=True):
+        for (r, g, b), (x, y, z) in zip(upper, lower, strict=True):
+            text.append("▀", style=f"#{r:02x}{g:02x}{b:02x} on #{x:02x}{y:02x}{z:02x}")
+        text.append("\n")
+    return text

@@ -1,12 +1,12 @@
-"""Training on packed batches of mixed sizes: `Trainer`.
+"""Training on packed batches of mixed sizes: `Trainer`, for whatever an `Objective` says is to be learned.
 
-A step draws a batch that fills the token budget, empties some captions, draws a task (a mask of given frames) and a noise level for
-every sample, and learns all of them in one packed pass. Everything random in step n follows from the seed and n, so a run that was
-stopped and resumed goes through the same steps as one that was not.
+A step draws one batch per process and accumulation, adds up the gradients of their losses, moves the weights, and averages them.
+Everything random in step n follows from the seed and n, so a run that was stopped and resumed goes through the same steps as one
+that was not. Processes, devices and mixed precision are accelerate's: `accelerate launch -m sora_model.cli train ...`.
 
 In the run's folder:
 
-    checkpoint/              a SoraPipeline with the averaged (EMA) weights, for `SoraPipeline.from_pretrained`
+    checkpoint/              the averaged (EMA) weights, as the objective saves them
     training.safetensors     weights, averages, optimizer moments and the step, to resume from
     loss.csv, tensorboard/   loss, learning rate and tokens per second of every step
 """
@@ -19,20 +19,33 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .conditioning import drop_captions
-from .data import PackedSampler
-from .diffusion import TaskMix, add_noise, diffusion_loss
-from .pipeline import SoraPipeline
+from .data import Batch, PackedSampler
+
+
+class Objective(Protocol):
+    """What is to be learned.
+
+    model: the modules to train. loss: of one batch, with everything random drawn from the generator.
+    save: writes a checkpoint with `model` (the averaged weights) to a folder, complete or not at all.
+    """
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Tensor: ...
+
+    def save(self, model: nn.Module, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -43,13 +56,13 @@ class TrainConfig:
         steps: optimizer steps, or None for no such limit.
         minutes: wall-clock minutes, or None for no such limit; a resumed run counts those before.
         learning_rate: highest; reached after `warmup` steps, then falling as a cosine to a tenth at the end.
-        optimizer: "muon" (Jordan et al., 2024) for the matrices inside the blocks and AdamW for the rest, or "adamw" for all.
-            Muon's steps are scaled to AdamW's size, so one learning rate serves both.
+        optimizer: "muon" (Jordan et al., 2024) for the matrices and kernels inside the model and AdamW for the rest, or "adamw" for
+            all. Muon's steps are scaled to AdamW's size, so one learning rate serves both.
         weight_decay: on matrices only.
         gradient_clip: largest norm of all gradients together.
-        caption_dropout: share of captions emptied, for classifier-free guidance.
+        accumulation: batches whose gradients make one step.
+        mixed_precision: "no", or "bf16": matrices multiplied in bfloat16, weights and their averages kept in float32.
         ema_decay: of the averaged weights; the first steps average over fewer.
-        tasks: how often each task is trained.
         save_every: steps between checkpoints; one is always written at the end.
         seed: of everything random.
     """
@@ -61,21 +74,22 @@ class TrainConfig:
     optimizer: str = "muon"
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
-    caption_dropout: float = 0.1
+    accumulation: int = 1
+    mixed_precision: str = "no"
     ema_decay: float = 0.999
-    tasks: TaskMix = field(default_factory=TaskMix)
     save_every: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise ValueError("TrainConfig: steps, minutes: expected a limit, got None for both")
-        for name in ("steps", "minutes", "learning_rate", "gradient_clip", "save_every"):
+        for name in ("steps", "minutes", "learning_rate", "gradient_clip", "accumulation", "save_every"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"TrainConfig: {name}: expected a number above 0, got {value}")
-        if self.optimizer not in ("muon", "adamw"):
-            raise ValueError(f"TrainConfig: optimizer: expected 'muon' or 'adamw', got {self.optimizer!r}")
+        for name, known in (("optimizer", ("muon", "adamw")), ("mixed_precision", ("no", "bf16"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"TrainConfig: {name}: expected {known[0]!r} or {known[1]!r}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -92,30 +106,37 @@ class Step:
 
 
 class Trainer:
-    """Trains a pipeline's transformer and text encoder.
+    """Trains an objective's model.
 
-    >>> trainer = Trainer(pipeline, PackedSampler(source, (1, 8, 8), 2048), TrainConfig(steps=100), "runs/shapes")
+    >>> sampler = PackedSampler(source, (1, 8, 8), 2048)
+    >>> trainer = Trainer(DiffusionObjective(pipeline), sampler, TrainConfig(steps=100), "runs/shapes")
     >>> for step in trainer.train():
     ...     print(step.step, step.loss)
 
     Args:
-        pipeline: what to train, on the device to train on.
-        sampler: batches of videos and captions.
+        objective: what to learn, its model on the device to train on.
+        sampler: batches of videos and captions; of this process, where there are several.
         config: see `TrainConfig`.
         folder: of the run; see the top of this file.
         resume: go on from the folder's training.safetensors.
     """
 
     def __init__(
-        self, pipeline: SoraPipeline, sampler: PackedSampler, config: TrainConfig, folder: str | Path, *, resume: bool = False
+        self, objective: Objective, sampler: PackedSampler, config: TrainConfig, folder: str | Path, *, resume: bool = False
     ) -> None:
-        self.pipeline, self.sampler, self.config, self.folder = pipeline, sampler, config, Path(folder)
-        encoder = pipeline.text_encoder
-        if not isinstance(encoder, nn.Module):
-            raise TypeError(f"Trainer: pipeline.text_encoder: expected a module to train, got {type(encoder).__name__}")
-        self.model = nn.ModuleDict({"dit": pipeline.dit, "text_encoder": encoder}).train()
+        self.objective, self.sampler, self.config, self.folder = objective, sampler, config, Path(folder)
+        self.model = objective.model.train()
+        device = next(self.model.parameters()).device
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.accumulation,
+            cpu=device.type == "cpu",
+        )
         self.average = AveragedModel(self.model, multi_avg_fn=self._move_average)
-        self.optimizers = self._optimizers()
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self._moments: list[tuple[str, torch.optim.Optimizer, nn.Parameter]] = []  # whose state each weight's moments are
+        self._make_optimizers()
+        self._forward = self.accelerator.prepare(_Loss(objective))
         self.step, self.seconds = 0, 0.0
         if resume:
             self._load()
@@ -132,68 +153,78 @@ class Trainer:
         """Trains to the end, yielding after every step, and saves."""
         from torch.utils.tensorboard import SummaryWriter  # a second to import
 
+        main = self.accelerator.is_main_process
         self.folder.mkdir(parents=True, exist_ok=True)
         log, before = self.folder / "loss.csv", self.seconds
         rows = _rows_before(log, self.step)
-        with open(log, "w", newline="") as file, SummaryWriter(str(self.folder / "tensorboard")) as board:
+        with open(log if main else os.devnull, "w", newline="") as file, SummaryWriter(str(self.folder / "tensorboard")) as board:
             writer = csv.writer(file)
             writer.writerows(rows or [["step", "loss", "learning_rate", "tokens_per_second", "seconds"]])
             began = time.perf_counter()
             # On a CPU a second thread takes from the step more than it gives.
-            for batch in self.sampler.stream(self.step, prefetch=0 if self._device.type == "cpu" else 2):
-                if self.progress >= 1:
-                    break
+            prefetch = 0 if self.accelerator.device.type == "cpu" else 2
+            batches = self.sampler.stream(self.step * self.config.accumulation, prefetch=prefetch)
+            while self.progress < 1:
                 start = time.perf_counter()
-                loss, rate = self._train_step(batch.videos, batch.captions)
+                drawn = [next(batches) for _ in range(self.config.accumulation)]
+                loss, rate = self._train_step(drawn)
                 self.step += 1
-                self.seconds = before + time.perf_counter() - began
-                speed = batch.tokens / (time.perf_counter() - start)
-                sizes = [tuple(video.shape[1:]) for video in batch.videos]
-                done = Step(self.step, loss, rate, batch.tokens, speed, self.seconds, sizes)
+                self.seconds = self._agreed(before + time.perf_counter() - began)
+                tokens = sum(batch.tokens for batch in drawn)
+                speed = tokens / (time.perf_counter() - start)
+                sizes = [tuple(video.shape[1:]) for batch in drawn for video in batch.videos]
+                done = Step(self.step, loss, rate, tokens, speed, self.seconds, sizes)
                 writer.writerow([done.step, f"{loss:.6f}", f"{rate:.6g}", f"{speed:.1f}", f"{self.seconds:.2f}"])
-                for name in ("loss", "learning_rate", "tokens_per_second"):
+                for name in ("loss", "learning_rate", "tokens_per_second") if main else ():
                     board.add_scalar(name, getattr(done, name), done.step)
                 if self.step % self.config.save_every == 0:
                     self.save()
                 yield done
         self.save()
 
-    def _train_step(self, videos: list[Tensor], captions: list[str]) -> tuple[float, float]:
+    def _train_step(self, batches: list[Batch]) -> tuple[float, float]:
         """One optimizer step; returns the loss and the learning rate."""
-        config, dit = self.config, self.pipeline.dit
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-        pt = dit.config.patch_size[0]
-        with torch.no_grad():
-            latents = self.pipeline.codec.encode([video.to(self._device) for video in videos])
-            given = [config.tasks.given(x.shape[1] // pt, generator).repeat_interleave(pt) for x in latents]
-            batch = add_noise(self.pipeline.scheduler, latents, given=given, patch_frames=pt, generator=generator)
-        text = self.pipeline.text_encoder(drop_captions(captions, config.caption_dropout, generator))
-        loss = diffusion_loss(dit(batch.latents, batch.timesteps, text), batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"Trainer: the loss is {loss.item()} at step {self.step}; try a lower learning rate")
+        config, losses = self.config, []
+        for i, batch in enumerate(batches):
+            number = (self.step * config.accumulation + i) * self.accelerator.num_processes + self.accelerator.process_index
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
+            with self.accelerator.accumulate(self._forward):
+                loss = self._forward(batch, generator)
+                losses.append(self.accelerator.reduce(loss.detach(), "mean").item())
+                if not math.isfinite(losses[-1]):
+                    raise FloatingPointError(f"Trainer: the loss is {losses[-1]} at step {self.step}; try a lower learning rate")
+                self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         rate = config.learning_rate * _schedule(self.step, config.warmup, self.progress)
-        self.model.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
+        self.model.zero_grad()
         self.average.update_parameters(self.model)
-        return loss.item(), rate
+        return sum(losses) / len(losses), rate
 
-    def averaged_pipeline(self) -> SoraPipeline:
-        """A pipeline with the averaged weights, sharing them."""
-        modules: Any = self.average.module
-        modules.eval()
-        return SoraPipeline(modules["dit"], modules["text_encoder"], self.pipeline.scheduler, self.pipeline.codec)
+    def _agreed(self, seconds: float) -> float:
+        """The same clock for all processes: the first one's."""
+        if self.accelerator.num_processes == 1:
+            return seconds
+        clock = torch.tensor(seconds, device=self.accelerator.device)
+        torch.distributed.broadcast(clock, 0)
+        return clock.item()
+
+    def averaged_model(self) -> nn.Module:
+        """The model with the averaged weights, sharing them."""
+        return self.average.module.eval()
 
     def save(self) -> None:
         """Writes checkpoint/ and training.safetensors, each complete or not at all."""
-        self.averaged_pipeline().save_pretrained(self.folder / "checkpoint")
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        self.objective.save(self.averaged_model(), self.folder / "checkpoint")
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        for optimizer, name, parameter in self._optimized():
+        for name, optimizer, parameter in self._moments:
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
@@ -215,42 +246,67 @@ class Trainer:
 
         self.model.load_state_dict(part("model."))
         self.average.load_state_dict(part("average."))
-        for optimizer, name, parameter in self._optimized():
+        for name, optimizer, parameter in self._moments:
             moments = {key: value.to(parameter.device) for key, value in part(f"optimizer.{name}.").items()}
             if moments:
                 optimizer.state[parameter] = moments
         self.step, self.seconds = state["step"], state["seconds"]
 
-    @property
-    def _device(self) -> torch.device:
-        return self.pipeline.dit.final.weight.device
-
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
+    def _make_optimizers(self) -> None:
         rate, decay = self.config.learning_rate, self.config.weight_decay
-        optimizers: list[torch.optim.Optimizer] = []
-        inner: list[nn.Parameter] = []
-        if self.config.optimizer == "muon":
-            # Not adaLN's matrices, a quarter of Muon's cost, and three iterations of Newton-Schulz instead of five: on the
-            # procedural world the loss after 800 steps was the same within 3%.
-            named = self.pipeline.dit.blocks.named_parameters()  # type: ignore[attr-defined]
-            inner = [p for name, p in named if p.ndim == 2 and "modulation" not in name]
-            optimizers.append(torch.optim.Muon(inner, rate, decay, ns_steps=3, adjust_lr_fn="match_rms_adamw"))
-        taken = {id(p) for p in inner}
-        rest = [p for p in self.model.parameters() if id(p) not in taken]
-        matrices, vectors = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizers.append(torch.optim.AdamW(groups, rate, betas=(0.9, 0.99), fused=True))
-        return optimizers
-
-    def _optimized(self) -> Iterator[tuple[torch.optim.Optimizer, str, nn.Parameter]]:
-        """Every parameter with its name and its optimizer."""
-        owners = {id(p): optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
-        return ((owners[id(p)], name, p) for name, p in self.model.named_parameters())
+        named = list(self.model.named_parameters())
+        inner = [(name, p) for name, p in named if self.config.optimizer == "muon" and _for_muon(name, p)]
+        if inner:
+            muon = KernelMuon([p for _, p in inner], rate, decay, ns_steps=5, adjust_lr_fn="match_rms_adamw")
+            self.optimizers.append(muon)
+            self._moments += [(name, muon, view) for (name, _), view in zip(inner, muon.views, strict=True)]
+        taken = {id(p) for _, p in inner}
+        rest = [(name, p) for name, p in named if id(p) not in taken]
+        groups = [
+            {"params": [p for _, p in rest if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for _, p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW(groups, rate, betas=(0.9, 0.99), fused=True)
+        self.optimizers.append(adamw)
+        self._moments += [(name, adamw, p) for name, p in rest]
 
     @torch.no_grad()
     def _move_average(self, averages: Any, parameters: Any, updates: Any) -> None:
         decay = min(self.config.ema_decay, (1 + int(updates)) / (10 + int(updates)))
         torch._foreach_lerp_(averages, parameters, 1 - decay)
+
+
+class _Loss(nn.Module):
+    """The objective's loss as a module, which is what several processes share."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.model = objective.model
+        self._loss = objective.loss
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        return self._loss(batch, generator)
+
+
+class KernelMuon(torch.optim.Muon):
+    """torch's Muon, which takes matrices alone, on convolution kernels too: each is seen as the matrix [out, in * kernel]."""
+
+    def __init__(self, parameters: list[nn.Parameter], *args: Any, **options: Any) -> None:
+        self.kernels = parameters
+        self.views = [p if p.ndim == 2 else nn.Parameter(p.data.view(p.shape[0], -1)) for p in parameters]
+        super().__init__(self.views, *args, **options)
+
+    def step(self, closure: Any = None) -> Any:
+        for view, kernel in zip(self.views, self.kernels, strict=True):
+            if view is not kernel:
+                view.grad = None if kernel.grad is None else kernel.grad.view_as(view)
+        return super().step(closure)
+
+
+def _for_muon(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices and kernels inside a model; not what meets inputs and outputs, nor adaLN's, a quarter of the cost for nothing."""
+    outer = ("patch_embed", "place_embed", "final", "words", "modulation", "embed", "wte", "lm_head")
+    return parameter.ndim >= 2 and not any(part in name for part in outer)
 
 
 def _schedule(step: int, warmup: int, progress: float) -> float:

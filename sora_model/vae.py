@@ -1,26 +1,73 @@
-"""Between pixels and the latents that are diffused."""
+"""Between pixels and the latents that are diffused: `Codec`, `PixelCodec`, `VideoVAE`.
+
+A causal video VAE codes the first frame alone and then `ct` frames at a time, so an image is a video of one frame, and a video of
+T' latent frames has 1 + ct (T' - 1) frames. Latents of a start do not change when the video goes on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import copy
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from .config import Size
+
+# Causal video VAEs of diffusers. Each is used as it is; what differs is where its config says how much it compresses. The norms of
+# CogVideoX's and HunyuanVideo's run over a whole clip, so latents of a start change a little when the clip goes on.
+CLASSES = (
+    "AutoencoderKLCogVideoX",
+    "AutoencoderKLCosmos",
+    "AutoencoderKLHunyuanVideo",
+    "AutoencoderKLLTXVideo",
+    "AutoencoderKLWan",
+)
+TILE, OVERLAP = 256, 64  # pixels along a side of what is coded at once, and how many two neighbours share
 
 
 class Codec(Protocol):
     """What a pipeline asks of a video VAE.
 
-    channels: C of a latent. compression: pixels along T, H and W per latent position.
-    encode: videos [3, T, H, W] in [-1, 1] -> latents [C, T/ct, H/ch, W/cw], of any sizes. decode: its inverse.
+    channels: C of a latent. compression: pixels along T, H and W per latent position. causal: whether the first latent frame is
+    one frame of pixels.
+    encode: videos [3, T, H, W] in [-1, 1] -> latents [C, T', H/ch, W/cw], of any sizes, of about unit variance.
+    decode: its inverse.
     """
 
     channels: int
     compression: tuple[int, int, int]
+    causal: bool
 
     def encode(self, videos: Sequence[Tensor]) -> list[Tensor]: ...
 
     def decode(self, latents: Sequence[Tensor]) -> list[Tensor]: ...
+
+
+def latent_size(codec: Codec, size: Size) -> Size:
+    """(T, H, W) of a video -> that of its latent; a size that does not divide is an error.
+
+    >>> latent_size(vae, (13, 48, 80))                                    # compression (4, 8, 8), causal
+    (4, 6, 10)
+    """
+    (frames, height, width), (ct, ch, cw) = size, codec.compression
+    first = int(codec.causal)
+    if frames < 1 or height < 1 or width < 1 or (frames - first) % ct or height % ch or width % cw:
+        shape = f"{f'1 + {ct} n' if first else f'{ct} n'} frames of height {ch} n and width {cw} n"
+        raise ValueError(f"latent_size: size: expected {shape}, got (T, H, W) = {size}")
+    return first + (frames - first) // ct, height // ch, width // cw
+
+
+def latent_frames(codec: Codec, frames: Tensor) -> Tensor:
+    """Which latent frames are made of marked frames only: bool [T] -> bool [T']."""
+    ct = codec.compression[0]
+    if not codec.causal:
+        return frames.unflatten(0, (-1, ct)).all(1)
+    return torch.cat([frames[:1], frames[1:].unflatten(0, (-1, ct)).all(1)])
 
 
 class PixelCodec:
@@ -28,9 +75,208 @@ class PixelCodec:
 
     channels = 3
     compression = (1, 1, 1)
+    causal = False
 
     def encode(self, videos: Sequence[Tensor]) -> list[Tensor]:
         return list(videos)
 
     def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
         return [latent.clamp(-1, 1) for latent in latents]
+
+
+class VideoVAE(nn.Module):
+    """One of diffusers' causal video VAEs as a `Codec`; see `CLASSES`.
+
+    >>> vae = VideoVAE.from_pretrained("checkpoints/wan/vae")
+    >>> [tuple(x.shape) for x in vae.encode([torch.zeros(3, 13, 480, 832), torch.zeros(3, 1, 512, 512)])]
+    [(16, 4, 60, 104), (16, 1, 64, 64)]
+
+    Frames larger than a tile of 256 x 256 pixels are coded tile by tile, overlapping by 64, and blended, so that memory does
+    not grow with the frame. Latents are the posterior's mean, normalised by the checkpoint's own mean and deviation.
+
+    Args:
+        model: the VAE of diffusers.
+        tile: side of a tile in pixels; a multiple of the spatial compression.
+    """
+
+    channels: int
+    compression: tuple[int, int, int]
+    causal: bool
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any, *, tile: int = TILE) -> None:
+        super().__init__()
+        config: Any = model.config
+        name = type(model).__name__
+        if name not in CLASSES:
+            raise ValueError(f"VideoVAE: model: expected one of {', '.join(CLASSES)}, got {name}")
+        self.model: Any = model
+        self.tile, self.causal = tile, True
+        ct, ch = _compression(model)
+        self.compression = (ct, ch, ch)
+        if tile % ch or tile < 2 * OVERLAP:
+            raise ValueError(f"VideoVAE: tile: expected a multiple of {ch} from {2 * OVERLAP} on, got {tile}")
+        self.channels = config.get("z_dim") or config["latent_channels"]
+        mean, std = _statistics(model, self.channels)
+        self.register_buffer("mean", mean.view(-1, 1, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(-1, 1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, tile: int = TILE) -> VideoVAE:
+        """Reads a checkpoint of diffusers from a local folder, in float32.
+
+        Raises:
+            FileNotFoundError: no config.json there. ValueError: a class that is not in `CLASSES`.
+        """
+        import diffusers
+
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"VideoVAE.from_pretrained: expected a folder with config.json, got {folder}")
+        name = json.loads(path.read_text()).get("_class_name")
+        if name not in CLASSES:
+            raise ValueError(f"VideoVAE.from_pretrained: {path}: expected _class_name out of {', '.join(CLASSES)}, got {name}")
+        model = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+        return cls(model.eval(), tile=tile)
+
+    @classmethod
+    def small(
+        cls,
+        *,
+        latent_channels: int = 16,
+        channels: tuple[int, ...] = (64, 96, 96),
+        temporal: int = 4,
+        spatial: int = 8,
+    ) -> VideoVAE:
+        """An untrained VAE that a CPU can train: Cosmos' (NVIDIA, 2025), whose convolutions work on 4x4x4 patches.
+
+        2.6 million weights at the sizes given here. channels: widths from the patches inwards.
+        """
+        import diffusers
+
+        model = diffusers.AutoencoderKLCosmos(
+            latent_channels=latent_channels,
+            encoder_block_out_channels=channels,
+            decode_block_out_channels=channels,
+            attention_resolutions=(),
+            num_layers=1,
+            patch_size=4,
+            patch_type="rearrange",
+            spatial_compression_ratio=spatial,
+            temporal_compression_ratio=temporal,
+            latents_mean=[0.0] * latent_channels,
+            latents_std=[1.0] * latent_channels,
+        )
+        return cls(model)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Writes the checkpoint as diffusers does, in `dtype` if one is given."""
+        model = self.model if dtype is None else copy.deepcopy(self.model).to(dtype)
+        model.save_pretrained(folder)
+
+    def normalize_latents(self, mean: Tensor, std: Tensor) -> None:
+        """Sets the latents' mean and standard deviation [C], for models whose config has them."""
+        self.model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        self.mean.copy_(mean.view(-1, 1, 1, 1))
+        self.std.copy_(std.view(-1, 1, 1, 1))
+
+    @torch.no_grad()
+    def encode(self, videos: Sequence[Tensor]) -> list[Tensor]:
+        for video in videos:
+            latent_size(self, _size(video))
+        return _by_size(videos, lambda batch: (self._tiled(batch, self._encode, self.compression[1], 1) - self.mean) / self.std)
+
+    @torch.no_grad()
+    def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        def decode(batch: Tensor) -> Tensor:
+            return self._tiled(batch * self.std + self.mean, self._decode, 1, self.compression[1]).clamp(-1, 1)
+
+        return _by_size(latents, decode)
+
+    def forward(self, videos: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Raw latents [B, C, T', H', W'] of videos of one size, and what is decoded of them with so much noise added."""
+        latents = self._encode(videos)
+        return latents, self._decode(latents + noise * torch.randn_like(latents))
+
+    def _encode(self, videos: Tensor) -> Tensor:
+        return self.model.encode(videos).latent_dist.mode()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.model.decode(latents).sample
+
+    def _tiled(self, x: Tensor, code: Callable[[Tensor], Tensor], down: int, up: int) -> Tensor:
+        """code(x) of [B, C, T, H, W], a tile of H and W at a time where they are larger; sizes change by up / down."""
+        scale = self.compression[1] // down  # pixels per position of x
+        tile, overlap = self.tile // scale, OVERLAP // scale
+        height, width = x.shape[3:]
+        if height <= tile and width <= tile:
+            return code(x)
+        total = weights = torch.zeros(())
+        for top in _starts(height, tile, overlap):
+            for left in _starts(width, tile, overlap):
+                part = code(x[..., top : top + tile, left : left + tile])
+                if total.ndim == 0:
+                    total = part.new_zeros(*part.shape[:3], height * up // down, width * up // down)
+                    weights = part.new_zeros(total.shape[3:])
+                y, h = top * up // down, part.shape[3]
+                z, w = left * up // down, part.shape[4]
+                ramp = _ramp(h, overlap * up // down)[:, None] * _ramp(w, overlap * up // down)
+                total[..., y : y + h, z : z + w] += part * ramp
+                weights[y : y + h, z : z + w] += ramp
+        return total.div_(weights)
+
+
+def _compression(model: Any) -> tuple[int, int]:
+    """Frames and pixels along a side per latent position."""
+    config = model.config
+    ct = config.get("temporal_compression_ratio") or config.get("scale_factor_temporal")
+    ch = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial")
+    ct = ct or getattr(model, "temporal_compression_ratio", None)
+    ch = ch or getattr(model, "spatial_compression_ratio", None)
+    if ch is None:  # CogVideoX says it by its blocks
+        ch = 2 ** (len(config["block_out_channels"]) - 1)
+    return int(ct), int(ch)  # type: ignore[arg-type]
+
+
+def _statistics(model: Any, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents [C], as the checkpoint has them."""
+    config = model.config
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        return torch.tensor(config["latents_mean"])[:channels], torch.tensor(config["latents_std"])[:channels]
+    if isinstance(getattr(model, "latents_mean", None), Tensor):  # LTX
+        return model.latents_mean.float().clone(), model.latents_std.float().clone() / config["scaling_factor"]
+    shift = config.get("shift_factor") or 0.0
+    return torch.full((channels,), float(shift)), torch.full((channels,), 1 / float(config.get("scaling_factor") or 1.0))
+
+
+def _size(video: Tensor) -> Size:
+    if video.ndim != 4 or video.shape[0] != 3:
+        raise ValueError(f"VideoVAE: videos: expected [3, T, H, W], got {list(video.shape)}")
+    frames, height, width = video.shape[1:]
+    return frames, height, width
+
+
+def _by_size(videos: Sequence[Tensor], code: Callable[[Tensor], Tensor], at_once: int = 2**22) -> list[Tensor]:
+    """code on batches of equal sizes, each of at most `at_once` numbers, back in the order of `videos`."""
+    groups: dict[torch.Size, list[int]] = {}
+    for i, video in enumerate(videos):
+        groups.setdefault(video.shape, []).append(i)
+    coded: dict[int, Tensor] = {}
+    for shape, members in groups.items():
+        count = max(at_once // math.prod(shape), 1)
+        for start in range(0, len(members), count):
+            some = members[start : start + count]
+            coded.update(zip(some, code(torch.stack([videos[i] for i in some])).unbind(0), strict=True))
+    return [coded[i] for i in range(len(videos))]
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin, so that neighbours share `overlap` or more and the last one ends at `length`."""
+    return [*range(0, max(length - tile, 0), tile - overlap), max(length - tile, 0)]
+
+
+def _ramp(length: int, overlap: int) -> Tensor:
+    """Weights that rise over the first `overlap` positions and fall over the last."""
+    place = torch.arange(length) + 0.5
+    return torch.minimum(place, length - place).div(max(overlap, 1)).clamp(max=1)

@@ -1,5 +1,7 @@
 """Noising, loss, guidance and sampling: right for diffusers' schedulers, for every task, and alone as packed."""
 
+from collections.abc import Sequence
+
 import diffusers
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from sora_model.conditioning import PackedText
 from sora_model.config import DiTConfig
-from sora_model.diffusion import NoisedBatch, TaskMix, add_noise, diffusion_loss, guided, initial_noise, sample
+from sora_model.diffusion import NoisedBatch, TaskMix, add_noise, diffusion_loss, guided, sample
 from sora_model.dit import DiT
 from sora_model.text import WordEncoder
 
@@ -143,10 +145,10 @@ def test_guidance(per_frame: bool) -> None:
     levels = torch.rand(sum(t for t, _, _ in SIZES) if per_frame else 4) * 1000
     conditioned, unconditioned = dit(latents, levels, text), dit(latents, levels, null)
     for scale in (0.0, 1.0, 4.0):
-        outputs = guided(dit, text=text, null_text=null, guidance_scale=scale)(latents, levels)
+        outputs = guided(dit, text=text, null_text=null, guidance_scale=scale)(latents, levels, range(4))
         for output, c, u in zip(outputs, conditioned, unconditioned, strict=True):
             torch.testing.assert_close(output, u + scale * (c - u), atol=1e-4, rtol=0)
-    default = guided(dit, text=text, guidance_scale=0.0)(latents, levels)
+    default = guided(dit, text=text, guidance_scale=0.0)(latents, levels, range(4))
     torch.testing.assert_close(default[0], dit(latents, levels, PackedText.empty(4, 32))[0], atol=1e-5, rtol=0)
 
 
@@ -154,10 +156,15 @@ def test_guidance_of_classes_drops_the_variance() -> None:
     config = DiTConfig.from_dict({**small(text_dim=None, num_classes=10, learn_sigma=True).to_dict()})
     dit, latents, labels = awake(DiT(config)), latents_of(SIZES), torch.tensor([1, 2, 3, 4])
     levels = torch.full((4,), 100.0)
-    outputs = guided(dit, labels=labels, guidance_scale=2.0)(latents, levels)
+    outputs = guided(dit, labels=labels, guidance_scale=2.0)(latents, levels, range(4))
     conditioned, null = dit(latents, levels, labels=labels), dit(latents, levels, labels=torch.full((4,), 10))
     for output, c, u in zip(outputs, conditioned, null, strict=True):
         torch.testing.assert_close(output, (2 * c - u)[:4], atol=1e-4, rtol=0)
+
+
+def noise_of(shapes: Sequence[Sequence[int]], seeds: Sequence[int]) -> tuple[list[Tensor], list[torch.Generator]]:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [torch.randn(tuple(shape), generator=g) for shape, g in zip(shapes, generators, strict=True)], generators
 
 
 SCHEDULERS = {
@@ -180,7 +187,7 @@ def test_packed_sampling_equals_sampling_alone(scheduler) -> None:
     clean = latents_of(SIZES)
 
     def run(which: list[int], masks: list[Tensor]) -> list[Tensor]:
-        noise, generators = initial_noise([SHAPES[i] for i in which], seeds=[10 + i for i in which])
+        noise, generators = noise_of([SHAPES[i] for i in which], seeds=[10 + i for i in which])
         text, null = encoder([CAPTIONS[i] for i in which]), encoder([""] * len(which))
         denoise = guided(dit, text=text, null_text=null, guidance_scale=2.0)
         given = [(masks[i], clean[i]) for i in which]
@@ -201,17 +208,17 @@ class Perfect:
     def __init__(self, answers: list[Tensor]) -> None:
         self.answers, self.asked = answers, []
 
-    def __call__(self, latents: list[Tensor], timesteps: Tensor) -> list[Tensor]:
+    def __call__(self, latents: list[Tensor], timesteps: Tensor, which: Sequence[int]) -> list[Tensor]:
         self.asked.append((latents, timesteps))
         levels = timesteps if len(timesteps) == len(latents) else timesteps.view(len(latents), -1).amax(1)
         # Flow: x_sigma = (1 - sigma) x + sigma noise, so that noise - x = (x_sigma - x) / sigma.
-        return [(x - answer) / (t / 1000) for x, answer, t in zip(latents, self.answers, levels, strict=True)]
+        return [(x - answer) / (t / 1000) for x, answer, t in zip(latents, [self.answers[i] for i in which], levels, strict=True)]
 
 
 def test_a_perfect_model_is_sampled_to_its_answer() -> None:
     answers = latents_of(SIZES)
     denoise, seen = Perfect(answers), []
-    noise, _ = initial_noise(SHAPES, seeds=range(4))
+    noise, _ = noise_of(SHAPES, seeds=range(4))
     latents = sample(
         denoise, FlowMatchEulerDiscreteScheduler(), noise, num_inference_steps=7, callback=lambda *args: seen.append(args)
     )
@@ -227,7 +234,7 @@ def test_the_model_sees_given_frames_clean_at_every_step() -> None:
     answers = latents_of([(4, 8, 8), (4, 4, 4)])
     given = [torch.tensor([True, False, False, False]), torch.tensor([False, False, True, True])]
     denoise = Perfect([x + 1 for x in answers])
-    noise, _ = initial_noise([x.shape for x in answers], seeds=[1, 2])
+    noise, _ = noise_of([x.shape for x in answers], seeds=[1, 2])
     scheduler = diffusers.EulerDiscreteScheduler(prediction_type="epsilon")  # scales what the model sees
     sample(denoise, scheduler, noise, num_inference_steps=3, given=list(zip(given, answers, strict=True)))
     assert [timesteps[1].item() for _, timesteps in denoise.asked] == [999, 499.5, 0]
@@ -239,11 +246,50 @@ def test_the_model_sees_given_frames_clean_at_every_step() -> None:
             assert torch.equal(latent[:, mask], answer[:, mask])
 
 
-def test_initial_noise_depends_on_the_seed_alone() -> None:
-    together, _ = initial_noise(SHAPES, seeds=[5, 6, 7, 8])
-    (alone,), _ = initial_noise(SHAPES[2:3], seeds=[7])
-    assert torch.equal(together[2], alone)
-    assert abs(torch.cat([x.flatten() for x in together]).std() - 1) < 0.1
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS.keys())
+def test_a_sample_may_begin_from_a_latent(scheduler) -> None:
+    """A video partly noised, packed with one from pure noise: each is what it is alone, and a low strength keeps the latent."""
+    dit, encoder = model()
+    (start,) = latents_of(SIZES[:1])
+
+    def run(which: list[int], strength: float) -> list[Tensor]:
+        noise, generators = noise_of([SHAPES[i] for i in which], seeds=[10 + i for i in which])
+        denoise = guided(dit, text=encoder([CAPTIONS[i] for i in which]))
+        begin = [(start, strength) if i == 0 else None for i in which]
+        return sample(denoise, scheduler, noise, num_inference_steps=6, begin=begin, generators=generators)
+
+    packed = run([0, 1], 0.5)
+    for i in (0, 1):
+        (alone,) = run([i], 0.5)
+        assert (packed[i] - alone).abs().max() < 1e-4 * alone.abs().max().clamp(min=1)
+    near, far = run([0], 1 / 6)[0], run([0], 1.0)[0]
+    assert (near - start).abs().mean() < (far - start).abs().mean()
+
+
+def test_begin_strength_is_checked() -> None:
+    answers = latents_of(SIZES)
+    with pytest.raises(ValueError, match="begin: expected a strength above 0 and up to 1, got 0"):
+        sample(Perfect(answers), FlowMatchEulerDiscreteScheduler(), answers, begin=[(answers[0], 0), None, None, None])
+
+
+def test_every_frame_may_have_a_level_of_its_own() -> None:
+    latents, scheduler = latents_of(SIZES), FlowMatchEulerDiscreteScheduler()
+    batch = add_noise(scheduler, latents, per_frame=[True, False, True, False], generator=seeded())
+    frames = [latent.shape[1] for latent in latents]
+    levels = batch.timesteps.split(frames)
+    assert len(batch.timesteps) == sum(frames)
+    for own, level in zip((True, False, True, False), levels, strict=True):
+        assert len(level.unique()) == (len(level) if own else 1)
+    for latent, noised, target, level in zip(latents, batch.latents, batch.targets, levels, strict=True):
+        sigma = (level / 1000)[:, None, None]
+        torch.testing.assert_close(noised, latent + sigma * target)
+    ddpm = add_noise(DDPMScheduler(), latents, per_frame=[True] * 4, generator=seeded())
+    for i, (latent, noised, noise) in enumerate(zip(latents, ddpm.latents, ddpm.targets, strict=True)):
+        t = ddpm.timesteps.split(frames)[i]
+        kept = DDPMScheduler().alphas_cumprod[t.long()][:, None, None]
+        torch.testing.assert_close(noised, kept.sqrt() * latent + (1 - kept).sqrt() * noise)
+    with pytest.raises(ValueError, match="per_frame: expected a number from 0 to 1, got 2"):
+        TaskMix(per_frame=2)
 
 
 @pytest.mark.parametrize("prediction", ["direct", "clean"])
@@ -263,7 +309,7 @@ def test_learns_two_images_by_their_captions(prediction: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    noise, _ = initial_noise([(1, 1, 4, 4)] * 2, seeds=[0, 1])
+    noise, _ = noise_of([(1, 1, 4, 4)] * 2, seeds=[0, 1])
     white, black = sample(guided(dit, text=encoder(["white", "black"])), scheduler, noise, num_inference_steps=8)
     assert (white - 1).abs().mean() < 0.5
     assert (black + 1).abs().mean() < 0.5

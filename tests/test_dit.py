@@ -271,7 +271,7 @@ def test_config() -> None:
     assert DiTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match=r"expected keys out of in_channels, .*, got hidden, width"):
         DiTConfig.from_dict({"hidden": 3, "depth": 2, "width": 1})
-    with pytest.raises(ValueError, match="name: expected one of tiny, S, B, L, XL, got 'XXL'"):
+    with pytest.raises(ValueError, match="name: expected one of tiny, XS, S, B, L, XL, got 'XXL'"):
         DiTConfig.preset("XXL", patch=(1, 2, 2), in_channels=4)
     for wrong in ({"hidden_size": 50}, {"patch_size": (2, 2)}, {"positions": "none"}, {"depth": 0}, {"num_classes": 0}):
         with pytest.raises(ValueError, match=f"DiTConfig: {next(iter(wrong))}: expected"):

@@ -72,14 +72,14 @@ def test_native_sizes_and_captions(folder):
         "caption of d": (1, 48, 48),
     }
     for i in range(len(source)):
-        video, caption = source.load(i)
+        video, caption, _, _ = source.load(i)
         assert caption == source.captions[i]
         assert tuple(video.shape) == (3, *source.size(i))
         assert video.dtype == torch.float32
         assert video.is_contiguous()
-    video, _ = source.load(source.captions.index("caption of d"))
+    video, *_ = source.load(source.captions.index("caption of d"))
     torch.testing.assert_close(video, clip(1, 48, 48), rtol=0, atol=0.005)  # PNG: exact but for 8 bits
-    video, _ = source.load(source.captions.index("caption of a"))
+    video, *_ = source.load(source.captions.index("caption of a"))
     assert (video - clip(12, 64, 96)).abs().mean() < 0.06  # lossy
 
 
@@ -162,7 +162,7 @@ def test_max_pixels_scales_down_and_keeps_the_aspect_ratio(folder):
     source = FolderSource(folder, max_pixels=32 * 48, multiple_of=(1, 2, 2))
     sizes = {source.captions[i][-1]: source.size(i) for i in range(len(source))}
     assert sizes == {"a": (12, 32, 48), "b": (20, 48, 32), "c": (7, 32, 46), "d": (1, 38, 38)}
-    video, _ = source.load(0)
+    video, *_ = source.load(0)
     assert (video - clip(12, 32, 48)).abs().mean() < 0.06
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sora_model.dit import DiT
 from sora_model.pipeline import SoraPipeline
+from sora_model.request import Request
 from sora_model.text import WordEncoder
 from sora_model.vae import PixelCodec
 
@@ -26,16 +27,17 @@ def pipeline() -> SoraPipeline:
 
 
 def generate(pipeline: SoraPipeline, which: list[int], **options) -> list[Tensor]:
-    prompts, sizes = [PROMPTS[i] for i in which], [SIZES[i] for i in which]
-    return pipeline(prompts, sizes, num_inference_steps=3, **{"seeds": [7 + i for i in which], **options})
+    given, negative = options.pop("given", [{}] * 3), options.pop("negative_prompts", [""] * 3)
+    requests = [Request(PROMPTS[i], SIZES[i], given=given[i] or {}, negative_prompt=negative[i]) for i in which]
+    return pipeline(requests, num_inference_steps=3, **{"generator": [7 + i for i in which], **options})
 
 
 def test_many_sizes_in_one_call_as_one_by_one(pipeline: SoraPipeline) -> None:
     videos = generate(pipeline, [0, 1, 2])
     assert [tuple(video.shape) for video in videos] == [(3, *size) for size in SIZES]
     assert all(video.abs().max() <= 1 for video in videos)
-    assert torch.equal(videos[0], generate(pipeline, [0, 1, 2], seeds=7)[0])  # seed + i
-    assert not torch.equal(videos[0], generate(pipeline, [0, 1, 2], seeds=8)[0])
+    assert torch.equal(videos[0], generate(pipeline, [0, 1, 2], generator=7)[0])  # seed + i
+    assert not torch.equal(videos[0], generate(pipeline, [0, 1, 2], generator=8)[0])
     for i, video in enumerate(videos):
         torch.testing.assert_close(generate(pipeline, [i])[0], video, atol=1e-4, rtol=0)
     negative = generate(pipeline, [0, 1, 2], negative_prompts=["a blue square", "", ""])
@@ -70,34 +72,94 @@ class HalvingCodec(PixelCodec):
         return [x.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3) for x in latents]
 
 
+class CausalCodec(HalvingCodec):
+    """The first frame alone, then every second one."""
+
+    causal = True
+
+    def encode(self, videos):
+        return [torch.cat([video[:, :1, ::2, ::2], video[:, 2::2, ::2, ::2]], dim=1) for video in videos]
+
+    def decode(self, latents):
+        return [x.repeat_interleave(2, 1)[:, 1:].repeat_interleave(2, 2).repeat_interleave(2, 3) for x in latents]
+
+
 def test_latents_smaller_than_pixels(pipeline: SoraPipeline) -> None:
     halving = SoraPipeline(pipeline.dit, pipeline.text_encoder, pipeline.scheduler, HalvingCodec())
+    assert halving.timing == (4, 4)
     start = torch.rand(3, 4, 1, 1).repeat_interleave(2, 1)[:, :4].expand(3, 4, 16, 16).contiguous()
-    (video,) = halving(["x"], [(8, 16, 16)], given=[{0: start}], num_inference_steps=2, seeds=0)
+    (video,) = halving(Request("x", (8, 16, 16), given={0: start}), num_inference_steps=2, generator=0)
     assert tuple(video.shape) == (3, 8, 16, 16)
     assert torch.equal(video[:, :4], start)
-    with pytest.raises(ValueError, match=r"divisible by \(4, 8, 8\)"):
-        halving(["x"], [(8, 16, 20)])
-    with pytest.raises(ValueError, match="multiples of 2 frames"):
-        halving(["x"], [(8, 16, 16)], given=[{1: start}])
+    with pytest.raises(
+        ValueError, match=r"expected whole token frames, the first 4 and then 4 at a time, got clips of frames \{2: 4\}"
+    ):
+        halving(Request("x", (8, 16, 16), given={2: start}))
+
+
+def test_a_causal_codec_takes_its_first_frame_alone(pipeline: SoraPipeline) -> None:
+    torch.manual_seed(0)
+    dit = awake(DiT(small(in_channels=3, patch_size=(1, 4, 4))))
+    causal = SoraPipeline(dit, pipeline.text_encoder, pipeline.scheduler, CausalCodec())
+    assert causal.timing == (1, 2)
+    image, end = (torch.rand(3, t, 1, 1).repeat_interleave(t, 1)[:, :t].expand(3, t, 8, 8).contiguous() for t in (1, 2))
+    end = end[:, :1].repeat(1, 2, 1, 1)
+    requests = [Request("x", (5, 8, 8), given={0: image, -2: end}), Request("y", (1, 8, 8))]
+    video, picture = causal(requests, num_inference_steps=2, generator=0)
+    assert (tuple(video.shape), tuple(picture.shape)) == ((3, 5, 8, 8), (3, 1, 8, 8))
+    assert torch.equal(video[:, :1], image)
+    assert torch.equal(video[:, -2:], end)
+
+
+def test_any_size_is_made_larger_and_cut(pipeline: SoraPipeline) -> None:
+    """Sizes that are no whole tokens, with something given in them: the border is repeated, and cut off again."""
+    image = torch.rand(3, 2, 9, 14)
+    videos = pipeline([Request("x", (3, 9, 14), given={0: image}), "y"], (5, 7, 5), num_inference_steps=2, generator=0)
+    assert [tuple(video.shape) for video in videos] == [(3, 3, 9, 14), (3, 5, 7, 5)]
+    assert torch.equal(videos[0][:, :2], image)
+
+
+def test_output_types(pipeline: SoraPipeline) -> None:
+    def made(kind: str):
+        return pipeline("a red circle", (2, 8, 8), num_inference_steps=2, generator=3, output_type=kind)[0]
+
+    tensor, array, images, latent = (made(kind) for kind in ("pt", "np", "pil", "latent"))
+    assert array.shape == (2, 8, 8, 3)
+    torch.testing.assert_close(torch.from_numpy(array).permute(3, 0, 1, 2) * 2 - 1, tensor)
+    assert [image.size for image in images] == [(8, 8)] * 2
+    assert latent.shape == (3, 2, 8, 8)
+    with pytest.raises(ValueError, match="output_type: expected one of pt, np, pil, latent, got 'jpg'"):
+        made("jpg")
+
+
+def test_generators_and_seeds(pipeline: SoraPipeline) -> None:
+    def made(generator, seed=None):
+        return pipeline(Request("x", (2, 8, 8), seed=seed), num_inference_steps=2, generator=generator)[0]
+
+    assert torch.equal(made(5), made(torch.Generator().manual_seed(5)))
+    assert torch.equal(made(5), made([5]))
+    assert torch.equal(made(6, seed=5), made(5))
+    assert not torch.equal(made(None), made(None))
 
 
 def test_wrong_inputs_are_named(pipeline: SoraPipeline) -> None:
-    with pytest.raises(ValueError, match=r"divisible by \(2, 4, 4\) \(patch_size \(2, 4, 4\).*got \(4, 16, 26\)"):
-        pipeline(["x"], [(4, 16, 26)])
-    with pytest.raises(ValueError, match=r"sizes: expected .* got \(0, 16, 16\)"):
-        pipeline(["x"], [(0, 16, 16)])
-    with pytest.raises(ValueError, match="sizes: expected 2, one per prompt, got 1"):
+    with pytest.raises(ValueError, match=r"Request: size: expected \(T, H, W\), each at least 1, got \(0, 16, 16\)"):
+        pipeline(["x"], (0, 16, 16))
+    with pytest.raises(ValueError, match="requests: expected at least one, got none"):
+        pipeline([])
+    with pytest.raises(ValueError, match=r"size: expected one \(T, H, W\) or 2, one per request, got 1"):
         pipeline(["x", "y"], [(4, 16, 16)])
-    with pytest.raises(ValueError, match="seeds: expected 1, one per prompt, got 2"):
-        pipeline(["x"], [(4, 16, 16)], seeds=[1, 2])
+    with pytest.raises(ValueError, match="generator: expected 1, one per request, got 2"):
+        pipeline(["x"], (4, 16, 16), generator=[1, 2])
     for clips in ({0: torch.zeros(3, 2, 8, 8)}, {3: torch.zeros(3, 2, 16, 16)}, {0: torch.zeros(3, 16, 16)}):
         with pytest.raises(ValueError, match=r"given: expected clips \[3, t, 16, 16\] within 4 frames"):
-            pipeline(["x"], [(4, 16, 16)], given=[clips])
-    with pytest.raises(ValueError, match="expected whole token frames of 2 latent frames"):
-        pipeline(["x"], [(4, 16, 16)], given=[{0: torch.zeros(3, 1, 16, 16)}])
+            Request("x", (4, 16, 16), given=clips)
+    with pytest.raises(ValueError, match="expected whole token frames, the first 2 and then 2 at a time"):
+        pipeline(Request("x", (4, 16, 16), given={0: torch.zeros(3, 1, 16, 16)}))
     with pytest.raises(ValueError, match="text_dim: expected 16, got 32"):
         SoraPipeline(pipeline.dit, WordEncoder(16), pipeline.scheduler)
+    with pytest.raises(ValueError, match="captioner: expected a checkpoint with a captioner, got one without"):
+        pipeline.expand(["x"])
     clean = DiT(small(in_channels=3, prediction="clean"))
     with pytest.raises(ValueError, match=r"expected flow matching with 1000 timesteps.*got DDIMScheduler of epsilon"):
         SoraPipeline(clean, pipeline.text_encoder, DDIMScheduler())
@@ -117,7 +179,7 @@ def test_saved_and_loaded(pipeline: SoraPipeline, tmp_path: Path, scheduler) -> 
 
 def test_a_failed_save_leaves_the_old_one(pipeline: SoraPipeline, tmp_path: Path, monkeypatch) -> None:
     pipeline.save_pretrained(tmp_path / "model")
-    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    before = (tmp_path / "model" / "dit" / "model.safetensors").read_bytes()
 
     def fail(*args, **kwargs) -> None:
         raise OSError("disk full")
@@ -126,25 +188,41 @@ def test_a_failed_save_leaves_the_old_one(pipeline: SoraPipeline, tmp_path: Path
     with pytest.raises(OSError, match="disk full"):
         pipeline.save_pretrained(tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "model" / "dit" / "model.safetensors").read_bytes() == before
 
 
 def test_what_cannot_be_loaded_is_named(pipeline: SoraPipeline, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
         SoraPipeline.from_pretrained(tmp_path)
-    pipeline.save_pretrained(tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config["dit"]["width"] = 3
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    folder = tmp_path / "model"
+    config = folder / "dit" / "config.json"
+
+    def saved(**changes) -> None:
+        pipeline.save_pretrained(folder)
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+
+    saved(width=3)
     with pytest.raises(ValueError, match="got width"):
-        SoraPipeline.from_pretrained(tmp_path / "model")
+        SoraPipeline.from_pretrained(folder)
+    saved(depth=5)
+    with pytest.raises(ValueError, match=r"model\.safetensors: blocks.*: expected shape \(.*\), got None"):
+        SoraPipeline.from_pretrained(folder)
+    saved()
+    (folder / "dit" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="expected safetensors, got"):
+        SoraPipeline.from_pretrained(folder)
+    config.write_text("{")
+    with pytest.raises(ValueError, match="expected JSON, got"):
+        SoraPipeline.from_pretrained(folder)
 
 
-def test_dtype_is_kept(pipeline: SoraPipeline, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    half = SoraPipeline(DiT(small(in_channels=3, text_dim=32)).bfloat16(), WordEncoder(32), FlowMatchEulerDiscreteScheduler())
-    half.save_pretrained(tmp_path / "model")
-    loaded = SoraPipeline.from_pretrained(tmp_path / "model")
-    assert loaded.dit.final.weight.dtype == torch.bfloat16
-    (video,) = loaded(["x"], [(2, 8, 8)], num_inference_steps=2, seeds=0)
-    assert video.dtype == torch.float32
+def test_saved_in_half_the_bytes_and_read_in_float32(pipeline: SoraPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "whole")
+    pipeline.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    whole, half = ((tmp_path / name / "dit" / "model.safetensors").stat().st_size for name in ("whole", "half"))
+    assert half < 0.6 * whole
+    loaded = SoraPipeline.from_pretrained(tmp_path / "half")
+    assert loaded.dit.final.weight.dtype == torch.float32
+    assert loaded.size == pipeline.size
+    near, far = generate(loaded, [0])[0], generate(pipeline, [0])[0]
+    assert 0 < (near - far).abs().max() < 0.05

@@ -7,7 +7,7 @@ from time import perf_counter
 import pytest
 import torch
 
-from sora_model.data import MediaError, PackedSampler, World, WorldConfig, WorldSource
+from sora_model.data import MediaError, PackedSampler, Repeated, Sample, World, WorldConfig, WorldSource
 
 # Tokens at patch (1, 2, 2): 2048, 1920, 1920, 640, 256, 1024
 MIXED = [(8, 32, 32), (8, 24, 40), (8, 40, 24), (4, 20, 32), (1, 32, 32), (16, 16, 16)]
@@ -29,7 +29,7 @@ class Sizes:
         if index in self.broken:
             raise MediaError(f"cannot read clip {index}: it is broken")
         self.loaded += 1
-        return torch.zeros(3, *self.sizes[index]), f"clip {index}"
+        return Sample(torch.zeros(3, *self.sizes[index]), f"clip {index}")
 
 
 def world_source(**options) -> WorldSource:
@@ -175,22 +175,49 @@ def test_prefetching_changes_nothing():
 
 
 def test_world_source_keeps_its_proportions():
-    source = world_source(weights=[5, 1, 1, 1, 1, 1], detailed=0.25)
+    source = world_source(weights=[5, 1, 1, 1, 1, 1])
     for first in (0, 10**12):
         counts = Counter(source.size(first + i) for i in range(1000))
         assert [counts[size] for size in MIXED] == pytest.approx([500, 100, 100, 100, 100, 100], abs=3)
-    captions = [source.load(i)[1] for i in range(400)]
-    assert sum(" starts " in c or " is " in c for c in captions) / 400 == pytest.approx(0.25, abs=0.02)
-    assert all("move" not in c for i, c in enumerate(captions) if source.size(i)[0] == 1)
-    video, caption = source.load(7)
+    samples = [source.load(i) for i in range(100)]
+    assert all((" starts " if source.size(i)[0] > 1 else " is ") in s.detailed for i, s in enumerate(samples))
+    assert all("move" not in s.caption for i, s in enumerate(samples) if source.size(i)[0] == 1)
+    video, caption, detailed, given = source.load(7)
+    assert given is None
     assert tuple(video.shape[1:]) == source.size(7)
     assert torch.equal(video, world_source().world.sample(7).render(*source.size(7)))
-    assert caption == source.load(7)[1]
+    assert (caption, detailed) == source.load(7)[1:3]
+
+
+def test_long_samples_count_for_more_where_attention_is_counted():
+    sampler = PackedSampler(world_source(), (1, 2, 2), 8192, attention_width=128)
+
+    def cost(size):
+        tokens = size[0] * size[1] * size[2] // 4
+        return tokens * (1 + tokens / (6 * 128))
+
+    costs = [sum(cost(size) for size in sizes_of(batch)) for batch in islice(sampler.stream(), 40)]
+    assert min(costs) >= 0.9 * 8192
+    assert max(costs) <= 8192 + 10
+    with pytest.raises(ValueError, match=r"2048 tokens that count as 7509 at patch_size \(1, 2, 2\), more than .* 4096"):
+        PackedSampler(world_source(), (1, 2, 2), 4096, attention_width=128).batch(0)
+
+
+def test_a_repeated_source_is_finite_and_always_the_same():
+    source = Repeated(world_source(), 30)
+    sampler = PackedSampler(source, (1, 2, 2), 8192)
+    used = Counter()
+    for batch in islice(sampler.stream(), 40):
+        used.update(batch.indices)
+    assert set(used) == set(range(30))
+    assert torch.equal(source.load(3, epoch=0).video, source.load(3, epoch=5).video)
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+        Repeated(world_source(), 0)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"weights": [1, 2]}, "a weight above 0 for each of 6 sizes"), ({"detailed": 2.0}, "0 <= detailed <= 1")],
+    [({"weights": [1, 2]}, "a weight above 0 for each of 6 sizes"), ({"lessons": {"turn": 0.7, "swim": 0.1}}, "drift, turn, link")],
 )
 def test_world_source_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):

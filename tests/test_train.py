@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from sora_model.cli import app, parse_size
+from sora_model.cli import app
+from sora_model.cli.app import parse_size
 from sora_model.data import read_video
 
 SIZES = [(6, 32, 32), (4, 24, 40), (9, 48, 24)]
@@ -62,7 +63,7 @@ def test_trains_on_real_files_and_names_the_broken_one(run):
     assert all(np.isfinite(list(losses(folder).values())))
     assert "broken.mp4" in result.output
     assert list((folder / "tensorboard").iterdir())
-    assert (folder / "checkpoint" / "model.safetensors").is_file()
+    assert (folder / "checkpoint" / "dit" / "model.safetensors").is_file()
 
 
 def test_resumed_run_equals_one_that_was_not_stopped(run, clips, tmp_path):
@@ -76,7 +77,7 @@ def test_resumed_run_equals_one_that_was_not_stopped(run, clips, tmp_path):
     a, b = losses(folder), losses(tmp_path / "half")
     assert list(a) == [1, 2, 3, 4, 5]
     assert a == b
-    one, other = (load_file(path / "checkpoint" / "model.safetensors") for path in (folder, tmp_path / "half"))
+    one, other = (load_file(path / "checkpoint" / "dit" / "model.safetensors") for path in (folder, tmp_path / "half"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -88,11 +89,14 @@ def test_state_survives_saving(optimizer, tmp_path, monkeypatch):
     from sora_model.data import PackedSampler, World, WorldSource
     from sora_model.pipeline import SoraPipeline
     from sora_model.train import TrainConfig, Trainer
+    from sora_model.train_dit import DiffusionObjective
 
     def trainer(folder, steps, **options):
         pipeline = SoraPipeline.from_preset("tiny", patch=(1, 8, 8))
         sampler = PackedSampler(WorldSource(World(), [(2, 16, 16), (1, 16, 24)]), pipeline.unit, 64)
-        return Trainer(pipeline, sampler, TrainConfig(steps=steps, optimizer=optimizer), tmp_path / folder, **options)
+        return Trainer(
+            DiffusionObjective(pipeline), sampler, TrainConfig(steps=steps, optimizer=optimizer), tmp_path / folder, **options
+        )
 
     whole = [step.loss for step in trainer("whole", 4).train()]
     parts = [step.loss for step in trainer("parts", 2).train()]
@@ -136,12 +140,14 @@ def test_ddpm_trains_and_samples(prediction, tmp_path):
     ("args", "message"),
     [
         (["train", "{tmp}/run", "--data", "{tmp}/none", "--steps", "1"], "none"),
-        (["train", "{tmp}/run", "--steps", "1", "--model", "XXL"], "name: expected one of tiny, S, B, L, XL, got 'XXL'"),
+        (["train", "{tmp}/run", "--steps", "1", "--model", "XXL"], "name: expected one of tiny, XS, S, B, L, XL, got 'XXL'"),
         (["train", "{tmp}/run", "--steps", "1", "--size", "3x20x20"], "(3, 20, 20)"),
+        (["train", "{tmp}/run", "--steps", "1", "--detailed", "1.5"], "detailed: expected a share from 0 to 1, got 1.5"),
+        (["train", "{tmp}/run", "--steps", "1", "--vae", "{tmp}/none"], "expected a folder with config.json, got {tmp}/none"),
         (["train", "{tmp}/run", "--steps", "1", "--tokens", "4"], "4"),
         (["train", "{tmp}/run", "--steps", "0"], "TrainConfig: steps: expected a number above 0, got 0"),
         (["train", "{tmp}/run", "--resume"], "{tmp}/run"),
-        (["generate", "a cat", "--checkpoint", "{tmp}/none"], "expected a folder with config.json"),
+        (["generate", "a cat", "--checkpoint", "{tmp}/none"], "expected a folder with model_index.json"),
         (["generate", "a", "b", "--checkpoint", "x", "--size", "1x8x8", "--size", "1x8x8", "--size", "1x8x8"], "expected 1 or 2"),
         (["generate", "a cat", "--checkpoint", "{tmp}", "--size", "big"], "expected TxHxW, such as 8x32x48, got 'big'"),
     ],

@@ -21,7 +21,7 @@ def scene_of(*things: Thing, background: str = "black", camera: str = "still", t
 
 
 def thing(shape="circle", color="red", u=(0.5, 0.5), v=(0.0, 0.0), radius=0.2, motion="stay", change="none") -> Thing:
-    return Thing(color, shape, motion, "medium", change, radius, u, v)
+    return Thing(color, shape, motion, "medium", change, radius, u, v, float(np.hypot(*v)))
 
 
 def coverage(video: torch.Tensor, color: str) -> np.ndarray:

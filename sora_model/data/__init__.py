@@ -2,9 +2,9 @@
 
 from sora_model.data.folder import FolderSource
 from sora_model.data.judge import judge
-from sora_model.data.sampler import Batch, PackedSampler, Source, WorldSource
+from sora_model.data.sampler import Batch, PackedSampler, Repeated, Sample, Source, WorldSource
 from sora_model.data.video_io import MediaError, contact_sheet, probe, read_video, write_video
-from sora_model.data.world import ObjectTruth, Scene, Truth, World, WorldConfig
+from sora_model.data.world import ObjectTruth, Scene, Truth, World, WorldConfig, held_out
 
 __all__ = [
     "Batch",
@@ -12,6 +12,8 @@ __all__ = [
     "MediaError",
     "ObjectTruth",
     "PackedSampler",
+    "Repeated",
+    "Sample",
     "Scene",
     "Source",
     "Truth",
@@ -19,6 +21,7 @@ __all__ = [
     "WorldConfig",
     "WorldSource",
     "contact_sheet",
+    "held_out",
     "judge",
     "probe",
     "read_video",

@@ -1,8 +1,9 @@
 """A folder of videos and images with a caption beside each, at native sizes: `FolderSource`.
 
 clips/
-  surf.mp4      surf.txt        "a dog rides a wave at sunset"
-  cats/nap.png  cats/nap.txt    "a cat asleep on a radiator"
+  surf.mp4      surf.txt           "a dog rides a wave at sunset"
+                surf.detailed.txt  a long caption too, if there is one
+  cats/nap.png  cats/nap.txt       "a cat asleep on a radiator"
 
 source = FolderSource("clips", multiple_of=(1, 16, 16), max_frames=48, max_pixels=480 * 848)
 source.size(0)          # (1, 512, 768): nap.png, read from the file's header
@@ -16,9 +17,9 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 
+from sora_model.data.sampler import Sample
 from sora_model.data.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, probe, read_video
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ class FolderSource:
     frame_stride: take every n-th frame. max_pixels: frames of more than this height x width are scaled down, keeping their
     aspect ratio. multiple_of: (T, H, W), what lengths and sizes must divide by (VAE stride x patch size); what is over is
     cut off, evenly around the picture and at the end of the clip, never scaled. leading_frame: lengths become a multiple
-    of T plus 1, as VAEs want that code the first frame alone; an image then fits any T. seed: of the clips drawn.
+    of T plus 1, as VAEs want that code the first frame alone; an image then fits any T. captions: False takes files without
+    captions, which are then empty. seed: of the clips drawn.
 
     Raises ValueError if the folder has no usable file.
     """
@@ -48,6 +50,7 @@ class FolderSource:
         max_frames: int | None = None,
         frame_stride: int = 1,
         max_pixels: int | None = None,
+        captions: bool = True,
         seed: int = 0,
     ) -> None:
         for name, value in (("max_frames", max_frames), ("frame_stride", frame_stride), ("max_pixels", max_pixels)):
@@ -59,6 +62,7 @@ class FolderSource:
         self.max_frames, self.frame_stride, self.max_pixels, self.seed = max_frames, frame_stride, max_pixels, seed
         self.paths: list[Path] = []
         self.captions: list[str] = []
+        self.detailed: list[str | None] = []
         self._sizes: list[tuple[int, int, int]] = []
         self._lengths: list[int] = []  # frames in the file
         suffixes = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
@@ -69,21 +73,24 @@ class FolderSource:
         )
         for path in found:
             try:
-                caption, native = self._caption(path), probe(path)
+                caption = self._caption(path.with_suffix(".txt"), path) if captions else ""
+                long = path.with_suffix(".detailed.txt")
+                detailed, native = self._caption(long, path) if captions and long.exists() else None, probe(path)
                 size = self._planned_size(path, native)
             except MediaError as error:
                 logger.warning("left out: %s", error)
                 continue
             self.paths.append(path)
             self.captions.append(caption)
+            self.detailed.append(detailed)
             self._sizes.append(size)
             self._lengths.append(native[0])
         if not self.paths:
             what = f"none of its {len(found)} video and image files can be used" if found else "it has none"
             missing = "" if self.folder.is_dir() else " (there is no such folder)"
+            captioned = ", each with its caption in a .txt file of the same name" if captions else ""
             raise ValueError(
-                f"FolderSource: folder {self.folder}{missing} must hold videos or images ({' '.join(suffixes)}), each with "
-                f"its caption in a .txt file of the same name; {what}"
+                f"FolderSource: folder {self.folder}{missing} must hold videos or images ({' '.join(suffixes)}){captioned}; {what}"
             )
 
     def __len__(self) -> int:
@@ -93,7 +100,7 @@ class FolderSource:
         """Size (T, H, W) of sample `index` as `load` will return it, without decoding."""
         return self._sizes[index]
 
-    def load(self, index: int, epoch: int = 0) -> tuple[torch.Tensor, str]:
+    def load(self, index: int, epoch: int = 0) -> Sample:
         """Decode sample `index`: video float32 [3, T, H, W] in [-1, 1], and its caption.
 
         A longer video than max_frames gives the clip drawn for this epoch. A file whose end is missing can give fewer frames
@@ -110,10 +117,9 @@ class FolderSource:
         if (scaled_h, scaled_w) != tuple(video.shape[2:]):
             video = F.interpolate(video, (scaled_h, scaled_w), mode="bilinear", antialias=True).clamp_(-1, 1)
         top, left = (scaled_h - height) // 2, (scaled_w - width) // 2
-        return video[:, :, top : top + height, left : left + width].contiguous(), self.captions[index]
+        return Sample(video[:, :, top : top + height, left : left + width].contiguous(), self.captions[index], self.detailed[index])
 
-    def _caption(self, path: Path) -> str:
-        text = path.with_suffix(".txt")
+    def _caption(self, text: Path, path: Path) -> str:
         try:
             caption = " ".join(text.read_text(encoding="utf-8").split())
         except FileNotFoundError:

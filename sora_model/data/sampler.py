@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -24,6 +24,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from sora_model.data.lessons import drift, link, turn
 from sora_model.data.video_io import MediaError
 from sora_model.data.world import World
 
@@ -31,6 +32,19 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int, int]
 GOLDEN, SILVER = 0x9E3779B97F4A7C15, 0x6A09E667F3BCC909  # the fractions of (1 + sqrt 5) / 2 and of sqrt 2, in 2^-64
+LESSONS = {"drift": drift, "turn": turn, "link": link}
+
+
+class Sample(NamedTuple):
+    """A clip [3, T, H, W] in [-1, 1] and its caption.
+
+    detailed: a long caption too, if there is one. given: where the clip teaches a task, bool [T], the frames that are given.
+    """
+
+    video: torch.Tensor
+    caption: str
+    detailed: str | None = None
+    given: torch.Tensor | None = None
 
 
 class Source(Protocol):
@@ -38,17 +52,24 @@ class Source(Protocol):
 
     def size(self, index: int) -> Size: ...
 
-    def load(self, index: int, epoch: int = 0) -> tuple[torch.Tensor, str]: ...
+    def load(self, index: int, epoch: int = 0) -> Sample: ...
 
 
 @dataclass
 class Batch:
-    """One step's samples: videos [3, T, H, W] of mixed sizes, captions, indices into the source, and tokens in all."""
+    """One step's samples, of mixed sizes, their indices into the source, and how many tokens they are in all."""
 
-    videos: list[torch.Tensor]
-    captions: list[str]
+    samples: list[Sample]
     indices: list[int]
     tokens: int
+
+    @property
+    def videos(self) -> list[torch.Tensor]:
+        return [sample.video for sample in self.samples]
+
+    @property
+    def captions(self) -> list[str]:
+        return [sample.caption for sample in self.samples]
 
 
 class Item(NamedTuple):
@@ -58,6 +79,7 @@ class Item(NamedTuple):
     epoch: int
     size: Size
     tokens: int
+    cost: int
 
 
 class WorldSource:
@@ -68,30 +90,61 @@ class WorldSource:
 
     sizes: (T, H, W) to draw from; T = 1 is an image, whose caption names no motion. weights: how often each is offered,
     relative (default: alike); a budget of few samples takes small ones more often than that, as they fill it up.
-    detailed: share of the captions that are the long ones.
+    lessons: shares of the clips that teach a task, by name ("drift",
+    "turn", "link"; see `lessons.py`). grain: frames per latent frame of a causal VAE, for what is given in them.
     """
 
     def __init__(
-        self, world: World, sizes: Sequence[Size], *, weights: Sequence[float] | None = None, detailed: float = 0.0
+        self,
+        world: World,
+        sizes: Sequence[Size],
+        *,
+        weights: Sequence[float] | None = None,
+        lessons: Mapping[str, float] | None = None,
+        grain: int = 1,
     ) -> None:
         weights = [1.0] * len(sizes) if weights is None else list(weights)
         if not sizes or any(len(size) != 3 or min(size) < 1 for size in sizes):
             raise ValueError(f"WorldSource: sizes must be a list of (T, H, W), each at least 1, got {sizes}")
         if len(weights) != len(sizes) or min(weights) <= 0:
             raise ValueError(f"WorldSource: need a weight above 0 for each of {len(sizes)} sizes, got {weights}")
-        if not 0 <= detailed <= 1:
-            raise ValueError(f"WorldSource: need 0 <= detailed <= 1, got {detailed}")
-        self.world, self.sizes, self.detailed = world, [(t, h, w) for t, h, w in sizes], detailed
+        lessons = dict(lessons or {})
+        if not set(lessons) <= set(LESSONS) or min(lessons.values(), default=0) < 0 or sum(lessons.values()) > 1:
+            raise ValueError(f"WorldSource: lessons must be shares >= 0 of {', '.join(LESSONS)}, at most 1 in all, got {lessons}")
+        self._lessons, self.grain = list(zip(lessons, accumulate(lessons.values()), strict=True)), grain
+        self.world, self.sizes = world, [(t, h, w) for t, h, w in sizes]
         self._bounds = [bound / sum(weights) for bound in accumulate(weights)][:-1]
 
     def size(self, index: int) -> Size:
         return self.sizes[bisect_right(self._bounds, _spread(index, GOLDEN))]
 
-    def load(self, index: int, epoch: int = 0) -> tuple[torch.Tensor, str]:
-        frames, height, width = self.size(index)
+    def load(self, index: int, epoch: int = 0) -> Sample:
+        size = self.size(index)
         scene = self.world.sample(index)
-        detailed = _spread(index, SILVER) < self.detailed
-        return scene.render(frames, height, width), scene.caption(detailed=detailed, frames=frames)
+        drawn = _spread(index, SILVER)
+        for name, bound in self._lessons if size[0] > 1 else ():
+            if drawn < bound:
+                rng = np.random.default_rng((self.world.config.seed, index, 2**32))
+                return Sample(*LESSONS[name](scene, size, self.grain, rng))
+        return Sample(scene.render(*size), scene.caption(frames=size[0]), scene.caption(True, size[0]))
+
+
+class Repeated:
+    """The first `length` samples of an endless source, again in every epoch: what is computed of them can be kept."""
+
+    def __init__(self, source: Source, length: int) -> None:
+        if length < 1:
+            raise ValueError(f"Repeated: length must be at least 1, got {length}")
+        self.source, self.length = source, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def size(self, index: int) -> Size:
+        return self.source.size(index)
+
+    def load(self, index: int, epoch: int = 0) -> Sample:
+        return self.source.load(index)
 
 
 class PackedSampler:
@@ -102,6 +155,9 @@ class PackedSampler:
         for batch in sampler.stream(start=1000):      # as if the first 1000 had been drawn; goes on without end
             ...
 
+    attention_width: D of a transformer, to fill batches by what they cost it instead: n tokens of one sample count
+    n (1 + n / 6D), as attention among them takes n / 6D of what their matrices take. Long samples then come with fewer others,
+    so that steps, and processes, take alike long.
     patch_size: (pt, ph, pw) of a token. latent_size: maps a video's (T, H, W) to its latent's, where a VAE stands between.
     lookahead: samples in the buffer. min_sizes: the fewest different (T, H, W) in each batch: one sample of each is put in
     before the rest is filled. That can be promised of an endless source only: from a finite one every sample must be used,
@@ -124,6 +180,7 @@ class PackedSampler:
         latent_size: Callable[[Size], Size] | None = None,
         lookahead: int = 64,
         min_sizes: int = 1,
+        attention_width: int | None = None,
         seed: int = 0,
         rank: int = 0,
         num_ranks: int = 1,
@@ -142,6 +199,7 @@ class PackedSampler:
             raise ValueError(f"PackedSampler: min_sizes = {min_sizes} needs an endless source, but source has {self._length}")
         self.source, self.patch_size, self.tokens_per_batch = source, tuple(patch_size), tokens_per_batch
         self.latent_size, self.lookahead, self.min_sizes = latent_size, lookahead, min_sizes
+        self.attention_width = attention_width
         self.seed, self.rank, self.num_ranks = seed, rank, num_ranks
         self._token_counts: dict[Size, int] = {}
         self._warned: set[int] = set()
@@ -151,22 +209,21 @@ class PackedSampler:
         """The batch of this rank at `step`."""
         if step < 0:
             raise ValueError(f"PackedSampler.batch: step must be at least 0, got {step}")
-        batch = Batch([], [], [], 0)
-        for index, epoch, size, tokens in self._plan(step * self.num_ranks + self.rank):
+        batch = Batch([], [], 0)
+        for index, epoch, size, tokens, _ in self._plan(step * self.num_ranks + self.rank):
             try:
-                video, caption = self.source.load(index, epoch)
+                sample = self.source.load(index, epoch)
             except MediaError as error:
                 if index not in self._warned:
                     self._warned.add(index)
                     logger.warning("left out of its batch: %s", error)
                 continue
-            batch.videos.append(video)
-            batch.captions.append(caption)
+            batch.samples.append(sample)
             batch.indices.append(index)
-            frames, height, width = video.shape[1:]
+            frames, height, width = sample.video.shape[1:]
             loaded = (frames, height, width)
             batch.tokens += tokens if loaded == size else self._tokens(index, loaded)
-        if batch.videos:
+        if batch.samples:
             return batch
         if len(self._warned) == self._length:
             raise ValueError("PackedSampler: none of the source's samples can be decoded")
@@ -206,7 +263,7 @@ class PackedSampler:
                 fresh += [self._item(first + len(fresh) + i, 0) for i in range(self.lookahead)]
                 required = self._required(fresh)
             if required is None:
-                tokens = {item.size: item.tokens for item in fresh}
+                tokens = {item.size: item.cost for item in fresh}
                 raise ValueError(
                     f"PackedSampler: a batch needs min_sizes = {self.min_sizes} different sizes within tokens_per_batch = "
                     f"{self.tokens_per_batch}; the source has sizes (T, H, W) of so many tokens: {tokens}"
@@ -235,9 +292,9 @@ class PackedSampler:
 
     def _fill_up(self, items: list[Item], chosen: set[int]) -> set[int]:
         """Places of the samples that make a batch, with those in `chosen`."""
-        room = self.tokens_per_batch - sum(items[i].tokens for i in chosen)
+        room = self.tokens_per_batch - sum(items[i].cost for i in chosen)
         rest = [i for i in range(len(items)) if i not in chosen]
-        return chosen | {rest[i] for i in _fill(room, self.tokens_per_batch // 20, [items[i].tokens for i in rest])}
+        return chosen | {rest[i] for i in _fill(room, self.tokens_per_batch // 20, [items[i].cost for i in rest])}
 
     def _required(self, items: list[Item]) -> set[int] | None:
         """Places of one sample of each of `min_sizes` sizes: the oldest, or where they do not fit, the smallest."""
@@ -245,16 +302,20 @@ class PackedSampler:
         for i, item in enumerate(items):
             oldest_of.setdefault(item.size, i)
         by_age = list(oldest_of.values())
-        by_tokens = sorted(by_age, key=lambda i: items[i].tokens)
-        for order in (by_age, [by_age[0], *(i for i in by_tokens if i != by_age[0])], by_tokens):
+        by_cost = sorted(by_age, key=lambda i: items[i].cost)
+        for order in (by_age, [by_age[0], *(i for i in by_cost if i != by_age[0])], by_cost):
             places = set(order[: self.min_sizes])
-            if len(places) == self.min_sizes and sum(items[i].tokens for i in places) <= self.tokens_per_batch:
+            if len(places) == self.min_sizes and sum(items[i].cost for i in places) <= self.tokens_per_batch:
                 return places
         return None
 
     def _item(self, index: int, epoch: int) -> Item:
         size = self.source.size(index)
-        return Item(index, epoch, size, self._tokens(index, size))
+        tokens = self._tokens(index, size)
+        return Item(index, epoch, size, tokens, self._cost(tokens))
+
+    def _cost(self, tokens: int) -> int:
+        return tokens if self.attention_width is None else round(tokens * (1 + tokens / (6 * self.attention_width)))
 
     def _tokens(self, index: int, size: Size) -> int:
         if size not in self._token_counts:
@@ -263,9 +324,10 @@ class PackedSampler:
                 what = f"{size}, as a latent {latent}," if self.latent_size else f"{size}"
                 raise ValueError(f"PackedSampler: sample {index} of size {what} does not divide by patch_size {self.patch_size}")
             tokens = prod(latent) // prod(self.patch_size)
-            if tokens > self.tokens_per_batch:
+            if (cost := self._cost(tokens)) > self.tokens_per_batch:
+                cost_of_it = "" if self.attention_width is None else f" that count as {cost}"
                 raise ValueError(
-                    f"PackedSampler: sample {index} of size (T, H, W) = {size} is {tokens} tokens at patch_size "
+                    f"PackedSampler: sample {index} of size (T, H, W) = {size} is {tokens} tokens{cost_of_it} at patch_size "
                     f"{self.patch_size}, more than tokens_per_batch = {self.tokens_per_batch}"
                 )
             self._token_counts[size] = tokens

@@ -20,8 +20,9 @@ only, and hold at every aspect ratio.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
+import zlib
+from dataclasses import dataclass, replace
+from itertools import count, pairwise
 from math import pi
 
 import numpy as np
@@ -76,6 +77,20 @@ class WorldConfig:
     def simple(cls, seed: int = 0) -> WorldConfig:
         """One large object of 3 colours, 3 shapes and 4 motions crosses black in six frames: learnable in minutes on a CPU."""
         return cls(sizes=("large",), speed=(0.17, 0.2), room=6, seed=seed)
+
+    @classmethod
+    def studio(cls, seed: int = 0) -> WorldConfig:
+        """One object of 8 colours, 7 shapes and 9 motions crosses one of 5 plain backgrounds in 13 frames."""
+        return cls(
+            colors=tuple(COLORS),
+            shapes=SHAPES[:7],
+            motions=tuple(MOTIONS),
+            sizes=("medium", "large"),
+            backgrounds=tuple(BACKGROUNDS),
+            speed=(0.05, 0.08),
+            room=13,
+            seed=seed,
+        )
 
     @classmethod
     def rich(cls, seed: int = 0) -> WorldConfig:
@@ -136,10 +151,27 @@ class Thing:
     radius: float
     u: tuple[float, float]
     v: tuple[float, float]
+    pace: float  # length of v when it moves
 
     @property
     def name(self) -> str:
         return f"{self.color} digit {self.shape}" if self.shape in DIGITS else f"{self.color} {self.shape}"
+
+    def path(self, t: Array) -> Array:
+        """u at times t: [T] -> [T, 2]."""
+        return _tri(np.array(self.u) + np.outer(t, self.v))
+
+    def advanced(self, frames: float) -> Thing:
+        """The same object with its clock set on by so many frames; after a bounce its motion has another name."""
+        z = (np.array(self.u) + frames * np.array(self.v)) % 2
+        back = z > 1  # on its way back from the far border
+        u, v = np.where(back, 2 - z, z), np.where(back, -1, 1) * self.v
+        return replace(self, u=tuple(u.tolist()), v=tuple(v.tolist()), motion=_motion_name(v))
+
+    def turned(self, motion: str) -> Thing:
+        """The same object where it is, from now on moving another way, as fast as a mover of its kind (see `World.sample`)."""
+        direction = np.array(MOTIONS[motion]) / max(np.hypot(*MOTIONS[motion]), 1)
+        return replace(self, v=tuple((self.pace * direction).tolist()), motion=motion)
 
 
 @dataclass(frozen=True)
@@ -182,6 +214,20 @@ class Scene:
     camera: str
     phase: tuple[float, ...]
     config: WorldConfig
+    clock: float = 0.0
+
+    def advanced(self, frames: float) -> Scene:
+        """The scene as it goes on from frame `frames`: frame 0 of what comes back, and captions tell of that moment.
+
+        scene.render(8, 32, 32, start=5)  ==  scene.advanced(5).render(8, 32, 32)
+        """
+        return replace(self, things=tuple(thing.advanced(frames) for thing in self.things), clock=self.clock + frames)
+
+    def turned(self, motion: str) -> Scene:
+        """The same scene whose first object moves another way from now on."""
+        if motion not in MOTIONS:
+            raise ValueError(f"Scene.turned: motion must be out of {list(MOTIONS)}, got {motion!r}")
+        return replace(self, things=(self.things[0].turned(motion), *self.things[1:]))
 
     def render(self, frames: int, height: int, width: int, *, start: float = 0.0) -> torch.Tensor:
         """Draw frames `start`, `start + 1`, ... of the scene.
@@ -204,15 +250,16 @@ class Scene:
             video[window] += alpha * (color - video[window])
         return torch.from_numpy(np.clip(video, -1, 1, out=video))
 
-    def caption(self, detailed: bool = False, frames: int | None = None) -> str:
+    def caption(self, detailed: bool = False, frames: int | None = None, *, motion: bool = True) -> str:
         """Say what is seen: short ("a red circle moves right"), or detailed with sizes, places, relations and camera.
 
         frames: length of the clip. With 1 the caption speaks of a picture and names no motion; with more the detailed
         caption tells of the borders that objects bounce off. None means a clip in which nothing bounces.
+        motion: False leaves out of a short caption how things move ("a red circle"), so that a video may go on as it does.
         """
         still = frames == 1
         if not detailed:
-            parts = [_article(thing.name) + ("" if still else " " + _verb(thing)) for thing in self.things]
+            parts = [_article(thing.name) + ("" if still or not motion else " " + _verb(thing)) for thing in self.things]
             return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
         sentences = []
         for thing in self.things:
@@ -255,12 +302,13 @@ class Scene:
     def _pan(self, t: Array) -> Array:
         """Shift of the view [T, 2] in shorter sides: to one side for `room` frames, then back."""
         extent = PAN_SPEED * self.config.room
-        return np.outer(extent * (_tri(t / self.config.room) - 0.5), CAMERAS[self.camera])
+        return np.outer(extent * (_tri((t + self.clock) / self.config.room) - 0.5), CAMERAS[self.camera])
 
     def _track(self, thing: Thing, t: Array, height: int, width: int) -> tuple[Array, Array, Array, tuple[float, float]]:
         short, size = min(height, width), np.array([width, height])
         reach = 1 - 2 * np.minimum(thing.radius * short / size, 0.5)
-        path = 0.5 + reach * (_tri(np.array(thing.u) + np.outer(t, thing.v)) - 0.5) - self._pan(t) * short / size
+        path = 0.5 + reach * (thing.path(t) - 0.5) - self._pan(t) * short / size
+        t = t + self.clock
         swell = _tri(t / self.config.room + (thing.change == "shrink"))
         radius = thing.radius * (0.6 + 0.4 * swell if thing.change in ("grow", "shrink") else np.ones_like(t))
         angle = SPIN_SPEED * t if thing.change == "spin" else np.zeros_like(t)
@@ -279,15 +327,34 @@ class Scene:
         return np.einsum("kth,ktw->thw", wave_y, wave_x).astype(np.float32) / 2
 
 
-class World:
-    """Scenes by number: `World(config).sample(i)` is the same scene on every machine and in every run."""
+def held_out(color: str, shape: str, motion: str) -> bool:
+    """Whether this combination is one of the tenth that is kept from training, to ask for what was never seen."""
+    return zlib.crc32(f"{color} {shape} {motion}".encode()) % 10 == 0
 
-    def __init__(self, config: WorldConfig | None = None) -> None:
-        self.config = config or WorldConfig()
+
+class World:
+    """Scenes by number: `World(config).sample(i)` is the same scene on every machine and in every run.
+
+    split: "training" or "held out" (see `held_out`) for scenes whose first object is of that part; None for all.
+    """
+
+    def __init__(self, config: WorldConfig | None = None, *, split: str | None = None) -> None:
+        if split not in (None, "training", "held out"):
+            raise ValueError(f"World: split must be 'training', 'held out' or None, got {split!r}")
+        self.config, self.split = config or WorldConfig(), split
 
     def sample(self, index: int, *, color: str | None = None, shape: str | None = None, motion: str | None = None) -> Scene:
         """Scene `index`; `color`, `shape` and `motion` fix those of its first object (to ask for one caption)."""
-        config, rng = self.config, np.random.default_rng((self.config.seed, index))
+        for attempt in count():
+            rng = np.random.default_rng((self.config.seed, index, attempt) if attempt else (self.config.seed, index))
+            scene = self._draw(rng, color, shape, motion)
+            first = scene.things[0]
+            if self.split is None or held_out(first.color, first.shape, first.motion) == (self.split == "held out"):
+                return scene
+        raise AssertionError("unreachable")
+
+    def _draw(self, rng: np.random.Generator, color: str | None, shape: str | None, motion: str | None) -> Scene:
+        config = self.config
 
         def pick(names: tuple[str, ...]) -> str:
             return names[int(rng.integers(len(names)))]
@@ -312,7 +379,8 @@ class World:
                 )
             change = "none" if change == "spin" and kind not in SPINNING else change
             direction = np.array(MOTIONS[moves]) / max(np.hypot(*MOTIONS[moves]), 1)
-            v = rng.uniform(*config.speed) * direction
+            pace = rng.uniform(*config.speed)
+            v = pace * direction
             travel = v * (config.room - 1)
             low, high = np.maximum(0, -travel), np.minimum(1, 1 - travel)
             low, high = np.where(low > high, 0, low), np.where(low > high, 1, high)
@@ -321,13 +389,18 @@ class World:
                 if all(np.abs(u - other.u).max() > 0.35 for other in things):
                     break
             radius = SIZES[size] * rng.uniform(0.93, 1.07)
-            things.append(Thing(colors[i], kind, moves, size, change, float(radius), tuple(u.tolist()), tuple(v.tolist())))
+            things.append(Thing(colors[i], kind, moves, size, change, float(radius), tuple(u.tolist()), tuple(v.tolist()), pace))
         phase = tuple(rng.uniform(size=4).tolist())
         return Scene(tuple(things), pick(config.backgrounds), pick(config.cameras), phase, config)
 
 
 def _tri(z: Array) -> Array:
     return 1 - np.abs(z % 2 - 1)
+
+
+def _motion_name(v: Array) -> str:
+    signs = tuple(np.sign(v).astype(int).tolist())
+    return next(name for name, direction in MOTIONS.items() if direction == signs)
 
 
 def _times(frames: int, height: int, width: int, start: float) -> Array:

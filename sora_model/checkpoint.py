@@ -1,0 +1,78 @@
+"""Folders that are written whole or not at all, and the components in them.
+
+A checkpoint is a folder in the manner of diffusers: model_index.json names the parts, each in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+@contextmanager
+def whole_folder(directory: str | Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `directory` at the end; if anything fails, `directory` stays as it was."""
+    target = Path(directory).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp's folders are private
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            target.rename(old / target.name)
+            folder.rename(target)
+            shutil.rmtree(old)
+        else:
+            folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_module(module: nn.Module, config: dict[str, Any], folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes config.json and model.safetensors; floating-point weights in `dtype`, if one is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.to(dtype if value.is_floating_point() else None) for name, value in module.state_dict().items()}
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_json(path: Path, owner: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint; `owner` is named in the error if it is not there or broken."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{owner}: expected a folder with {path.name}, got {path.parent}")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{owner}: {path}: expected JSON, got {error}") from None
+
+
+def load_weights(module: nn.Module, folder: Path, owner: str) -> None:
+    """Reads model.safetensors into a module; weights keep the dtype they were saved in.
+
+    Raises:
+        ValueError: a broken file; weights that are missing, left over or of another shape.
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{owner}: expected a folder with model.safetensors, got {folder}")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{owner}: {path}: expected safetensors, got {error}") from None
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    got = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in {**expected, **got}:
+        if expected.get(name) != got.get(name):
+            raise ValueError(f"{owner}: {path}: {name}: expected shape {expected.get(name)}, got {got.get(name)}")
+    module.load_state_dict(weights, assign=True)

@@ -1,0 +1,84 @@
+"""Commands about captions: caption, recaption, expand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .app import app, console, load_pipeline, one_line_errors
+
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Folder of a checkpoint. Default: the one that comes with the package.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+
+
+@app.command()
+def caption(
+    files: Annotated[list[Path], typer.Argument(help="Videos and images.")],
+    detailed: Annotated[bool, typer.Option(help="Long captions.")] = True,
+    checkpoint: CheckpointOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Say what is seen in videos and images."""
+    with one_line_errors():
+        from ..data import read_video
+
+        clips = [read_video(file, normalize=True)[0] for file in files]
+        pipeline = load_pipeline(checkpoint, device)
+        for file, text in zip(files, pipeline.caption(clips, detailed=detailed), strict=True):
+            console.print(f"{file}: {text}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def recaption(
+    folder: Annotated[Path, typer.Argument(help="Folder of videos and images, and all folders in it.")],
+    overwrite: Annotated[bool, typer.Option(help="Write captions anew where there are some.")] = False,
+    max_frames: Annotated[int | None, typer.Option(help="Frames looked at, from the start of a file.")] = 32,
+    max_pixels: Annotated[int | None, typer.Option(help="Larger frames are scaled down.")] = None,
+    checkpoint: CheckpointOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Caption a training folder: a detailed caption beside each file, and a short one where there is none."""
+    with one_line_errors():
+        from ..data import FolderSource, MediaError
+
+        pipeline = load_pipeline(checkpoint, device)
+        lead, grain = pipeline.timing
+        source: Any = FolderSource(
+            folder, multiple_of=pipeline.unit, leading_frame=lead < grain, max_frames=max_frames, max_pixels=max_pixels,
+            captions=False,
+        )  # fmt: skip
+        written = 0
+        for index, path in enumerate(source.paths):
+            wanted = {False: path.with_suffix(".txt"), True: path.with_suffix(".detailed.txt")}
+            wanted = {long: file for long, file in wanted.items() if overwrite or not file.exists()}
+            if not wanted:
+                continue
+            try:
+                clip = source.load(index).video
+            except MediaError as error:
+                console.print(f"left out: {error}", highlight=False, soft_wrap=True)
+                continue
+            for long, file in wanted.items():
+                (text,) = pipeline.caption([clip], detailed=long)
+                partial = file.with_name(f".{file.name}")
+                partial.write_text(text + "\n", encoding="utf-8")
+                partial.replace(file)
+                written += 1
+            console.print(f"{path}: {text}", highlight=False, soft_wrap=True)
+        console.print(f"{written} captions written for {len(source.paths)} files")
+
+
+@app.command()
+def expand(
+    prompts: Annotated[list[str], typer.Argument(help="Short prompts.")],
+    checkpoint: CheckpointOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Make short prompts long and detailed."""
+    with one_line_errors():
+        for text in load_pipeline(checkpoint, device).expand(prompts):
+            console.print(text, highlight=False, soft_wrap=True)

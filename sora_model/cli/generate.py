@@ -1,0 +1,240 @@
+"""A command for every task: generate, animate, restyle, extend, join, loop, long, simulate, batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..config import Size
+from ..terminal import denoising, show_video
+from .app import Call, console, parse_size, read_clip, task
+
+if TYPE_CHECKING:
+    from ..pipeline import SoraPipeline
+    from ..request import Request
+
+Prompt = Annotated[str, typer.Argument(help="What to show.")]
+Video = Annotated[Path, typer.Argument(help="A video file.")]
+ClipSize = Annotated[str | None, typer.Option("--size", help="TxHxW in pixels. Default: the checkpoint's.")]
+Overlap = Annotated[int, typer.Option(help="Latent frames seen of what is there, besides the first.")]
+
+
+@task
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="What to show; one video each.")],
+    size: Annotated[
+        list[str] | None, typer.Option(help="TxHxW of each video in pixels, or one for all; 1xHxW is an image.")
+    ] = None,
+    expand: Annotated[bool, typer.Option(help="Let the captioner make the prompts long and detailed first.")] = False,
+    *,
+    call: Call,
+) -> None:
+    """Generate videos and images of any sizes, all in one packed batch."""
+    sizes = [parse_size(text) for text in size or []]
+    if len(sizes) not in (0, 1, len(prompts)):
+        raise ValueError(f"--size: expected 1 or {len(prompts)} (one per prompt), got {len(sizes)}")
+    pipeline = call.pipeline()
+    from ..request import text_to_video
+
+    sizes = sizes * len(prompts) if len(sizes) == 1 else sizes or [pipeline.size] * len(prompts)
+    if expand:
+        prompts = _expanded(pipeline, prompts)
+    requests = [text_to_video(p, s, negative_prompt=call.negative) for p, s in zip(prompts, sizes, strict=True)]
+    call.generate(pipeline, requests)
+
+
+@task
+def animate(
+    image: Annotated[Path, typer.Argument(help="An image file; of a video, its first frame.")],
+    prompt: Prompt,
+    frames: Annotated[int | None, typer.Option(help="Frames of the video. Default: the checkpoint's.")] = None,
+    *,
+    call: Call,
+) -> None:
+    """Make a video that begins with an image."""
+    picture = read_clip(image, max_frames=1)
+    pipeline = call.pipeline()
+    from ..request import image_to_video
+
+    request = image_to_video(prompt, picture, frames or pipeline.size[0], negative_prompt=call.negative)
+    call.generate(pipeline, [request])
+
+
+@task
+def restyle(
+    video: Video,
+    prompt: Prompt,
+    strength: Annotated[float, typer.Option(help="Share of the denoising done anew; 1 keeps nothing of the video.")] = 0.7,
+    *,
+    call: Call,
+) -> None:
+    """Make a video anew after another prompt: other colours, another scene."""
+    clip = read_clip(video)
+    pipeline = call.pipeline()
+    from ..request import video_to_video
+
+    request = video_to_video(prompt, clip, strength, negative_prompt=call.negative)
+    call.generate(pipeline, [request])
+
+
+@task
+def extend(
+    video: Video,
+    prompt: Prompt,
+    frames: Annotated[int | None, typer.Option(help="Frames to add. Default: what the checkpoint's clips leave room for.")] = None,
+    backward: Annotated[bool, typer.Option(help="Add what leads up to the video instead of what follows.")] = False,
+    overlap: Overlap = 1,
+    *,
+    call: Call,
+) -> None:
+    """Make a video longer, forward or backward."""
+    clip = read_clip(video)
+    pipeline = call.pipeline()
+    from ..request import extend as request_extension
+
+    timing = pipeline.timing
+    seen = timing.grain * max(overlap, 1) + (0 if backward else timing.lead)
+    added = frames or max(pipeline.size[0] - seen, timing.grain)
+    request = request_extension(prompt, clip, added, timing, overlap=overlap, backward=backward, negative_prompt=call.negative)
+    call.generate(pipeline, [request])
+
+
+@task
+def join(
+    first: Annotated[Path, typer.Argument(help="The video that comes first.")],
+    last: Annotated[Path, typer.Argument(help="The video that comes last.")],
+    prompt: Annotated[str, typer.Argument(help="What the passage shows.")] = "",
+    frames: Annotated[int | None, typer.Option(help="Frames of the passage. Default: 2 latent frames.")] = None,
+    overlap: Overlap = 1,
+    *,
+    call: Call,
+) -> None:
+    """Join two videos by a passage from the end of one to the start of the other."""
+    clips = read_clip(first), read_clip(last)
+    pipeline = call.pipeline()
+    from ..request import join as request_passage
+
+    passage = frames or 2 * pipeline.timing.grain
+    request = request_passage(prompt, *clips, passage, pipeline.timing, overlap=overlap, negative_prompt=call.negative)
+    call.generate(pipeline, [request])
+
+
+@task
+def loop(
+    prompt: Prompt,
+    size: ClipSize = None,
+    passage: Annotated[int | None, typer.Option(help="Frames of the way back. Default: about as many as the clip's.")] = None,
+    passage_prompt: Annotated[str | None, typer.Option(help="What the way back shows. Default: the prompt.")] = None,
+    overlap: Overlap = 1,
+    *,
+    call: Call,
+) -> None:
+    """Make a video that can be played round and round without a seam."""
+    shape = parse_size(size) if size else None
+    pipeline = call.pipeline()
+    from ..tasks import loop as make_loop
+
+    options = {"passage": passage, "passage_prompt": passage_prompt, "overlap": overlap, "seed": call.seed, **call.sampling}
+    with denoising(console, 2 * call.steps) as advance:
+        video = make_loop(pipeline, prompt, shape, callback=lambda *_: advance(1), **options)
+    call.write([video], [prompt])
+
+
+@task
+def long(
+    prompts: Annotated[list[str], typer.Argument(help="One for the whole video, or one per chunk; the last one stays.")],
+    seconds: Annotated[float, typer.Option(help="Length of the video.")] = 10.0,
+    size: ClipSize = None,
+    overlap: Overlap = 1,
+    *,
+    call: Call,
+) -> None:
+    """Make a long video by extending a clip again and again."""
+    shape, frames = parse_size(size) if size else None, round(seconds * call.fps)
+    pipeline = call.pipeline()
+    from ..tasks import long_video
+
+    with denoising(console, frames, "frames") as advance:
+        video = long_video(pipeline, prompts, frames, shape, overlap=overlap, seed=call.seed, progress=advance, **call.sampling)
+    call.write([video], [prompts[0]])
+
+
+@task
+def simulate(
+    prompt: Annotated[str, typer.Argument(help="The world at first.")],
+    action: Annotated[list[str] | None, typer.Option(help="What happens next; repeat for several. Default: asked for.")] = None,
+    size: ClipSize = None,
+    overlap: Overlap = 1,
+    *,
+    call: Call,
+) -> None:
+    """Simulate a world: a chunk of video for every action, shown in the terminal as it comes."""
+    shape = parse_size(size) if size else None
+    pipeline = call.pipeline()
+    from ..tasks import Simulation
+
+    world = Simulation(pipeline, prompt, shape, overlap=overlap, seed=call.seed, **call.sampling)
+    show_video(world.video, console, call.fps)
+    waiting = list(action or [])
+    while True:
+        if action is None:
+            told = typer.prompt("action (empty ends)", default="", show_default=False)
+        else:
+            told = waiting.pop(0) if waiting else ""
+        if not told:
+            break
+        show_video(world.act(told), console, call.fps)
+    call.write([world.video], [prompt])
+
+
+@task
+def batch(
+    requests: Annotated[Path, typer.Argument(help="A JSON file: a list of requests; see the README.")],
+    *,
+    call: Call,
+) -> None:
+    """Run requests of different tasks and sizes in one packed batch."""
+    if not requests.is_file():
+        raise FileNotFoundError(f"batch: expected a JSON file, got {requests}")
+    try:
+        wanted = json.loads(requests.read_text())
+    except ValueError as error:
+        raise ValueError(f"batch: {requests}: expected JSON, got {error}") from None
+    if not isinstance(wanted, list) or not all(isinstance(one, dict) for one in wanted):
+        raise ValueError(f"batch: {requests}: expected a list of objects with a task each")
+    pipeline = call.pipeline()
+    made = [_request(dict(one), i, requests.parent, pipeline) for i, one in enumerate(wanted)]
+    call.generate(pipeline, made)
+
+
+def _request(fields: dict[str, Any], number: int, folder: Path, pipeline: SoraPipeline) -> Request:
+    """A request of the batch file: its task, and that function's arguments; videos and images are paths."""
+    from .. import request
+
+    tasks = ("text_to_video", "text_to_image", "image_to_video", "video_to_video", "extend", "join")
+    task = fields.pop("task", "text_to_video")
+    if task not in tasks:
+        raise ValueError(f"batch: request {number}: task: expected one of {', '.join(tasks)}, got {task!r}")
+    for name in ("image", "video", "first", "last"):
+        if name in fields:
+            fields[name] = read_clip(folder / fields[name])
+    if task in ("extend", "join"):
+        fields["timing"] = pipeline.timing
+    if task == "text_to_video":
+        size: Size | str = fields.get("size", pipeline.size)
+        fields["size"] = parse_size(size) if isinstance(size, str) else tuple(size)
+    try:
+        return getattr(request, task)(**fields)
+    except TypeError as error:
+        raise ValueError(f"batch: request {number}: {error}") from None
+
+
+def _expanded(pipeline: SoraPipeline, prompts: list[str]) -> list[str]:
+    """Detailed prompts for short ones, said on the console."""
+    longer = pipeline.expand(prompts)
+    for before, after in zip(prompts, longer, strict=True):
+        console.print(f"{before} -> {after}", highlight=False, soft_wrap=True)
+    return longer

@@ -1,0 +1,105 @@
+"""Clips of the world that teach a task: each comes with the frames that are given, and a caption that fits what is not.
+
+    drift     a scene caught at any time, bouncing off borders; a start or an end is given, and the caption names no motion:
+              a video goes on as it does
+    turn      a start is given, and from its last frame on the object moves as the caption says: a world that obeys
+    link      a start and an end of the same object elsewhere; between them it takes the smoothest way: joining, and loops
+
+Given frames are whole latent frames of a causal VAE: `grain` pixel frames each, but for the first, which is one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from sora_model.data.shapes import Array
+from sora_model.data.world import MOTIONS, Scene, Thing
+
+REACH = 0.1  # of the free range per frame: how fast a passage may be
+Lesson = tuple[torch.Tensor, str, str | None, torch.Tensor]  # clip [3, T, H, W], caption, long caption, bool [T]: what is given
+
+
+def drift(scene: Scene, size: tuple[int, int, int], grain: int, rng: np.random.Generator) -> Lesson:
+    """A clip of `size` (T, H, W) from any time of the scene; a start or an end is given."""
+    frames = size[0]
+    scene = scene.advanced(int(rng.integers(4 * scene.config.room)))
+    given = _starts(frames, grain, rng)
+    if rng.integers(3) == 0 and frames > grain:
+        given = torch.arange(frames) >= frames - grain * int(rng.integers(1, _grains(frames, grain) + 1))
+    return scene.render(*size), scene.caption(frames=frames, motion=False), None, given
+
+
+def turn(scene: Scene, size: tuple[int, int, int], grain: int, rng: np.random.Generator) -> Lesson:
+    """A clip whose object moves another way after the given start; ways with some room to go are preferred."""
+    frames = size[0]
+    given = _starts(frames, grain, rng)
+    before = scene.advanced(int(rng.integers(2 * scene.config.room)))
+    now = before.advanced(int(given.sum()) - 1)
+    u = np.array(now.things[0].u)
+    free = [name for name, way in MOTIONS.items() if ((u + 0.4 * np.array(way) > -0.1) & (u + 0.4 * np.array(way) < 1.1)).all()]
+    names = [name for name in free if name in scene.config.motions] or list(scene.config.motions)
+    after = now.turned(names[int(rng.integers(len(names)))])
+    start, height, width = int(given.sum()), *size[1:]
+    parts = [before.render(start, height, width)]
+    if frames > start:
+        parts.append(after.render(frames - start, height, width, start=1))
+    left = frames - start + 1
+    return torch.cat(parts, dim=1), after.caption(frames=left), after.caption(True, left), given
+
+
+def link(scene: Scene, size: tuple[int, int, int], grain: int, rng: np.random.Generator) -> Lesson:
+    """A clip that begins as one clip of the object and ends as another; both ends are given."""
+    frames = size[0]
+    spare = _grains(frames, grain) - 1  # whole latent frames that can be given, besides the first; one at least is made
+    end = grain * int(rng.integers(1, spare + 1)) if spare > 0 else 0
+    start = 1 + grain * int(rng.integers(0, spare - end // grain + 1)) if spare > 0 else 1
+    given = (torch.arange(frames) < start) | (torch.arange(frames) >= frames - end)
+    first = scene.advanced(int(rng.integers(2 * scene.config.room)))
+    here = np.array(first.advanced(start - 1).things[0].u)
+    for _ in range(16):  # a few tries to end where it can be in so few frames
+        last = scene.advanced(int(rng.integers(4 * scene.config.room)))
+        if np.abs(np.array(last.things[0].u) - here).max() < REACH * (frames - end - start + 1):
+            break
+    last = last.turned(scene.config.motions[int(rng.integers(len(scene.config.motions)))])
+    things = tuple(
+        Link(**vars(a), to=b, leave=start - 1, arrive=frames - end) for a, b in zip(first.things, last.things, strict=True)
+    )
+    linked = replace(first, things=things)
+    return linked.render(*size), scene.caption(frames=frames, motion=False), None, given
+
+
+@dataclass(frozen=True)
+class Link(Thing):
+    """An object that moves as itself until frame `leave`, as `to` from frame `arrive` on, and smoothly in between."""
+
+    to: Thing
+    leave: int
+    arrive: int
+
+    def path(self, t: Array) -> Array:
+        begin, end = super().path(np.array([self.leave - 1.0, self.leave])), self.to.path(np.array([0.0, 1.0]))
+        span = self.arrive - self.leave
+        s = np.clip((t - self.leave) / span, 0, 1)[:, None]
+        # The cubic through both places with both velocities (Hermite).
+        between = (
+            (1 + 2 * s) * (1 - s) ** 2 * begin[1]
+            + s * (1 - s) ** 2 * span * (begin[1] - begin[0])
+            + s**2 * (3 - 2 * s) * end[0]
+            + s**2 * (s - 1) * span * (end[1] - end[0])
+        )
+        outside = np.where(t[:, None] <= self.leave, super().path(t), self.to.path(t - self.arrive))
+        inside = (t > self.leave) & (t < self.arrive)
+        return np.where(inside[:, None], np.clip(between, 0, 1), outside)
+
+
+def _grains(frames: int, grain: int) -> int:
+    """Latent frames after the first."""
+    return (frames - 1) // grain
+
+
+def _starts(frames: int, grain: int, rng: np.random.Generator) -> torch.Tensor:
+    """bool [T], a given start of 1 + grain * m frames that leaves at least one latent frame to be made."""
+    return torch.arange(frames) < 1 + grain * int(rng.integers(max(_grains(frames, grain), 1)))

@@ -1,0 +1,313 @@
+"""Generated videos judged by the world's ground truth: one measurement per task, with what it is held to.
+
+Every measurement asks for scenes of the held-out part of the studio world, generates in packed batches, and lets a program look at
+the pixels (`data.judge`). Nothing that was generated is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Size
+from .data import Scene, Truth, World, WorldConfig, judge
+from .pipeline import SoraPipeline
+from .request import Request, extend, image_to_video, join, text_to_video, video_to_video
+from .tasks import Simulation, long_video, loop
+
+SHAPES: tuple[Size, ...] = ((13, 48, 48), (13, 48, 80), (13, 80, 48))  # three aspect ratios
+AT_ONCE = 24  # samples of a packed batch
+
+
+@dataclass
+class Measurement:
+    """What a task gave.
+
+    figures: name -> (measured, what it is held to); shares are from 0 to 1, PSNR is in dB. A target below 0 is a highest value,
+    its sign turned; None: the figure is for information.
+    videos, labels: the first ones, for a contact sheet.
+    """
+
+    task: str
+    figures: dict[str, tuple[float, float | None]]
+    videos: list[Tensor] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+
+    @property
+    def missed(self) -> list[str]:
+        return [name for name, (value, target) in self.figures.items() if target is not None and not _holds(value, target)]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A pipeline and the scenes it is asked for.
+
+    count: how many prompts for text to video; other tasks take fewer. seed: of the scenes and of the noise.
+    """
+
+    pipeline: SoraPipeline
+    count: int = 200
+    steps: int = 30
+    guidance: float = 3.0
+    seed: int = 2026
+
+    def scenes(self, count: int, first: int = 0) -> list[Scene]:
+        world = World(WorldConfig.studio(self.seed), split="held out")
+        return [world.sample(first + i) for i in range(count)]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_inference_steps": self.steps, "guidance_scale": self.guidance}
+
+    def run(self, requests: Sequence[Request]) -> list[Tensor]:
+        videos: list[Tensor] = []
+        for start in range(0, len(requests), AT_ONCE):
+            videos += self.pipeline(requests[start : start + AT_ONCE], generator=self.seed + start, **self.options)
+        return videos
+
+
+def text_to_videos(judge_: Judge) -> Measurement:
+    """Prompts short and detailed in turn, in three aspect ratios."""
+    scenes, sizes = judge_.scenes(judge_.count), _sizes(judge_.count)
+    prompts = [scene.caption(i // 3 % 2 == 1, size[0]) for i, (scene, size) in enumerate(zip(scenes, sizes, strict=True))]
+    videos = judge_.run([text_to_video(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)])
+    truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
+    return Measurement("text to video", _shares(videos, truths, 0.9), videos, prompts)
+
+
+def text_to_images(judge_: Judge) -> Measurement:
+    """Images in three aspect ratios; colour and shape."""
+    scenes, sizes = judge_.scenes(judge_.count // 4), [(1, *size[1:]) for size in _sizes(judge_.count // 4)]
+    prompts = [scene.caption(i // 3 % 2 == 1, 1) for i, scene in enumerate(scenes)]
+    videos = judge_.run([text_to_video(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)])
+    truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
+    return Measurement("text to image", _shares(videos, truths, 0.9, motion=False), videos, prompts)
+
+
+def images_to_videos(judge_: Judge) -> Measurement:
+    """The first frame of a scene, animated as its caption says."""
+    scenes, sizes = judge_.scenes(judge_.count // 4, 1000), _sizes(judge_.count // 4)
+    clips = [scene.render(*size) for scene, size in zip(scenes, sizes, strict=True)]
+    prompts = [scene.caption(frames=13) for scene in scenes]
+    requests = [image_to_video(p, clip[:, :1], size[0]) for p, clip, size in zip(prompts, clips, sizes, strict=True)]
+    videos = judge_.run(requests)
+    truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
+    kept = [psnr(video[:, :1], clip[:, :1]) for video, clip in zip(videos, clips, strict=True)]
+    return Measurement("image to video", {**_kept(kept), **_shares(videos, truths, 0.9)}, videos, prompts)
+
+
+def videos_to_videos(judge_: Judge, strength: float = 0.85) -> Measurement:
+    """A scene in another colour before another background: is the new colour there, and did shape and motion stay?"""
+    scenes, sizes = judge_.scenes(judge_.count // 4, 2000), _sizes(judge_.count // 4)
+    colors, backgrounds = list(scenes[0].config.colors), list(scenes[0].config.backgrounds)
+    others = []
+    for i, scene in enumerate(scenes):
+        thing = scene.things[0]
+        color = colors[(colors.index(thing.color) + 1 + i % (len(colors) - 1)) % len(colors)]
+        background = backgrounds[(backgrounds.index(scene.background) + 1) % len(backgrounds)]
+        others.append(replace(scene, things=(replace(thing, color=color),), background=background))
+    prompts = [other.caption(True, 13) for other in others]
+    requests = [
+        video_to_video(prompt, scene.render(*size), strength)
+        for prompt, scene, size in zip(prompts, scenes, sizes, strict=True)
+    ]  # fmt: skip
+    videos = judge_.run(requests)
+    truths = [other.truth(*size) for other, size in zip(others, sizes, strict=True)]
+    return Measurement("video to video", _shares(videos, truths, 0.9), videos, [f"-> {prompt}" for prompt in prompts])
+
+
+def extensions(judge_: Judge, backward: bool = False) -> Measurement:
+    """Eight frames more, in the direction that the clip has; the given frames as the model gives them back."""
+    timing, made = judge_.pipeline.timing, 8
+    scenes, sizes = judge_.scenes(judge_.count // 4, 3000), _sizes(judge_.count // 4)
+    # A scene that can be followed for the given and the new frames without meeting a border.
+    clips = [scene.render(13, *size[1:]) for scene, size in zip(scenes, sizes, strict=True)]
+    given = [clip[:, -5:] if backward else clip[:, :5] for clip in clips]
+    prompts = [scene.caption(frames=13) for scene in scenes]
+    asked = [extend(prompt, part, made, timing, overlap=1, backward=backward) for prompt, part in zip(prompts, given, strict=True)]
+    raw = judge_.run([replace(request, before=None, after=None, cut=(0, 0)) for request in asked])
+    kept, whole, jumps = [], [], []
+    for request, clip, part in zip(asked, raw, given, strict=True):
+        ((at, seen),) = request.given.items()
+        kept.append(psnr(clip[:, at : at + seen.shape[1]], seen))
+        new = clip[:, at - made : at] if backward else clip[:, seen.shape[1] :]
+        whole.append(torch.cat([new, part] if backward else [part, new], dim=1))
+        jumps.append(_jump(whole[-1], made if backward else part.shape[1]))
+    truths = [scene.truth(13, *size[1:]) for scene, size in zip(scenes, sizes, strict=True)]
+    figures = {**_kept(kept), **_shares(whole, truths, 0.9), "seams that are continuous": (_share(j <= 2 for j in jumps), 0.9)}
+    return Measurement("extend backward" if backward else "extend forward", figures, whole, prompts)
+
+
+def joins(judge_: Judge) -> Measurement:
+    """Two clips of one object, elsewhere and moving otherwise, and eight frames between them."""
+    timing, count = judge_.pipeline.timing, judge_.count // 8
+    scenes, sizes = judge_.scenes(count, 4000), _sizes(count)
+    firsts = [scene.render(*size) for scene, size in zip(scenes, sizes, strict=True)]
+    lasts = [scene.advanced(20).render(*size) for scene, size in zip(scenes, sizes, strict=True)]
+    prompts = [scene.caption(frames=13, motion=False) for scene in scenes]
+    asked = [join(p, a, b, 8, timing) for p, a, b in zip(prompts, firsts, lasts, strict=True)]
+    raw = judge_.run([replace(request, before=None, after=None, cut=(0, 0)) for request in asked])
+    kept, whole, jumps = [], [], []
+    for request, clip, first, last in zip(asked, raw, firsts, lasts, strict=True):
+        kept += [psnr(clip[:, at : at + part.shape[1]], part) for at, part in request.given.items()]
+        start, end = request.cut
+        whole.append(torch.cat([first, clip[:, start : clip.shape[1] - end], last], dim=1))
+        jumps += [_jump(whole[-1], first.shape[1]), _jump(whole[-1], whole[-1].shape[1] - last.shape[1])]
+    truths = [scene.truth(8, *size[1:]) for scene, size in zip(scenes, sizes, strict=True)]
+    passages = [video[:, 13:21] for video in whole]
+    figures = {**_kept(kept), **_shares(passages, truths, 0.9, motion=False)}
+    figures["ends that are continuous"] = (_share(j <= 2 for j in jumps), 0.9)
+    return Measurement("join", figures, whole, prompts)
+
+
+def loops(judge_: Judge) -> Measurement:
+    """The step from the last frame to the first, beside the median step from frame to frame."""
+    count = judge_.count // 16
+    scenes, sizes = judge_.scenes(count, 5000), _sizes(count)
+    prompts = [scene.caption(frames=13) for scene in scenes]
+    videos = [
+        loop(
+            judge_.pipeline, prompt, size, passage_prompt=scene.caption(frames=13, motion=False), seed=judge_.seed + i,
+            **judge_.options,
+        )
+        for i, (prompt, scene, size) in enumerate(zip(prompts, scenes, sizes, strict=True))
+    ]  # fmt: skip
+    seams, worst = [], []
+    for video in videos:
+        changes = _changes(torch.cat([video, video[:, :1]], dim=1))
+        seams.append(changes[-1] / changes.median().clamp(min=1e-6))
+        worst.append(changes.max() / changes.median().clamp(min=1e-6))
+    figures: dict[str, tuple[float, float | None]] = {
+        "seam / median change, the worst": (float(max(seams)), -1.0),
+        "largest change anywhere / median, the median loop": (float(torch.stack(worst).median()), None),
+        **_shares(videos, [scene.truth(v.shape[1], *size[1:]) for scene, v, size in zip(scenes, videos, sizes, strict=True)],
+                  0.9, motion=False),
+    }  # fmt: skip
+    return Measurement("loop", figures, videos, prompts)
+
+
+def long_videos(judge_: Judge, frames: int = 480) -> Measurement:
+    """60 s at 8 frames per second, in windows of 13 frames: is the object still of its colour and shape?"""
+    scenes = judge_.scenes(2, 6000)
+    prompts = [scene.caption(frames=13, motion=False) for scene in scenes]
+    videos = [
+        long_video(judge_.pipeline, prompt, frames, seed=judge_.seed + i, **judge_.options) for i, prompt in enumerate(prompts)
+    ]
+    windows, truths = [], []
+    for scene, video in zip(scenes, videos, strict=True):
+        for start in range(0, video.shape[1] - 12, 13):
+            windows.append(video[:, start : start + 13])
+            truths.append(scene.truth(*windows[-1].shape[1:]))
+    return Measurement("long video", _shares(windows, truths, 0.9, motion=False), videos, [f"{p}, 60 s" for p in prompts])
+
+
+def simulations(judge_: Judge) -> Measurement:
+    """Four actions, a chunk each: does the object move as told?"""
+    count, actions = max(judge_.count // 25, 1), ("right", "down", "left", "up")
+    scenes = judge_.scenes(count, 7000)
+    obeyed, videos, labels = [], [], []
+    for i, scene in enumerate(scenes):
+        thing = scene.things[0]
+        still = replace(scene, things=(replace(thing, u=(0.5, 0.5), v=(0.0, 0.0), motion="stay"),))
+        turns = [still.turned(actions[(i + k) % 4]) for k in range(4)]
+        world = Simulation(judge_.pipeline, still.caption(), seed=judge_.seed + i, **judge_.options)
+        for turn in turns:
+            new = world.act(turn.caption())
+            obeyed.append(judge(new, turn.truth(*new.shape[1:])))
+        videos.append(world.video)
+        labels.append(", then ".join(scene_.caption() for scene_ in (still, *turns)))
+    figures: dict[str, tuple[float, float | None]] = {
+        "actions obeyed": (_share(seen["motion"] for seen in obeyed), 0.9),
+        "colour": (_share(seen["color"] for seen in obeyed), 0.9),
+        "shape": (_share(seen["shape"] for seen in obeyed), 0.9),
+    }
+    return Measurement("simulated world", figures, videos, labels)
+
+
+def captions(judge_: Judge) -> Measurement:
+    """Captions of held-out clips, short and detailed, and detailed prompts made of short ones: do they name what is there?"""
+    pipeline = judge_.pipeline
+    scenes, sizes = judge_.scenes(judge_.count, 8000), _sizes(judge_.count)
+    clips = [scene.render(*size) for scene, size in zip(scenes, sizes, strict=True)]
+    short, detailed = pipeline.caption(clips, detailed=False), pipeline.caption(clips)
+    prompts = [scene.caption(frames=13) for scene in scenes]
+    figures: dict[str, tuple[float, float | None]] = {}
+    for name, texts in (("", short), ("detailed ", detailed), ("expanded ", pipeline.expand(prompts))):
+        pairs = list(zip(texts, scenes, strict=True))
+        figures[f"{name}colour"] = (_share(_names(text, scene.things[0].color) for text, scene in pairs), 0.95)
+        figures[f"{name}shape"] = (_share(_names(text, scene.things[0].shape) for text, scene in pairs), 0.95)
+        figures[f"{name}motion"] = (_share(_says_motion(text, scene) for text, scene in pairs), 0.95)
+    return Measurement("caption", figures, clips, detailed)
+
+
+MEASUREMENTS: dict[str, Callable[[Judge], Measurement]] = {
+    "text-to-video": text_to_videos,
+    "text-to-image": text_to_images,
+    "image-to-video": images_to_videos,
+    "video-to-video": videos_to_videos,
+    "extend": extensions,
+    "extend-backward": lambda judge_: extensions(judge_, backward=True),
+    "join": joins,
+    "loop": loops,
+    "long": long_videos,
+    "simulate": simulations,
+    "caption": captions,
+}
+
+
+def psnr(video: Tensor, other: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, of a range of 2."""
+    return float(10 * torch.log10(4 / (video - other).square().mean().clamp(min=1e-10)))
+
+
+def _sizes(count: int) -> list[Size]:
+    return [SHAPES[i % len(SHAPES)] for i in range(count)]
+
+
+def _share(rights: Any) -> float:
+    values = [bool(right) for right in rights]
+    return sum(values) / len(values)
+
+
+def _shares(
+    videos: Sequence[Tensor], truths: Sequence[Truth], target: float, motion: bool = True
+) -> dict[str, tuple[float, float | None]]:
+    seen = [judge(video, truth) for video, truth in zip(videos, truths, strict=True)]
+    wanted = {"colour": "color", "shape": "shape", **({"motion": "motion"} if motion else {})}
+    return {name: (_share(one[key] for one in seen), target) for name, key in wanted.items()}
+
+
+def _kept(ratios: Sequence[float]) -> dict[str, tuple[float, float | None]]:
+    """PSNR of given frames: the mean is held to 30 dB, the worst is told too."""
+    return {"given frames, PSNR in dB": (sum(ratios) / len(ratios), 30.0), "the worst of them": (min(ratios), None)}
+
+
+def _changes(video: Tensor) -> Tensor:
+    """Mean absolute change from each frame to the next [T - 1]."""
+    return video.diff(dim=1).abs().mean((0, 2, 3))
+
+
+def _jump(video: Tensor, at: int) -> float:
+    """The change at frame `at`, in changes of a typical frame of the same video."""
+    changes = _changes(video)
+    return float(changes[at - 1] / changes.median().clamp(min=1e-4))
+
+
+def _holds(value: float, target: float) -> bool:
+    return value <= -target if target < 0 else value >= target
+
+
+def _names(text: str, word: str) -> bool:
+    return f" {word} " in f" {text.lower()} ".replace(".", " ").replace(",", " ")
+
+
+def _says_motion(text: str, scene: Scene) -> bool:
+    """Whether the text says exactly the motion of the scene's object: "moves up" is not "moves up and left"."""
+    motion = scene.things[0].motion
+    verb = "stays still" if motion == "stay" else f"moves {motion}"
+    _, found, after = text.lower().partition(verb)
+    return bool(found) and not after.startswith(" and ")

@@ -1,0 +1,170 @@
+"""What a pipeline is asked for: `Request`, and one function per task that makes one. Every task is a mask of given frames.
+
+    request                 given                                  comes back
+    text_to_video           nothing                                the clip
+    text_to_image           nothing                                a clip of one frame
+    image_to_video          the first frame                        the clip
+    video_to_video          nothing; starts from a noised video    the clip
+    extend                  the video's last frames                the video and what follows
+    extend backward         its first frames                       what leads up to it, and the video
+    join                    the end of one, the start of another   one video: the first, a passage, the second
+
+Frames are given in whole token frames; see `Timing` for how many pixel frames that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import Size
+
+
+class Timing(NamedTuple):
+    """How pixel frames make token frames: `lead` of them the first one, `grain` each other.
+
+    A clip, and what is given of its start, has lead + grain * n frames; what is given of its end has grain * n. A causal video VAE
+    that compresses time by 4 has (1, 4) with patches of one latent frame, pixels alone have (1, 1).
+    """
+
+    lead: int
+    grain: int
+
+    def whole(self, frames: int) -> int:
+        """The fewest frames a clip can have, from `frames` on."""
+        return self.lead + self.grain * -(-max(frames - self.lead, 0) // self.grain)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample of a packed batch.
+
+    >>> Request("a red circle moves left", (13, 48, 48), given={0: clip[:, -5:]})        # goes on from the end of a clip
+
+    Args:
+        prompt: what to show.
+        size: (T, H, W) in pixels.
+        given: {first frame: clip [3, t, H, W]} to keep; a first frame below 0 counts from the end.
+        begin: a video [3, T, H, W] to start from instead of noise.
+        strength: with `begin`, the share of the denoising that is done anew: 1 keeps nothing, near 0 nearly everything.
+        negative_prompt: what guidance leads away from.
+        seed: of the noise; None leaves it to the call.
+        before: what to put in front of the result [3, t, H, W], which then leaves out its first `cut[0]` frames.
+        after: likewise behind the result, which then leaves out its last `cut[1]` frames.
+    """
+
+    prompt: str
+    size: Size
+    given: Mapping[int, Tensor] = field(default_factory=dict)
+    begin: Tensor | None = None
+    strength: float = 1.0
+    negative_prompt: str = ""
+    seed: int | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
+    cut: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 3 or min(self.size) < 1:
+            raise ValueError(f"Request: size: expected (T, H, W), each at least 1, got {self.size}")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"Request: strength: expected a number above 0 and up to 1, got {self.strength}")
+        if self.begin is not None and tuple(self.begin.shape) != (3, *self.size):
+            raise ValueError(f"Request: begin: expected {[3, *self.size]}, got {list(self.begin.shape)}")
+        for at, clip in self.given.items():
+            start = at + self.size[0] if at < 0 else at
+            fits = clip.ndim == 4 and tuple(clip.shape[2:]) == tuple(self.size[1:]) and clip.shape[1] > 0
+            if not fits or not 0 <= start <= self.size[0] - clip.shape[1]:
+                frames, height, width = self.size
+                expected = f"clips [3, t, {height}, {width}] within {frames} frames"
+                raise ValueError(f"Request: given: expected {expected}, got {list(clip.shape)} at frame {at}")
+
+    def finish(self, clip: Tensor) -> Tensor:
+        """What was generated [3, T, H, W], put together with what it goes on from."""
+        clip = clip[:, self.cut[0] : clip.shape[1] - self.cut[1]]
+        parts = [self.before, clip, self.after]
+        return torch.cat([part.to(clip) for part in parts if part is not None], dim=1)
+
+
+def text_to_video(prompt: str, size: Size, **options: object) -> Request:
+    """A video of `size` (T, H, W). options: negative_prompt, seed."""
+    return Request(prompt, size, **options)  # type: ignore[arg-type]
+
+
+def text_to_image(prompt: str, height: int, width: int, **options: object) -> Request:
+    """An image, as a video of one frame."""
+    return Request(prompt, (1, height, width), **options)  # type: ignore[arg-type]
+
+
+def image_to_video(prompt: str, image: Tensor, frames: int, **options: object) -> Request:
+    """A video of so many frames that begins with an image [3, 1, H, W]."""
+    _check_video("image_to_video", "image", image)
+    return Request(prompt, (frames, *image.shape[2:]), given={0: image[:, :1]}, **options)  # type: ignore[arg-type]
+
+
+def video_to_video(prompt: str, video: Tensor, strength: float = 0.7, **options: object) -> Request:
+    """The video anew after another prompt; what is the same in both prompts tends to stay."""
+    _check_video("video_to_video", "video", video)
+    frames, height, width = video.shape[1:]
+    return Request(prompt, (frames, height, width), begin=video, strength=strength, **options)  # type: ignore[arg-type]
+
+
+def extend(
+    prompt: str, video: Tensor, frames: int, timing: Timing, *, overlap: int = 1, backward: bool = False, **options: object
+) -> Request:
+    """The video and `frames` more behind it, or in front of it.
+
+    overlap: how many token frames of the video the model sees, besides the first; fewer if the video is shorter.
+    """
+    _check_video("extend", "video", video)
+    height, width = video.shape[2:]
+    if frames < 1:
+        raise ValueError(f"extend: frames: expected at least 1, got {frames}")
+    if backward:
+        seen = _end(video, timing, overlap, "extend: video")
+        made = timing.whole(frames)  # what is over is cut off its front
+        given, size = {made: video[:, :seen]}, (made + seen, height, width)
+        return Request(prompt, size, given=given, after=video, cut=(made - frames, seen), **options)  # type: ignore[arg-type]
+    seen = _start(video, timing, overlap, "extend: video")
+    size = (seen + frames, height, width)
+    return Request(prompt, size, given={0: video[:, -seen:]}, before=video, cut=(seen, 0), **options)  # type: ignore[arg-type]
+
+
+def join(prompt: str, first: Tensor, last: Tensor, frames: int, timing: Timing, *, overlap: int = 1, **options: object) -> Request:
+    """Two videos of one frame size with a passage of `frames` frames between them, a multiple of the timing's grain."""
+    _check_video("join", "first", first)
+    _check_video("join", "last", last)
+    if first.shape[2:] != last.shape[2:]:
+        raise ValueError(f"join: last: expected frames of {list(first.shape[2:])} as in first, got {list(last.shape[2:])}")
+    if frames < 1 or frames % timing.grain:
+        raise ValueError(f"join: frames: expected a multiple of {timing.grain}, got {frames}")
+    height, width = first.shape[2:]
+    start, end = _start(first, timing, overlap, "join: first"), _end(last, timing, overlap, "join: last")
+    given = {0: first[:, -start:], start + frames: last[:, :end]}
+    size = (start + frames + end, height, width)
+    return Request(prompt, size, given=given, before=first, after=last, cut=(start, end), **options)  # type: ignore[arg-type]
+
+
+def _start(video: Tensor, timing: Timing, overlap: int, argument: str) -> int:
+    """How many frames of a video's end the start of a clip takes."""
+    length = video.shape[1]
+    if length < timing.lead:
+        raise ValueError(f"{argument}: expected at least {timing.lead} frames, got {length}")
+    return timing.lead + timing.grain * min(overlap, (length - timing.lead) // timing.grain)
+
+
+def _end(video: Tensor, timing: Timing, overlap: int, argument: str) -> int:
+    """How many frames of a video's start the end of a clip takes."""
+    length = video.shape[1]
+    if length < timing.grain:
+        raise ValueError(f"{argument}: expected at least {timing.grain} frames, got {length}")
+    return timing.grain * min(max(overlap, 1), length // timing.grain)
+
+
+def _check_video(task: str, argument: str, video: Tensor) -> None:
+    if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape:
+        raise ValueError(f"{task}: {argument}: expected [3, T, H, W] with at least one frame, got {list(video.shape)}")

@@ -1,0 +1,143 @@
+"""Tasks of several passes: loops, long videos, simulated worlds. Each is extension or joining, repeated.
+
+loop          a clip, and a passage from its end back to its beginning
+long_video    a clip, extended until it is long enough
+Simulation    a clip, extended by a chunk for every action
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Size
+from .pipeline import SoraPipeline
+from .request import Request, extend, join
+
+
+def loop(
+    pipeline: SoraPipeline,
+    prompt: str,
+    size: Size | None = None,
+    *,
+    passage: int | None = None,
+    passage_prompt: str | None = None,
+    overlap: int = 1,
+    seed: int = 0,
+    **options: Any,
+) -> Tensor:
+    """A video [3, T, H, W] whose last frame leads to its first.
+
+    >>> loop(pipeline, "a red circle moves right", (13, 48, 48), passage=12).shape
+    torch.Size([3, 25, 48, 48])
+
+    Where it begins is free, as it has no end: it is turned so that it changes least from the last frame to the first.
+
+    Args:
+        size: of the clip, before the passage.
+        passage: frames of the way back, a multiple of the timing's grain; default: about as many as the clip has.
+        passage_prompt: what the passage shows; default: the prompt.
+        overlap: token frames at both ends that the passage sees.
+        options: of the pipeline's call.
+    """
+    timing = pipeline.timing
+    (clip,) = pipeline([Request(prompt, size or pipeline.size, seed=seed)], **options)
+    passage = max(clip.shape[1] // timing.grain, 1) * timing.grain if passage is None else passage
+    way = join(prompt if passage_prompt is None else passage_prompt, clip, clip, passage, timing, overlap=overlap, seed=seed + 1)
+    (joined,) = pipeline([way], **options)
+    closed = joined[:, : clip.shape[1] + passage]
+    changes = (closed - closed.roll(1, dims=1)).square().mean((0, 2, 3))  # from the frame before, around
+    return closed.roll(-int(changes.argmin()), dims=1)
+
+
+def long_video(
+    pipeline: SoraPipeline,
+    prompts: str | Sequence[str],
+    frames: int,
+    size: Size | None = None,
+    *,
+    overlap: int = 1,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    **options: Any,
+) -> Tensor:
+    """A video of so many frames, made a chunk at a time: [3, frames, H, W].
+
+    Each chunk sees the end of what there is, and is as long with it as the first one. Memory and time per chunk do not grow.
+
+    Args:
+        prompts: one for all chunks, or one after the other; the last one stays.
+        frames: in all.
+        size: (T, H, W) of a chunk; default: the pipeline's.
+        overlap: token frames, besides the first, that a chunk sees of the one before.
+        progress: called with the number of new frames after each chunk.
+        options: of the pipeline's call.
+    """
+    chunks = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not chunks or frames < 1:
+        raise ValueError(f"long_video: expected at least one prompt and one frame, got {len(chunks)} and {frames}")
+    world = Simulation(pipeline, chunks[0], size, overlap=overlap, seed=seed, **options)
+    made = world.video.shape[1]
+    while made < frames:
+        new = world.act(chunks[min(world.chunks, len(chunks) - 1)]).shape[1]
+        made += new
+        if progress is not None:
+            progress(new)
+    return world.video[:, :frames]
+
+
+class Simulation:
+    """A world that goes on as it is told, a chunk at a time.
+
+    >>> world = Simulation(pipeline, "a red circle moves right")
+    >>> world.act("a red circle moves up").shape                # the new frames alone
+    torch.Size([3, 8, 48, 48])
+    >>> world.video.shape
+    torch.Size([3, 21, 48, 48])
+
+    Args:
+        prompt: what the first chunk shows.
+        size: (T, H, W) of a chunk, with what it sees of the one before; default: the pipeline's.
+        overlap: token frames, besides the first, that a chunk sees of the one before.
+        seed: of the first chunk; the next ones count up.
+        first: a video [3, T, H, W] to begin with instead of generating one.
+        options: of the pipeline's call.
+    """
+
+    def __init__(
+        self,
+        pipeline: SoraPipeline,
+        prompt: str,
+        size: Size | None = None,
+        *,
+        overlap: int = 1,
+        seed: int = 0,
+        first: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        self.pipeline, self.overlap, self.seed, self.options = pipeline, overlap, seed, options
+        self.frames = (size or pipeline.size)[0]
+        seen = pipeline.timing.lead + pipeline.timing.grain * overlap
+        if self.frames <= seen:
+            raise ValueError(f"Simulation: size: expected more than the {seen} frames that a chunk sees, got {self.frames}")
+        if first is None:
+            (first,) = pipeline([Request(prompt, size or pipeline.size, seed=seed)], **options)
+        self._parts, self._recent, self.chunks = [first], first[:, -seen:], 1
+
+    @property
+    def video(self) -> Tensor:
+        """Everything so far [3, T, H, W]."""
+        return torch.cat(self._parts, dim=1)
+
+    def act(self, prompt: str) -> Tensor:
+        """The world goes on as the prompt says; returns the new frames [3, t, H, W]."""
+        seen, seed = self._recent.shape[1], self.seed + self.chunks
+        request = extend(prompt, self._recent, self.frames - seen, self.pipeline.timing, overlap=self.overlap, seed=seed)
+        (clip,) = self.pipeline([request], **self.options)
+        self._parts.append(clip[:, seen:])
+        self._recent = clip[:, -seen:]
+        self.chunks += 1
+        return self._parts[-1]

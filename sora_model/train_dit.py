@@ -1,0 +1,86 @@
+"""What a pipeline learns: to take noise off what is not given, at every size and for every task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .conditioning import drop_captions
+from .data import Batch
+from .diffusion import TaskMix, add_noise, diffusion_loss
+from .pipeline import SoraPipeline
+from .vae import latent_frames
+
+
+class DiffusionObjective:
+    """The diffusion loss of a pipeline's transformer, and of its text encoder where that can be trained.
+
+    Args:
+        pipeline: what to train, on the device to train on; its VAE stays as it is.
+        tasks: how often each task is trained; clips that teach one of their own come with what is given.
+        detailed: share of the samples shown with their long caption, where they have one.
+        caption_dropout: share of captions emptied, for classifier-free guidance.
+        keep_latents: keep every clip's latent, by its index in the source, instead of encoding it again: for sources that give
+            the same clip in every epoch.
+    """
+
+    def __init__(
+        self,
+        pipeline: SoraPipeline,
+        *,
+        tasks: TaskMix | None = None,
+        detailed: float = 0.0,
+        caption_dropout: float = 0.1,
+        keep_latents: bool = False,
+    ) -> None:
+        if not 0 <= detailed <= 1:
+            raise ValueError(f"DiffusionObjective: detailed: expected a share from 0 to 1, got {detailed}")
+        self.pipeline, self.tasks = pipeline, tasks or TaskMix()
+        self.detailed, self.caption_dropout = detailed, caption_dropout
+        self.model = nn.ModuleDict({"dit": pipeline.dit})
+        if isinstance(pipeline.text_encoder, nn.Module) and any(p.requires_grad for p in pipeline.text_encoder.parameters()):
+            self.model["text_encoder"] = pipeline.text_encoder
+        self._latents: dict[int, Tensor] | None = {} if keep_latents else None
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        pt, scheduler = self.pipeline.dit.config.patch_size[0], self.pipeline.scheduler
+        with torch.no_grad(), torch.autocast(self.pipeline.dit.final.weight.device.type, enabled=False):
+            latents = self._encode(batch)
+            given = [self._given(i, x, batch, generator) for i, x in enumerate(latents)]
+            per_frame = (torch.rand(len(latents), generator=generator) < self.tasks.per_frame).tolist()
+            noised = add_noise(scheduler, latents, given=given, per_frame=per_frame, patch_frames=pt, generator=generator)
+        long = (torch.rand(len(latents), generator=generator) < self.detailed).tolist()
+        captions = [
+            sample.detailed or sample.caption if d else sample.caption for sample, d in zip(batch.samples, long, strict=True)
+        ]
+        text = self.pipeline.text_encoder(drop_captions(captions, self.caption_dropout, generator))
+        return diffusion_loss(self.pipeline.dit(noised.latents, noised.timesteps, text), noised)
+
+    def averaged(self, model: Any) -> SoraPipeline:
+        """The pipeline with other weights."""
+        old, parts = self.pipeline, dict(model.named_children())
+        encoder = parts.get("text_encoder", old.text_encoder)
+        return SoraPipeline(parts["dit"], encoder, old.scheduler, old.codec, old.captioner, size=old.size)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        self.averaged(model).save_pretrained(folder)
+
+    def _encode(self, batch: Batch) -> list[Tensor]:
+        device, kept = self.pipeline.dit.final.weight.device, self._latents
+        new = [i for i, index in enumerate(batch.indices) if kept is None or index not in kept]
+        encoded = dict(zip(new, self.pipeline.codec.encode([batch.videos[i].to(device) for i in new]), strict=True))
+        if kept is None:
+            return list(encoded.values())
+        kept |= {batch.indices[i]: latent.half() for i, latent in encoded.items()}
+        return [kept[index].float() for index in batch.indices]
+
+    def _given(self, i: int, latent: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Mask [T'] of the latent frames that are given."""
+        own = batch.samples[i].given
+        if own is not None:
+            return latent_frames(self.pipeline.codec, own)
+        pt = self.pipeline.dit.config.patch_size[0]
+        return self.tasks.given(latent.shape[1] // pt, generator).repeat_interleave(pt)

@@ -1,0 +1,102 @@
+"""Clips that teach a task: what is given is the world's own, and what follows is what the caption says."""
+
+import numpy as np
+import pytest
+import torch
+
+from sora_model.data import World, WorldConfig, WorldSource, judge
+from sora_model.data.lessons import drift, link, turn
+from sora_model.data.world import COLORS
+
+SIZE = (13, 48, 48)
+WORLD = World(WorldConfig.studio(3))
+
+
+def center(frame: torch.Tensor, color: str) -> torch.Tensor:
+    """(x, y) of the pixels of that colour in [3, H, W], in pixels."""
+    near = (((frame + 1) / 2 - torch.tensor(COLORS[color])[:, None, None]).square().sum(0) < 0.05).float()
+    grid = torch.arange(frame.shape[1]) + 0.5
+    return torch.stack([(near.sum(0) * grid).sum(), (near.sum(1) * grid).sum()]) / near.sum()
+
+
+@pytest.mark.parametrize("lesson", [drift, turn, link])
+@pytest.mark.parametrize("number", range(6))
+def test_something_is_given_and_something_is_not(lesson, number) -> None:
+    scene = WORLD.sample(number)
+    video, caption, _, given = lesson(scene, SIZE, 4, np.random.default_rng(number))
+    assert tuple(video.shape) == (3, *SIZE)
+    assert scene.things[0].name in caption
+    latent = torch.cat([given[:1], given[1:].unflatten(0, (3, 4)).all(1)])
+    assert torch.equal(torch.cat([latent[:1], latent[1:].repeat_interleave(4)]), given), "whole latent frames"
+    assert not latent.all()
+    assert latent.any()
+    steps = video.diff(dim=1).abs().mean((0, 2, 3))
+    assert steps.max() <= 0.15, "it never jumps"
+
+
+def test_a_turn_is_what_its_caption_says() -> None:
+    right = 0
+    for number in range(20):
+        scene = WORLD.sample(number)
+        video, caption, detailed, given = turn(scene, SIZE, 4, np.random.default_rng(number))
+        start = int(given.sum())
+        moves = {name for name in WORLD.config.motions if caption.endswith("stays still" if name == "stay" else f"moves {name}")}
+        motion = max(moves, key=len)
+        assert f"{'stays still' if motion == 'stay' else 'moves ' + motion}" in detailed
+        clip = video[:, start - 1 :]
+        truth = WORLD.sample(0, color=scene.things[0].color, shape=scene.things[0].shape, motion=motion).truth(*clip.shape[1:])
+        right += judge(clip, truth)["motion"]
+    assert right >= 19
+
+
+def test_a_link_ends_as_it_should() -> None:
+    """Both ends move steadily, and the passage between them is smooth."""
+    for number in range(8):
+        scene = WORLD.sample(number)
+        video, _, _, given = link(scene, (21, 48, 48), 4, np.random.default_rng(number))
+        path = torch.stack([center(video[:, t], scene.things[0].color) for t in range(21)])
+        steps = path.diff(dim=0)
+        bend = steps.diff(dim=0).norm(dim=1)
+        inside = ~(given[:-2] & given[1:-1] & given[2:])
+        assert bend[inside].max() < 8, "no corner sharper than a bounce"
+
+
+def test_a_scene_goes_on() -> None:
+    scene = World(WorldConfig.rich(5)).sample(4)
+    for start in (3, 11, 40.5):
+        later = scene.advanced(start)
+        torch.testing.assert_close(later.render(4, 24, 32), scene.render(4, 24, 32, start=start), atol=1e-4, rtol=0)
+        names = [thing.motion for thing in later.things]
+        assert all(name in scene.config.motions for name in names)
+    turned = scene.turned("up")
+    torch.testing.assert_close(turned.render(1, 24, 32), scene.render(1, 24, 32))
+    assert turned.things[0].motion == "up"
+    with pytest.raises(ValueError, match=r"Scene\.turned: motion must be out of"):
+        scene.turned("sideways")
+
+
+def test_captions_may_leave_out_the_motion() -> None:
+    scene = WORLD.sample(2)
+    assert scene.caption(motion=False) == scene.caption(frames=1)
+
+
+def test_held_out_combinations_are_never_trained() -> None:
+    from sora_model.data import held_out
+
+    training, kept = World(WORLD.config, split="training"), World(WORLD.config, split="held out")
+    for i in range(200):
+        a, b = training.sample(i).things[0], kept.sample(i).things[0]
+        assert not held_out(a.color, a.shape, a.motion)
+        assert held_out(b.color, b.shape, b.motion)
+    with pytest.raises(ValueError, match="split must be"):
+        World(split="test")
+
+
+def test_lessons_come_in_their_shares() -> None:
+    source = WorldSource(WORLD, [SIZE, (1, 48, 48)], lessons={"drift": 0.3, "turn": 0.2, "link": 0.1}, grain=4)
+    samples = [source.load(i) for i in range(200)]
+    clips = [sample for sample in samples if sample.video.shape[1] > 1]
+    share = sum(sample.given is not None for sample in clips) / len(clips)
+    assert 0.5 < share < 0.7
+    assert all(sample.given is None for sample in samples if sample.video.shape[1] == 1)
+    assert torch.equal(source.load(5).video, source.load(5).video)

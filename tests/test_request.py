@@ -1,0 +1,89 @@
+"""Every task as a request: what is given where, and how the result is put together."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sora_model.request import Request, Timing, extend, image_to_video, join, text_to_image, text_to_video, video_to_video
+
+CAUSAL = Timing(1, 4)
+
+
+def clip(frames: int, first: float = 0.0) -> Tensor:
+    """A video [3, T, 2, 2] whose frame t is first + t everywhere."""
+    return (first + torch.arange(frames))[None, :, None, None].expand(3, -1, 2, 2).clone()
+
+
+def numbers(video: Tensor) -> list[float]:
+    return video[0, :, 0, 0].tolist()
+
+
+def test_whole_clips() -> None:
+    assert [CAUSAL.whole(frames) for frames in (1, 2, 5, 6, 13)] == [1, 5, 5, 9, 13]
+    assert [Timing(2, 2).whole(frames) for frames in (1, 2, 3)] == [2, 2, 4]
+    assert [Timing(5, 8).whole(frames) for frames in (1, 5, 6, 13)] == [5, 5, 13, 13]
+
+
+def test_text_and_images() -> None:
+    assert text_to_video("a", (13, 48, 48), seed=3).seed == 3
+    assert text_to_image("a", 40, 56).size == (1, 40, 56)
+    request = image_to_video("a", clip(3), 13)
+    assert request.size == (13, 2, 2)
+    assert numbers(request.given[0]) == [0]
+    assert numbers(request.finish(clip(13))) == list(range(13))
+
+
+def test_video_to_video_begins_with_the_video() -> None:
+    request = video_to_video("a", clip(5), 0.4)
+    assert (request.size, request.strength) == ((5, 2, 2), 0.4)
+    assert numbers(request.begin) == list(range(5))
+
+
+def test_extension_goes_on_from_the_last_frames() -> None:
+    request = extend("a", clip(20), 8, CAUSAL)
+    assert request.size == (13, 2, 2)
+    assert {at: numbers(part) for at, part in request.given.items()} == {0: [15, 16, 17, 18, 19]}
+    generated = clip(13, 100)
+    assert numbers(request.finish(generated)) == [*range(20), *range(105, 113)]
+    short = extend("a", clip(3), 6, CAUSAL, overlap=2)  # fewer than wanted: the last frame alone
+    assert numbers(short.given[0]) == [2]
+    assert numbers(short.finish(clip(7, 100))) == [0, 1, 2, *range(101, 107)]
+
+
+def test_extension_backward_leads_up_to_the_first_frames() -> None:
+    request = extend("a", clip(20), 8, CAUSAL, backward=True)
+    assert request.size == (13, 2, 2)
+    assert {at: numbers(part) for at, part in request.given.items()} == {9: [0, 1, 2, 3]}
+    assert numbers(request.finish(clip(13, 100))) == [*range(101, 109), *range(20)]  # 9 were made, 8 wanted
+
+
+def test_joining_gives_both_ends() -> None:
+    request = join("a", clip(20), clip(10, 50), 8, CAUSAL)
+    assert request.size == (17, 2, 2)
+    assert {at: numbers(part) for at, part in request.given.items()} == {0: [15, 16, 17, 18, 19], 13: [50, 51, 52, 53]}
+    assert numbers(request.finish(clip(17, 100))) == [*range(20), *range(105, 113), *range(50, 60)]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Request("a", (0, 8, 8)), r"Request: size: expected \(T, H, W\), each at least 1, got \(0, 8, 8\)"),
+        (lambda: Request("a", (5, 2, 2), strength=0.0), "Request: strength: expected a number above 0 and up to 1, got 0.0"),
+        (lambda: Request("a", (5, 2, 2), begin=clip(4)), r"Request: begin: expected \[3, 5, 2, 2\], got \[3, 4, 2, 2\]"),
+        (lambda: Request("a", (5, 2, 2), given={3: clip(4)}), r"given: expected clips \[3, t, 2, 2\] within 5 frames, got"),
+        (lambda: image_to_video("a", clip(0), 5), r"image_to_video: image: expected \[3, T, H, W\] with at least one frame, got"),
+        (lambda: extend("a", clip(0), 4, CAUSAL), r"extend: video: expected \[3, T, H, W\] with at least one frame, got"),
+        (lambda: extend("a", clip(9), 0, CAUSAL), "extend: frames: expected at least 1, got 0"),
+        (lambda: extend("a", clip(3), 4, CAUSAL, backward=True), "extend: video: expected at least 4 frames, got 3"),
+        (lambda: extend("a", clip(3), 4, Timing(4, 4)), "extend: video: expected at least 4 frames, got 3"),
+        (lambda: join("a", clip(9), clip(3), 8, CAUSAL), "join: last: expected at least 4 frames, got 3"),
+        (lambda: join("a", clip(9), clip(9), 6, CAUSAL), "join: frames: expected a multiple of 4, got 6"),
+        (
+            lambda: join("a", clip(9), clip(9)[:, :, :1], 8, CAUSAL),
+            r"join: last: expected frames of \[2, 2\] as in first, got \[1, 2\]",
+        ),
+    ],
+)
+def test_what_cannot_be_is_named(make, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,201 @@
+"""Causal video VAEs of diffusers behind one interface: sizes, causality, tiles, normalisation, and training a small one."""
+
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from sora_model.data import Batch, Sample, World, WorldConfig, WorldSource
+from sora_model.train_vae import VAEObjective, finish, held_out_psnr
+from sora_model.vae import CLASSES, PixelCodec, VideoVAE, latent_frames, latent_size
+
+
+def wan():
+    options = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    return diffusers.AutoencoderKLWan(**options, latents_mean=[0.5] * 4, latents_std=[2.0] * 4)
+
+
+def cogvideox():
+    blocks = {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4}
+    return diffusers.AutoencoderKLCogVideoX(
+        **blocks, block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2, scaling_factor=0.7
+    )
+
+
+def hunyuan():
+    blocks = {
+        "down_block_types": ("HunyuanVideoDownBlock3D",) * 4,
+        "up_block_types": ("HunyuanVideoUpBlock3D",) * 4,
+    }
+    return diffusers.AutoencoderKLHunyuanVideo(
+        **blocks, block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2
+    )
+
+
+def ltx():
+    return diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+
+
+def cosmos():
+    return VideoVAE.small(latent_channels=4, channels=(8, 16, 16)).model
+
+
+MODELS = {
+    "AutoencoderKLWan": (wan, (4, 8, 8)),
+    "AutoencoderKLCogVideoX": (cogvideox, (4, 8, 8)),
+    "AutoencoderKLHunyuanVideo": (hunyuan, (4, 8, 8)),
+    "AutoencoderKLLTXVideo": (ltx, (8, 32, 32)),
+    "AutoencoderKLCosmos": (cosmos, (4, 8, 8)),
+}
+
+
+def made(name: str) -> VideoVAE:
+    torch.manual_seed(0)
+    return VideoVAE(MODELS[name][0]().eval())
+
+
+def test_every_class_is_tested() -> None:
+    assert set(MODELS) == set(CLASSES)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_videos_and_images_there_and_back(name: str, tmp_path: Path) -> None:
+    vae = made(name)
+    assert vae.compression == MODELS[name][1]
+    ct, ch, cw = vae.compression
+    videos = [
+        torch.rand(3, 1 + 2 * ct, 2 * ch, 3 * cw),
+        torch.rand(3, 1, 3 * ch, 2 * cw),
+        torch.rand(3, 1 + 2 * ct, 2 * ch, 3 * cw),
+    ]
+    latents = vae.encode(videos)
+    assert [tuple(x.shape[1:]) for x in latents] == [(3, 2, 3), (1, 3, 2), (3, 2, 3)]
+    assert [x.shape[1:] for x in latents] == [latent_size(vae, tuple(v.shape[1:])) for v in videos]
+    assert all(x.shape[0] == vae.channels for x in latents)
+    assert [y.shape for y in vae.decode(latents)] == [v.shape for v in videos]
+    torch.testing.assert_close(vae.encode(videos[2:])[0], latents[2], atol=1e-4, rtol=1e-4)
+    vae.save_pretrained(tmp_path)
+    torch.testing.assert_close(VideoVAE.from_pretrained(tmp_path).encode(videos)[1], latents[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo"}))
+def test_the_past_does_not_depend_on_the_future(name: str) -> None:
+    """An image's latent is that of the first frame of any video that begins with it, and so for every start."""
+    vae = made(name)
+    ct, ch, cw = vae.compression
+    video = torch.rand(3, 1 + 2 * ct, ch, 2 * cw)
+    (whole,), (start,), (image,) = (vae.encode([video[:, :t]]) for t in (1 + 2 * ct, 1 + ct, 1))
+    torch.testing.assert_close(whole[:, :2], start, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(whole[:, :1], image, atol=1e-4, rtol=1e-4)
+    assert (whole[:, 1:] - image).abs().max() > 1e-3
+
+
+def test_latents_are_normalised() -> None:
+    vae = made("AutoencoderKLWan")
+    video = torch.rand(3, 5, 16, 16)
+    raw = vae.model.encode(video[None]).latent_dist.mode()[0]
+    torch.testing.assert_close(vae.encode([video])[0], (raw - 0.5) / 2)
+    cog = made("AutoencoderKLCogVideoX")
+    raw = cog.model.encode(video[None]).latent_dist.mode()[0]
+    torch.testing.assert_close(cog.encode([video])[0], raw * 0.7, atol=1e-5, rtol=1e-5)
+
+
+class Local(torch.nn.Module):
+    """Stands in for a VAE: each latent position is the mean of its pixels, so tiles must agree exactly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widest = 0
+
+    def encode(self, x: Tensor):
+        self.widest = max(self.widest, *x.shape[3:])
+        mean = x[:, :, ::4].unflatten(3, (-1, 8)).unflatten(5, (-1, 8)).mean((4, 6))
+        return type("Out", (), {"latent_dist": type("Dist", (), {"mode": lambda _: mean})()})
+
+    def decode(self, z: Tensor):
+        video = z.repeat_interleave(4, 2)[:, :, 3:].repeat_interleave(8, 3).repeat_interleave(8, 4)
+        return type("Out", (), {"sample": video})
+
+
+def test_tiles_are_blended_without_a_seam() -> None:
+    vae = VideoVAE.small(latent_channels=3, channels=(8, 8, 8))
+    vae.model = local = Local()
+    video = torch.rand(3, 5, 8, 8).repeat_interleave(41, 2).repeat_interleave(67, 3)  # 328 x 536
+    (latent,) = vae.encode([video])
+    assert latent.shape == (3, 2, 41, 67)
+    assert local.widest == 256
+    expected = local.encode(video[None]).latent_dist.mode()[0]
+    torch.testing.assert_close(latent, expected)
+    (back,) = vae.decode([latent])
+    torch.testing.assert_close(back, local.decode(latent[None]).sample[0])
+
+
+def test_a_small_one_learns(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = VideoVAE.small(latent_channels=8, channels=(16, 32, 32))
+    source = WorldSource(World(WorldConfig.simple()), [(5, 16, 16), (1, 24, 16)])
+    objective, generator = VAEObjective(vae), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(vae.parameters(), 3e-3)
+    samples = [source.load(i) for i in range(16)]
+    losses = []
+    for _ in range(30):
+        loss = objective.loss(Batch(samples, list(range(16)), 0), generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    videos = [sample.video for sample in samples]
+    finish(vae, videos, tmp_path / "vae")
+    loaded = VideoVAE.from_pretrained(tmp_path / "vae")
+    latents = torch.cat([x.flatten(1) for x in loaded.encode(videos)], dim=1)
+    torch.testing.assert_close(latents.mean(1), torch.zeros(8), atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.std(1), torch.ones(8), atol=1e-3, rtol=0)
+    assert all(ratio > 10 for ratio in held_out_psnr(loaded, source, range(3)))
+
+
+def test_which_latent_frames_are_given() -> None:
+    vae = VideoVAE.small(latent_channels=4, channels=(8, 8, 8))
+    frames = torch.arange(13)
+    assert latent_frames(vae, frames < 5).tolist() == [True, True, False, False]
+    assert latent_frames(vae, frames < 8).tolist() == [True, True, False, False]
+    assert latent_frames(vae, frames >= 9).tolist() == [False, False, False, True]
+    assert latent_frames(PixelCodec(), frames[:3] < 2).tolist() == [True, True, False]
+
+
+def test_what_cannot_be_is_named(tmp_path: Path) -> None:
+    vae = VideoVAE.small(latent_channels=4, channels=(8, 8, 8))
+    with pytest.raises(ValueError, match=r"expected 1 \+ 4 n frames of height 8 n and width 8 n, got \(T, H, W\) = \(4, 16, 16\)"):
+        vae.encode([torch.zeros(3, 4, 16, 16)])
+    with pytest.raises(ValueError, match=r"videos: expected \[3, T, H, W\], got \[1, 5, 16, 16\]"):
+        vae.encode([torch.zeros(1, 5, 16, 16)])
+    with pytest.raises(ValueError, match=r"model: expected one of AutoencoderKLCogVideoX, .*, got AutoencoderKL"):
+        VideoVAE(diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2))
+    with pytest.raises(ValueError, match="tile: expected a multiple of 8 from 128 on, got 100"):
+        VideoVAE(vae.model, tile=100)
+    with pytest.raises(FileNotFoundError, match=r"expected a folder with config\.json"):
+        VideoVAE.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet"}')
+    with pytest.raises(ValueError, match=r"expected _class_name out of .*, got UNet"):
+        VideoVAE.from_pretrained(tmp_path)
+
+
+def test_samples_of_a_batch_are_weighed_by_their_pixels() -> None:
+    vae = VideoVAE.small(latent_channels=4, channels=(8, 8, 8))
+    small, large = torch.rand(3, 1, 8, 8), torch.rand(3, 5, 16, 16)
+
+    def loss(*videos: Tensor) -> float:
+        batch = Batch([Sample(video, "") for video in videos], list(range(len(videos))), 0)
+        return VAEObjective(vae).loss(batch, torch.Generator().manual_seed(0)).item()
+
+    pixels = small.numel(), large.numel()
+    mean = (loss(small) * pixels[0] + loss(large) * pixels[1]) / sum(pixels)
+    assert loss(small, large) == pytest.approx(mean, rel=0.05)  # the noise on latents differs
