@@ -1,0 +1,195 @@
+"""Loops, long videos and simulated worlds, with a stand-in for a pipeline that draws what it is asked; and every task's command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from sora_model.cli import app
+from sora_model.data import read_video, write_video
+from sora_model.pipeline import SoraPipeline
+from sora_model.request import Request, Timing
+from sora_model.tasks import Simulation, long_video, loop
+
+
+class Counting:
+    """Generates frames of one number each: given frames come back, and the others count on from the frame before them."""
+
+    timing, size = Timing(1, 4), (13, 4, 4)
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    def __call__(self, requests: list[Request], **options: object) -> list[Tensor]:
+        self.requests += requests
+        return [self.draw(request) for request in requests]
+
+    def draw(self, request: Request) -> Tensor:
+        frames = request.size[0]
+        video = torch.full((3, *request.size), torch.nan)
+        for at, clip in request.given.items():
+            video[:, at : at + clip.shape[1]] = clip
+        for t in range(frames):
+            if video[:, t].isnan().any():
+                video[:, t] = video[:, t - 1] + 1 if t else 0
+        return request.finish(video)
+
+
+def numbers(video: Tensor) -> list[float]:
+    return video[0, :, 0, 0].tolist()
+
+
+def test_a_simulation_goes_on_from_its_last_frames() -> None:
+    pipeline = Counting()
+    world = Simulation(pipeline, "a", overlap=1)  # type: ignore[arg-type]
+    assert numbers(world.video) == list(range(13))
+    assert numbers(world.act("b")) == list(range(13, 21))
+    assert numbers(world.act("c")) == list(range(21, 29))
+    assert numbers(world.video) == list(range(29))
+    assert [request.prompt for request in pipeline.requests] == ["a", "b", "c"]
+    assert [request.seed for request in pipeline.requests] == [0, 1, 2]
+    assert {tuple(request.size) for request in pipeline.requests} == {(13, 4, 4)}
+    begun = Simulation(pipeline, "a", first=torch.full((3, 3, 4, 4), 7.0))  # type: ignore[arg-type]
+    assert numbers(begun.act("b"))[0] == 8
+    with pytest.raises(ValueError, match="size: expected more than the 13 frames that a chunk sees, got 13"):
+        Simulation(pipeline, "a", overlap=3)  # type: ignore[arg-type]
+
+
+def test_a_long_video_is_extended_until_it_is_long_enough() -> None:
+    pipeline, made = Counting(), []
+    video = long_video(pipeline, ["a", "b"], 50, overlap=2, progress=made.append)  # type: ignore[arg-type]
+    assert numbers(video) == list(range(50))
+    assert sum(made) >= 37
+    assert [request.prompt for request in pipeline.requests] == ["a", *["b"] * len(made)]
+    assert numbers(long_video(pipeline, "a", 5)) == list(range(5))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected at least one prompt and one frame, got 0 and 5"):
+        long_video(pipeline, [], 5)  # type: ignore[arg-type]
+
+
+def test_a_loop_comes_back_to_its_beginning() -> None:
+    pipeline = Counting()
+    video = loop(pipeline, "a", passage=8, passage_prompt="b")  # type: ignore[arg-type]
+    assert [request.prompt for request in pipeline.requests] == ["a", "b"]
+    passage = pipeline.requests[1]
+    assert numbers(passage.given[0]) == [8, 9, 10, 11, 12]
+    assert numbers(passage.given[13]) == [0, 1, 2, 3]
+    assert sorted(numbers(video)) == list(range(21))
+    # Counting up, the way from 20 to 0 is the only jump; every other place is as good to begin.
+    assert numbers(video) != list(range(21))
+    assert numbers(loop(pipeline, "a"))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "untrained"
+    SoraPipeline.from_preset("tiny", patch=(1, 8, 8), size=(6, 16, 16)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    return {
+        "image": write_video(folder / "image.png", torch.rand(3, 1, 16, 24)),
+        "video": write_video(folder / "video.mp4", torch.rand(3, 7, 16, 24)),
+        "other": write_video(folder / "other.mp4", torch.rand(3, 5, 16, 24)),
+        "narrow": write_video(folder / "narrow.mp4", torch.rand(3, 5, 16, 16)),
+    }
+
+
+def sora(*args: object):
+    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+
+
+COMMANDS = {
+    "generate": (["a cat", "--size", "4x16x16"], (4, 16, 16)),
+    "animate": (["{image}", "it moves", "--frames", 5], (5, 16, 24)),
+    "restyle": (["{video}", "in red", "--strength", 0.5], (7, 16, 24)),
+    "extend": (["{video}", "it goes on", "--frames", 3], (10, 16, 24)),
+    "extend backward": (["{video}", "it began", "--frames", 3, "--backward"], (10, 16, 24)),
+    "join": (["{video}", "{other}", "--frames", 2], (14, 16, 24)),
+    "loop": (["a cat", "--passage", 4], (10, 16, 16)),
+    "long": (["a cat", "a dog", "--seconds", 2], (16, 16, 16)),
+    "simulate": (["a cat", "--action", "it jumps", "--action", "it sits"], (14, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_task_has_a_command(name, checkpoint, files, tmp_path) -> None:
+    args, size = COMMANDS[name]
+    args = [files[arg[1:-1]] if str(arg).startswith("{") else arg for arg in args]
+    result = sora(name.split()[0], *args, "--checkpoint", checkpoint, "--out", tmp_path, "--steps", 2)
+    assert result.exit_code == 0, result.output
+    made = sorted(tmp_path.iterdir())
+    assert [path.suffix for path in made] == [".mp4", ".png"]
+    assert all(str(path) in result.output.replace("\n", "") for path in made)
+    assert tuple(read_video(made[0])[0].shape[1:]) == size
+
+
+def test_tasks_and_sizes_are_mixed_in_one_batch(checkpoint, files, tmp_path) -> None:
+    wanted = [
+        {"prompt": "a cat", "size": "3x24x16"},
+        {"task": "text_to_image", "prompt": "a dog", "height": 16, "width": 40},
+        {"task": "image_to_video", "prompt": "it moves", "image": "image.png", "frames": 4},
+        {"task": "video_to_video", "prompt": "in red", "video": "video.mp4", "strength": 0.5},
+        {"task": "extend", "prompt": "on", "video": "video.mp4", "frames": 2, "backward": True},
+        {"task": "join", "prompt": "", "first": "video.mp4", "last": "other.mp4", "frames": 3},
+    ]
+    path = files["image"].parent / "requests.json"
+    path.write_text(json.dumps(wanted))
+    result = sora("batch", path, "--checkpoint", checkpoint, "--out", tmp_path, "--steps", 2)
+    assert result.exit_code == 0, result.output
+    made = sorted(tmp_path.iterdir())[:-1]
+    sizes = [tuple(read_video(file)[0].shape[1:]) for file in made]
+    assert sizes == [(3, 24, 16), (1, 16, 40), (4, 16, 24), (7, 16, 24), (9, 16, 24), (15, 16, 24)]
+
+
+def test_a_simulation_asks_for_actions(checkpoint, tmp_path) -> None:
+    args = ["simulate", "a cat", "--checkpoint", str(checkpoint), "--out", str(tmp_path), "--steps", "1"]
+    result = CliRunner().invoke(app, args, input="it jumps\n\n")
+    assert result.exit_code == 0, result.output
+    assert "action (empty ends)" in result.output
+    assert read_video(tmp_path / "00-a-cat.mp4")[0].shape[1] == 10
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["animate", "{tmp}/none.png", "x"], "none.png: it does not exist"),
+        (["restyle", "{video}", "x", "--strength", "1.5"], "strength: expected a number above 0 and up to 1, got 1.5"),
+        (["extend", "{video}", "x", "--frames", "-1"], "extend: frames: expected at least 1, got -1"),
+        (["join", "{video}", "{narrow}"], "join: last: expected frames of [16, 24] as in first, got [16, 16]"),
+        (["loop", "x", "--size", "6x16"], "expected TxHxW, such as 8x32x48, got '6x16'"),
+        (["long", "x", "--seconds", "0"], "expected at least one prompt and one frame, got 1 and 0"),
+        (["simulate", "x", "--overlap", "9"], "expected more than the 10 frames that a chunk sees, got 6"),
+        (["batch", "{tmp}/none.json"], "expected a JSON file, got"),
+        (["batch", "{tmp}/text.json"], "expected JSON, got"),
+        (["batch", "{tmp}/task.json"], "request 0: task: expected one of text_to_video, .*got 'dance'"),
+        (["batch", "{tmp}/field.json"], "request 0: .*unexpected keyword argument 'sise'"),
+        (["batch", "{tmp}/object.json"], "expected a list of objects with a task each"),
+        (["generate", "x", "--expand"], "captioner: expected a checkpoint with a captioner, got one without"),
+        (["caption", "{video}"], "captioner: expected a checkpoint with a captioner, got one without"),
+        (["expand", "x"], "captioner: expected a checkpoint with a captioner, got one without"),
+        (["generate", "x", "--size", "0x16x16"], "size: expected (T, H, W), each at least 1, got (0, 16, 16)"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args, message, checkpoint, files, tmp_path) -> None:
+    import re
+
+    (tmp_path / "text.json").write_text("[")
+    (tmp_path / "task.json").write_text('[{"task": "dance", "prompt": "x"}]')
+    (tmp_path / "field.json").write_text('[{"prompt": "x", "sise": "1x8x8"}]')
+    (tmp_path / "object.json").write_text('{"prompt": "x"}')
+    before = sorted(tmp_path.iterdir())
+    args = [arg.format(tmp=tmp_path, **files) for arg in args]
+    options = [] if args[0] in ("caption", "expand") else ["--out", tmp_path / "out", "--steps", 1]
+    result = sora(*args, "--checkpoint", checkpoint, *options)
+    assert result.exit_code == 2, result.output
+    text = result.output.replace("\n", "")
+    assert re.search(message if ".*" in message else re.escape(message), text), text
+    assert "Traceback" not in text
+    assert sorted(tmp_path.iterdir()) == before, "nothing half-written"
