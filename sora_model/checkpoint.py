@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def whole_folder(directory: str | Path) -> Iterator[Path]:
 def save_module(module: nn.Module, config: dict[str, Any], folder: Path, dtype: torch.dtype | None = None) -> None:
     """Writes config.json and model.safetensors; floating-point weights in `dtype`, if one is given."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.to(dtype if value.is_floating_point() else None) for name, value in module.state_dict().items()}
+    weights = {name: value.to(dtype if value.is_floating_point() else None) for name, value in distinct_state(module).items()}
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -58,7 +58,7 @@ def read_json(path: Path, owner: str) -> dict[str, Any]:
 
 
 def load_weights(module: nn.Module, folder: Path, owner: str) -> None:
-    """Reads model.safetensors into a module; weights keep the dtype they were saved in.
+    """Reads model.safetensors into a module, whose weights keep their dtype.
 
     Raises:
         ValueError: a broken file; weights that are missing, left over or of another shape.
@@ -70,9 +70,15 @@ def load_weights(module: nn.Module, folder: Path, owner: str) -> None:
         weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{owner}: {path}: expected safetensors, got {error}") from None
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in distinct_state(module).items()}
     got = {name: tuple(value.shape) for name, value in weights.items()}
     for name in {**expected, **got}:
         if expected.get(name) != got.get(name):
             raise ValueError(f"{owner}: {path}: {name}: expected shape {expected.get(name)}, got {got.get(name)}")
-    module.load_state_dict(weights, assign=True)
+    module.load_state_dict(weights, strict=False)
+
+
+def distinct_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module without second names of one tensor (tied embeddings)."""
+    names = {value.data_ptr(): name for name, value in reversed(module.state_dict().items())}
+    return {name: value for name, value in module.state_dict().items() if names[value.data_ptr()] == name}

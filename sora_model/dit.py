@@ -75,7 +75,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)  # [N, H, d] each, views
         if self.q_norm is not None:
-            q, k = qk_norm_rope_3d(q, k, self.q_norm, self.k_norm, layout, theta=self.theta)
+            weights = self.q_norm.to(q), self.k_norm.to(k)  # autocast leaves them as they are
+            q, k = qk_norm_rope_3d(q, k, *weights, layout, theta=self.theta)
         elif self.rope:
             q, k = rope_3d(q, layout, theta=self.theta), rope_3d(k, layout, theta=self.theta)
         cu, longest = layout.cu_seqlens, layout.max_seqlen
@@ -205,6 +206,8 @@ class DiT(nn.Module):
         weight, patch = self.final.weight, self.config.patch_size
         inputs = [latent.to(weight) for latent in latents]
         x, layout = patch_embed_3d(inputs, self.patch_embed.weight, self.patch_embed.bias, patch_size=patch)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream too, as it is what the kernels read and write
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.config.positions == "sincos":
             x = x + self._sincos(layout).to(x)
         if self.place_embed is not None:
@@ -231,7 +234,7 @@ class DiT(nn.Module):
         if self.shared_modulation is None:
             return [block.modulation(c) for block in self.blocks]
         shared = self.shared_modulation(c)
-        return [shared + block.offset for block in self.blocks]
+        return [shared + block.offset.to(shared) for block in self.blocks]
 
     def _velocities(self, latents: Sequence[Tensor], clean: list[Tensor], timesteps: Tensor) -> list[Tensor]:
         """(x_sigma - x) / sigma of each latent."""

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .checkpoint import distinct_state
 from .data import Batch, PackedSampler
 
 
@@ -222,8 +223,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         self.objective.save(self.averaged_model(), self.folder / "checkpoint")
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        tensors = {f"model.{name}": value for name, value in distinct_state(self.model).items()}
+        tensors |= {f"average.{name}": value for name, value in distinct_state(self.average).items()}
         for name, optimizer, parameter in self._moments:
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
@@ -244,8 +245,8 @@ class Trainer:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-        self.model.load_state_dict(part("model."))
-        self.average.load_state_dict(part("average."))
+        self.model.load_state_dict(part("model."), strict=False)
+        self.average.load_state_dict(part("average."), strict=False)
         for name, optimizer, parameter in self._moments:
             moments = {key: value.to(parameter.device) for key, value in part(f"optimizer.{name}.").items()}
             if moments:

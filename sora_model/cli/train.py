@@ -54,8 +54,13 @@ Resume = Annotated[bool, typer.Option(help="Go on with the run in OUT.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
-WORLD_SIZES = {"simple": ["6x24x24", "6x16x32", "6x32x16", "1x24x24"], "studio": ["13x48x48", "13x48x80", "13x80x48"]}
-VAE_SIZES = ["13x48x48", "13x48x80", "13x80x48"]
+# Of the world's clips; what is named twice comes twice as often.
+CLIPS = ["13x48x48", "13x48x80", "13x80x48"]
+WORLD_SIZES = {
+    "simple": ["6x24x24", "6x16x32", "6x32x16", "1x24x24"],
+    "studio": [*CLIPS, *CLIPS, *CLIPS, "13x48x48", "1x48x48", "1x64x64", "17x48x48", "17x48x48", "21x48x48"],
+    "rich": CLIPS,
+}
 # Of the clips, those that teach going on, obeying and joining.
 LESSONS = {"drift": 0.15, "turn": 0.15, "link": 0.1}
 
@@ -96,7 +101,7 @@ def train(
         from ..train_dit import DiffusionObjective
         from ..vae import VideoVAE, latent_size
 
-        sizes = [parse_size(text) for text in size or WORLD_SIZES.get(world.value, WORLD_SIZES["studio"])]
+        sizes = [parse_size(text) for text in size or WORLD_SIZES[world.value]]
         if resume:
             pipeline = SoraPipeline.from_pretrained(out / "checkpoint", device=device)
         else:
@@ -156,7 +161,7 @@ def train_vae(
             latent_channels=channels, temporal=temporal, spatial=spatial
         )  # fmt: skip
         vae = make.to(device)
-        sizes = [parse_size(text) for text in size or VAE_SIZES]
+        sizes = [parse_size(text) for text in size or CLIPS]
         options = {"lessons": {"drift": 0.25, "turn": 0.25, "link": 0.1}, "grain": temporal}
         source = _source(data, world, sizes, vae.compression, True, max_frames, max_pixels, None, seed, options)
         sampler = _sampler(source, (1, 1, 1), tokens, seed, latent_size=lambda one: latent_size(vae, one))
@@ -203,7 +208,7 @@ def train_captioner(
         pipeline = SoraPipeline.from_pretrained(checkpoint, device=device)
         patch = pipeline.dit.config.patch_size
         lead = pipeline.timing.lead < pipeline.timing.grain
-        sizes = [parse_size(text) for text in size or WORLD_SIZES.get(world.value, WORLD_SIZES["studio"])]
+        sizes = [parse_size(text) for text in size or WORLD_SIZES[world.value]]
         source = _source(data, world, sizes, pipeline.unit, lead, max_frames, max_pixels, None, seed, {})
         if resume:
             captioner = Captioner.from_pretrained(out / "checkpoint")
