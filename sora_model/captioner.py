@@ -23,12 +23,11 @@ from sora_kernels.layout import PackedLayout
 from .checkpoint import load_weights, read_json, save_module
 from .conditioning import PackedText
 from .config import DiTConfig
-from .dit import Mlp, SelfAttention, places
+from .dit import PLACES, Mlp, SelfAttention, places
 from .patches import embed_patches
 from .text import WordEncoder
 
 PAD, END, SHORT, DETAILED = "<pad>", "<end>", "<short>", "<detailed>"
-PLACES = 96  # numbers of `places`
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Captioner(nn.Module):
         dim = config.hidden_size
         encoder = DiTConfig(in_channels=config.in_channels, hidden_size=dim, num_heads=config.num_heads, depth=config.depth)
         self.patch_embed = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
-        self.place_embed = nn.Linear(PLACES, dim, bias=False)
+        self.place_embed = nn.Linear(6 * PLACES, dim, bias=False)
         self.layers = nn.ModuleList(VideoLayer(encoder) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim)
         self.words = WordEncoder(dim, depth=1, num_heads=config.num_heads, buckets=1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -63,7 +64,7 @@ class PackedText:
 
 
 class TextEncoder(Protocol):
-    """Anything that turns captions into `PackedText`: `WordEncoder`, or a T5 or CLIP behind a few lines.
+    """Anything that turns captions into `PackedText`: `WordEncoder`, or T5, UMT5 or CLIP as a `PretrainedEncoder`.
 
     dim: width of tokens and pooled. An empty caption must give the null conditioning of classifier-free guidance.
     """
@@ -71,6 +72,8 @@ class TextEncoder(Protocol):
     dim: int
 
     def __call__(self, captions: Sequence[str]) -> PackedText: ...
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None: ...
 
 
 def drop_captions(captions: Sequence[str], probability: float, generator: torch.Generator | None = None) -> list[str]:

@@ -9,7 +9,7 @@ Size = tuple[int, int, int]  # frames, height and width
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"depth": 4, "hidden_size": 128, "num_heads": 4, "absolute_positions": True},
-    "XS": {"depth": 6, "hidden_size": 192, "num_heads": 6, "absolute_positions": True, "modulation": "shared"},
+    "XS": {"depth": 6, "hidden_size": 192, "num_heads": 6, "absolute_positions": True, "rope_size": 4, "modulation": "shared"},
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
     "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
     "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
@@ -35,9 +35,12 @@ class DiTConfig:
         qk_norm: RMS-normalise queries and keys per head; with positions="rope" only.
         positions: "rope", 3D rotary for videos; "sincos", added to the tokens as in the DiT paper: h and w only, for images.
         rope_theta: base of the rotary frequencies.
+        rope_size: tokens along the shorter side of a frame that rotary positions are stretched onto, so that a larger frame is the
+            same picture seen more finely; None counts tokens.
         absolute_positions: with positions="rope", also add to each token a learned linear map of sinusoids of where it lies, as
-            fractions of the clip's length, height and width (NaViT: Dehghani et al., 2023). Rotary positions are relative:
-            without this, a network finds out only late in its training which end of a clip is the first.
+            fractions of the clip's length, height and width (NaViT: Dehghani et al., 2023), and of how much of them it covers.
+            Rotary positions are relative: without this, a network finds out only late in its training which end of a clip is
+            the first.
         sincos_size: tokens along a side of the grid that other grids are stretched onto, as diffusers does; None counts 0, 1, 2...
         text_dim: width of the text tokens; None for a model without text.
         num_classes: class labels; label num_classes means none. None for a model without labels.
@@ -60,6 +63,7 @@ class DiTConfig:
     qk_norm: bool = True
     positions: str = "rope"
     rope_theta: float = 256.0
+    rope_size: int | None = None
     absolute_positions: bool = False
     sincos_size: int | None = None
     text_dim: int | None = None
@@ -100,9 +104,9 @@ class DiTConfig:
             self._fail("patch_size", "three sizes (pt, ph, pw)", self.patch_size)
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
             self._fail("patch_size", "three sizes (pt, ph, pw) of at least 1", self.patch_size)
-        for name in ("in_channels", "hidden_size", "depth", "num_heads", "sincos_size", "text_dim", "num_classes"):
+        for name in ("in_channels", "hidden_size", "depth", "num_heads", "rope_size", "sincos_size", "text_dim", "num_classes"):
             value = getattr(self, name)
-            optional = name in ("sincos_size", "text_dim", "num_classes")
+            optional = name in ("rope_size", "sincos_size", "text_dim", "num_classes")
             if not (optional and value is None) and (not isinstance(value, int) or value < 1):
                 self._fail(name, "a number of at least 1" + (" or None" if optional else ""), value)
         if self.hidden_size % (2 * self.num_heads):

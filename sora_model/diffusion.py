@@ -194,6 +194,7 @@ def guided(
     text: PackedText | None = None,
     null_text: PackedText | None = None,
     labels: Tensor | None = None,
+    frame_steps: Sequence[float] | None = None,
     guidance_scale: float = 1.0,
 ) -> Denoiser:
     """Classifier-free guidance as a function of (latents, timesteps, samples): null + guidance_scale * (conditioned - null).
@@ -204,6 +205,7 @@ def guided(
         text: captions of the samples.
         null_text: what guidance leads away from: empty or negative captions. Default: no text at all.
         labels: int64 [B]; num_classes is their null.
+        frame_steps: see `DiT.forward`.
     """
     channels, negative = dit.config.in_channels, null_text
     if text is not None and guidance_scale != 1 and negative is None:
@@ -212,13 +214,15 @@ def guided(
     def denoise(latents: list[Tensor], timesteps: Tensor, which: Sequence[int]) -> list[Tensor]:
         own_text = None if text is None else text.select(which)
         own_labels = None if labels is None else labels[list(which)]
+        steps = None if frame_steps is None else [frame_steps[i] for i in which]
         if guidance_scale == 1:
-            return [x[:channels] for x in dit(latents, timesteps, own_text, own_labels)]
+            return [x[:channels] for x in dit(latents, timesteps, own_text, own_labels, steps)]
         if own_text is not None and negative is not None:
             own_text = PackedText.concat([own_text, negative.select(which).to(own_text.tokens.device, own_text.tokens.dtype)])
         if own_labels is not None and dit.config.num_classes is not None:
             own_labels = torch.cat([own_labels, torch.full_like(own_labels, dit.config.num_classes)])
-        both = [x[:channels] for x in dit([*latents, *latents], timesteps.repeat(2), own_text, own_labels)]
+        both_steps = None if steps is None else [*steps, *steps]
+        both = [x[:channels] for x in dit([*latents, *latents], timesteps.repeat(2), own_text, own_labels, both_steps)]
         pairs = zip(both[: len(latents)], both[len(latents) :], strict=True)
         return [torch.lerp(null, conditioned, guidance_scale) for conditioned, null in pairs]
 

@@ -35,7 +35,7 @@ from .conditioning import PackedText
 from .config import DiTConfig
 
 FREQUENCIES = 256  # channels of the timestep's sinusoids
-PLACES = 32  # channels of the sinusoids of each of t, h and w, where positions are absolute too
+PLACES = 32  # channels of the sinusoids of each of t, h and w, and of how much of an axis a token covers
 TIMESTEPS = 1000  # the timestep of pure noise
 SMALLEST_SIGMA = 0.05  # below it errors of a predicted x count no more than there, as in JiT
 
@@ -48,10 +48,13 @@ def sinusoids(positions: Tensor, dim: int, shift: int = 0) -> Tensor:
 
 
 def places(layout: PackedLayout) -> Tensor:
-    """Sinusoids of where each token lies on its grid, along each axis from 0 to 1: float32 [N, 3 * PLACES]."""
+    """Sinusoids of where each token lies on its grid, along each axis from 0 to 1, and of what share of it it covers.
+
+    float32 [N, 6 * PLACES]. Shares rather than sizes: for ever larger grids they go to 0, near what finer ones were trained on.
+    """
     rows = torch.stack([layout.origin, layout.step, layout.grid], dim=1)  # of each span
     origin, step, grid = rows.repeat_interleave(layout.cu_spans.diff(), 0, output_size=layout.num_tokens).unbind(1)
-    place = ((layout.positions() - origin) / step + 0.5) / grid
+    place = torch.cat([((layout.positions() - origin) / step + 0.5) / grid, 1 / grid], dim=1)
     quarter_turns = torch.pi / 2 * torch.arange(PLACES // 2, device=place.device)
     angles = (place[:, :, None] * quarter_turns).flatten(1)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -74,7 +77,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)  # [N, H, d] each, views
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             weights = self.q_norm.to(q), self.k_norm.to(k)  # autocast leaves them as they are
             q, k = qk_norm_rope_3d(q, k, *weights, layout, theta=self.theta)
         elif self.rope:
@@ -169,7 +172,7 @@ class DiT(nn.Module):
         dim = config.hidden_size
         # Conv3d only holds the weights: patch_embed_3d computes the same as one matrix product.
         self.patch_embed = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
-        self.place_embed = nn.Linear(3 * PLACES, dim, bias=False) if config.absolute_positions else None
+        self.place_embed = nn.Linear(6 * PLACES, dim, bias=False) if config.absolute_positions else None
         self.time_embed = embedder(FREQUENCIES, dim)
         self.text_embed = embedder(config.text_dim, dim) if config.text_dim else None
         self.label_embed = nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
@@ -186,6 +189,7 @@ class DiT(nn.Module):
         timesteps: Tensor,
         text: PackedText | None = None,
         labels: Tensor | None = None,
+        frame_steps: Sequence[float] | None = None,
     ) -> list[Tensor]:
         """Predicts what the model was trained for (noise, velocity, ...) for every latent.
 
@@ -195,6 +199,8 @@ class DiT(nn.Module):
                 (T/pt of each latent). The former costs less; where both say the same, so do the results.
             text: captions of the B samples, for a model with text; None is no text.
             labels: int64 [B], for a model with classes.
+            frame_steps: how far apart in time each latent's token frames are, where they were sampled evenly from a longer clip
+                (`patches.uniform_frames`); default: 1.
 
         Returns:
             B tensors [out_channels, T, H, W], in the model's dtype or, with prediction="clean", in the latents' if that is wider.
@@ -206,6 +212,7 @@ class DiT(nn.Module):
         weight, patch = self.final.weight, self.config.patch_size
         inputs = [latent.to(weight) for latent in latents]
         x, layout = patch_embed_3d(inputs, self.patch_embed.weight, self.patch_embed.bias, patch_size=patch)
+        layout = self._positioned(layout, frame_steps)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, as it is what the kernels read and write
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.config.positions == "sincos":
@@ -228,6 +235,17 @@ class DiT(nn.Module):
                 x, y = block(*args)
         outputs = unpatchify_3d(self.final(y), layout, patch_size=patch)
         return outputs if self.config.prediction == "direct" else self._velocities(latents, outputs, timesteps)
+
+    def _positioned(self, layout: PackedLayout, frame_steps: Sequence[float] | None) -> PackedLayout:
+        """The layout with rotary positions as the config and the frames' steps want them."""
+        size = self.config.rope_size
+        if size is None and (frame_steps is None or all(step == 1 for step in frame_steps)):
+            return layout
+        grids = [sample[0].grid for sample in layout.spans]
+        across = [1.0 if size is None else size / min(grid[1:]) for grid in grids]
+        along = [1.0] * len(grids) if frame_steps is None else frame_steps
+        spans = [[Span(grid, step=(t, s, s))] for grid, t, s in zip(grids, along, across, strict=True)]
+        return PackedLayout.from_spans(spans, layout.device)
 
     def _modulations(self, c: Tensor) -> list[Tensor]:
         """Every block's [R, 6D]."""

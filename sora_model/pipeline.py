@@ -20,6 +20,7 @@ from .conditioning import TextEncoder
 from .config import DiTConfig, Size
 from .diffusion import Callback, guided, prediction_type, sample
 from .dit import TIMESTEPS, DiT
+from .pretrained_text import load_text_encoder
 from .request import Request, Timing
 from .text import WordEncoder
 from .vae import Codec, PixelCodec, VideoVAE, latent_frames, latent_size
@@ -129,10 +130,13 @@ class SoraPipeline:
         noise = [torch.randn(shape, generator=g).to(device) for shape, g in zip(shapes, generators, strict=True)]
         kept = [self._given(request, x) for request, x in zip(wanted, noise, strict=True)]
         begin = [self._begin(request, x) for request, x in zip(wanted, noise, strict=True)]
+        steps = [request.frame_step for request in wanted]
+        if self.codec.compression[0] > 1 and any(step != 1 for step in steps):
+            raise ValueError(f"SoraPipeline: frame_step: expected 1, as the VAE compresses time, got {steps}")
         text = self.text_encoder([request.prompt for request in wanted])
         null_text = self.text_encoder([request.negative_prompt for request in wanted]) if guidance_scale != 1 else None
         latents = sample(
-            guided(self.dit, text=text, null_text=null_text, guidance_scale=guidance_scale),
+            guided(self.dit, text=text, null_text=null_text, frame_steps=steps, guidance_scale=guidance_scale),
             self.scheduler,
             noise,
             num_inference_steps=num_inference_steps,
@@ -234,12 +238,9 @@ class SoraPipeline:
 
         dtype: of the weights in the files; default: what they are.
         """
-        if not isinstance(self.text_encoder, WordEncoder):
-            kind = type(self.text_encoder).__name__
-            raise TypeError(f"SoraPipeline.save_pretrained: text_encoder: expected a WordEncoder, got {kind}")
         with whole_folder(directory) as folder:
             save_module(self.dit, self.dit.config.to_dict(), folder / "dit", dtype)
-            save_module(self.text_encoder, self.text_encoder.config, folder / "text_encoder", dtype)
+            self.text_encoder.save_pretrained(folder / "text_encoder", dtype=dtype)
             self.scheduler.save_pretrained(folder / "scheduler")
             if isinstance(self.codec, VideoVAE):
                 self.codec.save_pretrained(folder / "vae", dtype=dtype)
@@ -256,6 +257,7 @@ class SoraPipeline:
         *,
         patch: Size,
         codec: Codec | None = None,
+        text_encoder: TextEncoder | None = None,
         prediction: str = "flow",
         size: Size = (6, 24, 24),
         seed: int = 0,
@@ -270,6 +272,7 @@ class SoraPipeline:
             model: see `DiTConfig.preset`.
             patch: (pt, ph, pw) in latent positions, which are pixels without a codec.
             codec: pixels <-> latents, on `device`.
+            text_encoder: on `device`; default: a `WordEncoder`, trained with the model.
             prediction: "flow" matching, or DDPM's "epsilon" or "v".
             size: see `SoraPipeline`.
             seed: of the weights.
@@ -279,7 +282,7 @@ class SoraPipeline:
             raise ValueError(f"SoraPipeline.from_preset: prediction: expected flow, epsilon or v, got {prediction!r}")
         torch.manual_seed(seed)
         codec = PixelCodec() if codec is None else codec
-        encoder = WordEncoder(dim=128)
+        encoder: TextEncoder = WordEncoder(dim=128, buckets=2048).to(device) if text_encoder is None else text_encoder
         # Large patches of pixels: what the network can tell easily is the clean video, not the noise in it.
         output = "clean" if prediction == "flow" else "direct"
         config = DiTConfig.preset(model, patch=patch, in_channels=codec.channels, text_dim=encoder.dim, prediction=output)
@@ -296,7 +299,7 @@ class SoraPipeline:
                 timestep_spacing="trailing",
                 clip_sample=isinstance(codec, PixelCodec),
             )
-        return cls(DiT(config).to(device), encoder.to(device), scheduler, codec, size=size)
+        return cls(DiT(config).to(device), encoder, scheduler, codec, size=size)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> SoraPipeline:
@@ -308,10 +311,10 @@ class SoraPipeline:
         folder, owner = Path(directory), "SoraPipeline.from_pretrained"
         index = read_json(folder / "model_index.json", owner)
         dit = DiT(DiTConfig.from_dict(read_json(folder / "dit" / "config.json", owner)))
-        text_encoder = WordEncoder(**read_json(folder / "text_encoder" / "config.json", owner))
-        for module, name in ((dit, "dit"), (text_encoder, "text_encoder")):
-            load_weights(module, folder / name, owner)
-            module.to(device).float().eval()
+        load_weights(dit, folder / "dit", owner)
+        dit.to(device).eval()
+        text_encoder: Any = load_text_encoder(folder / "text_encoder")
+        text_encoder.to(device).eval()
         scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", owner)
         scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_pretrained(folder / "scheduler")
         codec = VideoVAE.from_pretrained(folder / "vae").to(device) if index["vae"] else None

@@ -53,6 +53,8 @@ class Request:
         strength: with `begin`, the share of the denoising that is done anew: 1 keeps nothing, near 0 nearly everything.
         negative_prompt: what guidance leads away from.
         seed: of the noise; None leaves it to the call.
+        frame_step: how far apart in time the frames are, for a model trained on frames sampled from longer clips; not with a VAE
+            that compresses time.
         before: what to put in front of the result [3, t, H, W], which then leaves out its first `cut[0]` frames.
         after: likewise behind the result, which then leaves out its last `cut[1]` frames.
     """
@@ -64,6 +66,7 @@ class Request:
     strength: float = 1.0
     negative_prompt: str = ""
     seed: int | None = None
+    frame_step: float = 1.0
     before: Tensor | None = None
     after: Tensor | None = None
     cut: tuple[int, int] = (0, 0)

@@ -6,12 +6,14 @@ import re
 import zlib
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sora_kernels.attention import flash_attn_varlen_qkvpacked_func
 
+from .checkpoint import save_module
 from .conditioning import PackedText
 from .dit import Mlp, sinusoids
 
@@ -80,6 +82,10 @@ class WordEncoder(nn.Module):
         # segment_reduce adds up in x's dtype: the mean is taken in float32.
         pooled = torch.segment_reduce(x.float(), "mean", offsets=cu_seqlens.long(), axis=0).to(x.dtype)
         return PackedText(x, cu_seqlens, pooled)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Writes config.json and model.safetensors."""
+        save_module(self, self.config, Path(folder), dtype)
 
 
 class TextLayer(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .conditioning import drop_captions
 from .data import Batch
 from .diffusion import TaskMix, add_noise, diffusion_loss
+from .patches import uniform_frames
 from .pipeline import SoraPipeline
 from .vae import latent_frames
 
@@ -23,6 +24,8 @@ class DiffusionObjective:
         tasks: how often each task is trained; clips that teach one of their own come with what is given.
         detailed: share of the samples shown with their long caption, where they have one.
         caption_dropout: share of captions emptied, for classifier-free guidance.
+        num_frames: n_t, to learn from so many latent frames of a clip, evenly spread (`patches.uniform_frames`), each cut as in
+            ViT; default: all of them, cut into tubelets.
         keep_latents: keep every clip's latent, by its index in the source, instead of encoding it again: for sources that give
             the same clip in every epoch.
     """
@@ -34,12 +37,16 @@ class DiffusionObjective:
         tasks: TaskMix | None = None,
         detailed: float = 0.0,
         caption_dropout: float = 0.1,
+        num_frames: int | None = None,
         keep_latents: bool = False,
     ) -> None:
         if not 0 <= detailed <= 1:
             raise ValueError(f"DiffusionObjective: detailed: expected a share from 0 to 1, got {detailed}")
         self.pipeline, self.tasks = pipeline, tasks or TaskMix()
-        self.detailed, self.caption_dropout = detailed, caption_dropout
+        if num_frames is not None and pipeline.dit.config.patch_size[0] != 1:
+            got = pipeline.dit.config.patch_size
+            raise ValueError(f"DiffusionObjective: num_frames: expected a model with patches (1, ph, pw), got {got}")
+        self.detailed, self.caption_dropout, self.num_frames = detailed, caption_dropout, num_frames
         self.model = nn.ModuleDict({"dit": pipeline.dit})
         if isinstance(pipeline.text_encoder, nn.Module) and any(p.requires_grad for p in pipeline.text_encoder.parameters()):
             self.model["text_encoder"] = pipeline.text_encoder
@@ -50,6 +57,10 @@ class DiffusionObjective:
         with torch.no_grad(), torch.autocast(self.pipeline.dit.final.weight.device.type, enabled=False):
             latents = self._encode(batch)
             given = [self._given(i, x, batch, generator) for i, x in enumerate(latents)]
+            steps = None
+            if self.num_frames is not None:
+                given = [uniform_frames(mask[None], self.num_frames)[0][0] for mask in given]
+                latents, steps = map(list, zip(*(uniform_frames(x, self.num_frames) for x in latents), strict=True))
             per_frame = (torch.rand(len(latents), generator=generator) < self.tasks.per_frame).tolist()
             noised = add_noise(scheduler, latents, given=given, per_frame=per_frame, patch_frames=pt, generator=generator)
         long = (torch.rand(len(latents), generator=generator) < self.detailed).tolist()
@@ -57,7 +68,7 @@ class DiffusionObjective:
             sample.detailed or sample.caption if d else sample.caption for sample, d in zip(batch.samples, long, strict=True)
         ]
         text = self.pipeline.text_encoder(drop_captions(captions, self.caption_dropout, generator))
-        return diffusion_loss(self.pipeline.dit(noised.latents, noised.timesteps, text), noised)
+        return diffusion_loss(self.pipeline.dit(noised.latents, noised.timesteps, text, frame_steps=steps), noised)
 
     def averaged(self, model: Any) -> SoraPipeline:
         """The pipeline with other weights."""

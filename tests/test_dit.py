@@ -10,7 +10,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from sora_kernels import backends
-from sora_kernels.layout import PackedLayout
+from sora_kernels.layout import PackedLayout, Span
 from sora_model.conditioning import PackedText, drop_captions
 from sora_model.config import DiTConfig
 from sora_model.convert import from_diffusers_dit
@@ -49,11 +49,31 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str =
 
 
 def test_places_are_fractions_of_each_grid() -> None:
-    channels = places(PackedLayout.from_grids([(4, 2, 8), (1, 3, 5)])).unflatten(1, (2, 3, -1))  # cos and sin, of t, h and w
-    assert channels.shape == (64 + 15, 2, 3, 16)
-    last = torch.atan2(channels[:, 1, :, 1], channels[:, 0, :, 1]) / (torch.pi / 2)  # the slowest wave: a quarter turn
-    torch.testing.assert_close(last[[0, 63]], torch.tensor([[0.5 / 4, 0.5 / 2, 0.5 / 8], [3.5 / 4, 1.5 / 2, 7.5 / 8]]))
-    torch.testing.assert_close(last[64 + 7], torch.tensor([0.5, 1.5 / 3, 2.5 / 5]))
+    """Of t, h and w, and of how much a token covers of them; steps and origins change nothing."""
+    plain = PackedLayout.from_grids([(4, 2, 8), (1, 3, 5)])
+    spans = [[Span((4, 2, 8), origin=(3.0, 0.0, 1.0), step=(2.0, 0.5, 0.5))], [Span((1, 3, 5), step=(1.0, 4 / 3, 4 / 3))]]
+    for layout in (plain, PackedLayout.from_spans(spans)):
+        channels = places(layout).unflatten(1, (2, 6, -1))  # cos and sin
+        assert channels.shape == (64 + 15, 2, 6, 16)
+        last = torch.atan2(channels[:, 1, :, 1], channels[:, 0, :, 1]) / (torch.pi / 2)  # the slowest wave: a quarter turn
+        torch.testing.assert_close(last[[0, 63], :3], torch.tensor([[0.5 / 4, 0.5 / 2, 0.5 / 8], [3.5 / 4, 1.5 / 2, 7.5 / 8]]))
+        torch.testing.assert_close(last[64 + 7, :3], torch.tensor([0.5, 1.5 / 3, 2.5 / 5]))
+        torch.testing.assert_close(last[[0, 64], 3:], torch.tensor([[1 / 4, 1 / 2, 1 / 8], [1, 1 / 3, 1 / 5]]))
+
+
+def test_rotary_positions_may_be_stretched() -> None:
+    """With rope_size a frame of any size spans the same positions, and frames sampled from a longer clip lie apart in time."""
+    dit = DiT(small(rope_size=4))
+    layout = dit._positioned(PackedLayout.from_grids([(2, 8, 12), (3, 4, 2)]), [1.0, 2.5])
+    positions = layout.positions()
+    assert positions[:192].amax(0).tolist() == [1.0, 3.5, 5.5]
+    assert positions[192:].amax(0).tolist() == [5.0, 6.0, 2.0]
+    plain = PackedLayout.from_grids([(2, 8, 12)])
+    assert DiT(small())._positioned(plain, [1.0]) is plain
+    latents, levels = [torch.randn(4, 3, 4, 4)], torch.tensor([500.0])
+    model = awake(DiT(small()))
+    near, far = (model(latents, levels, frame_steps=[step])[0] for step in (1.0, 3.0))
+    assert (near - far).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("per_frame", [False, True], ids=["per sample", "per frame"])
@@ -64,8 +84,9 @@ def test_places_are_fractions_of_each_grid() -> None:
         small(qk_norm=False, patch_size=(2, 4, 2)),
         small(prediction="clean", patch_size=(2, 2, 2)),
         small(absolute_positions=True),
+        small(modulation="shared", rope_size=4),
     ],
-    ids=["qk_norm", "plain rope", "clean", "absolute"],
+    ids=["qk_norm", "plain rope", "clean", "absolute", "shared, stretched"],
 )
 def test_packed_equals_sample_by_sample(config: DiTConfig, per_frame: bool) -> None:
     torch.manual_seed(0)

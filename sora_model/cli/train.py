@@ -58,7 +58,7 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 CLIPS = ["13x48x48", "13x48x80", "13x80x48"]
 WORLD_SIZES = {
     "simple": ["6x24x24", "6x16x32", "6x32x16", "1x24x24"],
-    "studio": [*CLIPS, *CLIPS, *CLIPS, "13x48x48", "1x48x48", "1x64x64", "17x48x48", "17x48x48", "21x48x48"],
+    "studio": [*3 * CLIPS, "17x48x48", "21x48x48", "1x48x48", "1x64x64", "1x128x128", "1x192x192", "5x96x96", "5x96x160"],
     "rich": CLIPS,
 }
 # Of the clips, those that teach going on, obeying and joining.
@@ -74,6 +74,9 @@ def train(
     minutes: Minutes = None,
     model: Annotated[str, typer.Option(help="tiny, XS, or S, B, L, XL of the DiT paper.")] = "tiny",
     vae: Annotated[Path | None, typer.Option(help="Folder of a VAE, one of diffusers' causal ones. Default: pixels.")] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="Folder of a T5, UMT5 or CLIP of transformers. Default: words, learned with the model.")
+    ] = None,
     patch: Annotated[str | None, typer.Option(help="Patch size TxHxW. Default: 1x8x8 of pixels, 1x2x2 of latents.")] = None,
     size: Sizes = None,
     tokens: Tokens = 2048,
@@ -84,6 +87,7 @@ def train(
     prediction: Annotated[Prediction, typer.Option(help="Flow matching, or DDPM's epsilon or v.")] = Prediction.flow,
     detailed: Annotated[float, typer.Option(help="Share of the samples with their long caption.")] = 0.5,
     lessons: Annotated[bool, typer.Option(help="Clips of the world that teach to go on, to obey and to join.")] = False,
+    frames: Annotated[int | None, typer.Option(help="Latent frames seen of a clip, evenly spread. Default: all.")] = None,
     per_frame: Annotated[float, typer.Option(help="Share of the samples with a noise level for each frame.")] = 0.0,
     accumulation: Accumulation = 1,
     precision: PrecisionOption = Precision.no,
@@ -97,6 +101,7 @@ def train(
     with one_line_errors():
         from ..diffusion import TaskMix
         from ..pipeline import SoraPipeline
+        from ..pretrained_text import PretrainedEncoder
         from ..train import Trainer
         from ..train_dit import DiffusionObjective
         from ..vae import VideoVAE, latent_size
@@ -107,9 +112,11 @@ def train(
         else:
             codec = None if vae is None else VideoVAE.from_pretrained(vae).to(device)
             cut = parse_size(patch) if patch else (1, 8, 8) if vae is None else (1, 2, 2)
+            encoder = None if text_encoder is None else PretrainedEncoder.from_pretrained(text_encoder).to(device)
             pipeline = SoraPipeline.from_preset(
-                model, patch=cut, codec=codec, prediction=prediction.value, size=sizes[0], seed=seed, device=device
-            )
+                model, patch=cut, codec=codec, text_encoder=encoder, prediction=prediction.value, size=sizes[0], seed=seed,
+                device=device,
+            )  # fmt: skip
         pipeline.dit.gradient_checkpointing = checkpointing
         options = {"lessons": LESSONS if lessons else {}, "grain": pipeline.timing.grain}
         lead = pipeline.timing.lead < pipeline.timing.grain
@@ -119,8 +126,9 @@ def train(
             latent_size=lambda one: latent_size(pipeline.codec, one), attention_width=pipeline.dit.config.hidden_size,
         )  # fmt: skip
         objective = DiffusionObjective(
-            pipeline, tasks=TaskMix(per_frame=per_frame), detailed=detailed, keep_latents=clips is not None and data is None
-        )
+            pipeline, tasks=TaskMix(per_frame=per_frame), detailed=detailed, num_frames=frames,
+            keep_latents=clips is not None and data is None,
+        )  # fmt: skip
         config = _config(steps, minutes, learning_rate, accumulation, precision, ema, seed)
         run_training(Trainer(objective, sampler, config, out, resume=resume), console)
         console.print(f"checkpoint: {out / 'checkpoint'}")
