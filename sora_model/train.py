@@ -128,16 +128,12 @@ class Trainer:
         self.objective, self.sampler, self.config, self.folder = objective, sampler, config, Path(folder)
         self.model = objective.model.train()
         device = next(self.model.parameters()).device
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.accumulation,
-            cpu=device.type == "cpu",
-        )
+        self.accelerator = Accelerator(gradient_accumulation_steps=config.accumulation, cpu=device.type == "cpu")
         self.average = AveragedModel(self.model, multi_avg_fn=self._move_average)
         self.optimizers: list[torch.optim.Optimizer] = []
         self._moments: list[tuple[str, torch.optim.Optimizer, nn.Parameter]] = []  # whose state each weight's moments are
         self._make_optimizers()
-        self._forward = self.accelerator.prepare(_Loss(objective))
+        self._forward = self.accelerator.prepare(_Loss(objective, config.mixed_precision == "bf16"))
         self.step, self.seconds = 0, 0.0
         if resume:
             self._load()
@@ -280,13 +276,15 @@ class Trainer:
 class _Loss(nn.Module):
     """The objective's loss as a module, which is what several processes share."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, bfloat16: bool) -> None:
         super().__init__()
         self.model = objective.model
-        self._loss = objective.loss
+        self._loss, self._bfloat16 = objective.loss, bfloat16
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        return self._loss(batch, generator)
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self._bfloat16):  # accelerate's cannot change within a process
+            return self._loss(batch, generator)
 
 
 class KernelMuon(torch.optim.Muon):

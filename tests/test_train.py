@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -169,3 +172,49 @@ def test_a_run_is_not_overwritten(run, clips):
 
 def test_parse_size():
     assert parse_size("8x32x48") == (8, 32, 48)
+
+
+def test_two_processes_learn_what_one_does_of_twice_the_batches(tmp_path):
+    """accelerate's processes take the batches in turn: the losses are those of one process that accumulates two batches."""
+    world = ["--size", "2x16x16", "--size", "1x16x24", "--tokens", "64", "--steps", "3", "--seed", "1"]
+    one = sora("train", tmp_path / "one", *world, "--accumulation", 2)
+    assert one.exit_code == 0, one.output
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["-m", "sora_model.cli", "train", str(tmp_path / "two"), *world]
+    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    names = [load_file(tmp_path / name / "checkpoint" / "dit" / "model.safetensors") for name in ("one", "two")]
+    assert all(torch.allclose(names[0][key], names[1][key], atol=2e-3) for key in names[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--precision", "bf16", "--checkpointing", "--per-frame", "0.5", "--detailed", "1", "--tokens", "256"],
+        ["--world", "studio", "--size", "13x32x32", "--size", "1x32x32", "--patch", "1x16x16", "--lessons", "--clips", "20"],
+        ["--frames", "2", "--size", "4x16x16"],
+    ],
+)
+def test_options_of_training(options, tmp_path):
+    result = sora("train", tmp_path / "run", "--steps", 2, *options)
+    assert result.exit_code == 0, result.output
+    assert all(np.isfinite(list(losses(tmp_path / "run").values())))
+
+
+def test_a_vae_is_trained_and_a_model_on_its_latents(clips, tmp_path):
+    sizes = ["--size", "5x32x32", "--size", "1x32x48"]
+    result = sora("train-vae", tmp_path / "vae", "--steps", 2, "--channels", 4, "--tokens", 64, *sizes)
+    assert result.exit_code == 0, result.output
+    assert "PSNR of 64 clips: " in result.output
+    result = sora("train-vae", tmp_path / "vae", "--steps", 3, "--channels", 4, "--tokens", 64, *sizes, "--resume")
+    assert result.exit_code == 0, result.output
+    files = sora("train-vae", tmp_path / "files", "--steps", 1, "--channels", 4, "--data", clips, "--max-frames", 5)
+    assert files.exit_code == 0, files.output
+    vae = tmp_path / "vae" / "checkpoint"
+    result = sora("train", tmp_path / "run", "--vae", vae, "--steps", 2, "--tokens", 64, "--data", clips)
+    assert result.exit_code == 0, result.output
+    out = ["--size", "5x32x32", "--steps", 1, "--out", tmp_path / "out"]
+    result = sora("generate", "a box", "--checkpoint", tmp_path / "run" / "checkpoint", *out)
+    assert result.exit_code == 0, result.output
+    assert tuple(read_video(tmp_path / "out" / "00-a-box.mp4")[0].shape[1:]) == (5, 32, 32)

@@ -106,6 +106,7 @@ def train(
         from ..train_dit import DiffusionObjective
         from ..vae import VideoVAE, latent_size
 
+        device = _own_device(device)
         sizes = [parse_size(text) for text in size or WORLD_SIZES[world.value]]
         if resume:
             pipeline = SoraPipeline.from_pretrained(out / "checkpoint", device=device)
@@ -164,6 +165,7 @@ def train_vae(
         from ..train_vae import VAEObjective, finish, held_out_psnr
         from ..vae import VideoVAE, latent_size
 
+        device = _own_device(device)
         torch.manual_seed(seed)
         make = VideoVAE.from_pretrained(out / "checkpoint") if resume else VideoVAE.small(
             latent_channels=channels, temporal=temporal, spatial=spatial
@@ -174,10 +176,15 @@ def train_vae(
         source = _source(data, world, sizes, vae.compression, True, max_frames, max_pixels, None, seed, options)
         sampler = _sampler(source, (1, 1, 1), tokens, seed, latent_size=lambda one: latent_size(vae, one))
         config = _config(steps, minutes, learning_rate, accumulation, precision, ema, seed)
-        run_training(Trainer(VAEObjective(vae), sampler, config, out, resume=resume), console)
+        trainer = Trainer(VAEObjective(vae), sampler, config, out, resume=resume)
+        run_training(trainer, console)
+        if not trainer.accelerator.is_main_process:
+            return
         trained = VideoVAE.from_pretrained(out / "checkpoint").to(device)
-        finish(trained, [source.load(i).video for i in range(64)], out / "checkpoint")
-        ratios = held_out_psnr(trained, source, range(10**6, 10**6 + 64) if data is None else range(min(len(source), 64)))  # type: ignore[arg-type]
+        count = 64 if data is None else min(len(source), 64)  # type: ignore[arg-type]
+        finish(trained, [source.load(i).video.to(device) for i in range(count)], out / "checkpoint")
+        unseen = range(10**6, 10**6 + count) if data is None else range(count)
+        ratios = held_out_psnr(trained, source, unseen)
         console.print(f"PSNR of {len(ratios)} clips: {sum(ratios) / len(ratios):.1f} dB, the worst {min(ratios):.1f} dB")
         console.print(f"checkpoint: {out / 'checkpoint'}")
 
@@ -213,6 +220,7 @@ def train_captioner(
         from ..train_captioner import CaptionObjective
         from ..vae import latent_size
 
+        device = _own_device(device)
         pipeline = SoraPipeline.from_pretrained(checkpoint, device=device)
         patch = pipeline.dit.config.patch_size
         lead = pipeline.timing.lead < pipeline.timing.grain
@@ -231,7 +239,10 @@ def train_captioner(
         captioner.to(device)
         sampler = _sampler(source, patch, tokens, seed, latent_size=lambda one: latent_size(pipeline.codec, one))
         config = _config(steps, minutes, learning_rate, accumulation, precision, ema, seed)
-        run_training(Trainer(CaptionObjective(captioner, pipeline.codec), sampler, config, out, resume=resume), console)
+        trainer = Trainer(CaptionObjective(captioner, pipeline.codec), sampler, config, out, resume=resume)
+        run_training(trainer, console)
+        if not trainer.accelerator.is_main_process:
+            return
         pipeline.captioner = Captioner.from_pretrained(out / "checkpoint").to(device)
         pipeline.save_pretrained(checkpoint)
         console.print(f"checkpoint: {checkpoint}")
@@ -259,6 +270,14 @@ def _source(
     config = getattr(WorldConfig, world.value)(seed)
     source = WorldSource(World(config, split="training" if world is WorldName.studio else None), sizes, **options)
     return source if clips is None else Repeated(source, clips)
+
+
+def _own_device(device: str) -> str:
+    """The device of this process: with several of them on GPUs, each has its own."""
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    return device if state.num_processes == 1 else str(state.device)
 
 
 def _sampler(source: Source, patch: Size, tokens: int, seed: int, **options: Any) -> Any:
