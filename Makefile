@@ -1,4 +1,4 @@
-# make demo    everything from nothing: environment, install, build, training, videos
+# make demo    everything from nothing: environment, install, build, videos
 # make test    environment, ruff, mypy, clang-format, tests
 # make bench   the benchmarks; make bench-report also writes their table and plot to docs/benchmarks, make bench-gate fails if a
 #              ratio has fallen since
@@ -8,7 +8,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CSRC := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench bench-report bench-gate clean
+# make checkpoint   the checkpoint that comes with the package, from nothing: VAE, transformer with its text encoder, captioner
+# make gallery      contact sheets of every task in docs/gallery; make eval, the figures in docs/eval.json
+.PHONY: demo test lint format bench bench-report bench-gate checkpoint gallery eval clean
 
 # Reinstalled when what it is made from changes; ninja recompiles only what has to be.
 $(READY): pyproject.toml setup.py constraints.txt $(CSRC)
@@ -34,6 +36,19 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
+
+checkpoint: $(READY)
+	$(BIN)/sora train-vae outputs/vae --minutes 25
+	$(BIN)/sora train outputs/studio --world studio --vae outputs/vae/checkpoint --model XS --clips 20000 --lessons \
+	  --per-frame 0.1 --precision bf16 --learning-rate 2e-3 --minutes 60
+	$(BIN)/sora train-captioner outputs/captioner --checkpoint outputs/studio/checkpoint --minutes 8
+	$(BIN)/sora export outputs/studio/checkpoint sora_model/pretrained
+
+gallery: $(READY)
+	$(BIN)/sora gallery --out docs/gallery
+
+eval: $(READY)
+	$(BIN)/sora eval --out docs/eval.json
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -37,7 +37,7 @@ from .config import DiTConfig
 FREQUENCIES = 256  # channels of the timestep's sinusoids
 PLACES = 32  # channels of the sinusoids of each of t, h and w, and of how much of an axis a token covers
 TIMESTEPS = 1000  # the timestep of pure noise
-SMALLEST_SIGMA = 0.05  # below it errors of a predicted x count no more than there, as in JiT
+SMALLEST_SIGMA = 0.05  # in training, errors of a predicted x below it count no more than there, as in JiT
 
 
 def sinusoids(positions: Tensor, dim: int, shift: int = 0) -> Tensor:
@@ -258,7 +258,8 @@ class DiT(nn.Module):
         """(x_sigma - x) / sigma of each latent."""
         pt = self.config.patch_size[0]
         levels = [1 if len(timesteps) == len(latents) else latent.shape[1] // pt for latent in latents]
-        sigmas = (timesteps.to(clean[0].device) / TIMESTEPS).clamp(min=SMALLEST_SIGMA).split(levels)
+        smallest = SMALLEST_SIGMA if self.training else 1e-4  # samplers of higher order need the velocity as it is
+        sigmas = (timesteps.to(clean[0].device) / TIMESTEPS).clamp(min=smallest).split(levels)
         return [
             (noised.to(x.device) - x) / sigma.repeat_interleave(x.shape[1] // len(sigma))[:, None, None]
             for noised, x, sigma in zip(latents, clean, sigmas, strict=True)

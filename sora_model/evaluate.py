@@ -17,6 +17,7 @@ from .config import Size
 from .data import Scene, Truth, World, WorldConfig, judge
 from .pipeline import SoraPipeline
 from .request import Request, extend, image_to_video, join, text_to_video, video_to_video
+from .schedulers import FLOW, flow_scheduler
 from .tasks import Simulation, long_video, loop
 
 SHAPES: tuple[Size, ...] = ((13, 48, 48), (13, 48, 80), (13, 80, 48))  # three aspect ratios
@@ -244,6 +245,24 @@ def captions(judge_: Judge) -> Measurement:
     return Measurement("caption", figures, clips, detailed)
 
 
+def schedulers(judge_: Judge) -> Measurement:
+    """The same prompts and weights by every scheduler of `schedulers.FLOW`."""
+    count = max(judge_.count // 8, 3)
+    scenes, sizes = judge_.scenes(count, 9000), _sizes(count)
+    prompts = [scene.caption(frames=13) for scene in scenes]
+    truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
+    requests = [text_to_video(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)]
+    figures: dict[str, tuple[float, float | None]] = {}
+    videos, labels = [], []
+    for name in FLOW:
+        pipeline = judge_.pipeline.with_scheduler(flow_scheduler(name))
+        made = replace(judge_, pipeline=pipeline).run(requests)
+        figures |= {f"{name}, {kind}": figure for kind, figure in _shares(made, truths, 0.9).items()}
+        videos.append(made[0])
+        labels.append(f"{name}: {prompts[0]}")
+    return Measurement("schedulers", figures, videos, labels)
+
+
 MEASUREMENTS: dict[str, Callable[[Judge], Measurement]] = {
     "text-to-video": text_to_videos,
     "text-to-image": text_to_images,
@@ -255,6 +274,7 @@ MEASUREMENTS: dict[str, Callable[[Judge], Measurement]] = {
     "loop": loops,
     "long": long_videos,
     "simulate": simulations,
+    "schedulers": schedulers,
     "caption": captions,
 }
 

@@ -56,7 +56,8 @@ class TrainConfig:
     Args:
         steps: optimizer steps, or None for no such limit.
         minutes: wall-clock minutes, or None for no such limit; a resumed run counts those before.
-        learning_rate: highest; reached after `warmup` steps, then falling as a cosine to a tenth at the end.
+        learning_rate: highest; reached after `warmup` steps, then falling as a cosine.
+        final_rate: what it falls to at the end, as a share of it; 1 keeps it.
         optimizer: "muon" (Jordan et al., 2024) for the matrices and kernels inside the model and AdamW for the rest, or "adamw" for
             all. Muon's steps are scaled to AdamW's size, so one learning rate serves both.
         weight_decay: on matrices only.
@@ -72,6 +73,7 @@ class TrainConfig:
     minutes: float | None = None
     learning_rate: float = 1e-3
     warmup: int = 50
+    final_rate: float = 0.1
     optimizer: str = "muon"
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
@@ -192,7 +194,7 @@ class Trainer:
                     raise FloatingPointError(f"Trainer: the loss is {losses[-1]} at step {self.step}; try a lower learning rate")
                 self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
-        rate = config.learning_rate * _schedule(self.step, config.warmup, self.progress)
+        rate = config.learning_rate * _schedule(self.step, config.warmup, self.progress, config.final_rate)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -308,9 +310,10 @@ def _for_muon(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not any(part in name for part in outer)
 
 
-def _schedule(step: int, warmup: int, progress: float) -> float:
+def _schedule(step: int, warmup: int, progress: float, final: float) -> float:
     """The learning rate as a share of its highest."""
-    return min(1.0, (step + 1) / max(warmup, 1)) * (0.55 + 0.45 * math.cos(math.pi * min(progress, 1.0)))
+    fallen = (1 - math.cos(math.pi * min(progress, 1.0))) / 2  # 0 at the start, 1 at the end
+    return min(1.0, (step + 1) / max(warmup, 1)) * (1 - (1 - final) * fallen)
 
 
 def _rows_before(log: Path, step: int) -> list[list[str]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sora_model.dit import DiT
 from sora_model.pipeline import SoraPipeline
 from sora_model.request import Request
+from sora_model.schedulers import FLOW, flow_scheduler
 from sora_model.text import WordEncoder
 from sora_model.vae import PixelCodec
 
@@ -140,6 +141,23 @@ def test_generators_and_seeds(pipeline: SoraPipeline) -> None:
     assert torch.equal(made(5), made([5]))
     assert torch.equal(made(6, seed=5), made(5))
     assert not torch.equal(made(None), made(None))
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_the_same_weights_by_any_flow_scheduler(pipeline: SoraPipeline, name: str) -> None:
+    """A model whose clean latent is always the same ends there by every scheduler."""
+    torch.manual_seed(0)
+    dit = DiT(small(in_channels=3, patch_size=(2, 4, 4), prediction="clean"))
+    torch.nn.init.constant_(dit.final.bias, 0.25)
+    one = SoraPipeline(dit.eval(), pipeline.text_encoder, flow_scheduler(name))
+    (video,) = one("a red circle", (4, 16, 24), num_inference_steps=12, generator=0)
+    assert (video - 0.25).abs().max() < 0.01
+    other = one.with_scheduler(flow_scheduler("euler"))
+    assert other.dit is dit
+    with pytest.raises(ValueError, match="with_scheduler: scheduler: expected one of flow_prediction, got epsilon"):
+        one.with_scheduler(DDIMScheduler())
+    with pytest.raises(ValueError, match=r"name: expected one of euler, heun, unipc, dpm\+\+, got 'magic'"):
+        flow_scheduler("magic")
 
 
 def test_wrong_inputs_are_named(pipeline: SoraPipeline) -> None:

@@ -218,3 +218,12 @@ def test_a_vae_is_trained_and_a_model_on_its_latents(clips, tmp_path):
     result = sora("generate", "a box", "--checkpoint", tmp_path / "run" / "checkpoint", *out)
     assert result.exit_code == 0, result.output
     assert tuple(read_video(tmp_path / "out" / "00-a-box.mp4")[0].shape[1:]) == (5, 32, 32)
+
+
+def test_a_scaling_study(tmp_path):
+    result = sora("scaling", tmp_path, "--compute", "2e10")
+    assert result.exit_code == 0, result.output
+    points = json.loads((tmp_path / "scaling.json").read_text())
+    assert {point["model"] for point in points} == {"2 x 64", "4 x 128", "6 x 256"}
+    assert all((0 < point["loss"] < 5 and point["compute"] <= 2.1e10) or point["step"] == 1 for point in points)
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000

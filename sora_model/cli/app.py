@@ -53,6 +53,9 @@ class Call:
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("outputs")
     negative: Annotated[str, typer.Option(help="What not to show.")] = ""
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30
+    scheduler: Annotated[
+        str | None, typer.Option(help="euler, heun, unipc or dpm++, for a flow-matching model. Default: the checkpoint's.")
+    ] = None
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 3.0
     seed: Annotated[int, typer.Option(help="Of everything random; several videos count up from it.")] = 0
     fps: Annotated[float, typer.Option(help="Frames per second.")] = 8.0
@@ -61,7 +64,12 @@ class Call:
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
 
     def pipeline(self) -> SoraPipeline:
-        return load_pipeline(self.checkpoint, self.device)
+        pipeline = load_pipeline(self.checkpoint, self.device)
+        if self.scheduler is not None:
+            from ..schedulers import flow_scheduler
+
+            pipeline = pipeline.with_scheduler(flow_scheduler(self.scheduler))
+        return pipeline
 
     @property
     def sampling(self) -> dict[str, Any]:

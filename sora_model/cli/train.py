@@ -248,6 +248,39 @@ def train_captioner(
         console.print(f"checkpoint: {checkpoint}")
 
 
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Write a checkpoint with weights in float16, half as large."""
+    with one_line_errors():
+        import torch
+
+        from ..pipeline import SoraPipeline
+
+        SoraPipeline.from_pretrained(checkpoint).save_pretrained(out, dtype=torch.float16)
+        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        console.print(f"{out}: {size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def scaling(
+    out: OutFolder,
+    compute: Annotated[float, typer.Option(help="Floating-point operations that each model is trained with.")] = 2e14,
+    seed: Seed = 0,
+) -> None:
+    """Train models of three sizes with the same compute, and plot their losses against it."""
+    with one_line_errors():
+        from ..scaling import study
+
+        out.mkdir(parents=True, exist_ok=True)
+        study(
+            out, compute, seed, lambda p: console.print(f"{p.model}  step {p.step}  {p.compute:.2e} operations  loss {p.loss:.4f}")
+        )
+        console.print(str(out / "scaling.png"), highlight=False, soft_wrap=True)
+
+
 def _source(
     data: Path | None,
     world: WorldName,
