@@ -26,7 +26,7 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Of scenes and noise.")]
 def evaluate(
     task: Tasks = None,
     count: Annotated[int, typer.Option(min=16, help="Prompts of text to video; other tasks take a share of it.")] = 200,
-    out: Annotated[Path | None, typer.Option(help="A JSON file for the figures.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the figures; a table in Markdown goes beside it.")] = None,
     steps: StepsOption = 30,
     guidance: GuidanceOption = 3.0,
     seed: SeedOption = 2026,
@@ -45,10 +45,8 @@ def evaluate(
             console.print(_table([measured[-1]]))
         console.print(f"{len(names)} tasks in {time.perf_counter() - began:.0f} s")
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            partial = out.with_name(f".{out.name}")
-            partial.write_text(json.dumps({one.task: one.figures for one in measured}, indent=1) + "\n")
-            partial.replace(out)
+            _write(out, json.dumps({one.task: one.figures for one in measured}, indent=1) + "\n")
+            _write(out.with_suffix(".md"), _markdown(measured, count, steps, guidance))
 
 
 @app.command()
@@ -99,3 +97,26 @@ def _table(measured: list[Measurement]) -> Table:
             mark = "" if target is None else "[red]missed[/]" if name in one.missed else "[green]yes[/]"
             table.add_row(one.task, name, f"{value:.3g}", bound, mark)
     return table
+
+
+def _markdown(measured: list[Measurement], count: int, steps: int, guidance: float) -> str:
+    command = f"sora eval --count {count} --steps {steps} --guidance {guidance:g}"
+    lines = [
+        f"`{command}`, on combinations of colour, shape and motion that were kept from training.",
+        "",
+        "| task | figure | measured | held to | |",
+        "|---|---|---:|---:|---|",
+    ]
+    for one in measured:
+        for name, (value, target) in one.figures.items():
+            bound = "" if target is None else f"at most {-target:g}" if target < 0 else f"at least {target:g}"
+            mark = "" if target is None else "missed" if name in one.missed else "holds"
+            lines.append(f"| {one.task} | {name} | {value:.3g} | {bound} | {mark} |")
+    return "\n".join(lines) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,32 @@
+"""The checkpoint that comes with the package: small, in float16, and able to do what the README says, on a few prompts."""
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from sora_model.evaluate import MEASUREMENTS, Judge
+from sora_model.pipeline import EMBEDDED, SoraPipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> SoraPipeline:
+    return SoraPipeline.from_pretrained(EMBEDDED)
+
+
+def test_it_is_small() -> None:
+    files = [path for path in EMBEDDED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 16e6
+    for path in EMBEDDED.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (not a dict)
+        assert dtypes == {torch.float16}, path
+
+
+@pytest.mark.parametrize("task", ["text-to-video", "image-to-video", "extend", "join", "caption"])
+def test_it_does_what_it_is_for(pipeline: SoraPipeline, task: str) -> None:
+    """Sixteen prompts or fewer: a wide margin below what `sora eval` holds it to on two hundred."""
+    measured = MEASUREMENTS[task](Judge(pipeline, 32 if task == "join" else 16, steps=12))
+    shares = {name: value for name, (value, _) in measured.figures.items() if value <= 1 and "seam" not in name}
+    assert shares
+    assert min(shares.values()) >= 0.5, measured.figures
+    assert sum(shares.values()) / len(shares) >= 0.8, measured.figures
