@@ -141,7 +141,7 @@ def test_folder_with_nothing_to_train_on(tmp_path, make):
 
 
 def test_sizes_are_cut_to_multiples_around_the_centre(folder):
-    source = FolderSource(folder, multiple_of=(4, 16, 32), leading_frame=True)
+    source = FolderSource(folder, multiple_of=(4, 16, 32), lead=1)
     sizes = {source.captions[i][-1]: source.size(i) for i in range(len(source))}
     assert sizes == {"a": (9, 64, 96), "b": (17, 96, 64), "c": (5, 48, 64), "d": (1, 48, 32)}
     whole = FolderSource(folder).load(3)[0]

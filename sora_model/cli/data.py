@@ -46,9 +46,8 @@ def recaption(
         from ..data import FolderSource, MediaError
 
         pipeline = load_pipeline(checkpoint, device)
-        lead, grain = pipeline.timing
         source: Any = FolderSource(
-            folder, multiple_of=pipeline.unit, leading_frame=lead < grain, max_frames=max_frames, max_pixels=max_pixels,
+            folder, multiple_of=pipeline.unit, lead=pipeline.timing.lead, max_frames=max_frames, max_pixels=max_pixels,
             captions=False,
         )  # fmt: skip
         written = 0

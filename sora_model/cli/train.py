@@ -120,7 +120,7 @@ def train(
             )  # fmt: skip
         pipeline.dit.gradient_checkpointing = checkpointing
         options = {"lessons": LESSONS if lessons else {}, "grain": pipeline.timing.grain}
-        lead = pipeline.timing.lead < pipeline.timing.grain
+        lead = pipeline.timing.lead
         source = _source(data, world, sizes, pipeline.unit, lead, max_frames, max_pixels, clips, seed, options)
         sampler = _sampler(
             source, pipeline.dit.config.patch_size, tokens, seed,
@@ -173,7 +173,7 @@ def train_vae(
         vae = make.to(device)
         sizes = [parse_size(text) for text in size or CLIPS]
         options = {"lessons": {"drift": 0.25, "turn": 0.25, "link": 0.1}, "grain": temporal}
-        source = _source(data, world, sizes, vae.compression, True, max_frames, max_pixels, None, seed, options)
+        source = _source(data, world, sizes, vae.compression, 1, max_frames, max_pixels, None, seed, options)
         sampler = _sampler(source, (1, 1, 1), tokens, seed, latent_size=lambda one: latent_size(vae, one))
         config = _config(steps, minutes, learning_rate, accumulation, precision, ema, seed)
         trainer = Trainer(VAEObjective(vae), sampler, config, out, resume=resume)
@@ -223,7 +223,7 @@ def train_captioner(
         device = _own_device(device)
         pipeline = SoraPipeline.from_pretrained(checkpoint, device=device)
         patch = pipeline.dit.config.patch_size
-        lead = pipeline.timing.lead < pipeline.timing.grain
+        lead = pipeline.timing.lead
         sizes = [parse_size(text) for text in size or WORLD_SIZES[world.value]]
         source = _source(data, world, sizes, pipeline.unit, lead, max_frames, max_pixels, None, seed, {})
         if resume:
@@ -286,7 +286,7 @@ def _source(
     world: WorldName,
     sizes: list[Size],
     unit: Size,
-    leading_frame: bool,
+    lead: int,
     max_frames: int | None,
     max_pixels: int | None,
     clips: int | None,
@@ -297,9 +297,7 @@ def _source(
     from ..data import FolderSource, Repeated, World, WorldConfig, WorldSource
 
     if data is not None:
-        return FolderSource(
-            data, multiple_of=unit, leading_frame=leading_frame, max_frames=max_frames, max_pixels=max_pixels, seed=seed
-        )
+        return FolderSource(data, multiple_of=unit, lead=lead, max_frames=max_frames, max_pixels=max_pixels, seed=seed)
     config = getattr(WorldConfig, world.value)(seed)
     source = WorldSource(World(config, split="training" if world is WorldName.studio else None), sizes, **options)
     return source if clips is None else Repeated(source, clips)
