@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 from test_dit import awake, small
 from torch import Tensor
+from typer.testing import CliRunner
 
+from sora_model.cli import app
 from sora_model.dit import DiT
 from sora_model.pipeline import SoraPipeline
 from sora_model.request import Request
@@ -244,3 +247,14 @@ def test_saved_in_half_the_bytes_and_read_in_float32(pipeline: SoraPipeline, tmp
     assert loaded.size == pipeline.size
     near, far = generate(loaded, [0])[0], generate(pipeline, [0])[0]
     assert 0 < (near - far).abs().max() < 0.05
+
+
+def test_exported_in_float16(pipeline: SoraPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "whole")
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "whole"), str(tmp_path / "half")])
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path / 'half'}: " in result.output.replace("\n", "")
+    half = load_file(tmp_path / "half" / "dit" / "model.safetensors")
+    assert {value.dtype for value in half.values()} == {torch.float16}
+    assert CliRunner().invoke(app, ["export", str(tmp_path / "none"), str(tmp_path / "other")]).exit_code == 2
+    assert not (tmp_path / "other").exists()

@@ -1,6 +1,9 @@
 """The command line: `sora --help`."""
 
-from . import data, evaluate, generate, train  # noqa: F401 (they add their commands to the app, in this order)
+# isort: off
 from .app import app
+
+# Each adds its commands to the app; the help lists them in this order.
+from . import generate, data, train, evaluate  # noqa: F401
 
 __all__ = ["app"]
