@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sora_kernels.layout import PackedLayout
 
-from .checkpoint import load_weights, read_json, save_module
+from .checkpoint import built, load_weights, read_json, save_module
 from .conditioning import PackedText
 from .config import DiTConfig
 from .dit import PLACES, Mlp, SelfAttention, places
@@ -54,6 +54,14 @@ class CaptionerConfig:
     num_heads: int = 4
     vocabulary: int = 512
     longest: int = 128
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if self.num_frames is not None and self.patch_size[0] != 1:
+            raise ValueError(
+                f"CaptionerConfig: num_frames: expected None (tubelets) with patches of several frames {self.patch_size}, "
+                f"got {self.num_frames}"
+            )
 
 
 class Captioner(nn.Module):
@@ -112,10 +120,13 @@ class Captioner(nn.Module):
 
     def loss(self, source: PackedText, captions: Sequence[str], detailed: Sequence[bool]) -> Tensor:
         """Mean negative log-likelihood of the captions' tokens, given what was seen or read."""
-        kinds = [DETAILED if long else SHORT for long in detailed]
-        texts = [kind + caption + END for kind, caption in zip(kinds, captions, strict=True)]
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.config.longest, return_tensors="pt")
-        ids, mask = (batch[name].to(source.tokens.device) for name in ("input_ids", "attention_mask"))
+        rows = []
+        for caption, long in zip(captions, detailed, strict=True):
+            written = self.tokenizer(caption).input_ids[: self.config.longest - 2]
+            rows.append(torch.tensor([self.detailed if long else self.short, *written, self.end]))
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(source.tokens.device)
+        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+        mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         states, seen = _padded(source)
         labels = ids.masked_fill(mask == 0, -100)
         return self.decoder(
@@ -157,8 +168,7 @@ class Captioner(nn.Module):
 
         folder, owner = Path(folder), "Captioner.from_pretrained"
         config = read_json(folder / "config.json", owner)
-        config["patch_size"] = tuple(config["patch_size"])
-        captioner = cls(CaptionerConfig(**config), PreTrainedTokenizerFast.from_pretrained(folder))
+        captioner = cls(built(CaptionerConfig, config, owner), PreTrainedTokenizerFast.from_pretrained(folder))
         load_weights(captioner, folder, owner)
         return captioner.float().eval()
 

@@ -1,14 +1,15 @@
 """Folders that are written whole or not at all, and the components in them.
 
-A checkpoint is a folder in the manner of diffusers: model_index.json names the parts, each in a folder of its own.
+A checkpoint is a folder in the manner of diffusers: model_index.json says what there is, and each part has a folder of its own.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+CONFIGS = ("model_index.json", "config.json")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which then takes its name; if anything fails, `path` stays as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
 
 @contextmanager
 def whole_folder(directory: str | Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `directory` at the end; if anything fails, `directory` stays as it was."""
+    """A folder to fill, which takes the place of `directory` at the end; if anything fails, `directory` stays as it was.
+
+    Raises ValueError for a folder that holds something else than a checkpoint.
+    """
     target = Path(directory).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir() and any(target.iterdir()) and not any((target / name).is_file() for name in CONFIGS):
+        raise ValueError(f"checkpoint: expected an empty folder or one with a checkpoint to replace, got {directory}")
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield folder
@@ -31,12 +51,23 @@ def whole_folder(directory: str | Path) -> Iterator[Path]:
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             target.rename(old / target.name)
-            folder.rename(target)
-            shutil.rmtree(old)
+            try:
+                folder.rename(target)
+            except OSError:
+                (old / target.name).rename(target)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
             folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_whole(model: Any, folder: Path) -> None:
+    """model.save_pretrained(folder), all or nothing."""
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)
 
 
 def save_module(module: nn.Module, config: dict[str, Any], folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -55,6 +86,14 @@ def read_json(path: Path, owner: str) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{owner}: {path}: expected JSON, got {error}") from None
+
+
+def built(kind: Callable[..., Any], config: dict[str, Any], owner: str, **more: Any) -> Any:
+    """kind(**config); keys that it does not take are an error that says so."""
+    try:
+        return kind(**config, **more)
+    except TypeError as error:
+        raise ValueError(f"{owner}: config.json: {error}") from None
 
 
 def load_weights(module: nn.Module, folder: Path, owner: str) -> None:

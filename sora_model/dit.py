@@ -258,7 +258,7 @@ class DiT(nn.Module):
         """(x_sigma - x) / sigma of each latent."""
         pt = self.config.patch_size[0]
         levels = [1 if len(timesteps) == len(latents) else latent.shape[1] // pt for latent in latents]
-        smallest = SMALLEST_SIGMA if self.training else 1e-4  # samplers of higher order need the velocity as it is
+        smallest = SMALLEST_SIGMA if torch.is_grad_enabled() else 1e-4  # samplers of higher order need the velocity as it is
         sigmas = (timesteps.to(clean[0].device) / TIMESTEPS).clamp(min=smallest).split(levels)
         return [
             (noised.to(x.device) - x) / sigma.repeat_interleave(x.shape[1] // len(sigma))[:, None, None]

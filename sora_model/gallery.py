@@ -15,7 +15,7 @@ ROWS, COLUMNS = 4, 12
 def make(
     pipeline: SoraPipeline, tasks: Sequence[str], out: Path, steps: int = 30, guidance: float = 3.0, seed: int = 2026
 ) -> list[Path]:
-    """Writes a PNG per task and one of a large frame; returns their paths."""
+    """Writes a PNG per task; returns their paths."""
     judge, paths = Judge(pipeline, 32, steps, guidance, seed), []
     for name in tasks:
         shown = MEASUREMENTS[name](judge)

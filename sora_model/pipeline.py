@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class SoraPipeline:
         size: Size | Sequence[Size] | None = None,
         *,
         num_inference_steps: int = 30,
-        guidance_scale: float = 4.0,
+        guidance_scale: float = 3.0,
         generator: Seeds = None,
         callback: Callback | None = None,
         output_type: str = "pt",
@@ -113,7 +114,7 @@ class SoraPipeline:
 
         Args:
             requests: B of them, or one; a string is a prompt of text to video.
-            size: (T, H, W) in pixels of the strings, one for all or one each; default: the pipeline's.
+            size: (T, H, W) in pixels of the strings, one for all or one each; default: the pipeline's. Requests have their own.
             num_inference_steps: steps of the scheduler.
             guidance_scale: of classifier-free guidance; 1 is none.
             generator: a seed or a torch.Generator on the host for each request that has no seed, or one seed: request i has
@@ -128,6 +129,8 @@ class SoraPipeline:
         Raises:
             ValueError: numbers of requests, sizes and seeds that differ; given frames that are not whole token frames.
         """
+        if num_inference_steps < 1:
+            raise ValueError(f"SoraPipeline: num_inference_steps: expected at least 1, got {num_inference_steps}")
         if output_type not in OUTPUTS:
             raise ValueError(f"SoraPipeline: output_type: expected one of {', '.join(OUTPUTS)}, got {output_type!r}")
         wanted = self._requests([requests] if isinstance(requests, str | Request) else list(requests), size)
@@ -182,7 +185,7 @@ class SoraPipeline:
         if not requests:
             raise ValueError("SoraPipeline: requests: expected at least one, got none")
         sizes: list[Any] = [self.size if size is None else size] * len(requests)
-        if size is not None and not isinstance(size[0], int):
+        if size is not None and isinstance(size[0], Sequence):
             if len(size) != len(requests):
                 raise ValueError(f"SoraPipeline: size: expected one (T, H, W) or {len(requests)}, one per request, got {len(size)}")
             sizes = list(size)
@@ -193,13 +196,19 @@ class SoraPipeline:
         """One per request, on the host: a sample starts from the same noise on every device, alone or packed with others."""
         if generator is None:
             generator = int(torch.randint(2**31, ()))
-        if isinstance(generator, int):
-            generator = [generator + i for i in range(len(requests))]
-        sources = [generator] * len(requests) if isinstance(generator, torch.Generator) else list(generator)
+            sources: list[Any]
+        if isinstance(generator, Integral):
+            sources = [int(generator) + i for i in range(len(requests))]
+        elif isinstance(generator, torch.Generator):
+            sources = [generator] * len(requests)
+        else:
+            sources = list(generator)  # type: ignore[arg-type]
         if len(sources) != len(requests):
             raise ValueError(f"SoraPipeline: generator: expected {len(requests)}, one per request, got {len(sources)}")
-        drawn = [source if request.seed is None else request.seed for source, request in zip(sources, requests, strict=True)]
-        return [torch.Generator().manual_seed(source) if isinstance(source, int) else source for source in drawn]
+        drawn: list[Any] = [
+            source if request.seed is None else request.seed for source, request in zip(sources, requests, strict=True)
+        ]
+        return [torch.Generator().manual_seed(int(one)) if isinstance(one, Integral) else one for one in drawn]
 
     def _padded(self, size: Size) -> Size:
         """The next size of whole tokens."""
@@ -245,6 +254,9 @@ class SoraPipeline:
 
         dtype: of the weights in the files; default: what they are.
         """
+        if not isinstance(self.codec, PixelCodec | VideoVAE):
+            kind = type(self.codec).__name__
+            raise TypeError(f"SoraPipeline.save_pretrained: codec: expected a PixelCodec or a VideoVAE, got {kind}")
         with whole_folder(directory) as folder:
             save_module(self.dit, self.dit.config.to_dict(), folder / "dit", dtype)
             self.text_encoder.save_pretrained(folder / "text_encoder", dtype=dtype)
@@ -254,7 +266,7 @@ class SoraPipeline:
             if self.captioner is not None:
                 self.captioner.save_pretrained(folder / "captioner", dtype=dtype)
             parts = {"vae": isinstance(self.codec, VideoVAE), "captioner": self.captioner is not None}
-            index = {"size": list(self.size), **parts}
+            index = {"_class_name": "SoraPipeline", "size": list(self.size), **parts}
             (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     @classmethod
@@ -278,21 +290,23 @@ class SoraPipeline:
         Args:
             model: see `DiTConfig.preset`.
             patch: (pt, ph, pw) in latent positions, which are pixels without a codec.
-            codec: pixels <-> latents, on `device`.
-            text_encoder: on `device`; default: a `WordEncoder`, trained with the model.
+            codec: pixels <-> latents.
+            text_encoder: default: a `WordEncoder`, trained with the model.
             prediction: "flow" matching, or DDPM's "epsilon" or "v".
             size: see `SoraPipeline`.
             seed: of the weights.
-            device: to put it on.
+            device: to put everything on.
         """
         if prediction not in ("flow", "epsilon", "v"):
             raise ValueError(f"SoraPipeline.from_preset: prediction: expected flow, epsilon or v, got {prediction!r}")
-        torch.manual_seed(seed)
         codec = PixelCodec() if codec is None else codec
-        encoder: TextEncoder = WordEncoder(dim=128, buckets=2048).to(device) if text_encoder is None else text_encoder
         # Large patches of pixels: what the network can tell easily is the clean video, not the noise in it.
         output = "clean" if prediction == "flow" else "direct"
-        config = DiTConfig.preset(model, patch=patch, in_channels=codec.channels, text_dim=encoder.dim, prediction=output)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            encoder: TextEncoder = WordEncoder(dim=128, buckets=2048) if text_encoder is None else text_encoder
+            changes: dict[str, Any] = {"in_channels": codec.channels, "text_dim": encoder.dim, "prediction": output}
+            dit = DiT(DiTConfig.preset(model, patch=patch, **changes))
         scheduler: Any
         if prediction == "flow":
             # Neighbouring pixels tell the same, so what a video shows is decided at high noise: Esser et al. (2024) shift by 3.
@@ -306,7 +320,7 @@ class SoraPipeline:
                 timestep_spacing="trailing",
                 clip_sample=isinstance(codec, PixelCodec),
             )
-        return cls(DiT(config).to(device), encoder, scheduler, codec, size=size)
+        return cls(dit, encoder, scheduler, codec, size=size).to(device)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> SoraPipeline:
@@ -317,16 +331,34 @@ class SoraPipeline:
         """
         folder, owner = Path(directory), "SoraPipeline.from_pretrained"
         index = read_json(folder / "model_index.json", owner)
+        if set(index) != {"_class_name", "size", "vae", "captioner"}:
+            raise ValueError(f"{owner}: model_index.json: expected a pipeline of this package, got {sorted(index)}")
         dit = DiT(DiTConfig.from_dict(read_json(folder / "dit" / "config.json", owner)))
         load_weights(dit, folder / "dit", owner)
-        dit.to(device).eval()
-        text_encoder: Any = load_text_encoder(folder / "text_encoder")
-        text_encoder.to(device).eval()
         scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", owner)
-        scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_pretrained(folder / "scheduler")
-        codec = VideoVAE.from_pretrained(folder / "vae").to(device) if index["vae"] else None
-        captioner = Captioner.from_pretrained(folder / "captioner").to(device) if index["captioner"] else None
-        return cls(dit, text_encoder, scheduler, codec, captioner, size=tuple(index["size"]))
+        name = str(scheduler_config.get("_class_name"))
+        if not hasattr(diffusers, name):
+            raise ValueError(f"{owner}: scheduler_config.json: expected a scheduler of diffusers, got {name}")
+        scheduler = getattr(diffusers, name).from_pretrained(folder / "scheduler")
+        codec = VideoVAE.from_pretrained(folder / "vae") if index["vae"] else None
+        captioner = Captioner.from_pretrained(folder / "captioner") if index["captioner"] else None
+        text_encoder = load_text_encoder(folder / "text_encoder")
+        return cls(dit, text_encoder, scheduler, codec, captioner, size=tuple(index["size"])).eval().to(device)
+
+    def eval(self) -> SoraPipeline:
+        """Everything in evaluation mode, in place."""
+        for part in self._modules():
+            part.eval()
+        return self
+
+    def to(self, device: torch.device | str) -> SoraPipeline:
+        """Everything moved to a device, in place."""
+        for part in self._modules():
+            part.to(device)
+        return self
+
+    def _modules(self) -> list[torch.nn.Module]:
+        return [part for part in (self.dit, self.text_encoder, self.codec, self.captioner) if isinstance(part, torch.nn.Module)]
 
 
 def _pad(video: Tensor, size: Size) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import load_weights, read_json
+from .checkpoint import built, load_weights, read_json
 from .conditioning import PackedText, TextEncoder
 from .text import WordEncoder
 
@@ -92,6 +92,6 @@ def load_text_encoder(folder: str | Path) -> TextEncoder:
     config = read_json(folder / "config.json", owner)
     if "model_type" in config:
         return PretrainedEncoder.from_pretrained(folder)
-    encoder = WordEncoder(**config)
+    encoder = built(WordEncoder, config, owner)
     load_weights(encoder, folder, owner)
     return encoder

@@ -14,8 +14,9 @@ Frames are given in whole token frames; see `Timing` for how many pixel frames t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,9 @@ class Timing(NamedTuple):
     def whole(self, frames: int) -> int:
         """The fewest frames a clip can have, from `frames` on."""
         return self.lead + self.grain * -(-max(frames - self.lead, 0) // self.grain)
+
+
+PIXELS = Timing(1, 1)
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,28 @@ class Request:
     cut: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
-        if len(self.size) != 3 or min(self.size) < 1:
+        if not isinstance(self.prompt, str) or not isinstance(self.negative_prompt, str):
+            raise ValueError(f"Request: prompt: expected text, got {self.prompt!r} and {self.negative_prompt!r}")
+        size = tuple(self.size) if isinstance(self.size, Sequence) else ()
+        if len(size) != 3 or not all(isinstance(n, Integral) and n >= 1 for n in size):
             raise ValueError(f"Request: size: expected (T, H, W), each at least 1, got {self.size}")
+        object.__setattr__(self, "size", tuple(int(n) for n in size))
         if not 0 < self.strength <= 1:
             raise ValueError(f"Request: strength: expected a number above 0 and up to 1, got {self.strength}")
-        if self.begin is not None and tuple(self.begin.shape) != (3, *self.size):
-            raise ValueError(f"Request: begin: expected {[3, *self.size]}, got {list(self.begin.shape)}")
+        if self.frame_step <= 0:
+            raise ValueError(f"Request: frame_step: expected a number above 0, got {self.frame_step}")
+        if not (self.seed is None or isinstance(self.seed, Integral)):
+            raise ValueError(f"Request: seed: expected a whole number or None, got {self.seed!r}")
+        frames, height, width = self.size
+        if self.begin is not None and (tuple(self.begin.shape) != (3, *self.size) or not self.begin.is_floating_point()):
+            got = f"{self.begin.dtype} {list(self.begin.shape)}"
+            raise ValueError(f"Request: begin: expected floats {[3, *self.size]}, got {got}")
         for at, clip in self.given.items():
-            start = at + self.size[0] if at < 0 else at
-            fits = clip.ndim == 4 and tuple(clip.shape[2:]) == tuple(self.size[1:]) and clip.shape[1] > 0
-            if not fits or not 0 <= start <= self.size[0] - clip.shape[1]:
-                frames, height, width = self.size
-                expected = f"clips [3, t, {height}, {width}] within {frames} frames"
-                raise ValueError(f"Request: given: expected {expected}, got {list(clip.shape)} at frame {at}")
+            start = at + frames if at < 0 else at
+            fits = clip.ndim == 4 and clip.shape[0] == 3 and tuple(clip.shape[2:]) == (height, width) and clip.is_floating_point()
+            if not fits or not 0 <= start <= frames - clip.shape[1] or not clip.shape[1]:
+                expected = f"clips of floats [3, t, {height}, {width}] within {frames} frames"
+                raise ValueError(f"Request: given: expected {expected}, got {clip.dtype} {list(clip.shape)} at frame {at}")
 
     def finish(self, clip: Tensor) -> Tensor:
         """What was generated [3, T, H, W], put together with what it goes on from."""
@@ -103,10 +116,11 @@ def text_to_image(prompt: str, height: int, width: int, **options: object) -> Re
     return Request(prompt, (1, height, width), **options)  # type: ignore[arg-type]
 
 
-def image_to_video(prompt: str, image: Tensor, frames: int, **options: object) -> Request:
-    """A video of so many frames that begins with an image [3, 1, H, W]."""
+def image_to_video(prompt: str, image: Tensor, frames: int, timing: Timing = PIXELS, **options: object) -> Request:
+    """A video of so many frames that begins with an image [3, 1, H, W]; where a first token frame is several, with a still one."""
     _check_video("image_to_video", "image", image)
-    return Request(prompt, (frames, *image.shape[2:]), given={0: image[:, :1]}, **options)  # type: ignore[arg-type]
+    given = image[:, :1].expand(-1, min(timing.lead, max(frames, 1)), -1, -1)
+    return Request(prompt, (frames, *image.shape[2:]), given={0: given}, **options)  # type: ignore[arg-type]
 
 
 def video_to_video(prompt: str, video: Tensor, strength: float = 0.7, **options: object) -> Request:
@@ -154,6 +168,7 @@ def join(prompt: str, first: Tensor, last: Tensor, frames: int, timing: Timing, 
 
 def _start(video: Tensor, timing: Timing, overlap: int, argument: str) -> int:
     """How many frames of a video's end the start of a clip takes."""
+    check_overlap(argument.partition(":")[0], overlap)
     length = video.shape[1]
     if length < timing.lead:
         raise ValueError(f"{argument}: expected at least {timing.lead} frames, got {length}")
@@ -162,12 +177,19 @@ def _start(video: Tensor, timing: Timing, overlap: int, argument: str) -> int:
 
 def _end(video: Tensor, timing: Timing, overlap: int, argument: str) -> int:
     """How many frames of a video's start the end of a clip takes."""
+    check_overlap(argument.partition(":")[0], overlap)
     length = video.shape[1]
     if length < timing.grain:
         raise ValueError(f"{argument}: expected at least {timing.grain} frames, got {length}")
     return timing.grain * min(max(overlap, 1), length // timing.grain)
 
 
+def check_overlap(task: str, overlap: int) -> None:
+    if overlap < 0:
+        raise ValueError(f"{task}: overlap: expected at least 0, got {overlap}")
+
+
 def _check_video(task: str, argument: str, video: Tensor) -> None:
-    if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape:
-        raise ValueError(f"{task}: {argument}: expected [3, T, H, W] with at least one frame, got {list(video.shape)}")
+    if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape or not video.is_floating_point():
+        got = f"{video.dtype} {list(video.shape)}"
+        raise ValueError(f"{task}: {argument}: expected floats [3, T, H, W] with at least one frame, got {got}")

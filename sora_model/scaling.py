@@ -75,13 +75,12 @@ def _train(folder: Path, name: str, depth: int, width: int, compute: float, seed
     return points
 
 
-@torch.no_grad()
 def held_out_loss(pipeline: SoraPipeline, batch: Batch) -> float:
     """The diffusion loss of a batch at noise and levels that are always the same."""
     latents = pipeline.codec.encode(batch.videos)
     noised = add_noise(pipeline.scheduler, latents, generator=torch.Generator().manual_seed(0))
-    dit = pipeline.dit.train()  # weighs errors as in training
-    return diffusion_loss(dit(noised.latents, noised.timesteps, pipeline.text_encoder(batch.captions)), noised).item()
+    # With gradients, as errors are weighed as in training then.
+    return diffusion_loss(pipeline.dit(noised.latents, noised.timesteps, pipeline.text_encoder(batch.captions)), noised).item()
 
 
 def plot(points: list[Point], path: Path) -> None:

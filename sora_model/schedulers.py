@@ -14,12 +14,13 @@ FLOW: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def flow_scheduler(name: str, *, shift: float = 3.0) -> Any:
-    """One of `FLOW` by name; shift moves its steps towards noise, as in training.
+def flow_scheduler(name: str, *, like: Any) -> Any:
+    """One of `FLOW` by name, with the shift of another scheduler: how far its steps lie towards noise, as in training.
 
-    >>> pipeline.scheduler = flow_scheduler("unipc")
+    >>> pipeline = pipeline.with_scheduler(flow_scheduler("unipc", like=pipeline.scheduler))
     """
     if name not in FLOW:
         raise ValueError(f"flow_scheduler: name: expected one of {', '.join(FLOW)}, got {name!r}")
     kind, options = FLOW[name]
+    shift = like.config.get("shift", like.config.get("flow_shift", 1.0))
     return getattr(diffusers, kind)(**{"flow_shift" if options else "shift": shift}, **options)

@@ -15,20 +15,10 @@ from torch import Tensor
 
 from .config import Size
 from .pipeline import SoraPipeline
-from .request import Request, extend, join
+from .request import Request, check_overlap, extend, join
 
 
-def loop(
-    pipeline: SoraPipeline,
-    prompt: str,
-    size: Size | None = None,
-    *,
-    passage: int | None = None,
-    passage_prompt: str | None = None,
-    overlap: int = 1,
-    seed: int = 0,
-    **options: Any,
-) -> Tensor:
+def loop(pipeline: SoraPipeline, prompt: str, size: Size | None = None, **options: Any) -> Tensor:
     """A video [3, T, H, W] whose last frame leads to its first.
 
     >>> loop(pipeline, "a red circle moves right", (13, 48, 48), passage=12).shape
@@ -37,20 +27,46 @@ def loop(
     Where it begins is free, as it has no end: it is turned so that it changes least from the last frame to the first.
 
     Args:
+        size: of the clip, before the way back; default: the pipeline's.
+        options: see `close`.
+    """
+    return turned(close(pipeline, prompt, size, **options))
+
+
+def close(
+    pipeline: SoraPipeline,
+    prompt: str,
+    size: Size | None = None,
+    *,
+    passage: int | None = None,
+    passage_prompt: str | None = None,
+    negative_prompt: str = "",
+    overlap: int = 1,
+    seed: int = 0,
+    **options: Any,
+) -> Tensor:
+    """A clip and a passage from its end back to its beginning: [3, T, H, W].
+
+    Args:
         size: of the clip, before the passage.
         passage: frames of the way back, a multiple of the timing's grain; default: about as many as the clip has.
         passage_prompt: what the passage shows; default: the prompt.
         overlap: token frames at both ends that the passage sees.
         options: of the pipeline's call.
     """
-    timing = pipeline.timing
-    (clip,) = pipeline([Request(prompt, size or pipeline.size, seed=seed)], **options)
+    timing, common = pipeline.timing, {"negative_prompt": negative_prompt}
+    (clip,) = pipeline([Request(prompt, size or pipeline.size, seed=seed, **common)], **options)  # type: ignore[arg-type]
     passage = max(clip.shape[1] // timing.grain, 1) * timing.grain if passage is None else passage
-    way = join(prompt if passage_prompt is None else passage_prompt, clip, clip, passage, timing, overlap=overlap, seed=seed + 1)
+    way_prompt = prompt if passage_prompt is None else passage_prompt
+    way = join(way_prompt, clip, clip, passage, timing, overlap=overlap, seed=seed + 1, **common)
     (joined,) = pipeline([way], **options)
-    closed = joined[:, : clip.shape[1] + passage]
-    changes = (closed - closed.roll(1, dims=1)).square().mean((0, 2, 3))  # from the frame before, around
-    return closed.roll(-int(changes.argmin()), dims=1)
+    return joined[:, : clip.shape[1] + passage]
+
+
+def turned(video: Tensor) -> Tensor:
+    """A loop that begins where it changes least from the frame before."""
+    changes = (video - video.roll(1, dims=1)).square().mean((0, 2, 3))
+    return video.roll(-int(changes.argmin()), dims=1)
 
 
 def long_video(
@@ -59,6 +75,7 @@ def long_video(
     frames: int,
     size: Size | None = None,
     *,
+    negative_prompt: str = "",
     overlap: int = 1,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -79,7 +96,7 @@ def long_video(
     chunks = [prompts] if isinstance(prompts, str) else list(prompts)
     if not chunks or frames < 1:
         raise ValueError(f"long_video: expected at least one prompt and one frame, got {len(chunks)} and {frames}")
-    world = Simulation(pipeline, chunks[0], size, overlap=overlap, seed=seed, **options)
+    world = Simulation(pipeline, chunks[0], size, negative_prompt=negative_prompt, overlap=overlap, seed=seed, **options)
     made = world.video.shape[1]
     while made < frames:
         new = world.act(chunks[min(world.chunks, len(chunks) - 1)]).shape[1]
@@ -113,19 +130,23 @@ class Simulation:
         prompt: str,
         size: Size | None = None,
         *,
+        negative_prompt: str = "",
         overlap: int = 1,
         seed: int = 0,
         first: Tensor | None = None,
         **options: Any,
     ) -> None:
+        check_overlap("Simulation", overlap)
         self.pipeline, self.overlap, self.seed, self.options = pipeline, overlap, seed, options
-        self.frames = (size or pipeline.size)[0]
-        seen = pipeline.timing.lead + pipeline.timing.grain * overlap
-        if self.frames <= seen:
-            raise ValueError(f"Simulation: size: expected more than the {seen} frames that a chunk sees, got {self.frames}")
+        self.frames, self.negative_prompt = (size or pipeline.size)[0], negative_prompt
+        self.seen = pipeline.timing.lead + pipeline.timing.grain * overlap
+        if self.frames <= self.seen:
+            raise ValueError(f"Simulation: size: expected more than the {self.seen} frames that a chunk sees, got {self.frames}")
         if first is None:
-            (first,) = pipeline([Request(prompt, size or pipeline.size, seed=seed)], **options)
-        self._parts, self._recent, self.chunks = [first], first[:, -seen:], 1
+            request = Request(prompt, size or pipeline.size, seed=seed, negative_prompt=negative_prompt)
+            (first,) = pipeline([request], **options)
+        self._parts, self.chunks = [first], 1
+        self._recent = first[:, -self.seen :]
 
     @property
     def video(self) -> Tensor:
@@ -134,10 +155,14 @@ class Simulation:
 
     def act(self, prompt: str) -> Tensor:
         """The world goes on as the prompt says; returns the new frames [3, t, H, W]."""
-        seen, seed = self._recent.shape[1], self.seed + self.chunks
-        request = extend(prompt, self._recent, self.frames - seen, self.pipeline.timing, overlap=self.overlap, seed=seed)
+        known, seed = self._recent.shape[1], self.seed + self.chunks
+        request = extend(
+            prompt, self._recent, self.frames - known, self.pipeline.timing, overlap=self.overlap, seed=seed,
+            negative_prompt=self.negative_prompt,
+        )  # fmt: skip
         (clip,) = self.pipeline([request], **self.options)
-        self._parts.append(clip[:, seen:])
-        self._recent = clip[:, -seen:]
+        new = clip[:, known:]
+        self._parts.append(new)
+        self._recent = clip[:, -self.seen :]
         self.chunks += 1
-        return self._parts[-1]
+        return new

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 def run_training(trainer: Trainer, console: Console) -> list[float]:
     """Trains behind a progress bar; returns the losses."""
     losses: list[float] = []
+    if trainer.progress >= 1:
+        console.print(f"nothing left to train: the limit was reached at step {trainer.step}")
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("starting", total=1.0)
@@ -41,6 +43,7 @@ def denoising(console: Console, total: int, what: str = "denoising") -> Iterator
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=total)
         yield lambda done: progress.advance(bar, done)
+        progress.update(bar, completed=total)  # fewer where a video is begun with, more with schedulers of two stages
 
 
 def write_files(videos: list[Tensor], prompts: list[str], out: Path, fps: float, scale: int, format: str) -> list[Path]:
@@ -57,7 +60,7 @@ def write_files(videos: list[Tensor], prompts: list[str], out: Path, fps: float,
 
 
 def show_video(video: Tensor, console: Console, fps: float) -> None:
-    """Plays a video [3, T, H, W] in the terminal, two pixels per character; elsewhere, its last frame is not drawn at all."""
+    """Plays a video [3, T, H, W] in the terminal, two pixels per character; elsewhere, only says how long it is."""
     if not console.is_terminal:
         console.print(f"{video.shape[1]} frames", highlight=False)
         return

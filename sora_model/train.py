@@ -1,8 +1,9 @@
 """Training on packed batches of mixed sizes: `Trainer`, for whatever an `Objective` says is to be learned.
 
-A step draws one batch per process and accumulation, adds up the gradients of their losses, moves the weights, and averages them.
-Everything random in step n follows from the seed and n, so a run that was stopped and resumed goes through the same steps as one
-that was not. Processes, devices and mixed precision are accelerate's: `accelerate launch -m sora_model.cli train ...`.
+A step draws one batch per process and accumulation, takes the mean of the gradients of their losses, moves the weights, and
+averages them. Everything random in step n follows from the seed and n, so a run that was stopped and resumed goes through the same
+steps as one that was not (where it is limited by minutes, the learning rate follows the clock). Processes and devices are
+accelerate's: `torchrun --nproc_per_node 8 -m sora_model.cli train ...`, or `accelerate launch`.
 
 In the run's folder:
 
@@ -25,12 +26,12 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .checkpoint import distinct_state
+from .checkpoint import distinct_state, whole_file
 from .data import Batch, PackedSampler
 
 
@@ -90,6 +91,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"TrainConfig: {name}: expected a number above 0, got {value}")
+        for name in ("ema_decay", "final_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"TrainConfig: {name}: expected a number from 0 to 1, got {getattr(self, name)}")
+        if self.warmup < 0 or self.weight_decay < 0:
+            got = f"{self.warmup} and {self.weight_decay}"
+            raise ValueError(f"TrainConfig: warmup, weight_decay: expected numbers of at least 0, got {got}")
         for name, known in (("optimizer", ("muon", "adamw")), ("mixed_precision", ("no", "bf16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"TrainConfig: {name}: expected {known[0]!r} or {known[1]!r}, got {getattr(self, name)!r}")
@@ -131,11 +138,12 @@ class Trainer:
         self.model = objective.model.train()
         device = next(self.model.parameters()).device
         self.accelerator = Accelerator(gradient_accumulation_steps=config.accumulation, cpu=device.type == "cpu")
+        # First, as it may move the weights: optimizers and averages look at where they are.
+        self._forward = self.accelerator.prepare(_Loss(objective, config.mixed_precision == "bf16"))
         self.average = AveragedModel(self.model, multi_avg_fn=self._move_average)
         self.optimizers: list[torch.optim.Optimizer] = []
         self._moments: list[tuple[str, torch.optim.Optimizer, nn.Parameter]] = []  # whose state each weight's moments are
         self._make_optimizers()
-        self._forward = self.accelerator.prepare(_Loss(objective, config.mixed_precision == "bf16"))
         self.step, self.seconds = 0, 0.0
         if resume:
             self._load()
@@ -155,7 +163,7 @@ class Trainer:
         main = self.accelerator.is_main_process
         self.folder.mkdir(parents=True, exist_ok=True)
         log, before = self.folder / "loss.csv", self.seconds
-        rows = _rows_before(log, self.step)
+        rows = _rows_before(log, self.step) if main else []
         with open(log if main else os.devnull, "w", newline="") as file, SummaryWriter(str(self.folder / "tensorboard")) as board:
             writer = csv.writer(file)
             writer.writerows(rows or [["step", "loss", "learning_rate", "tokens_per_second", "seconds"]])
@@ -177,6 +185,7 @@ class Trainer:
                 for name in ("loss", "learning_rate", "tokens_per_second") if main else ():
                     board.add_scalar(name, getattr(done, name), done.step)
                 if self.step % self.config.save_every == 0:
+                    file.flush()
                     self.save()
                 yield done
         self.save()
@@ -227,18 +236,19 @@ class Trainer:
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
-        path = self.folder / "training.safetensors"
-        temporary = path.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, {"state": json.dumps(state)})
-        os.replace(temporary, path)
+        with whole_file(self.folder / "training.safetensors") as temporary:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, {"state": json.dumps(state)})
 
     def _load(self) -> None:
         path = self.folder / "training.safetensors"
         if not path.is_file():
             raise FileNotFoundError(f"Trainer: resume: expected {path}, which is not there")
-        with safe_open(path, "pt") as file:
-            state = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        try:
+            with safe_open(path, "pt") as file:
+                state = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"Trainer: resume: {path}: expected safetensors, got {error}") from None
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -254,7 +264,8 @@ class Trainer:
     def _make_optimizers(self) -> None:
         rate, decay = self.config.learning_rate, self.config.weight_decay
         named = list(self.model.named_parameters())
-        inner = [(name, p) for name, p in named if self.config.optimizer == "muon" and _for_muon(name, p)]
+        chosen = _inner(self.model) if self.config.optimizer == "muon" else set()
+        inner = [(name, p) for name, p in named if name in chosen]
         if inner:
             muon = KernelMuon([p for _, p in inner], rate, decay, ns_steps=5, adjust_lr_fn="match_rms_adamw")
             self.optimizers.append(muon)
@@ -304,10 +315,20 @@ class KernelMuon(torch.optim.Muon):
         return super().step(closure)
 
 
-def _for_muon(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices and kernels inside a model; not what meets inputs and outputs, nor adaLN's, a quarter of the cost for nothing."""
-    outer = ("patch_embed", "place_embed", "final", "words", "modulation", "embed", "wte", "lm_head")
-    return parameter.ndim >= 2 and not any(part in name for part in outer)
+def _inner(model: nn.Module) -> set[str]:
+    """Names of the matrices and kernels that Muon takes: those inside a model.
+
+    Not tables of embeddings, nor what meets inputs and outputs of a transformer, nor adaLN's, a quarter of the cost for nothing.
+    Of a convolutional VAE all of them.
+    """
+    outer = {"final", "modulation", "shared_modulation", "final_modulation", "lm_head"}
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+
+    def inside(name: str) -> bool:
+        parts = set(name.split("."))
+        return name not in tables and not parts & outer and not any(part.endswith("_embed") for part in parts)
+
+    return {name for name, p in model.named_parameters() if p.ndim >= 2 and inside(name)}
 
 
 def _schedule(step: int, warmup: int, progress: float, final: float) -> float:
@@ -321,5 +342,6 @@ def _rows_before(log: Path, step: int) -> list[list[str]]:
     if step == 0 or not log.exists():
         return []
     with open(log, newline="") as file:
-        header, *rows = csv.reader(file)
-    return [header, *(row for row in rows if int(row[0]) <= step)]
+        header, *rows = list(csv.reader(file)) or [[]]
+    whole = [row for row in rows if len(row) == len(header) and int(row[0]) <= step]  # a killed run may leave half a row
+    return [header, *whole] if header else []

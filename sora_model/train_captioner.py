@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .captioner import Captioner
-from .checkpoint import whole_folder
+from .checkpoint import save_whole
 from .data import Batch
 from .vae import Codec
 
@@ -35,11 +35,10 @@ class CaptionObjective:
         captions = [sample.detailed or "" if d else sample.caption for sample, d in zip(batch.samples, long, strict=True)]
         loss = self.captioner.loss(self.captioner.see(latents), captions, long)
         pairs = [(sample.caption, sample.detailed) for sample in batch.samples if sample.detailed is not None]
-        if pairs:
-            prompts, longs = zip(*pairs, strict=True)
-            loss = loss + self.captioner.loss(self.captioner.words(prompts), longs, [True] * len(pairs))
-        return loss
+        # Without any, an empty one for nothing: several processes wait for the gradients of all weights.
+        prompts, longs = zip(*(pairs or [("", "")]), strict=True)
+        expansion = self.captioner.loss(self.captioner.words(prompts), longs, [True] * len(longs))
+        return loss + (1 if pairs else 0) * expansion
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        with whole_folder(folder) as partial:
-            model.save_pretrained(partial)  # type: ignore[operator]
+        save_whole(model, folder)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .conditioning import drop_captions
-from .data import Batch
+from .data import Batch, Sample
 from .diffusion import TaskMix, add_noise, diffusion_loss
 from .patches import uniform_frames
 from .pipeline import SoraPipeline
@@ -46,6 +46,9 @@ class DiffusionObjective:
         if num_frames is not None and pipeline.dit.config.patch_size[0] != 1:
             got = pipeline.dit.config.patch_size
             raise ValueError(f"DiffusionObjective: num_frames: expected a model with patches (1, ph, pw), got {got}")
+        if num_frames is not None and pipeline.codec.compression[0] > 1:
+            got = pipeline.codec.compression
+            raise ValueError(f"DiffusionObjective: num_frames: expected a codec that leaves time as it is, got compression {got}")
         self.detailed, self.caption_dropout, self.num_frames = detailed, caption_dropout, num_frames
         self.model = nn.ModuleDict({"dit": pipeline.dit})
         if isinstance(pipeline.text_encoder, nn.Module) and any(p.requires_grad for p in pipeline.text_encoder.parameters()):
@@ -56,11 +59,12 @@ class DiffusionObjective:
         pt, scheduler = self.pipeline.dit.config.patch_size[0], self.pipeline.scheduler
         with torch.no_grad(), torch.autocast(self.pipeline.dit.final.weight.device.type, enabled=False):
             latents = self._encode(batch)
-            given = [self._given(i, x, batch, generator) for i, x in enumerate(latents)]
+            own = [self._own(sample) for sample in batch.samples]
             steps = None
             if self.num_frames is not None:
-                given = [uniform_frames(mask[None], self.num_frames)[0][0] for mask in given]
+                own = [None if mask is None else uniform_frames(mask[None], self.num_frames)[0][0] for mask in own]
                 latents, steps = map(list, zip(*(uniform_frames(x, self.num_frames) for x in latents), strict=True))
+            given = [self._given(mask, x, generator) for mask, x in zip(own, latents, strict=True)]
             per_frame = (torch.rand(len(latents), generator=generator) < self.tasks.per_frame).tolist()
             noised = add_noise(scheduler, latents, given=given, per_frame=per_frame, patch_frames=pt, generator=generator)
         long = (torch.rand(len(latents), generator=generator) < self.detailed).tolist()
@@ -88,10 +92,13 @@ class DiffusionObjective:
         kept |= {batch.indices[i]: latent.half() for i, latent in encoded.items()}
         return [kept[index].float() for index in batch.indices]
 
-    def _given(self, i: int, latent: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Mask [T'] of the latent frames that are given."""
-        own = batch.samples[i].given
-        if own is not None:
-            return latent_frames(self.pipeline.codec, own)
+    def _own(self, sample: Sample) -> Tensor | None:
+        """Mask [T'] of the latent frames that a clip gives, if it teaches a task."""
+        return None if sample.given is None else latent_frames(self.pipeline.codec, sample.given)
+
+    def _given(self, own: Tensor | None, latent: Tensor, generator: torch.Generator) -> Tensor:
+        """Mask [T'] of the latent frames that are given: the clip's own, if something is left to learn then, or a drawn one."""
+        if own is not None and not own.all():
+            return own
         pt = self.pipeline.dit.config.patch_size[0]
         return self.tasks.given(latent.shape[1] // pt, generator).repeat_interleave(pt)

@@ -27,6 +27,7 @@ CLASSES = (
     "AutoencoderKLLTXVideo",
     "AutoencoderKLWan",
 )
+AT_ONCE = 2**22  # numbers of pixels that are coded at once, unless one video has more
 TILE, OVERLAP = 256, 64  # pixels along a side of what is coded at once, and how many two neighbours share
 
 
@@ -60,6 +61,11 @@ def latent_size(codec: Codec, size: Size) -> Size:
         shape = f"{f'1 + {ct} n' if first else f'{ct} n'} frames of height {ch} n and width {cw} n"
         raise ValueError(f"latent_size: size: expected {shape}, got (T, H, W) = {size}")
     return first + (frames - first) // ct, height // ch, width // cw
+
+
+def psnr(video: Tensor, other: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of two videos in [-1, 1]."""
+    return float(10 * torch.log10(4 / (video - other).square().mean().clamp(min=1e-10)))
 
 
 def latent_frames(codec: Codec, frames: Tensor) -> Tensor:
@@ -117,10 +123,12 @@ class VideoVAE(nn.Module):
         self.compression = (ct, ch, ch)
         if tile % ch or tile < 2 * OVERLAP:
             raise ValueError(f"VideoVAE: tile: expected a multiple of {ch} from {2 * OVERLAP} on, got {tile}")
+        if config.get("timestep_conditioning"):
+            raise ValueError("VideoVAE: model: expected a VAE that decodes at once, got one whose decoder takes noise off")
         self.channels = config.get("z_dim") or config["latent_channels"]
         mean, std = _statistics(model, self.channels)
-        self.register_buffer("mean", mean.view(-1, 1, 1, 1), persistent=False)
-        self.register_buffer("std", std.view(-1, 1, 1, 1), persistent=False)
+        self.register_buffer("mean", mean.view(self.channels, -1, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(self.channels, -1, 1, 1), persistent=False)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, tile: int = TILE) -> VideoVAE:
@@ -155,6 +163,11 @@ class VideoVAE(nn.Module):
         """
         import diffusers
 
+        for name, value, known in (("temporal", temporal, (4, 8)), ("spatial", spatial, (8, 16))):
+            if value not in known:
+                raise ValueError(f"VideoVAE.small: {name}: expected {known[0]} or {known[1]}, got {value}")
+        if len(channels) < 2 + (spatial == 16 or temporal == 8):
+            raise ValueError(f"VideoVAE.small: channels: expected a width more for this compression, got {channels}")
         model = diffusers.AutoencoderKLCosmos(
             latent_channels=latent_channels,
             encoder_block_out_channels=channels,
@@ -185,14 +198,26 @@ class VideoVAE(nn.Module):
     def encode(self, videos: Sequence[Tensor]) -> list[Tensor]:
         for video in videos:
             latent_size(self, _size(video))
-        return _by_size(videos, lambda batch: (self._tiled(batch, self._encode, self.compression[1], 1) - self.mean) / self.std)
+
+        def encode(batch: Tensor) -> Tensor:
+            latents = self._tiled(batch.to(self.mean), self._encode, self.compression[1], 1)
+            return (latents - self._of_frames(self.mean, latents)) / self._of_frames(self.std, latents)
+
+        return _by_size(videos, encode, AT_ONCE)
 
     @torch.no_grad()
     def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
         def decode(batch: Tensor) -> Tensor:
-            return self._tiled(batch * self.std + self.mean, self._decode, 1, self.compression[1]).clamp(-1, 1)
+            batch = batch * self._of_frames(self.std, batch) + self._of_frames(self.mean, batch)
+            return self._tiled(batch, self._decode, 1, self.compression[1]).clamp(-1, 1)
 
-        return _by_size(latents, decode)
+        ct, ch, cw = self.compression
+        return _by_size(latents, decode, AT_ONCE * self.channels // (3 * ct * ch * cw))
+
+    def _of_frames(self, statistic: Tensor, latents: Tensor) -> Tensor:
+        """A statistic [C, 1 or F, 1, 1] for latents [B, C, T', H', W']; NVIDIA's Cosmos has one per frame, the last for more."""
+        frames = torch.arange(latents.shape[2], device=statistic.device).clamp(max=statistic.shape[1] - 1)
+        return statistic[:, frames]
 
     def forward(self, videos: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
         """Raw latents [B, C, T', H', W'] of videos of one size, and what is decoded of them with so much noise added."""
@@ -203,7 +228,14 @@ class VideoVAE(nn.Module):
         return self.model.encode(videos).latent_dist.mode()
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return self.model.decode(latents).sample
+        frames = 1 + self.compression[0] * (latents.shape[2] - 1)
+        if type(self.model).__name__ == "AutoencoderKLCogVideoX" and latents.shape[2] % 2 == 0:
+            # It decodes two latent frames at a time, and an even number of them to too many frames.
+            latents = torch.cat([latents, latents[:, :, -1:]], dim=2)
+        video = self.model.decode(latents).sample[:, :, :frames]
+        if video.shape[2] != frames:
+            raise RuntimeError(f"VideoVAE: {type(self.model).__name__} decoded {video.shape[2]} frames, expected {frames}")
+        return video
 
     def _tiled(self, x: Tensor, code: Callable[[Tensor], Tensor], down: int, up: int) -> Tensor:
         """code(x) of [B, C, T, H, W], a tile of H and W at a time where they are larger; sizes change by up / down."""
@@ -221,7 +253,7 @@ class VideoVAE(nn.Module):
                     weights = part.new_zeros(total.shape[3:])
                 y, h = top * up // down, part.shape[3]
                 z, w = left * up // down, part.shape[4]
-                ramp = _ramp(h, overlap * up // down)[:, None] * _ramp(w, overlap * up // down)
+                ramp = (_ramp(h, overlap * up // down)[:, None] * _ramp(w, overlap * up // down)).to(part)
                 total[..., y : y + h, z : z + w] += part * ramp
                 weights[y : y + h, z : z + w] += ramp
         return total.div_(weights)
@@ -240,12 +272,13 @@ def _compression(model: Any) -> tuple[int, int]:
 
 
 def _statistics(model: Any, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents [C], as the checkpoint has them."""
+    """Mean and standard deviation of the latents [C], or [C * F] where frames have their own, as the checkpoint has them."""
     config = model.config
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        return torch.tensor(config["latents_mean"])[:channels], torch.tensor(config["latents_std"])[:channels]
-    if isinstance(getattr(model, "latents_mean", None), Tensor):  # LTX
-        return model.latents_mean.float().clone(), model.latents_std.float().clone() / config["scaling_factor"]
+        return torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+    buffers = dict(model.named_buffers())
+    if "latents_mean" in buffers:  # LTX
+        return buffers["latents_mean"].float().clone(), buffers["latents_std"].float().clone() / config["scaling_factor"]
     shift = config.get("shift_factor") or 0.0
     return torch.full((channels,), float(shift)), torch.full((channels,), 1 / float(config.get("scaling_factor") or 1.0))
 
@@ -257,7 +290,7 @@ def _size(video: Tensor) -> Size:
     return frames, height, width
 
 
-def _by_size(videos: Sequence[Tensor], code: Callable[[Tensor], Tensor], at_once: int = 2**22) -> list[Tensor]:
+def _by_size(videos: Sequence[Tensor], code: Callable[[Tensor], Tensor], at_once: int) -> list[Tensor]:
     """code on batches of equal sizes, each of at most `at_once` numbers, back in the order of `videos`."""
     groups: dict[torch.Size, list[int]] = {}
     for i, video in enumerate(videos):

@@ -23,7 +23,7 @@ def center(frame: torch.Tensor, color: str) -> torch.Tensor:
 @pytest.mark.parametrize("number", range(6))
 def test_something_is_given_and_something_is_not(lesson, number) -> None:
     scene = WORLD.sample(number)
-    video, caption, _, given = lesson(scene, SIZE, 4, np.random.default_rng(number))
+    video, caption, _, given = lesson(scene, SIZE, (1, 4), WORLD.config.motions, np.random.default_rng(number))
     assert tuple(video.shape) == (3, *SIZE)
     assert scene.things[0].name in caption
     latent = torch.cat([given[:1], given[1:].unflatten(0, (3, 4)).all(1)])
@@ -38,7 +38,7 @@ def test_a_turn_is_what_its_caption_says() -> None:
     right = 0
     for number in range(20):
         scene = WORLD.sample(number)
-        video, caption, detailed, given = turn(scene, SIZE, 4, np.random.default_rng(number))
+        video, caption, detailed, given = turn(scene, SIZE, (1, 4), WORLD.config.motions, np.random.default_rng(number))
         start = int(given.sum())
         moves = {name for name in WORLD.config.motions if caption.endswith("stays still" if name == "stay" else f"moves {name}")}
         motion = max(moves, key=len)
@@ -53,7 +53,7 @@ def test_a_link_ends_as_it_should() -> None:
     """Both ends move steadily, and the passage between them is smooth."""
     for number in range(8):
         scene = WORLD.sample(number)
-        video, _, _, given = link(scene, (21, 48, 48), 4, np.random.default_rng(number))
+        video, _, _, given = link(scene, (21, 48, 48), (1, 4), WORLD.config.motions, np.random.default_rng(number))
         path = torch.stack([center(video[:, t], scene.things[0].color) for t in range(21)])
         steps = path.diff(dim=0)
         bend = steps.diff(dim=0).norm(dim=1)
@@ -90,10 +90,15 @@ def test_held_out_combinations_are_never_trained() -> None:
         assert held_out(b.color, b.shape, b.motion)
     with pytest.raises(ValueError, match="split must be"):
         World(split="test")
+    source = WorldSource(training, [SIZE], lessons={"turn": 1.0}, timing=(1, 4))
+    for i in range(200):
+        caption, thing = source.load(i).caption, training.sample(i).things[0]
+        said = [n for n in WORLD.config.motions if caption.endswith("stays still" if n == "stay" else f"moves {n}")]
+        assert not held_out(thing.color, thing.shape, max(said, key=len)), caption
 
 
 def test_lessons_come_in_their_shares() -> None:
-    source = WorldSource(WORLD, [SIZE, (1, 48, 48)], lessons={"drift": 0.3, "turn": 0.2, "link": 0.1}, grain=4)
+    source = WorldSource(WORLD, [SIZE, (1, 48, 48)], lessons={"drift": 0.3, "turn": 0.2, "link": 0.1}, timing=(1, 4))
     samples = [source.load(i) for i in range(200)]
     clips = [sample for sample in samples if sample.video.shape[1] > 1]
     share = sum(sample.given is not None for sample in clips) / len(clips)

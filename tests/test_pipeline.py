@@ -152,15 +152,15 @@ def test_the_same_weights_by_any_flow_scheduler(pipeline: SoraPipeline, name: st
     torch.manual_seed(0)
     dit = DiT(small(in_channels=3, patch_size=(2, 4, 4), prediction="clean"))
     torch.nn.init.constant_(dit.final.bias, 0.25)
-    one = SoraPipeline(dit.eval(), pipeline.text_encoder, flow_scheduler(name))
+    one = SoraPipeline(dit.eval(), pipeline.text_encoder, flow_scheduler(name, like=pipeline.scheduler))
     (video,) = one("a red circle", (4, 16, 24), num_inference_steps=12, generator=0)
     assert (video - 0.25).abs().max() < 0.01
-    other = one.with_scheduler(flow_scheduler("euler"))
+    other = one.with_scheduler(flow_scheduler("euler", like=one.scheduler))
     assert other.dit is dit
     with pytest.raises(ValueError, match="with_scheduler: scheduler: expected one of flow_prediction, got epsilon"):
         one.with_scheduler(DDIMScheduler())
     with pytest.raises(ValueError, match=r"name: expected one of euler, heun, unipc, dpm\+\+, got 'magic'"):
-        flow_scheduler("magic")
+        flow_scheduler("magic", like=one.scheduler)
 
 
 def test_wrong_inputs_are_named(pipeline: SoraPipeline) -> None:
@@ -173,7 +173,7 @@ def test_wrong_inputs_are_named(pipeline: SoraPipeline) -> None:
     with pytest.raises(ValueError, match="generator: expected 1, one per request, got 2"):
         pipeline(["x"], (4, 16, 16), generator=[1, 2])
     for clips in ({0: torch.zeros(3, 2, 8, 8)}, {3: torch.zeros(3, 2, 16, 16)}, {0: torch.zeros(3, 16, 16)}):
-        with pytest.raises(ValueError, match=r"given: expected clips \[3, t, 16, 16\] within 4 frames"):
+        with pytest.raises(ValueError, match=r"given: expected clips of floats \[3, t, 16, 16\] within 4 frames"):
             Request("x", (4, 16, 16), given=clips)
     with pytest.raises(ValueError, match="expected whole token frames, the first 2 and then 2 at a time"):
         pipeline(Request("x", (4, 16, 16), given={0: torch.zeros(3, 1, 16, 16)}))
@@ -232,6 +232,12 @@ def test_what_cannot_be_loaded_is_named(pipeline: SoraPipeline, tmp_path: Path) 
     (folder / "dit" / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="expected safetensors, got"):
         SoraPipeline.from_pretrained(folder)
+    index = folder / "model_index.json"
+    whole = index.read_text()
+    index.write_text("{}")
+    with pytest.raises(ValueError, match=r"model_index.json: expected a pipeline of this package, got \[\]"):
+        SoraPipeline.from_pretrained(folder)
+    index.write_text(whole)
     config.write_text("{")
     with pytest.raises(ValueError, match="expected JSON, got"):
         SoraPipeline.from_pretrained(folder)
@@ -258,3 +264,15 @@ def test_exported_in_float16(pipeline: SoraPipeline, tmp_path: Path) -> None:
     assert {value.dtype for value in half.values()} == {torch.float16}
     assert CliRunner().invoke(app, ["export", str(tmp_path / "none"), str(tmp_path / "other")]).exit_code == 2
     assert not (tmp_path / "other").exists()
+
+
+def test_nothing_but_a_checkpoint_is_replaced(pipeline: SoraPipeline, tmp_path: Path) -> None:
+    (tmp_path / "keep").mkdir()
+    (tmp_path / "keep" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"expected an empty folder or one with a checkpoint to replace, got .*keep"):
+        pipeline.save_pretrained(tmp_path / "keep")
+    assert (tmp_path / "keep" / "thesis.txt").read_text() == "years of work"
+    own = SoraPipeline(pipeline.dit, pipeline.text_encoder, pipeline.scheduler, HalvingCodec())
+    own.codec = type("Codec", (), {"channels": 3})()
+    with pytest.raises(TypeError, match="codec: expected a PixelCodec or a VideoVAE, got Codec"):
+        own.save_pretrained(tmp_path / "model")

@@ -11,7 +11,7 @@ CAUSAL = Timing(1, 4)
 
 def clip(frames: int, first: float = 0.0) -> Tensor:
     """A video [3, T, 2, 2] whose frame t is first + t everywhere."""
-    return (first + torch.arange(frames))[None, :, None, None].expand(3, -1, 2, 2).clone()
+    return (first + torch.arange(float(frames)))[None, :, None, None].expand(3, -1, 2, 2).clone()
 
 
 def numbers(video: Tensor) -> list[float]:
@@ -69,10 +69,25 @@ def test_joining_gives_both_ends() -> None:
     [
         (lambda: Request("a", (0, 8, 8)), r"Request: size: expected \(T, H, W\), each at least 1, got \(0, 8, 8\)"),
         (lambda: Request("a", (5, 2, 2), strength=0.0), "Request: strength: expected a number above 0 and up to 1, got 0.0"),
-        (lambda: Request("a", (5, 2, 2), begin=clip(4)), r"Request: begin: expected \[3, 5, 2, 2\], got \[3, 4, 2, 2\]"),
-        (lambda: Request("a", (5, 2, 2), given={3: clip(4)}), r"given: expected clips \[3, t, 2, 2\] within 5 frames, got"),
-        (lambda: image_to_video("a", clip(0), 5), r"image_to_video: image: expected \[3, T, H, W\] with at least one frame, got"),
-        (lambda: extend("a", clip(0), 4, CAUSAL), r"extend: video: expected \[3, T, H, W\] with at least one frame, got"),
+        (lambda: Request("a", (5, 2, 2), begin=clip(4)), r"Request: begin: expected floats \[3, 5, 2, 2\], got .* \[3, 4, 2, 2\]"),
+        (
+            lambda: Request("a", (5, 2, 2), given={3: clip(4)}),
+            r"given: expected clips of floats \[3, t, 2, 2\] within 5 frames, got",
+        ),
+        (lambda: Request("a", (5, 2, 2), given={0: clip(1)[:1]}), r"given: expected clips of floats .*, got .* \[1, 1, 2, 2\] at"),
+        (lambda: Request("a", (5, 2, 2), given={0: clip(1).byte()}), r"given: expected clips of floats .*, got torch.uint8"),
+        (lambda: Request("a", (5, 2.5, 2)), r"size: expected \(T, H, W\), each at least 1, got \(5, 2.5, 2\)"),
+        (lambda: Request("a", 5), r"size: expected \(T, H, W\), each at least 1, got 5"),
+        (lambda: Request(3, (5, 2, 2)), "prompt: expected text, got 3"),
+        (lambda: Request("a", (5, 2, 2), seed="x"), "seed: expected a whole number or None, got 'x'"),
+        (lambda: Request("a", (5, 2, 2), frame_step=0), "frame_step: expected a number above 0, got 0"),
+        (lambda: extend("a", clip(8), 4, CAUSAL, overlap=-1), "extend: overlap: expected at least 0, got -1"),
+        (lambda: join("a", clip(8), clip(8), 4, CAUSAL, overlap=-1), "join: overlap: expected at least 0, got -1"),
+        (
+            lambda: image_to_video("a", clip(0), 5),
+            r"image_to_video: image: expected floats \[3, T, H, W\] with at least one frame, got",
+        ),
+        (lambda: extend("a", clip(0), 4, CAUSAL), r"extend: video: expected floats \[3, T, H, W\] with at least one frame, got"),
         (lambda: extend("a", clip(9), 0, CAUSAL), "extend: frames: expected at least 1, got 0"),
         (lambda: extend("a", clip(3), 4, CAUSAL, backward=True), "extend: video: expected at least 4 frames, got 3"),
         (lambda: extend("a", clip(3), 4, Timing(4, 4)), "extend: video: expected at least 4 frames, got 3"),

@@ -52,6 +52,9 @@ def test_a_simulation_goes_on_from_its_last_frames() -> None:
     assert [request.prompt for request in pipeline.requests] == ["a", "b", "c"]
     assert [request.seed for request in pipeline.requests] == [0, 1, 2]
     assert {tuple(request.size) for request in pipeline.requests} == {(13, 4, 4)}
+    short = Simulation(pipeline, "a", first=torch.zeros(3, 3, 4, 4))  # type: ignore[arg-type]
+    seen = [next(iter(pipeline.requests[-1].given.values())).shape[1] for _ in range(3) if short.act("b") is not None]
+    assert seen == [1, 5, 5], "as soon as there is enough, a chunk sees all it can"
     begun = Simulation(pipeline, "a", first=torch.full((3, 3, 4, 4), 7.0))  # type: ignore[arg-type]
     assert numbers(begun.act("b"))[0] == 8
     with pytest.raises(ValueError, match="size: expected more than the 13 frames that a chunk sees, got 13"):
@@ -79,7 +82,7 @@ def test_a_loop_comes_back_to_its_beginning() -> None:
     assert sorted(numbers(video)) == list(range(21))
     # Counting up, the way from 20 to 0 is the only jump; every other place is as good to begin.
     assert numbers(video) != list(range(21))
-    assert numbers(loop(pipeline, "a"))  # type: ignore[arg-type]
+    assert len(numbers(loop(pipeline, "a"))) == 25  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +164,13 @@ def test_a_simulation_asks_for_actions(checkpoint, tmp_path) -> None:
     [
         (["animate", "{tmp}/none.png", "x"], "none.png: it does not exist"),
         (["restyle", "{video}", "x", "--strength", "1.5"], "strength: expected a number above 0 and up to 1, got 1.5"),
-        (["extend", "{video}", "x", "--frames", "-1"], "extend: frames: expected at least 1, got -1"),
+        (["extend", "{video}", "x", "--frames", "-1"], "greater than or equal to 1"),
+        (["extend", "{video}", "x", "--overlap", "-1"], "greater than or equal to 0"),
+        (["generate", "x", "--device", "gpu"], "--device: expected cpu or cuda, got 'gpu'"),
+        (["generate", "x", "--scheduler", "magic"], "expected one of euler, heun, unipc, dpm++, got 'magic'"),
+        (["animate", "{tmp}/none[/x].png", "x"], "none[/x].png: it does not exist"),
+        (["batch", "{tmp}/types.json"], "size: expected (T, H, W), each at least 1, got 5"),
+        (["batch", "{tmp}/path.json"], "request 0: .*unsupported operand"),
         (["join", "{video}", "{narrow}"], "join: last: expected frames of [16, 24] as in first, got [16, 16]"),
         (["loop", "x", "--size", "6x16"], "expected TxHxW, such as 8x32x48, got '6x16'"),
         (["long", "x", "--seconds", "0"], "expected at least one prompt and one frame, got 1 and 0"),
@@ -184,6 +193,8 @@ def test_bad_input_is_one_line_and_exit_code_2(args, message, checkpoint, files,
     (tmp_path / "task.json").write_text('[{"task": "dance", "prompt": "x"}]')
     (tmp_path / "field.json").write_text('[{"prompt": "x", "sise": "1x8x8"}]')
     (tmp_path / "object.json").write_text('{"prompt": "x"}')
+    (tmp_path / "types.json").write_text('[{"prompt": "x", "size": 5}]')
+    (tmp_path / "path.json").write_text('[{"task": "image_to_video", "prompt": "x", "image": 5, "frames": 3}]')
     before = sorted(tmp_path.iterdir())
     args = [arg.format(tmp=tmp_path, **files) for arg in args]
     options = [] if args[0] in ("caption", "expand") else ["--out", tmp_path / "out", "--steps", 1]

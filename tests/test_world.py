@@ -300,3 +300,11 @@ def test_rendering_is_quick():
         world.sample(i).render(8, 32, 32)
         times.append(perf_counter() - start)
     assert min(times) < 0.004  # typically 0.0005 s
+
+
+def test_noise_shows_no_colour():
+    """Pixels of every colour are not one of them."""
+    generator = torch.Generator().manual_seed(0)
+    truths = [World(WorldConfig.studio()).sample(i).truth(5, 48, 48) for i in range(20)]
+    noise = [torch.randn(3, 5, 48, 48, generator=generator).clamp(-1, 1) for _ in truths]
+    assert sum(judge(video, truth)["color"] for video, truth in zip(noise, truths, strict=True)) <= 6

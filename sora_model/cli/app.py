@@ -58,7 +58,7 @@ class Call:
     ] = None
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 3.0
     seed: Annotated[int, typer.Option(help="Of everything random; several videos count up from it.")] = 0
-    fps: Annotated[float, typer.Option(help="Frames per second.")] = 8.0
+    fps: Annotated[float, typer.Option(min=0.1, help="Frames per second.")] = 8.0
     scale: Annotated[int, typer.Option(min=1, help="Whole factor by which pixels are enlarged in the files.")] = 1
     format: Annotated[Format, typer.Option(help="Of videos; images are PNG.")] = Format.mp4
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
@@ -68,13 +68,18 @@ class Call:
         if self.scheduler is not None:
             from ..schedulers import flow_scheduler
 
-            pipeline = pipeline.with_scheduler(flow_scheduler(self.scheduler))
+            pipeline = pipeline.with_scheduler(flow_scheduler(self.scheduler, like=pipeline.scheduler))
         return pipeline
 
     @property
     def sampling(self) -> dict[str, Any]:
         """What the pipeline's call takes of them."""
         return {"num_inference_steps": self.steps, "guidance_scale": self.guidance}
+
+    @property
+    def several(self) -> dict[str, Any]:
+        """What tasks of several passes take of them."""
+        return {"negative_prompt": self.negative, "seed": self.seed, **self.sampling}
 
     def generate(self, pipeline: SoraPipeline, requests: list[Request]) -> None:
         """Runs requests in one packed batch and writes what comes back."""
@@ -85,7 +90,7 @@ class Call:
     def write(self, videos: list[Tensor], prompts: list[str]) -> None:
         """One file each and a contact sheet; says where."""
         for path in write_files(videos, prompts, self.out, self.fps, self.scale, self.format.value):
-            console.print(str(path), highlight=False, soft_wrap=True)
+            say(str(path))
 
 
 def task(function: Callable[..., None]) -> Callable[..., None]:
@@ -119,9 +124,15 @@ def one_line_errors() -> Iterator[None]:
     """Ends the command with one clear line and exit code 2 for what a user can mend."""
     try:
         yield
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    except (ValueError, OSError, FloatingPointError) as error:
+        errors.print("[bold red]error:[/]", end=" ")
+        errors.print(str(error), highlight=False, soft_wrap=True, markup=False)
         raise typer.Exit(2) from None
+
+
+def say(text: str) -> None:
+    """Prints a line as it is: paths, prompts and captions are no markup."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def parse_size(text: str) -> Size:
@@ -137,7 +148,20 @@ def load_pipeline(checkpoint: Path | None, device: str) -> SoraPipeline:
     """The pipeline of a folder, or the one that comes with the package."""
     from ..pipeline import EMBEDDED, SoraPipeline
 
-    return SoraPipeline.from_pretrained(checkpoint or EMBEDDED, device=device)
+    return SoraPipeline.from_pretrained(checkpoint or EMBEDDED, device=known_device(device))
+
+
+def known_device(device: str) -> str:
+    """The name of a device that is there."""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"--device: expected cpu or cuda, got {device!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected cpu, as this torch sees no GPU, got 'cuda'")
+    return device
 
 
 def read_clip(path: Path, max_frames: int | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import app, console, load_pipeline, one_line_errors
+from .app import app, load_pipeline, one_line_errors, read_clip, say
 
 CheckpointOption = Annotated[
     Path | None, typer.Option("--checkpoint", help="Folder of a checkpoint. Default: the one that comes with the package.")
@@ -19,30 +19,30 @@ DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 def caption(
     files: Annotated[list[Path], typer.Argument(help="Videos and images.")],
     detailed: Annotated[bool, typer.Option(help="Long captions.")] = True,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Frames looked at, from the start of a file.")] = 32,
     checkpoint: CheckpointOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Say what is seen in videos and images."""
     with one_line_errors():
-        from ..data import read_video
-
-        clips = [read_video(file, normalize=True)[0] for file in files]
+        clips = [read_clip(file, max_frames) for file in files]
         pipeline = load_pipeline(checkpoint, device)
         for file, text in zip(files, pipeline.caption(clips, detailed=detailed), strict=True):
-            console.print(f"{file}: {text}", highlight=False, soft_wrap=True)
+            say(f"{file}: {text}")
 
 
 @app.command()
 def recaption(
     folder: Annotated[Path, typer.Argument(help="Folder of videos and images, and all folders in it.")],
     overwrite: Annotated[bool, typer.Option(help="Write captions anew where there are some.")] = False,
-    max_frames: Annotated[int | None, typer.Option(help="Frames looked at, from the start of a file.")] = 32,
+    max_frames: Annotated[int | None, typer.Option(help="Frames looked at, a clip drawn from the file.")] = 32,
     max_pixels: Annotated[int | None, typer.Option(help="Larger frames are scaled down.")] = None,
     checkpoint: CheckpointOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Caption a training folder: a detailed caption beside each file, and a short one where there is none."""
     with one_line_errors():
+        from ..checkpoint import whole_file
         from ..data import FolderSource, MediaError
 
         pipeline = load_pipeline(checkpoint, device)
@@ -59,16 +59,15 @@ def recaption(
             try:
                 clip = source.load(index).video
             except MediaError as error:
-                console.print(f"left out: {error}", highlight=False, soft_wrap=True)
+                say(f"left out: {error}")
                 continue
             for long, file in wanted.items():
                 (text,) = pipeline.caption([clip], detailed=long)
-                partial = file.with_name(f".{file.name}")
-                partial.write_text(text + "\n", encoding="utf-8")
-                partial.replace(file)
+                with whole_file(file) as partial:
+                    partial.write_text(text + "\n", encoding="utf-8")
                 written += 1
-            console.print(f"{path}: {text}", highlight=False, soft_wrap=True)
-        console.print(f"{written} captions written for {len(source.paths)} files")
+            say(f"{path}: {text}")
+        say(f"{written} captions written for {len(source.paths)} files")
 
 
 @app.command()
@@ -80,4 +79,4 @@ def expand(
     """Make short prompts long and detailed."""
     with one_line_errors():
         for text in load_pipeline(checkpoint, device).expand(prompts):
-            console.print(text, highlight=False, soft_wrap=True)
+            say(text)

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .app import app, console, load_pipeline, one_line_errors
+from .app import app, console, load_pipeline, one_line_errors, say
 from .data import CheckpointOption, DeviceOption
 
 if TYPE_CHECKING:
-    from ..evaluate import Measurement
+    from ..evaluate import Judge, Measurement
+    from ..pipeline import SoraPipeline
 
 Tasks = Annotated[list[str] | None, typer.Option("--task", help="One of them alone; repeat for several. Default: all.")]
-StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps.")]
+StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
 GuidanceOption = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is none.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of scenes and noise.")]
 
@@ -37,16 +38,19 @@ def evaluate(
     with one_line_errors():
         from ..evaluate import MEASUREMENTS, Judge
 
-        names = _chosen(task, MEASUREMENTS)
-        judge = Judge(load_pipeline(checkpoint, device), count, steps, guidance, seed)
+        if out is not None and (out.suffix != ".json" or out.is_dir()):
+            raise ValueError(f"--out: expected a file that ends in .json, got {out}")
+        pipeline = load_pipeline(checkpoint, device)
+        names = _chosen(task, pipeline)
+        judge = Judge(pipeline, count, steps, guidance, seed)
         measured, began = [], time.perf_counter()
         for name in names:
             measured.append(MEASUREMENTS[name](judge))
             console.print(_table([measured[-1]]))
-        console.print(f"{len(names)} tasks in {time.perf_counter() - began:.0f} s")
-        if out is not None:
-            _write(out, json.dumps({one.task: one.figures for one in measured}, indent=1) + "\n")
-            _write(out.with_suffix(".md"), _markdown(measured, count, steps, guidance))
+            if out is not None:
+                _write(out, json.dumps({one.task: one.figures for one in measured}, indent=1) + "\n")
+                _write(out.with_suffix(".md"), _markdown(measured, judge))
+        say(f"{len(names)} tasks in {time.perf_counter() - began:.0f} s")
 
 
 @app.command()
@@ -61,12 +65,11 @@ def gallery(
 ) -> None:
     """Make a contact sheet of every task."""
     with one_line_errors():
-        from ..evaluate import MEASUREMENTS
         from ..gallery import make
 
-        names = _chosen(task, MEASUREMENTS)
-        for path in make(load_pipeline(checkpoint, device), names, out, steps, guidance, seed):
-            console.print(str(path), highlight=False, soft_wrap=True)
+        pipeline = load_pipeline(checkpoint, device)
+        for path in make(pipeline, _chosen(task, pipeline), out, steps, guidance, seed):
+            say(str(path))
 
 
 @app.command()
@@ -82,11 +85,20 @@ def demo(
         run(load_pipeline(checkpoint, "cpu"), out, seed, console)
 
 
-def _chosen(task: list[str] | None, known: dict) -> list[str]:
-    unknown = [name for name in task or [] if name not in known]
-    if unknown:
-        raise ValueError(f"--task: expected names out of {', '.join(known)}, got {', '.join(unknown)}")
-    return task or list(known)
+def _chosen(task: list[str] | None, pipeline: SoraPipeline) -> list[str]:
+    """The measurements asked for, or all that the checkpoint can take part in, which is said."""
+    from ..evaluate import MEASUREMENTS, possible
+
+    able = possible(pipeline)
+    for name in task or []:
+        if name not in MEASUREMENTS:
+            raise ValueError(f"--task: expected names out of {', '.join(MEASUREMENTS)}, got {name}")
+        if name not in able:
+            raise ValueError(f"--task: expected tasks that this checkpoint can do, {', '.join(able)}, got {name}")
+    left_out = [name for name in MEASUREMENTS if name not in able]
+    if not task and left_out:
+        say(f"left out, as the checkpoint cannot: {', '.join(left_out)}")
+    return task or able
 
 
 def _table(measured: list[Measurement]) -> Table:
@@ -99,14 +111,9 @@ def _table(measured: list[Measurement]) -> Table:
     return table
 
 
-def _markdown(measured: list[Measurement], count: int, steps: int, guidance: float) -> str:
-    command = f"sora eval --count {count} --steps {steps} --guidance {guidance:g}"
-    lines = [
-        f"`{command}`, on combinations of colour, shape and motion that were kept from training.",
-        "",
-        "| task | figure | measured | held to | |",
-        "|---|---|---:|---:|---|",
-    ]
+def _markdown(measured: list[Measurement], judge: Judge) -> str:
+    options = f"--count {judge.count} --steps {judge.steps} --guidance {judge.guidance:g} --seed {judge.seed}"
+    lines = [f"`sora eval {options}`", "", "| task | figure | measured | held to | |", "|---|---|---:|---:|---|"]
     for one in measured:
         for name, (value, target) in one.figures.items():
             bound = "" if target is None else f"at most {-target:g}" if target < 0 else f"at least {target:g}"
@@ -116,7 +123,7 @@ def _markdown(measured: list[Measurement], count: int, steps: int, guidance: flo
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text)
-    partial.replace(path)
+    from ..checkpoint import whole_file
+
+    with whole_file(path) as partial:
+        partial.write_text(text)

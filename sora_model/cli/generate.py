@@ -10,7 +10,7 @@ import typer
 
 from ..config import Size
 from ..terminal import denoising, show_video
-from .app import Call, console, parse_size, read_clip, task
+from .app import Call, console, parse_size, read_clip, say, task
 
 if TYPE_CHECKING:
     from ..pipeline import SoraPipeline
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Prompt = Annotated[str, typer.Argument(help="What to show.")]
 Video = Annotated[Path, typer.Argument(help="A video file.")]
 ClipSize = Annotated[str | None, typer.Option("--size", help="TxHxW in pixels. Default: the checkpoint's.")]
-Overlap = Annotated[int, typer.Option(help="Latent frames seen of what is there, besides the first.")]
+Overlap = Annotated[int, typer.Option(min=0, help="Latent frames seen of what is there, besides the first.")]
 
 
 @task
@@ -50,7 +50,7 @@ def generate(
 def animate(
     image: Annotated[Path, typer.Argument(help="An image file; of a video, its first frame.")],
     prompt: Prompt,
-    frames: Annotated[int | None, typer.Option(help="Frames of the video. Default: the checkpoint's.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video. Default: the checkpoint's.")] = None,
     *,
     call: Call,
 ) -> None:
@@ -59,7 +59,7 @@ def animate(
     pipeline = call.pipeline()
     from ..request import image_to_video
 
-    request = image_to_video(prompt, picture, frames or pipeline.size[0], negative_prompt=call.negative)
+    request = image_to_video(prompt, picture, frames or pipeline.size[0], pipeline.timing, negative_prompt=call.negative)
     call.generate(pipeline, [request])
 
 
@@ -84,7 +84,7 @@ def restyle(
 def extend(
     video: Video,
     prompt: Prompt,
-    frames: Annotated[int | None, typer.Option(help="Frames to add. Default: what the checkpoint's clips leave room for.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames to add. Default: as fits the checkpoint's clips.")] = None,
     backward: Annotated[bool, typer.Option(help="Add what leads up to the video instead of what follows.")] = False,
     overlap: Overlap = 1,
     *,
@@ -107,7 +107,7 @@ def join(
     first: Annotated[Path, typer.Argument(help="The video that comes first.")],
     last: Annotated[Path, typer.Argument(help="The video that comes last.")],
     prompt: Annotated[str, typer.Argument(help="What the passage shows.")] = "",
-    frames: Annotated[int | None, typer.Option(help="Frames of the passage. Default: 2 latent frames.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the passage. Default: 2 latent frames.")] = None,
     overlap: Overlap = 1,
     *,
     call: Call,
@@ -126,7 +126,7 @@ def join(
 def loop(
     prompt: Prompt,
     size: ClipSize = None,
-    passage: Annotated[int | None, typer.Option(help="Frames of the way back. Default: about as many as the clip's.")] = None,
+    passage: Annotated[int | None, typer.Option(min=1, help="Frames of the way back. Default: about the clip's.")] = None,
     passage_prompt: Annotated[str | None, typer.Option(help="What the way back shows. Default: the prompt.")] = None,
     overlap: Overlap = 1,
     *,
@@ -137,7 +137,7 @@ def loop(
     pipeline = call.pipeline()
     from ..tasks import loop as make_loop
 
-    options = {"passage": passage, "passage_prompt": passage_prompt, "overlap": overlap, "seed": call.seed, **call.sampling}
+    options = {"passage": passage, "passage_prompt": passage_prompt, "overlap": overlap, **call.several}
     with denoising(console, 2 * call.steps) as advance:
         video = make_loop(pipeline, prompt, shape, callback=lambda *_: advance(1), **options)
     call.write([video], [prompt])
@@ -158,7 +158,7 @@ def long(
     from ..tasks import long_video
 
     with denoising(console, frames, "frames") as advance:
-        video = long_video(pipeline, prompts, frames, shape, overlap=overlap, seed=call.seed, progress=advance, **call.sampling)
+        video = long_video(pipeline, prompts, frames, shape, overlap=overlap, progress=advance, **call.several)
     call.write([video], [prompts[0]])
 
 
@@ -176,12 +176,15 @@ def simulate(
     pipeline = call.pipeline()
     from ..tasks import Simulation
 
-    world = Simulation(pipeline, prompt, shape, overlap=overlap, seed=call.seed, **call.sampling)
+    world = Simulation(pipeline, prompt, shape, overlap=overlap, **call.several)
     show_video(world.video, console, call.fps)
     waiting = list(action or [])
     while True:
         if action is None:
-            told = typer.prompt("action (empty ends)", default="", show_default=False)
+            try:
+                told = typer.prompt("action (empty ends)", default="", show_default=False)
+            except typer.Abort:  # the end of the input, or an interrupt: what was made is kept
+                told = ""
         else:
             told = waiting.pop(0) if waiting else ""
         if not told:
@@ -206,11 +209,11 @@ def batch(
     if not isinstance(wanted, list) or not all(isinstance(one, dict) for one in wanted):
         raise ValueError(f"batch: {requests}: expected a list of objects with a task each")
     pipeline = call.pipeline()
-    made = [_request(dict(one), i, requests.parent, pipeline) for i, one in enumerate(wanted)]
+    made = [_request(dict(one), i, requests.parent, call.negative, pipeline) for i, one in enumerate(wanted)]
     call.generate(pipeline, made)
 
 
-def _request(fields: dict[str, Any], number: int, folder: Path, pipeline: SoraPipeline) -> Request:
+def _request(fields: dict[str, Any], number: int, folder: Path, negative: str, pipeline: SoraPipeline) -> Request:
     """A request of the batch file: its task, and that function's arguments; videos and images are paths."""
     from .. import request
 
@@ -218,15 +221,16 @@ def _request(fields: dict[str, Any], number: int, folder: Path, pipeline: SoraPi
     task = fields.pop("task", "text_to_video")
     if task not in tasks:
         raise ValueError(f"batch: request {number}: task: expected one of {', '.join(tasks)}, got {task!r}")
-    for name in ("image", "video", "first", "last"):
-        if name in fields:
-            fields[name] = read_clip(folder / fields[name])
-    if task in ("extend", "join"):
-        fields["timing"] = pipeline.timing
-    if task == "text_to_video":
-        size: Size | str = fields.get("size", pipeline.size)
-        fields["size"] = parse_size(size) if isinstance(size, str) else tuple(size)
+    fields.setdefault("negative_prompt", negative)
     try:
+        for name in ("image", "video", "first", "last"):
+            if name in fields:
+                fields[name] = read_clip(folder / fields[name])
+        if task in ("image_to_video", "extend", "join"):
+            fields["timing"] = pipeline.timing
+        if task == "text_to_video":
+            size: Size | str = fields.get("size", pipeline.size)
+            fields["size"] = parse_size(size) if isinstance(size, str) else size
         return getattr(request, task)(**fields)
     except TypeError as error:
         raise ValueError(f"batch: request {number}: {error}") from None
@@ -236,5 +240,5 @@ def _expanded(pipeline: SoraPipeline, prompts: list[str]) -> list[str]:
     """Detailed prompts for short ones, said on the console."""
     longer = pipeline.expand(prompts)
     for before, after in zip(prompts, longer, strict=True):
-        console.print(f"{before} -> {after}", highlight=False, soft_wrap=True)
+        say(f"{before} -> {after}")
     return longer

@@ -11,7 +11,7 @@ import typer
 
 from ..config import Size
 from ..terminal import run_training
-from .app import app, console, one_line_errors, parse_size
+from .app import app, console, known_device, one_line_errors, parse_size, say
 
 if TYPE_CHECKING:
     from ..data import Source
@@ -56,9 +56,11 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 # Of the world's clips; what is named twice comes twice as often.
 CLIPS = ["13x48x48", "13x48x80", "13x80x48"]
+LONGER, STILLS = ["17x48x48", "17x48x80", "17x80x48", "21x48x48"], ["1x48x48", "1x64x64", "1x128x128", "1x256x256"]
+LARGER = ["9x96x96", "5x96x160"]
 WORLD_SIZES = {
     "simple": ["6x24x24", "6x16x32", "6x32x16", "1x24x24"],
-    "studio": [*3 * CLIPS, "17x48x48", "21x48x48", "1x48x48", "1x64x64", "1x128x128", "1x192x192", "5x96x96", "5x96x160"],
+    "studio": [*3 * CLIPS, *LONGER, *STILLS, *LARGER],
     "rich": CLIPS,
 }
 # Of the clips, those that teach going on, obeying and joining.
@@ -119,7 +121,7 @@ def train(
                 device=device,
             )  # fmt: skip
         pipeline.dit.gradient_checkpointing = checkpointing
-        options = {"lessons": LESSONS if lessons else {}, "grain": pipeline.timing.grain}
+        options = {"lessons": LESSONS if lessons else {}, "timing": pipeline.timing}
         lead = pipeline.timing.lead
         source = _source(data, world, sizes, pipeline.unit, lead, max_frames, max_pixels, clips, seed, options)
         sampler = _sampler(
@@ -132,7 +134,7 @@ def train(
         )  # fmt: skip
         config = _config(steps, minutes, learning_rate, accumulation, precision, ema, seed)
         run_training(Trainer(objective, sampler, config, out, resume=resume), console)
-        console.print(f"checkpoint: {out / 'checkpoint'}")
+        say(f"checkpoint: {out / 'checkpoint'}")
 
 
 @app.command()
@@ -162,7 +164,7 @@ def train_vae(
         import torch
 
         from ..train import Trainer
-        from ..train_vae import VAEObjective, finish, held_out_psnr
+        from ..train_vae import VAEObjective, finish, gives_back
         from ..vae import VideoVAE, latent_size
 
         device = _own_device(device)
@@ -172,7 +174,7 @@ def train_vae(
         )  # fmt: skip
         vae = make.to(device)
         sizes = [parse_size(text) for text in size or CLIPS]
-        options = {"lessons": {"drift": 0.25, "turn": 0.25, "link": 0.1}, "grain": temporal}
+        options = {"lessons": {"drift": 0.25, "turn": 0.25, "link": 0.1}, "timing": (1, temporal)}
         source = _source(data, world, sizes, vae.compression, 1, max_frames, max_pixels, None, seed, options)
         sampler = _sampler(source, (1, 1, 1), tokens, seed, latent_size=lambda one: latent_size(vae, one))
         config = _config(steps, minutes, learning_rate, accumulation, precision, ema, seed)
@@ -183,10 +185,10 @@ def train_vae(
         trained = VideoVAE.from_pretrained(out / "checkpoint").to(device)
         count = 64 if data is None else min(len(source), 64)  # type: ignore[arg-type]
         finish(trained, [source.load(i).video.to(device) for i in range(count)], out / "checkpoint")
-        unseen = range(10**6, 10**6 + count) if data is None else range(count)
-        ratios = held_out_psnr(trained, source, unseen)
-        console.print(f"PSNR of {len(ratios)} clips: {sum(ratios) / len(ratios):.1f} dB, the worst {min(ratios):.1f} dB")
-        console.print(f"checkpoint: {out / 'checkpoint'}")
+        shown = range(10**6, 10**6 + count) if data is None else range(count)  # of a world, clips it has not seen
+        ratios = gives_back(trained, source, shown)
+        say(f"PSNR of {len(ratios)} clips: {sum(ratios) / len(ratios):.1f} dB, the worst {min(ratios):.1f} dB")
+        say(f"checkpoint: {out / 'checkpoint'}")
 
 
 @app.command()
@@ -245,7 +247,7 @@ def train_captioner(
             return
         pipeline.captioner = Captioner.from_pretrained(out / "checkpoint").to(device)
         pipeline.save_pretrained(checkpoint)
-        console.print(f"checkpoint: {checkpoint}")
+        say(f"checkpoint: {checkpoint}")
 
 
 @app.command()
@@ -261,7 +263,7 @@ def export(
 
         SoraPipeline.from_pretrained(checkpoint).save_pretrained(out, dtype=torch.float16)
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        console.print(f"{out}: {size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+        say(f"{out}: {size / 1e6:.1f} MB")
 
 
 @app.command()
@@ -278,7 +280,7 @@ def scaling(
         study(
             out, compute, seed, lambda p: console.print(f"{p.model}  step {p.step}  {p.compute:.2e} operations  loss {p.loss:.4f}")
         )
-        console.print(str(out / "scaling.png"), highlight=False, soft_wrap=True)
+        say(str(out / "scaling.png"))
 
 
 def _source(
@@ -307,7 +309,7 @@ def _own_device(device: str) -> str:
     """The device of this process: with several of them on GPUs, each has its own."""
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=known_device(device) == "cpu")
     return device if state.num_processes == 1 else str(state.device)
 
 

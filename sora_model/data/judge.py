@@ -15,10 +15,10 @@ from sora_model.data.world import COLORS, MOTIONS, ObjectTruth, Truth
 def judge(video: torch.Tensor | Array, truth: Truth) -> dict[str, Any]:
     """Say from the pixels alone whether a clip shows what its caption asked for.
 
-    Colour: enough pixels, but not too many, lie nearest that colour. Motion: the velocity of the centroid of these pixels,
-    freed of the camera's, points in the caption's direction. Shape: their mask overlaps best with that of the caption's
-    shape, among all shapes of the world, at equal area and centroid. Only colour, shape and motion are asked
-    for, not the exact path, so a generated clip is judged by the truth of any scene with its caption.
+    Colour: enough pixels, but not too many, lie nearest that colour, and not more lie nearest one that should not be there.
+    Motion: the velocity of the centroid of these pixels, freed of the camera's, points in the caption's direction. Shape: their
+    mask overlaps best with that of the caption's shape, among all shapes of the world, at equal area and centroid. Only colour,
+    shape and motion are asked for, not the exact path, so a generated clip is judged by the truth of any scene with its caption.
 
         judge(video, truth)     # {"correct": True, "color": True, "motion": True, "shape": True, "objects": [...]}
 
@@ -34,18 +34,20 @@ def judge(video: torch.Tensor | Array, truth: Truth) -> dict[str, Any]:
     masks = _color_masks((pixels + 1) / 2)
     enough = min(3, pixels.shape[1])
     seen = [o for o in truth.objects if (o.visible[: truth.config.room] > 0.9).sum() >= enough] or truth.objects
-    found = [_judge_object(_solid(masks[list(COLORS).index(o.color)]), o, truth) for o in seen]
+    wanted = {o.color for o in truth.objects}
+    strangers = max((masks[i].mean() for i, name in enumerate(COLORS) if name not in wanted), default=0.0)
+    found = [_judge_object(_solid(masks[list(COLORS).index(o.color)]), o, truth, float(strangers)) for o in seen]
     verdict: dict[str, Any] = {key: all(f[key] for f in found) for key in ("color", "motion", "shape")}
     if pixels.shape[1] == 1:
         verdict["motion"] = None
     return {"correct": all(v is not False for v in verdict.values()), **verdict, "objects": found}
 
 
-def _judge_object(mask: Array, target: ObjectTruth, truth: Truth) -> dict[str, Any]:
+def _judge_object(mask: Array, target: ObjectTruth, truth: Truth, strangers: float) -> dict[str, Any]:
     (frames, height, width), name = mask.shape, f"{target.color} {target.shape}"
     short, mass = min(height, width), mask.sum((1, 2))
     expected = (moments(target.shape)[0] * (target.radius * short) ** 2 * target.visible).mean()
-    color = bool(0.35 * expected < mass.mean() < 3 * expected)
+    color = bool(0.35 * expected < mass.mean() < 3 * expected and mask.mean() > strangers)
     if not color:
         motion = None if frames == 1 else False
         return {"name": name, "color": False, "motion": motion, "shape": False, "saw_motion": None, "saw_shape": None}

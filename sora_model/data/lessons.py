@@ -5,11 +5,13 @@
     turn      a start is given, and from its last frame on the object moves as the caption says: a world that obeys
     link      a start and an end of the same object elsewhere; between them it takes the smoothest way: joining, and loops
 
-Given frames are whole latent frames of a causal VAE: `grain` pixel frames each, but for the first, which is one.
+Given frames are whole token frames: `lead` pixel frames the first and `grain` each other (see `request.Timing`). An object turns
+only into motions that its caller allows, so that combinations kept from training stay unseen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,28 +21,31 @@ from sora_model.data.shapes import Array
 from sora_model.data.world import MOTIONS, Scene, Thing
 
 REACH = 0.1  # of the free range per frame: how fast a passage may be
+Size = tuple[int, int, int]
+Timing = tuple[int, int]
 Lesson = tuple[torch.Tensor, str, str | None, torch.Tensor]  # clip [3, T, H, W], caption, long caption, bool [T]: what is given
 
 
-def drift(scene: Scene, size: tuple[int, int, int], grain: int, rng: np.random.Generator) -> Lesson:
+def drift(scene: Scene, size: Size, timing: Timing, motions: Sequence[str], rng: np.random.Generator) -> Lesson:
     """A clip of `size` (T, H, W) from any time of the scene; a start or an end is given."""
-    frames = size[0]
+    frames, grain = size[0], timing[1]
     scene = scene.advanced(int(rng.integers(4 * scene.config.room)))
-    given = _starts(frames, grain, rng)
-    if rng.integers(3) == 0 and frames > grain:
-        given = torch.arange(frames) >= frames - grain * int(rng.integers(1, _grains(frames, grain) + 1))
+    given = _start(frames, timing, rng)
+    more = _more(frames, timing)
+    if rng.integers(3) == 0 and more > 0:
+        given = torch.arange(frames) >= frames - grain * int(rng.integers(1, more + 1))
     return scene.render(*size), scene.caption(frames=frames, motion=False), None, given
 
 
-def turn(scene: Scene, size: tuple[int, int, int], grain: int, rng: np.random.Generator) -> Lesson:
+def turn(scene: Scene, size: Size, timing: Timing, motions: Sequence[str], rng: np.random.Generator) -> Lesson:
     """A clip whose object moves another way after the given start; ways with some room to go are preferred."""
     frames = size[0]
-    given = _starts(frames, grain, rng)
+    given = _start(frames, timing, rng)
     before = scene.advanced(int(rng.integers(2 * scene.config.room)))
     now = before.advanced(int(given.sum()) - 1)
     u = np.array(now.things[0].u)
     free = [name for name, way in MOTIONS.items() if ((u + 0.4 * np.array(way) > -0.1) & (u + 0.4 * np.array(way) < 1.1)).all()]
-    names = [name for name in free if name in scene.config.motions] or list(scene.config.motions)
+    names = [name for name in free if name in motions] or list(motions)
     after = now.turned(names[int(rng.integers(len(names)))])
     start, height, width = int(given.sum()), *size[1:]
     parts = [before.render(start, height, width)]
@@ -50,12 +55,12 @@ def turn(scene: Scene, size: tuple[int, int, int], grain: int, rng: np.random.Ge
     return torch.cat(parts, dim=1), after.caption(frames=left), after.caption(True, left), given
 
 
-def link(scene: Scene, size: tuple[int, int, int], grain: int, rng: np.random.Generator) -> Lesson:
+def link(scene: Scene, size: Size, timing: Timing, motions: Sequence[str], rng: np.random.Generator) -> Lesson:
     """A clip that begins as one clip of the object and ends as another; both ends are given."""
-    frames = size[0]
-    spare = _grains(frames, grain) - 1  # whole latent frames that can be given, besides the first; one at least is made
+    frames, (lead, grain) = size[0], timing
+    spare = _more(frames, timing) - 1  # token frames that can be given, besides the first; one at least is made
     end = grain * int(rng.integers(1, spare + 1)) if spare > 0 else 0
-    start = 1 + grain * int(rng.integers(0, spare - end // grain + 1)) if spare > 0 else 1
+    start = lead + grain * int(rng.integers(0, spare - end // grain + 1)) if spare > 0 else lead
     given = (torch.arange(frames) < start) | (torch.arange(frames) >= frames - end)
     first = scene.advanced(int(rng.integers(2 * scene.config.room)))
     here = np.array(first.advanced(start - 1).things[0].u)
@@ -63,7 +68,7 @@ def link(scene: Scene, size: tuple[int, int, int], grain: int, rng: np.random.Ge
         last = scene.advanced(int(rng.integers(4 * scene.config.room)))
         if np.abs(np.array(last.things[0].u) - here).max() < REACH * (frames - end - start + 1):
             break
-    last = last.turned(scene.config.motions[int(rng.integers(len(scene.config.motions)))])
+    last = last.turned(motions[int(rng.integers(len(motions)))])
     things = tuple(
         Link(**vars(a), to=b, leave=start - 1, arrive=frames - end) for a, b in zip(first.things, last.things, strict=True)
     )
@@ -95,11 +100,13 @@ class Link(Thing):
         return np.where(inside[:, None], np.clip(between, 0, 1), outside)
 
 
-def _grains(frames: int, grain: int) -> int:
-    """Latent frames after the first."""
-    return (frames - 1) // grain
+def _more(frames: int, timing: Timing) -> int:
+    """Token frames after the first."""
+    lead, grain = timing
+    return (frames - lead) // grain
 
 
-def _starts(frames: int, grain: int, rng: np.random.Generator) -> torch.Tensor:
-    """bool [T], a given start of 1 + grain * m frames that leaves at least one latent frame to be made."""
-    return torch.arange(frames) < 1 + grain * int(rng.integers(max(_grains(frames, grain), 1)))
+def _start(frames: int, timing: Timing, rng: np.random.Generator) -> torch.Tensor:
+    """bool [T], a given start that leaves at least one token frame to be made."""
+    lead, grain = timing
+    return torch.arange(frames) < lead + grain * int(rng.integers(max(_more(frames, timing), 1)))

@@ -91,7 +91,7 @@ class WorldSource:
     sizes: (T, H, W) to draw from; T = 1 is an image, whose caption names no motion. weights: how often each is offered,
     relative (default: alike); a budget of few samples takes small ones more often than that, as they fill it up.
     lessons: shares of the clips that teach a task, by name ("drift",
-    "turn", "link"; see `lessons.py`). grain: frames per latent frame of a causal VAE, for what is given in them.
+    "turn", "link"; see `lessons.py`). timing: pixel frames of the first and of each other token frame, for what is given in them.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class WorldSource:
         *,
         weights: Sequence[float] | None = None,
         lessons: Mapping[str, float] | None = None,
-        grain: int = 1,
+        timing: tuple[int, int] = (1, 1),
     ) -> None:
         weights = [1.0] * len(sizes) if weights is None else list(weights)
         if not sizes or any(len(size) != 3 or min(size) < 1 for size in sizes):
@@ -111,7 +111,7 @@ class WorldSource:
         lessons = dict(lessons or {})
         if not set(lessons) <= set(LESSONS) or min(lessons.values(), default=0) < 0 or sum(lessons.values()) > 1:
             raise ValueError(f"WorldSource: lessons must be shares >= 0 of {', '.join(LESSONS)}, at most 1 in all, got {lessons}")
-        self._lessons, self.grain = list(zip(lessons, accumulate(lessons.values()), strict=True)), grain
+        self._lessons, self.timing = list(zip(lessons, accumulate(lessons.values()), strict=True)), timing
         self.world, self.sizes = world, [(t, h, w) for t, h, w in sizes]
         self._bounds = [bound / sum(weights) for bound in accumulate(weights)][:-1]
 
@@ -122,10 +122,10 @@ class WorldSource:
         size = self.size(index)
         scene = self.world.sample(index)
         drawn = _spread(index, SILVER)
-        for name, bound in self._lessons if size[0] > 1 else ():
+        for name, bound in self._lessons if size[0] > self.timing[0] else ():
             if drawn < bound:
                 rng = np.random.default_rng((self.world.config.seed, index, 2**32))
-                return Sample(*LESSONS[name](scene, size, self.grain, rng))
+                return Sample(*LESSONS[name](scene, size, self.timing, self.world.motions(scene.things[0]), rng))
         return Sample(scene.render(*size), scene.caption(frames=size[0]), scene.caption(True, size[0]))
 
 

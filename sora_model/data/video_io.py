@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from sora_model.checkpoint import whole_file
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 SEEK_FROM = 64  # frames: below this, decoding from the beginning is as quick as seeking
@@ -119,7 +121,7 @@ def write_video(path: str | os.PathLike[str], video: torch.Tensor, *, fps: float
         raise ValueError(f"write_video: path must end in .mp4, .gif or .png, got {path.name!r}")
     if suffix == ".png" and len(frames) != 1:
         raise ValueError(f"write_video: a .png holds 1 frame, video has {len(frames)}; use .mp4, .gif or contact_sheet")
-    with _atomic(path) as temporary:
+    with whole_file(path) as temporary:
         if suffix == ".mp4":
             _encode_mp4(temporary, frames, fps)
         elif suffix == ".gif":
@@ -174,7 +176,7 @@ def contact_sheet(
         for i, image in enumerate(row):
             sheet.paste(image, (gap + i * (image.width + gap), y + len(text) * line))
         y += height
-    with _atomic(path) as temporary:
+    with whole_file(path) as temporary:
         sheet.save(temporary, format="PNG")
     return path
 
@@ -258,17 +260,6 @@ def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageF
         else:
             lines[-1] = longer
     return lines
-
-
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _encode_mp4(path: Path, frames: np.ndarray, fps: float) -> None:

@@ -353,6 +353,12 @@ class World:
                 return scene
         raise AssertionError("unreachable")
 
+    def motions(self, thing: Thing) -> tuple[str, ...]:
+        """The ways an object may move without leaving this part of the world; all, if it has none here."""
+        names = self.config.motions
+        kept = [n for n in names if self.split is None or held_out(thing.color, thing.shape, n) == (self.split == "held out")]
+        return tuple(kept) or names
+
     def _draw(self, rng: np.random.Generator, color: str | None, shape: str | None, motion: str | None) -> Scene:
         config = self.config
 
