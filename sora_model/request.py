@@ -9,7 +9,8 @@
     extend backward         its first frames                       what leads up to it, and the video
     join                    the end of one, the start of another   one video: the first, a passage, the second
 
-Frames are given in whole token frames; see `Timing` for how many pixel frames that is.
+Frames are given in whole token frames; see `Timing` for how many pixel frames that is. Videos and images are tensors
+[3, T, H, W] in [-1, 1], or what the pipeline puts out as "np" or "pil".
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .config import Size
+
+Clip = Any  # what `as_video` takes
 
 
 class Timing(NamedTuple):
@@ -116,27 +121,30 @@ def text_to_image(prompt: str, height: int, width: int, **options: object) -> Re
     return Request(prompt, (1, height, width), **options)  # type: ignore[arg-type]
 
 
-def image_to_video(prompt: str, image: Tensor, frames: int, timing: Timing = PIXELS, **options: object) -> Request:
+def image_to_video(prompt: str, image: Clip, frames: int, timing: Timing = PIXELS, **options: object) -> Request:
     """A video of so many frames that begins with an image [3, 1, H, W]; where a first token frame is several, with a still one."""
+    image = as_video(image)
     _check_video("image_to_video", "image", image)
     given = image[:, :1].expand(-1, min(timing.lead, max(frames, 1)), -1, -1)
     return Request(prompt, (frames, *image.shape[2:]), given={0: given}, **options)  # type: ignore[arg-type]
 
 
-def video_to_video(prompt: str, video: Tensor, strength: float = 0.7, **options: object) -> Request:
+def video_to_video(prompt: str, video: Clip, strength: float = 0.7, **options: object) -> Request:
     """The video anew after another prompt; what is the same in both prompts tends to stay."""
+    video = as_video(video)
     _check_video("video_to_video", "video", video)
     frames, height, width = video.shape[1:]
     return Request(prompt, (frames, height, width), begin=video, strength=strength, **options)  # type: ignore[arg-type]
 
 
 def extend(
-    prompt: str, video: Tensor, frames: int, timing: Timing, *, overlap: int = 1, backward: bool = False, **options: object
+    prompt: str, video: Clip, frames: int, timing: Timing, *, overlap: int = 1, backward: bool = False, **options: object
 ) -> Request:
     """The video and `frames` more behind it, or in front of it.
 
     overlap: how many token frames of the video the model sees, besides the first; fewer if the video is shorter.
     """
+    video = as_video(video)
     _check_video("extend", "video", video)
     height, width = video.shape[2:]
     if frames < 1:
@@ -151,8 +159,9 @@ def extend(
     return Request(prompt, size, given={0: video[:, -seen:]}, before=video, cut=(seen, 0), **options)  # type: ignore[arg-type]
 
 
-def join(prompt: str, first: Tensor, last: Tensor, frames: int, timing: Timing, *, overlap: int = 1, **options: object) -> Request:
+def join(prompt: str, first: Clip, last: Clip, frames: int, timing: Timing, *, overlap: int = 1, **options: object) -> Request:
     """Two videos of one frame size with a passage of `frames` frames between them, a multiple of the timing's grain."""
+    first, last = as_video(first), as_video(last)
     _check_video("join", "first", first)
     _check_video("join", "last", last)
     if first.shape[2:] != last.shape[2:]:
@@ -187,6 +196,17 @@ def _end(video: Tensor, timing: Timing, overlap: int, argument: str) -> int:
 def check_overlap(task: str, overlap: int) -> None:
     if overlap < 0:
         raise ValueError(f"{task}: overlap: expected at least 0, got {overlap}")
+
+
+def as_video(video: Any) -> Tensor:
+    """A PIL image, several of them, or an array [T, H, W, 3] in [0, 1] as [3, T, H, W] in [-1, 1]; a tensor as it is."""
+    if isinstance(video, Tensor):
+        return video
+    if isinstance(video, Image.Image):
+        video = [video]
+    if isinstance(video, Sequence):
+        video = np.stack([np.asarray(image.convert("RGB"), np.float32) / 255 for image in video])
+    return torch.as_tensor(video, dtype=torch.float32).permute(3, 0, 1, 2) * 2 - 1
 
 
 def _check_video(task: str, argument: str, video: Tensor) -> None:

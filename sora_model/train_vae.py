@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .checkpoint import save_whole
-from .data import Batch, Source
+from .data import Batch, MediaError, Source
 from .vae import VideoVAE, psnr
 
 NOISE = 0.05  # added to latents, so that neighbours in latent space decode to neighbours
@@ -41,24 +41,31 @@ class VAEObjective:
         save_whole(model, folder)
 
 
+def clips_of(source: Source, indices: Iterable[int]) -> Iterator[Tensor]:
+    """Videos of a source, one at a time; files that cannot be decoded are left out."""
+    for index in indices:
+        try:
+            yield source.load(index).video
+        except MediaError:
+            continue
+
+
 @torch.no_grad()
-def normalize(vae: VideoVAE, videos: list[Tensor]) -> None:
-    """Sets the latents' mean and deviation to those of some videos."""
-    raw = vae.encode(videos)  # normalised by what the VAE has so far
-    every = torch.cat([latent.flatten(1) for latent in raw], dim=1)
-    mean, std = vae.mean.flatten(), vae.std.flatten()
-    vae.normalize_latents(mean + std * every.mean(1), std * every.std(1))
-
-
-def finish(vae: VideoVAE, videos: list[Tensor], folder: Path) -> None:
-    """Normalises a trained VAE by some videos and saves it again."""
-    normalize(vae, videos)
+def finish(vae: VideoVAE, videos: Iterable[Tensor], folder: Path) -> None:
+    """Sets the mean and deviation of a trained VAE's latents to those of some videos, and saves it again."""
+    count, total, squares = 0, torch.zeros(vae.channels), torch.zeros(vae.channels)
+    for video in videos:
+        latent = vae.encode([video])[0].flatten(1).cpu()  # normalised by what the VAE has so far
+        count, total, squares = count + latent.shape[1], total + latent.sum(1), squares + latent.square().sum(1)
+    if count == 0:
+        raise ValueError("train-vae: expected at least one clip that can be decoded, got none")
+    mean, std = total / count, (squares / count - (total / count) ** 2).sqrt()
+    old_mean, old_std = vae.mean.flatten().cpu(), vae.std.flatten().cpu()
+    vae.normalize_latents(old_mean + old_std * mean, old_std * std)
     save_whole(vae, folder)
 
 
 @torch.no_grad()
-def gives_back(vae: VideoVAE, source: Source, indices: Iterable[int]) -> list[float]:
-    """PSNR in dB of clips of a source, each encoded and decoded."""
-    device = vae.mean.device
-    videos = (source.load(index).video.to(device) for index in indices)
-    return [psnr(vae.decode(vae.encode([video]))[0], video) for video in videos]
+def gives_back(vae: VideoVAE, videos: Iterable[Tensor]) -> list[float]:
+    """PSNR in dB of videos, each encoded and decoded."""
+    return [psnr(vae.decode(vae.encode([video]))[0].cpu(), video) for video in videos]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from sora_model.request import Request, Timing, extend, image_to_video, join, text_to_image, text_to_video, video_to_video
+from sora_model.request import Request, Timing, as_video, extend, image_to_video, join, text_to_image, text_to_video, video_to_video
 
 CAUSAL = Timing(1, 4)
 
@@ -31,6 +32,18 @@ def test_text_and_images() -> None:
     assert request.size == (13, 2, 2)
     assert numbers(request.given[0]) == [0]
     assert numbers(request.finish(clip(13))) == list(range(13))
+
+
+def test_images_and_arrays_are_taken_too() -> None:
+    tensor = torch.randint(0, 256, (3, 2, 4, 6)) / 127.5 - 1
+    array = ((tensor + 1) / 2).permute(1, 2, 3, 0).numpy()
+    images = [Image.fromarray((frame * 255).round().astype("uint8")) for frame in array]
+    torch.testing.assert_close(as_video(array), tensor)
+    torch.testing.assert_close(as_video(images), tensor)
+    assert as_video(tensor) is tensor
+    request = image_to_video("a", images[1], 5)
+    assert request.size == (5, 4, 6)
+    torch.testing.assert_close(request.given[0], tensor[:, 1:])
 
 
 def test_video_to_video_begins_with_the_video() -> None:

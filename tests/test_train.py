@@ -206,7 +206,7 @@ def test_a_vae_is_trained_and_a_model_on_its_latents(clips, tmp_path):
     sizes = ["--size", "5x32x32", "--size", "1x32x48"]
     result = sora("train-vae", tmp_path / "vae", "--steps", 2, "--channels", 4, "--tokens", 64, *sizes)
     assert result.exit_code == 0, result.output
-    assert "PSNR of 64 clips: " in result.output
+    assert "PSNR of 64 unseen clips: " in result.output
     result = sora("train-vae", tmp_path / "vae", "--steps", 3, "--channels", 4, "--tokens", 64, *sizes, "--resume")
     assert result.exit_code == 0, result.output
     files = sora("train-vae", tmp_path / "files", "--steps", 1, "--channels", 4, "--data", clips, "--max-frames", 5)

@@ -126,7 +126,8 @@ def train(
         source = _source(data, world, sizes, pipeline.unit, lead, max_frames, max_pixels, clips, seed, options)
         sampler = _sampler(
             source, pipeline.dit.config.patch_size, tokens, seed,
-            latent_size=lambda one: latent_size(pipeline.codec, one), attention_width=pipeline.dit.config.hidden_size,
+            latent_size=lambda one: _seen(latent_size(pipeline.codec, one), frames),
+            attention_width=pipeline.dit.config.hidden_size,
         )  # fmt: skip
         objective = DiffusionObjective(
             pipeline, tasks=TaskMix(per_frame=per_frame), detailed=detailed, num_frames=frames,
@@ -164,7 +165,7 @@ def train_vae(
         import torch
 
         from ..train import Trainer
-        from ..train_vae import VAEObjective, finish, gives_back
+        from ..train_vae import VAEObjective, clips_of, finish, gives_back
         from ..vae import VideoVAE, latent_size
 
         device = _own_device(device)
@@ -183,11 +184,12 @@ def train_vae(
         if not trainer.accelerator.is_main_process:
             return
         trained = VideoVAE.from_pretrained(out / "checkpoint").to(device)
-        count = 64 if data is None else min(len(source), 64)  # type: ignore[arg-type]
-        finish(trained, [source.load(i).video.to(device) for i in range(count)], out / "checkpoint")
-        shown = range(10**6, 10**6 + count) if data is None else range(count)  # of a world, clips it has not seen
-        ratios = gives_back(trained, source, shown)
-        say(f"PSNR of {len(ratios)} clips: {sum(ratios) / len(ratios):.1f} dB, the worst {min(ratios):.1f} dB")
+        # Of a world, clips it has not seen; of a folder, files it was trained on.
+        shown = [10**6 + i for i in range(64)] if data is None else range(min(len(source), 64))  # type: ignore[arg-type]
+        finish(trained, clips_of(source, range(len(shown))), out / "checkpoint")
+        ratios = gives_back(trained, clips_of(source, shown))
+        kind = "unseen clips" if data is None else "clips it was trained on"
+        say(f"PSNR of {len(ratios)} {kind}: {sum(ratios) / len(ratios):.1f} dB, the worst {min(ratios):.1f} dB")
         say(f"checkpoint: {out / 'checkpoint'}")
 
 
@@ -239,7 +241,7 @@ def train_captioner(
             )
             captioner = Captioner(sizes_of_it, tokenizer)
         captioner.to(device)
-        sampler = _sampler(source, patch, tokens, seed, latent_size=lambda one: latent_size(pipeline.codec, one))
+        sampler = _sampler(source, patch, tokens, seed, latent_size=lambda one: _seen(latent_size(pipeline.codec, one), frames))
         config = _config(steps, minutes, learning_rate, accumulation, precision, ema, seed)
         trainer = Trainer(CaptionObjective(captioner, pipeline.codec), sampler, config, out, resume=resume)
         run_training(trainer, console)
@@ -339,6 +341,11 @@ def _config(
         ema_decay=ema,
         seed=seed,
     )
+
+
+def _seen(size: Size, frames: int | None) -> Size:
+    """What is left of a latent's size where only so many of its frames are looked at."""
+    return (min(size[0], frames) if frames else size[0], *size[1:])
 
 
 def _captions(source: Source, indices: Sequence[int]) -> list[str]:

@@ -7,7 +7,7 @@ clips/
 
 source = FolderSource("clips", multiple_of=(1, 16, 16), max_frames=48, max_pixels=480 * 848)
 source.size(0)          # (1, 512, 768): nap.png, read from the file's header
-source.load(0)          # (float32 [3, 1, 512, 768] in [-1, 1], "a cat asleep on a radiator"), decoded now
+source.load(0)          # Sample(float32 [3, 1, 512, 768] in [-1, 1], "a cat asleep on a radiator", None, None), decoded now
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Batches of mixed sizes that fill a token budget, with no padding: `PackedSampler`, and `WorldSource` to feed it.
 
-A source has `size(index) -> (T, H, W)`, cheap and without decoding, and `load(index, epoch) -> (video, caption)`. A batch is
+A source has `size(index) -> (T, H, W)`, cheap and without decoding, and `load(index, epoch) -> Sample`. A batch is
 chosen from a buffer of `lookahead` samples: the oldest ones with which some subset of the buffer fills 95% of the budget, or
 where none does, as much of it as can be (an exact subset sum).
 
@@ -86,7 +86,7 @@ class WorldSource:
     """Endless scenes of a world, drawn at mixed sizes.
 
         source = WorldSource(World(), [(8, 32, 32), (8, 24, 40), (8, 40, 24), (1, 32, 32)], weights=[3, 2, 2, 1])
-        source.load(0)     # (float32 [3, 8, 32, 32] in [-1, 1], "a blue circle moves left")
+        source.load(0)     # Sample(float32 [3, 8, 32, 32] in [-1, 1], "a blue circle moves left", "A medium blue ...", None)
 
     sizes: (T, H, W) to draw from; T = 1 is an image, whose caption names no motion. weights: how often each is offered,
     relative (default: alike); a budget of few samples takes small ones more often than that, as they fill it up.
@@ -151,7 +151,7 @@ class PackedSampler:
     """Batches that fill `tokens_per_batch` with samples of mixed sizes; batch `step` depends on the seed and step alone.
 
         sampler = PackedSampler(source, patch_size=(1, 2, 2), tokens_per_batch=4096, min_sizes=4)
-        sampler.batch(0)                              # Batch(videos=[...], captions=[...], indices=[...], tokens=4096)
+        sampler.batch(0)                              # Batch(samples=[...], indices=[...], tokens=4096)
         for batch in sampler.stream(start=1000):      # as if the first 1000 had been drawn; goes on without end
             ...
 
