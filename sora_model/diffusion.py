@@ -102,6 +102,7 @@ def add_noise(
     latents: Sequence[Tensor],
     *,
     given: Sequence[Tensor] | None = None,
+    context: Sequence[Tensor] | None = None,
     per_frame: Sequence[bool] | None = None,
     patch_frames: int = 1,
     logit_mean: float = 0.0,
@@ -119,6 +120,7 @@ def add_noise(
             `shift`; otherwise the timestep is uniform. Levels are spread evenly over the batch (Kingma et al., 2021).
         latents: [C, T, H, W] each.
         given: bool [T] each, True for the frames that stay clean; whole token frames.
+        context: latents that given frames are taken from; default: `latents`.
         per_frame: for each latent, whether every token frame has a level of its own; default: none.
         patch_frames: pt.
         logit_mean, logit_std: of the logit of sigma.
@@ -147,7 +149,7 @@ def add_noise(
     noised, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     masks = _check_given(given, latents, patch_frames)
     if masks is not None:
-        noised = _fill(noised, latents, masks)
+        noised = _fill(noised, latents if context is None else context, masks)
     return NoisedBatch(noised, _frame_levels(timesteps, latents, masks, patch_frames), targets, masks)
 
 

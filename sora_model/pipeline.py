@@ -24,7 +24,7 @@ from .dit import TIMESTEPS, DiT
 from .pretrained_text import load_text_encoder
 from .request import Request, Timing
 from .text import WordEncoder
-from .vae import Codec, PixelCodec, VideoVAE, latent_frames, latent_size
+from .vae import Codec, PixelCodec, VideoVAE, held, latent_frames, latent_size
 
 Seeds = int | torch.Generator | Sequence[int | torch.Generator] | None
 EMBEDDED = Path(__file__).parent / "pretrained"  # the checkpoint that comes with the package
@@ -243,10 +243,7 @@ class SoraPipeline:
                 f"SoraPipeline: given: expected whole token frames, the first {lead} and then {grain} at a time, "
                 f"got clips of frames {lengths} in {padded[0]}"
             )
-        # What is not given shows the nearest frame that is, so that a causal VAE sees no jump before a given end.
-        places = known.nonzero().flatten()
-        nearest = (torch.arange(len(known))[:, None] - places).abs().argmin(1)
-        (latent,) = self.codec.encode([video[:, places[nearest].to(video.device)]])
+        (latent,) = self.codec.encode([held(video, known)])
         return mask, latent
 
     def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:

@@ -13,7 +13,7 @@ from .data import Batch, Sample
 from .diffusion import TaskMix, add_noise, diffusion_loss
 from .patches import uniform_frames
 from .pipeline import SoraPipeline
-from .vae import latent_frames
+from .vae import held, latent_frames, pixel_frames
 
 
 class DiffusionObjective:
@@ -65,8 +65,11 @@ class DiffusionObjective:
                 own = [None if mask is None else uniform_frames(mask[None], self.num_frames)[0][0] for mask in own]
                 latents, steps = map(list, zip(*(uniform_frames(x, self.num_frames) for x in latents), strict=True))
             given = [self._given(mask, x, generator) for mask, x in zip(own, latents, strict=True)]
+            context = self._context(batch, latents, given)
             per_frame = (torch.rand(len(latents), generator=generator) < self.tasks.per_frame).tolist()
-            noised = add_noise(scheduler, latents, given=given, per_frame=per_frame, patch_frames=pt, generator=generator)
+            noised = add_noise(
+                scheduler, latents, given=given, context=context, per_frame=per_frame, patch_frames=pt, generator=generator,
+            )  # fmt: skip
         long = (torch.rand(len(latents), generator=generator) < self.detailed).tolist()
         captions = [
             sample.detailed or sample.caption if d else sample.caption for sample, d in zip(batch.samples, long, strict=True)
@@ -82,6 +85,21 @@ class DiffusionObjective:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         self.averaged(model).save_pretrained(folder)
+
+    def _context(self, batch: Batch, latents: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+        """The latents that given frames are taken from: as the pipeline has them, without what is not given.
+
+        Those of a given start do not depend on what follows. Those of a given end depend on what a causal VAE saw before it.
+        """
+        codec, context = self.pipeline.codec, list(latents)
+        ends = [i for i, mask in enumerate(given) if mask.any() and not mask[: int(mask.sum())].all()]
+        if codec.compression[0] == 1 or not ends:
+            return context
+        device = latents[0].device
+        known = [held(batch.videos[i], pixel_frames(codec, given[i])).to(device) for i in ends]
+        for i, latent in zip(ends, codec.encode(known), strict=True):
+            context[i] = latent
+        return context
 
     def _encode(self, batch: Batch) -> list[Tensor]:
         device, kept = self.pipeline.dit.final.weight.device, self._latents

@@ -10,32 +10,54 @@ from torch import Tensor
 
 from .checkpoint import save_whole
 from .data import Batch, MediaError, Source
-from .vae import VideoVAE, psnr
+from .vae import VideoVAE, held, pixel_frames, psnr
 
 NOISE = 0.05  # added to latents, so that neighbours in latent space decode to neighbours
+FINE_NOISE = 0.02  # when only the decoder learns, from latents that stay as they are
 PULL = 1e-4  # weight of the latents' mean square, so that noise stays large beside them
 
 
 class VAEObjective:
-    """Mean squared error of decoded videos, batched by size, and a weak pull of the latents towards 0."""
+    """Mean squared error of decoded videos, batched by size, and a weak pull of the latents towards 0.
 
-    def __init__(self, vae: VideoVAE) -> None:
-        self.vae, self.model = vae, vae
+    Args:
+        vae: what to train.
+        decoder_only: leave latents as they are, so that a transformer trained on them stays of use. The decoder then also learns to
+            give back ends as the pipeline encodes them when they are given (`vae.held`).
+    """
+
+    def __init__(self, vae: VideoVAE, *, decoder_only: bool = False) -> None:
+        self.vae, self.model, self.decoder_only = vae, vae, decoder_only
+        if decoder_only:
+            for part in (vae.model.encoder, vae.model.quant_conv):
+                part.requires_grad_(False)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         error, pull, count = torch.zeros(()), torch.zeros(()), 0
         sizes: dict[torch.Size, list[Tensor]] = {}
         for video in batch.videos:
             sizes.setdefault(video.shape, []).append(video)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            for videos in sizes.values():
-                x = torch.stack(videos).to(self.vae.mean.device)
-                latents, decoded = self.vae(x, NOISE)
-                error = error + (decoded.float() - x).square().sum()
-                pull = pull + latents.float().square().mean() * x.numel()
-                count += x.numel()
-        return (error + PULL * pull) / count
+        for videos in sizes.values():
+            x = torch.stack(videos).to(self.vae.mean.device)
+            latents = self._latents(x, generator) if self.decoder_only else self.vae.raw_latents(x)
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            decoded = self.vae.from_raw(latents + (FINE_NOISE if self.decoder_only else NOISE) * noise)
+            error = error + (decoded.float() - x).square().sum()
+            pull = pull + latents.float().square().mean() * x.numel()
+            count += x.numel()
+        return (error + (0 if self.decoder_only else PULL) * pull) / count
+
+    @torch.no_grad()
+    def _latents(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Latents of videos of one size; of every second video, a random end is encoded as a given one."""
+        latents = self.vae.raw_latents(x)
+        frames = latents.shape[2]
+        if frames < 2:
+            return latents
+        end = torch.arange(frames) >= int(torch.randint(1, frames, (), generator=generator))
+        known = pixel_frames(self.vae, end)
+        latents[::2, :, end] = self.vae.raw_latents(torch.stack([held(video, known) for video in x[::2]]))[:, :, end].to(latents)
+        return latents
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         save_whole(model, folder)

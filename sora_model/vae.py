@@ -76,6 +76,24 @@ def latent_frames(codec: Codec, frames: Tensor) -> Tensor:
     return torch.cat([frames[:1], frames[1:].unflatten(0, (-1, ct)).all(1)])
 
 
+def pixel_frames(codec: Codec, frames: Tensor) -> Tensor:
+    """The pixel frames of marked latent frames: bool [T'] -> bool [T]."""
+    ct = codec.compression[0]
+    if not codec.causal:
+        return frames.repeat_interleave(ct)
+    return torch.cat([frames[:1], frames[1:].repeat_interleave(ct)])
+
+
+def held(video: Tensor, known: Tensor) -> Tensor:
+    """Every frame that is not known shows the nearest one that is: [C, T, H, W] and bool [T] -> [C, T, H, W].
+
+    What is given of a clip is encoded so: a causal VAE sees no jump before a given end.
+    """
+    places = known.nonzero().flatten()
+    nearest = (torch.arange(len(known))[:, None] - places).abs().argmin(1)
+    return video[:, places[nearest].to(video.device)]
+
+
 class PixelCodec:
     """Latents are pixels, brought back into [-1, 1] on the way out."""
 
@@ -200,7 +218,7 @@ class VideoVAE(nn.Module):
             latent_size(self, _size(video))
 
         def encode(batch: Tensor) -> Tensor:
-            latents = self._tiled(batch.to(self.mean), self._encode, self.compression[1], 1)
+            latents = self._tiled(batch.to(self.mean), self.raw_latents, self.compression[1], 1)
             return (latents - self._of_frames(self.mean, latents)) / self._of_frames(self.std, latents)
 
         return _by_size(videos, encode, AT_ONCE)
@@ -209,7 +227,7 @@ class VideoVAE(nn.Module):
     def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
         def decode(batch: Tensor) -> Tensor:
             batch = batch * self._of_frames(self.std, batch) + self._of_frames(self.mean, batch)
-            return self._tiled(batch, self._decode, 1, self.compression[1]).clamp(-1, 1)
+            return self._tiled(batch, self.from_raw, 1, self.compression[1]).clamp(-1, 1)
 
         ct, ch, cw = self.compression
         return _by_size(latents, decode, AT_ONCE * self.channels // (3 * ct * ch * cw))
@@ -219,15 +237,12 @@ class VideoVAE(nn.Module):
         frames = torch.arange(latents.shape[2], device=statistic.device).clamp(max=statistic.shape[1] - 1)
         return statistic[:, frames]
 
-    def forward(self, videos: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Raw latents [B, C, T', H', W'] of videos of one size, and what is decoded of them with so much noise added."""
-        latents = self._encode(videos)
-        return latents, self._decode(latents + noise * torch.randn_like(latents))
-
-    def _encode(self, videos: Tensor) -> Tensor:
+    def raw_latents(self, videos: Tensor) -> Tensor:
+        """Latents [B, C, T', H', W'] of videos of one size, not normalised, whole."""
         return self.model.encode(videos).latent_dist.mode()
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def from_raw(self, latents: Tensor) -> Tensor:
+        """Videos [B, 3, T, H, W] of latents of one size that are not normalised, whole."""
         frames = 1 + self.compression[0] * (latents.shape[2] - 1)
         if type(self.model).__name__ == "AutoencoderKLCogVideoX" and latents.shape[2] % 2 == 0:
             # It decodes two latent frames at a time, and an even number of them to too many frames.

@@ -209,6 +209,9 @@ def test_a_vae_is_trained_and_a_model_on_its_latents(clips, tmp_path):
     assert "PSNR of 64 unseen clips: " in result.output
     result = sora("train-vae", tmp_path / "vae", "--steps", 3, "--channels", 4, "--tokens", 64, *sizes, "--resume")
     assert result.exit_code == 0, result.output
+    more = ["--start", tmp_path / "vae" / "checkpoint", "--decoder-only"]
+    result = sora("train-vae", tmp_path / "decoder", "--steps", 1, "--tokens", 64, *sizes, *more)
+    assert result.exit_code == 0, result.output
     files = sora("train-vae", tmp_path / "files", "--steps", 1, "--channels", 4, "--data", clips, "--max-frames", 5)
     assert files.exit_code == 0, files.output
     vae = tmp_path / "vae" / "checkpoint"
@@ -227,3 +230,30 @@ def test_a_scaling_study(tmp_path):
     assert {point["model"] for point in points} == {"2 x 64", "4 x 128", "6 x 256"}
     assert all((0 < point["loss"] < 5 and point["compute"] <= 2.1e10) or point["step"] == 1 for point in points)
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_given_ends_are_trained_as_they_are_given(tmp_path):
+    """A causal VAE's latents of an end depend on what came before it: the model learns from those that the pipeline will have."""
+    import torch
+
+    from sora_model.data import Batch, Sample, World, WorldConfig
+    from sora_model.diffusion import TaskMix
+    from sora_model.pipeline import SoraPipeline
+    from sora_model.request import Request
+    from sora_model.train_dit import DiffusionObjective
+    from sora_model.vae import VideoVAE
+
+    torch.manual_seed(0)
+    vae = VideoVAE.small(latent_channels=4, channels=(8, 8, 8)).eval()
+    pipeline = SoraPipeline.from_preset("tiny", patch=(1, 1, 1), codec=vae, size=(13, 16, 16))
+    video = World(WorldConfig.studio()).sample(1).render(13, 16, 16)
+    given = torch.arange(13) >= 9
+    objective = DiffusionObjective(pipeline, tasks=TaskMix(1, 0, 0, 0))
+    batch = Batch([Sample(video, "x", given=given), Sample(video, "y"), Sample(video, "z", given=~given)], [0, 1, 2], 0)
+    latents = objective._encode(batch)
+    masks = [objective._given(objective._own(sample), x, None) for sample, x in zip(batch.samples, latents, strict=True)]
+    context = objective._context(batch, latents, masks)
+    _, expected = pipeline._given(Request("x", (13, 16, 16), given={9: video[:, 9:]}), latents[0])
+    assert torch.allclose(context[0], expected, atol=1e-5)
+    assert not torch.allclose(context[0], latents[0], atol=1e-3)
+    assert all(torch.equal(context[i], latents[i]) for i in (1, 2))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sora_model.data import Batch, Sample, World, WorldConfig, WorldSource
 from sora_model.train_vae import VAEObjective, finish, gives_back
-from sora_model.vae import CLASSES, PixelCodec, VideoVAE, latent_frames, latent_size
+from sora_model.vae import CLASSES, PixelCodec, VideoVAE, held, latent_frames, latent_size, pixel_frames
 
 
 def wan():
@@ -185,6 +185,25 @@ def test_a_small_one_learns(tmp_path: Path) -> None:
     assert all(ratio > 10 for ratio in gives_back(loaded, videos[:3]))
 
 
+def test_a_decoder_learns_while_latents_stay() -> None:
+    torch.manual_seed(0)
+    vae = VideoVAE.small(latent_channels=8, channels=(16, 32, 32))
+    source = WorldSource(World(WorldConfig.simple()), [(9, 16, 16), (1, 16, 16)])
+    samples = [source.load(i) for i in range(8)]
+    before = vae.encode([samples[0].video])[0]
+    objective, generator = VAEObjective(vae, decoder_only=True), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam([p for p in vae.parameters() if p.requires_grad], 3e-3)
+    losses = []
+    for _ in range(15):
+        loss = objective.loss(Batch(samples, list(range(8)), 0), generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert torch.equal(vae.encode([samples[0].video])[0], before)
+
+
 def test_which_latent_frames_are_given() -> None:
     vae = VideoVAE.small(latent_channels=4, channels=(8, 8, 8))
     frames = torch.arange(13)
@@ -192,6 +211,17 @@ def test_which_latent_frames_are_given() -> None:
     assert latent_frames(vae, frames < 8).tolist() == [True, True, False, False]
     assert latent_frames(vae, frames >= 9).tolist() == [False, False, False, True]
     assert latent_frames(PixelCodec(), frames[:3] < 2).tolist() == [True, True, False]
+    for marked in ([True, True, False, False], [False, False, False, True]):
+        mask = torch.tensor(marked)
+        assert torch.equal(latent_frames(vae, pixel_frames(vae, mask)), mask)
+    assert pixel_frames(PixelCodec(), torch.tensor([True, False])).tolist() == [True, False]
+
+
+def test_what_is_not_known_shows_the_nearest_known_frame() -> None:
+    video = torch.arange(9.0)[None, :, None, None].expand(3, 9, 2, 2)
+    known = torch.tensor([True, True, False, False, False, False, False, True, True])
+    assert held(video, known)[0, :, 0, 0].tolist() == [0, 1, 1, 1, 1, 7, 7, 7, 8]
+    assert held(video, torch.arange(9) >= 7)[0, :, 0, 0].tolist() == [7] * 8 + [8]
 
 
 def test_what_cannot_be_is_named(tmp_path: Path) -> None:

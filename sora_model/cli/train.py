@@ -145,6 +145,8 @@ def train_vae(
     world: WorldOption = WorldName.studio,
     steps: Steps = None,
     minutes: Minutes = None,
+    start: Annotated[Path | None, typer.Option(help="Folder of a VAE to start from.")] = None,
+    decoder_only: Annotated[bool, typer.Option("--decoder-only", help="Leave the latents as they are.")] = False,
     channels: Annotated[int, typer.Option(help="Of a latent.")] = 16,
     temporal: Annotated[int, typer.Option(help="Frames per latent frame, after the first: 4 or 8.")] = 4,
     spatial: Annotated[int, typer.Option(help="Pixels per latent position along height and width: 8 or 16.")] = 8,
@@ -170,23 +172,25 @@ def train_vae(
 
         device = _own_device(device)
         torch.manual_seed(seed)
-        make = VideoVAE.from_pretrained(out / "checkpoint") if resume else VideoVAE.small(
-            latent_channels=channels, temporal=temporal, spatial=spatial
-        )  # fmt: skip
+        if resume or start is not None:
+            make = VideoVAE.from_pretrained(out / "checkpoint" if resume or start is None else start)
+        else:
+            make = VideoVAE.small(latent_channels=channels, temporal=temporal, spatial=spatial)
         vae = make.to(device)
         sizes = [parse_size(text) for text in size or CLIPS]
-        options = {"lessons": {"drift": 0.25, "turn": 0.25, "link": 0.1}, "timing": (1, temporal)}
+        options = {"lessons": {"drift": 0.25, "turn": 0.25, "link": 0.1}, "timing": (1, vae.compression[0])}
         source = _source(data, world, sizes, vae.compression, 1, max_frames, max_pixels, None, seed, options)
         sampler = _sampler(source, (1, 1, 1), tokens, seed, latent_size=lambda one: latent_size(vae, one))
         config = _config(steps, minutes, learning_rate, accumulation, precision, ema, seed)
-        trainer = Trainer(VAEObjective(vae), sampler, config, out, resume=resume)
+        trainer = Trainer(VAEObjective(vae, decoder_only=decoder_only), sampler, config, out, resume=resume)
         run_training(trainer, console)
         if not trainer.accelerator.is_main_process:
             return
         trained = VideoVAE.from_pretrained(out / "checkpoint").to(device)
         # Of a world, clips it has not seen; of a folder, files it was trained on.
         shown = [10**6 + i for i in range(64)] if data is None else range(min(len(source), 64))  # type: ignore[arg-type]
-        finish(trained, clips_of(source, range(len(shown))), out / "checkpoint")
+        if not decoder_only:
+            finish(trained, clips_of(source, range(len(shown))), out / "checkpoint")
         ratios = gives_back(trained, clips_of(source, shown))
         kind = "unseen clips" if data is None else "clips it was trained on"
         say(f"PSNR of {len(ratios)} {kind}: {sum(ratios) / len(ratios):.1f} dB, the worst {min(ratios):.1f} dB")
