@@ -48,7 +48,7 @@ class CaptionerConfig:
     in_channels: int = 16
     patch_size: tuple[int, int, int] = (1, 2, 2)
     num_frames: int | None = 4
-    hidden_size: int = 128
+    hidden_size: int = 96
     depth: int = 2
     decoder_depth: int = 2
     num_heads: int = 4

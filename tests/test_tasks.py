@@ -1,10 +1,12 @@
 """Loops, long videos and simulated worlds, with a stand-in for a pipeline that draws what it is asked; and every task's command."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -13,6 +15,7 @@ from sora_model.data import read_video, write_video
 from sora_model.pipeline import SoraPipeline
 from sora_model.request import Request, Timing
 from sora_model.tasks import Simulation, long_video, loop
+from sora_model.terminal import show_video
 
 
 class Counting:
@@ -157,6 +160,19 @@ def test_a_simulation_asks_for_actions(checkpoint, tmp_path) -> None:
     assert result.exit_code == 0, result.output
     assert "action (empty ends)" in result.output
     assert read_video(tmp_path / "00-a-cat.mp4")[0].shape[1] == 10
+
+
+def test_a_terminal_shows_two_pixels_a_letter() -> None:
+    console = Console(force_terminal=True, color_system="truecolor", width=40, file=io.StringIO())
+    video = torch.full((3, 2, 4, 6), -1.0)
+    video[0, 1, 0] = 1.0  # the upper row of the second frame is red
+    show_video(video, console, fps=1000.0)
+    text = console.file.getvalue()
+    assert "▀" in text
+    assert "255;0;0" in text, "red letters on a black ground"
+    quiet = Console(file=io.StringIO())
+    show_video(video, quiet, fps=8.0)
+    assert quiet.file.getvalue() == "2 frames\n"
 
 
 @pytest.mark.parametrize(
