@@ -106,6 +106,7 @@ class SoraPipeline:
         generator: Seeds = None,
         callback: Callback | None = None,
         output_type: str = "pt",
+        precision: str = "no",
     ) -> list[Any]:
         """Generates one video per request.
 
@@ -122,6 +123,7 @@ class SoraPipeline:
             callback: called after each step with (step, timestep, latents).
             output_type: "pt": [3, T, H, W] in [-1, 1]; "np": float32 [T, H, W, 3] in [0, 1]; "pil": a list of T images; "latent":
                 [C, T', H', W'] as the model made it.
+            precision: "no", or "bf16": the transformer computes in bfloat16, latents and VAE stay in float32.
 
         Returns:
             B videos.
@@ -129,6 +131,8 @@ class SoraPipeline:
         Raises:
             ValueError: numbers of requests, sizes and seeds that differ; given frames that are not whole token frames.
         """
+        if precision not in ("no", "bf16"):
+            raise ValueError(f"SoraPipeline: precision: expected 'no' or 'bf16', got {precision!r}")
         if num_inference_steps < 1:
             raise ValueError(f"SoraPipeline: num_inference_steps: expected at least 1, got {num_inference_steps}")
         if output_type not in OUTPUTS:
@@ -145,17 +149,19 @@ class SoraPipeline:
             raise ValueError(f"SoraPipeline: frame_step: expected 1, as the VAE compresses time, got {steps}")
         text = self.text_encoder([request.prompt for request in wanted])
         null_text = self.text_encoder([request.negative_prompt for request in wanted]) if guidance_scale != 1 else None
-        latents = sample(
-            guided(self.dit, text=text, null_text=null_text, frame_steps=steps, guidance_scale=guidance_scale),
-            self.scheduler,
-            noise,
-            num_inference_steps=num_inference_steps,
-            given=kept if any(mask.any() for mask, _ in kept) else None,
-            begin=begin,
-            patch_frames=self.dit.config.patch_size[0],
-            generators=generators,
-            callback=callback,
-        )
+        denoise = guided(self.dit, text=text, null_text=null_text, frame_steps=steps, guidance_scale=guidance_scale)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            latents = sample(
+                denoise,
+                self.scheduler,
+                noise,
+                num_inference_steps=num_inference_steps,
+                given=kept if any(mask.any() for mask, _ in kept) else None,
+                begin=begin,
+                patch_frames=self.dit.config.patch_size[0],
+                generators=generators,
+                callback=callback,
+            )
         if output_type == "latent":
             return latents
         videos = []

@@ -136,6 +136,17 @@ def test_output_types(pipeline: SoraPipeline) -> None:
         made("jpg")
 
 
+def test_bfloat16_is_near_float32(pipeline: SoraPipeline) -> None:
+    def made(precision: str) -> Tensor:
+        return pipeline("a red circle", (4, 16, 24), num_inference_steps=3, generator=3, precision=precision)[0]
+
+    near, whole = made("bf16"), made("no")
+    assert near.dtype == whole.dtype == torch.float32
+    assert 0 < (near - whole).abs().mean() < 0.05
+    with pytest.raises(ValueError, match="precision: expected 'no' or 'bf16', got 'fp8'"):
+        made("fp8")
+
+
 def test_generators_and_seeds(pipeline: SoraPipeline) -> None:
     def made(generator, seed=None):
         return pipeline(Request("x", (2, 8, 8), seed=seed), num_inference_steps=2, generator=generator)[0]

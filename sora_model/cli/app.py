@@ -38,6 +38,11 @@ console = Console()
 errors = Console(stderr=True)
 
 
+class Precision(str, Enum):
+    no = "no"
+    bf16 = "bf16"
+
+
 class Format(str, Enum):
     mp4 = "mp4"
     gif = "gif"
@@ -61,6 +66,7 @@ class Call:
     fps: Annotated[float, typer.Option(min=0.1, help="Frames per second.")] = 8.0
     scale: Annotated[int, typer.Option(min=1, help="Whole factor by which pixels are enlarged in the files.")] = 1
     format: Annotated[Format, typer.Option(help="Of videos; images are PNG.")] = Format.mp4
+    precision: Annotated[Precision, typer.Option(help="bf16: the transformer computes in bfloat16.")] = Precision.no
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
 
     def pipeline(self) -> SoraPipeline:
@@ -74,7 +80,7 @@ class Call:
     @property
     def sampling(self) -> dict[str, Any]:
         """What the pipeline's call takes of them."""
-        return {"num_inference_steps": self.steps, "guidance_scale": self.guidance}
+        return {"num_inference_steps": self.steps, "guidance_scale": self.guidance, "precision": self.precision.value}
 
     @property
     def several(self) -> dict[str, Any]:

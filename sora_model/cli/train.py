@@ -11,7 +11,7 @@ import typer
 
 from ..config import Size
 from ..terminal import run_training
-from .app import app, console, known_device, one_line_errors, parse_size, say
+from .app import Precision, app, console, known_device, one_line_errors, parse_size, say
 
 if TYPE_CHECKING:
     from ..data import Source
@@ -28,11 +28,6 @@ class WorldName(str, Enum):
     simple = "simple"
     studio = "studio"
     rich = "rich"
-
-
-class Precision(str, Enum):
-    no = "no"
-    bf16 = "bf16"
 
 
 OutFolder = Annotated[Path, typer.Argument(help="Folder of the run.")]
