@@ -59,9 +59,9 @@ class SoraPipeline:
         *,
         size: Size = (6, 24, 24),
     ) -> None:
-        self.captioner = captioner
         self.dit, self.text_encoder, self.scheduler, self.size = dit, text_encoder, scheduler, size
         self.codec: Codec = PixelCodec() if codec is None else codec
+        self.captioner = captioner
         for what, wanted, got in (
             ("text_dim", text_encoder.dim, dit.config.text_dim),
             ("in_channels", self.codec.channels, dit.config.in_channels),
@@ -200,9 +200,9 @@ class SoraPipeline:
 
     def _generators(self, generator: Seeds, requests: list[Request]) -> list[torch.Generator]:
         """One per request, on the host: a sample starts from the same noise on every device, alone or packed with others."""
+        sources: list[Any]
         if generator is None:
             generator = int(torch.randint(2**31, ()))
-            sources: list[Any]
         if isinstance(generator, Integral):
             sources = [int(generator) + i for i in range(len(requests))]
         elif isinstance(generator, torch.Generator):
