@@ -54,6 +54,7 @@ class DiffusionObjective:
         if isinstance(pipeline.text_encoder, nn.Module) and any(p.requires_grad for p in pipeline.text_encoder.parameters()):
             self.model["text_encoder"] = pipeline.text_encoder
         self._latents: dict[int, Tensor] | None = {} if keep_latents else None
+        self._contexts: dict[int, Tensor] = {}  # of kept clips that say themselves what of them is given
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         pt, scheduler = self.pipeline.dit.config.patch_size[0], self.pipeline.scheduler
@@ -65,7 +66,7 @@ class DiffusionObjective:
                 own = [None if mask is None else uniform_frames(mask[None], self.num_frames)[0][0] for mask in own]
                 latents, steps = map(list, zip(*(uniform_frames(x, self.num_frames) for x in latents), strict=True))
             given = [self._given(mask, x, generator) for mask, x in zip(own, latents, strict=True)]
-            context = self._context(batch, latents, given)
+            context = self._context(batch, latents, given, own)
             per_frame = (torch.rand(len(latents), generator=generator) < self.tasks.per_frame).tolist()
             noised = add_noise(
                 scheduler, latents, given=given, context=context, per_frame=per_frame, patch_frames=pt, generator=generator,
@@ -86,7 +87,7 @@ class DiffusionObjective:
     def save(self, model: nn.Module, folder: Path) -> None:
         self.averaged(model).save_pretrained(folder)
 
-    def _context(self, batch: Batch, latents: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+    def _context(self, batch: Batch, latents: list[Tensor], given: list[Tensor], own: list[Tensor | None]) -> list[Tensor]:
         """The latents that given frames are taken from: as the pipeline has them, without what is not given.
 
         Those of a given start do not depend on what follows. Those of a given end depend on what a causal VAE saw before it.
@@ -96,9 +97,13 @@ class DiffusionObjective:
         if codec.compression[0] == 1 or not ends:
             return context
         device = latents[0].device
-        known = [held(batch.videos[i], pixel_frames(codec, given[i])).to(device) for i in ends]
-        for i, latent in zip(ends, codec.encode(known), strict=True):
-            context[i] = latent
+        new = [i for i in ends if batch.indices[i] not in self._contexts]
+        known = [held(batch.videos[i], pixel_frames(codec, given[i])).to(device) for i in new]
+        encoded = dict(zip(new, codec.encode(known), strict=True))
+        if self._latents is not None:
+            self._contexts |= {batch.indices[i]: x.half() for i, x in encoded.items() if given[i] is own[i]}
+        for i in ends:
+            context[i] = encoded[i] if i in encoded else self._contexts[batch.indices[i]].float()
         return context
 
     def _encode(self, batch: Batch) -> list[Tensor]:

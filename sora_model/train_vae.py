@@ -20,10 +20,12 @@ PULL = 1e-4  # weight of the latents' mean square, so that noise stays large bes
 class VAEObjective:
     """Mean squared error of decoded videos, batched by size, and a weak pull of the latents towards 0.
 
+    Of every third clip an end is encoded as the pipeline encodes given ones (`vae.held`): not knowing what comes before it, which
+    the decoder then does.
+
     Args:
         vae: what to train.
-        decoder_only: leave latents as they are, so that a transformer trained on them stays of use. The decoder then also learns to
-            give back ends as the pipeline encodes them when they are given (`vae.held`).
+        decoder_only: leave latents as they are, so that a transformer trained on them stays of use.
     """
 
     def __init__(self, vae: VideoVAE, *, decoder_only: bool = False) -> None:
@@ -39,7 +41,7 @@ class VAEObjective:
             sizes.setdefault(video.shape, []).append(video)
         for videos in sizes.values():
             x = torch.stack(videos).to(self.vae.mean.device)
-            latents = self._latents(x, generator) if self.decoder_only else self.vae.raw_latents(x)
+            latents = self._latents(x, generator)
             noise = torch.randn(latents.shape, generator=generator).to(latents)
             decoded = self.vae.from_raw(latents + (FINE_NOISE if self.decoder_only else NOISE) * noise)
             error = error + (decoded.float() - x).square().sum()
@@ -47,17 +49,19 @@ class VAEObjective:
             count += x.numel()
         return (error + (0 if self.decoder_only else PULL) * pull) / count
 
-    @torch.no_grad()
     def _latents(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Latents of videos of one size; of every second video, a random end is encoded as a given one."""
+        """Latents of videos of one size; of every third, a random end is encoded as a given one."""
         latents = self.vae.raw_latents(x)
         frames = latents.shape[2]
         if frames < 2:
             return latents
         end = torch.arange(frames) >= int(torch.randint(1, frames, (), generator=generator))
         known = pixel_frames(self.vae, end)
-        latents[::2, :, end] = self.vae.raw_latents(torch.stack([held(video, known) for video in x[::2]]))[:, :, end].to(latents)
-        return latents
+        given = self.vae.raw_latents(torch.stack([held(video, known) for video in x[::3]]))
+        rest = [latents[i] for i in range(len(x))]
+        for i, latent in zip(range(0, len(x), 3), given, strict=True):
+            rest[i] = torch.where(end[:, None, None].to(latent.device), latent, latents[i])
+        return torch.stack(rest)
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         save_whole(model, folder)

@@ -52,14 +52,16 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 # Of the world's clips; what is named twice comes twice as often.
 CLIPS = ["13x48x48", "13x48x80", "13x80x48"]
 LONGER, STILLS = ["17x48x48", "17x48x80", "17x80x48", "21x48x48"], ["1x48x48", "1x64x64", "1x128x128", "1x256x256"]
-LARGER = ["9x96x96", "5x96x160"]
+LARGER = ["9x96x96", "5x96x160", "5x160x96", "5x256x256", "1x512x512"]
 WORLD_SIZES = {
     "simple": ["6x24x24", "6x16x32", "6x32x16", "1x24x24"],
-    "studio": [*3 * CLIPS, *LONGER, *STILLS, *LARGER],
+    "studio": [*4 * CLIPS, *LONGER, *STILLS, *LARGER],
     "rich": CLIPS,
 }
+# A VAE is convolutional: what it learns of small frames holds for large ones, but for their large plain parts.
+VAE_SIZES = [*2 * CLIPS, "5x96x96", "1x128x128"]
 # Of the clips, those that teach going on, obeying and joining.
-LESSONS = {"drift": 0.15, "turn": 0.15, "link": 0.1}
+LESSONS = {"drift": 0.2, "turn": 0.2, "link": 0.15}
 
 
 @app.command()
@@ -172,8 +174,8 @@ def train_vae(
         else:
             make = VideoVAE.small(latent_channels=channels, temporal=temporal, spatial=spatial)
         vae = make.to(device)
-        sizes = [parse_size(text) for text in size or CLIPS]
-        options = {"lessons": {"drift": 0.25, "turn": 0.25, "link": 0.1}, "timing": (1, vae.compression[0])}
+        sizes = [parse_size(text) for text in size or VAE_SIZES]
+        options = {"lessons": LESSONS, "timing": (1, vae.compression[0])}
         source = _source(data, world, sizes, vae.compression, 1, max_frames, max_pixels, None, seed, options)
         sampler = _sampler(source, (1, 1, 1), tokens, seed, latent_size=lambda one: latent_size(vae, one))
         config = _config(steps, minutes, learning_rate, accumulation, precision, ema, seed)

@@ -32,7 +32,7 @@ def drift(scene: Scene, size: Size, timing: Timing, motions: Sequence[str], rng:
     scene = scene.advanced(int(rng.integers(4 * scene.config.room)))
     given = _start(frames, timing, rng)
     more = _more(frames, timing)
-    if rng.integers(3) == 0 and more > 0:
+    if rng.integers(2) == 0 and more > 0:
         given = torch.arange(frames) >= frames - grain * int(rng.integers(1, more + 1))
     return scene.render(*size), scene.caption(frames=frames, motion=False), None, given
 
