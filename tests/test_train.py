@@ -251,9 +251,14 @@ def test_given_ends_are_trained_as_they_are_given(tmp_path):
     objective = DiffusionObjective(pipeline, tasks=TaskMix(1, 0, 0, 0))
     batch = Batch([Sample(video, "x", given=given), Sample(video, "y"), Sample(video, "z", given=~given)], [0, 1, 2], 0)
     latents = objective._encode(batch)
-    masks = [objective._given(objective._own(sample), x, None) for sample, x in zip(batch.samples, latents, strict=True)]
-    context = objective._context(batch, latents, masks)
+    own = [objective._own(sample) for sample in batch.samples]
+    masks = [objective._given(mask, x, None) for mask, x in zip(own, latents, strict=True)]
+    context = objective._context(batch, latents, masks, own)
     _, expected = pipeline._given(Request("x", (13, 16, 16), given={9: video[:, 9:]}), latents[0])
     assert torch.allclose(context[0], expected, atol=1e-5)
     assert not torch.allclose(context[0], latents[0], atol=1e-3)
     assert all(torch.equal(context[i], latents[i]) for i in (1, 2))
+    keeps = DiffusionObjective(pipeline, tasks=TaskMix(1, 0, 0, 0), keep_latents=True)
+    keeps._context(batch, latents, masks, own)
+    kept = keeps._context(Batch([s._replace(video=0 * s.video) for s in batch.samples], [0, 1, 2], 0), latents, masks, own)
+    assert torch.equal(kept[0], context[0].half().float())

@@ -49,12 +49,24 @@ class Format(str, Enum):
 
 
 @dataclass(frozen=True)
-class Call:
-    """The options that all tasks share."""
+class Loaded:
+    """The options of every command that uses a checkpoint."""
 
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder of a checkpoint. Default: the one that comes with the package.")
     ] = None
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
+
+    def pipeline(self) -> SoraPipeline:
+        from ..pipeline import EMBEDDED, SoraPipeline
+
+        return SoraPipeline.from_pretrained(self.checkpoint or EMBEDDED, device=known_device(self.device))
+
+
+@dataclass(frozen=True)
+class Call(Loaded):
+    """The options that all tasks share."""
+
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("outputs")
     negative: Annotated[str, typer.Option(help="What not to show.")] = ""
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30
@@ -67,10 +79,9 @@ class Call:
     scale: Annotated[int, typer.Option(min=1, help="Whole factor by which pixels are enlarged in the files.")] = 1
     format: Annotated[Format, typer.Option(help="Of videos; images are PNG.")] = Format.mp4
     precision: Annotated[Precision, typer.Option(help="bf16: the transformer computes in bfloat16.")] = Precision.no
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
 
     def pipeline(self) -> SoraPipeline:
-        pipeline = load_pipeline(self.checkpoint, self.device)
+        pipeline = super().pipeline()
         if self.scheduler is not None:
             from ..schedulers import flow_scheduler
 
@@ -99,25 +110,35 @@ class Call:
             say(str(path))
 
 
-def task(function: Callable[..., None]) -> Callable[..., None]:
-    """Makes a function with a last argument `call` a command that has the options of `Call` after its own."""
-    hints = get_type_hints(function, include_extras=True)
-    shared = get_type_hints(Call, include_extras=True)
-    own = [p.replace(annotation=hints[name]) for name, p in inspect.signature(function).parameters.items() if name != "call"]
-    more = [
-        inspect.Parameter(f.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=f.default, annotation=shared[f.name])
-        for f in fields(Call)
-    ]
+def command(options: type, name: str | None = None, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a function with a last argument that is an `options` a command that has its fields as options, after its own.
 
-    @functools.wraps(function)
-    def command(**options: Any) -> None:
-        with one_line_errors():
-            call = Call(**{f.name: options.pop(f.name) for f in fields(Call)})
-            function(**options, call=call)
+    options: a dataclass like `Call`. name: of the command; default: the function's. defaults: other ones for fields of `options`.
+    """
 
-    command.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in (*own, *more)}
-    return app.command()(command)
+    def make(function: Callable[..., None]) -> Callable[..., None]:
+        hints, shared = (get_type_hints(one, include_extras=True) for one in (function, options))
+        *own, last = inspect.signature(function).parameters.values()
+        parameters = [p.replace(annotation=hints[p.name]) for p in own]
+        for field in fields(options):
+            default, hint = defaults.get(field.name, field.default), shared[field.name]
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+            parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=hint))
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            with one_line_errors():
+                chosen = options(**{field.name: given.pop(field.name) for field in fields(options)})
+                function(**given, **{last.name: chosen})
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return app.command(name)(run)
+
+    return make
+
+
+task = command(Call)
 
 
 @app.callback()
@@ -148,13 +169,6 @@ def parse_size(text: str) -> Size:
         raise typer.BadParameter(f"expected TxHxW, such as 8x32x48, got {text!r}")
     t, h, w = (int(n) for n in match.groups())
     return t, h, w
-
-
-def load_pipeline(checkpoint: Path | None, device: str) -> SoraPipeline:
-    """The pipeline of a folder, or the one that comes with the package."""
-    from ..pipeline import EMBEDDED, SoraPipeline
-
-    return SoraPipeline.from_pretrained(checkpoint or EMBEDDED, device=known_device(device))
 
 
 def known_device(device: str) -> str:

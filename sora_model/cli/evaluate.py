@@ -4,101 +4,95 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from .app import app, console, load_pipeline, one_line_errors, say
-from .data import CheckpointOption, DeviceOption
+from .app import Loaded, command, console, say
 
 if TYPE_CHECKING:
     from ..evaluate import Judge, Measurement
     from ..pipeline import SoraPipeline
 
-Tasks = Annotated[list[str] | None, typer.Option("--task", help="One of them alone; repeat for several. Default: all.")]
-StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
-GuidanceOption = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 is none.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Of scenes and noise.")]
+
+@dataclass(frozen=True)
+class Measuring(Loaded):
+    """The options of eval and gallery."""
+
+    task: Annotated[list[str] | None, typer.Option(help="One of them alone; repeat for several. Default: all.")] = None
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 3.0
+    seed: Annotated[int, typer.Option(help="Of scenes and noise.")] = 2026
+
+    def tasks(self, pipeline: SoraPipeline) -> list[str]:
+        """The measurements asked for, or all that the checkpoint can take part in; which it cannot is said."""
+        from ..evaluate import MEASUREMENTS, possible
+
+        able = possible(pipeline)
+        for name in self.task or []:
+            if name not in MEASUREMENTS:
+                raise ValueError(f"--task: expected names out of {', '.join(MEASUREMENTS)}, got {name}")
+            if name not in able:
+                raise ValueError(f"--task: expected tasks that this checkpoint can do, {', '.join(able)}, got {name}")
+        left_out = [name for name in MEASUREMENTS if name not in able]
+        if not self.task and left_out:
+            say(f"left out, as the checkpoint cannot: {', '.join(left_out)}")
+        return self.task or able
 
 
-@app.command(name="eval")
+@command(Measuring, name="eval")
 def evaluate(
-    task: Tasks = None,
     count: Annotated[int, typer.Option(min=16, help="Prompts of text to video; other tasks take a share of it.")] = 200,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the figures; a table in Markdown goes beside it.")] = None,
-    steps: StepsOption = 30,
-    guidance: GuidanceOption = 3.0,
-    seed: SeedOption = 2026,
-    checkpoint: CheckpointOption = None,
-    device: DeviceOption = "cpu",
+    *,
+    measuring: Measuring,
 ) -> None:
     """Judge what a checkpoint generates by the ground truth of the procedural world, task by task."""
-    with one_line_errors():
-        from ..evaluate import MEASUREMENTS, Judge
+    from ..evaluate import MEASUREMENTS, Judge
 
-        if out is not None and (out.suffix != ".json" or out.is_dir()):
-            raise ValueError(f"--out: expected a file that ends in .json, got {out}")
-        pipeline = load_pipeline(checkpoint, device)
-        names = _chosen(task, pipeline)
-        judge = Judge(pipeline, count, steps, guidance, seed)
-        measured, began = [], time.perf_counter()
-        for name in names:
-            measured.append(MEASUREMENTS[name](judge))
-            console.print(_table([measured[-1]]))
-            if out is not None:
-                _write(out, json.dumps({one.task: one.figures for one in measured}, indent=1) + "\n")
-                _write(out.with_suffix(".md"), _markdown(measured, judge))
-        say(f"{len(names)} tasks in {time.perf_counter() - began:.0f} s")
+    if out is not None and (out.suffix != ".json" or out.is_dir()):
+        raise ValueError(f"--out: expected a file that ends in .json, got {out}")
+    pipeline = measuring.pipeline()
+    names = measuring.tasks(pipeline)
+    judge = Judge(pipeline, count, measuring.steps, measuring.guidance, measuring.seed)
+    measured, began = [], time.perf_counter()
+    for name in names:
+        measured.append(MEASUREMENTS[name](judge))
+        console.print(_table([measured[-1]]))
+        if out is not None:
+            _write(out, json.dumps({one.task: one.figures for one in measured}, indent=1) + "\n")
+            _write(out.with_suffix(".md"), _markdown(measured, judge))
+    say(f"{len(names)} tasks in {time.perf_counter() - began:.0f} s")
 
 
-@app.command()
+@command(Measuring)
 def gallery(
     out: Annotated[Path, typer.Option(help="Folder for the contact sheets.")] = Path("docs/gallery"),
-    task: Tasks = None,
-    steps: StepsOption = 30,
-    guidance: GuidanceOption = 3.0,
-    seed: SeedOption = 2026,
-    checkpoint: CheckpointOption = None,
-    device: DeviceOption = "cpu",
+    *,
+    measuring: Measuring,
 ) -> None:
     """Make a contact sheet of every task."""
-    with one_line_errors():
-        from ..gallery import make
+    from ..gallery import make
 
-        pipeline = load_pipeline(checkpoint, device)
-        for path in make(pipeline, _chosen(task, pipeline), out, steps, guidance, seed):
-            say(str(path))
+    pipeline = measuring.pipeline()
+    for path in make(pipeline, measuring.tasks(pipeline), out, measuring.steps, measuring.guidance, measuring.seed):
+        say(str(path))
 
 
-@app.command()
+@command(Loaded)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("outputs/demo"),
-    seed: SeedOption = 0,
-    checkpoint: CheckpointOption = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    *,
+    loaded: Loaded,
 ) -> None:
     """Generate videos with the checkpoint that comes with the package, every task once, and compare the kernels with torch."""
-    with one_line_errors():
-        from ..demo import run
+    from ..demo import run
 
-        run(load_pipeline(checkpoint, "cpu"), out, seed, console)
-
-
-def _chosen(task: list[str] | None, pipeline: SoraPipeline) -> list[str]:
-    """The measurements asked for, or all that the checkpoint can take part in, which is said."""
-    from ..evaluate import MEASUREMENTS, possible
-
-    able = possible(pipeline)
-    for name in task or []:
-        if name not in MEASUREMENTS:
-            raise ValueError(f"--task: expected names out of {', '.join(MEASUREMENTS)}, got {name}")
-        if name not in able:
-            raise ValueError(f"--task: expected tasks that this checkpoint can do, {', '.join(able)}, got {name}")
-    left_out = [name for name in MEASUREMENTS if name not in able]
-    if not task and left_out:
-        say(f"left out, as the checkpoint cannot: {', '.join(left_out)}")
-    return task or able
+    run(loaded.pipeline(), out, seed, console)
 
 
 def _table(measured: list[Measurement]) -> Table:
