@@ -79,8 +79,11 @@ def text_to_videos(judge_: Judge) -> Measurement:
     scenes, sizes = judge_.scenes(judge_.count), _sizes(judge_.count)
     prompts = [scene.caption(i // 3 % 2 == 1, size[0]) for i, (scene, size) in enumerate(zip(scenes, sizes, strict=True))]
     videos = judge_.run([text_to_video(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)])
-    truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
-    return Measurement("text to video", _shares(videos, truths, 0.9), videos, prompts)
+    seen = _judged(videos, [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)])
+    long = [i for i in range(len(scenes)) if i // 3 % 2 == 1]
+    told = _scene_shares([seen[i] for i in long], [scenes[i].background for i in long])
+    figures = {**_shares(seen, 0.9), **{f"{name}, where told": figure for name, figure in told.items()}}
+    return Measurement("text to video", figures, videos, prompts)
 
 
 def text_to_images(judge_: Judge) -> Measurement:
@@ -89,7 +92,7 @@ def text_to_images(judge_: Judge) -> Measurement:
     prompts = [scene.caption(i // 3 % 2 == 1, 1) for i, scene in enumerate(scenes)]
     videos = judge_.run([text_to_video(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)])
     truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
-    return Measurement("text to image", _shares(videos, truths, 0.9, motion=False), videos, prompts)
+    return Measurement("text to image", _shares(_judged(videos, truths), 0.9, motion=False), videos, prompts)
 
 
 def images_to_videos(judge_: Judge) -> Measurement:
@@ -101,7 +104,9 @@ def images_to_videos(judge_: Judge) -> Measurement:
     videos = judge_.run(requests)
     truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
     kept = [psnr(video[:, :1], clip[:, :1]) for video, clip in zip(videos, clips, strict=True)]
-    return Measurement("image to video", {**_kept(kept), **_shares(videos, truths, 0.9)}, videos, prompts)
+    seen = _judged(videos, truths)
+    figures = {**_kept(kept), **_shares(seen, 0.9), **_scene_shares(seen, [scene.background for scene in scenes])}
+    return Measurement("image to video", figures, videos, prompts)
 
 
 def videos_to_videos(judge_: Judge, strength: float = 0.85) -> Measurement:
@@ -120,8 +125,9 @@ def videos_to_videos(judge_: Judge, strength: float = 0.85) -> Measurement:
         for prompt, scene, size in zip(prompts, scenes, sizes, strict=True)
     ]  # fmt: skip
     videos = judge_.run(requests)
-    truths = [other.truth(*size) for other, size in zip(others, sizes, strict=True)]
-    return Measurement("video to video", _shares(videos, truths, 0.9), videos, [f"-> {prompt}" for prompt in prompts])
+    seen = _judged(videos, [other.truth(*size) for other, size in zip(others, sizes, strict=True)])
+    figures = {**_shares(seen, 0.9), **_scene_shares(seen, [other.background for other in others])}
+    return Measurement("video to video", figures, videos, [f"-> {prompt}" for prompt in prompts])
 
 
 def extensions(judge_: Judge, backward: bool = False) -> Measurement:
@@ -136,13 +142,15 @@ def extensions(judge_: Judge, backward: bool = False) -> Measurement:
     raw = judge_.run([replace(request, before=None, after=None, cut=(0, 0)) for request in asked])
     kept, whole, fresh, jumps = [], [], [], []
     for request, clip, part in zip(asked, raw, given, strict=True):
-        ((at, seen),) = request.given.items()
-        kept.append(psnr(clip[:, at : at + seen.shape[1]], seen))
-        fresh.append(clip[:, at - made : at] if backward else clip[:, seen.shape[1] :])
+        ((at, shown),) = request.given.items()
+        kept.append(psnr(clip[:, at : at + shown.shape[1]], shown))
+        fresh.append(clip[:, at - made : at] if backward else clip[:, shown.shape[1] :])
         whole.append(torch.cat([fresh[-1], part] if backward else [part, fresh[-1]], dim=1))
         jumps.append(_jump(whole[-1], made if backward else part.shape[1]))
     truths = [scene.truth(made, *size[1:], start=0 if backward else 5) for scene, size in zip(scenes, sizes, strict=True)]
-    figures = {**_kept(kept), **_shares(fresh, truths, 0.9), "seams that are continuous": (_share(j <= 2 for j in jumps), 0.9)}
+    seen = _judged(fresh, truths)
+    figures = {**_kept(kept), **_shares(seen, 0.9), **_scene_shares(seen, [scene.background for scene in scenes])}
+    figures["seams that are continuous"] = (_share(j <= 2 for j in jumps), 0.9)
     return Measurement("extend backward" if backward else "extend forward", figures, whole, prompts)
 
 
@@ -162,8 +170,8 @@ def joins(judge_: Judge) -> Measurement:
         whole.append(torch.cat([first, clip[:, start : clip.shape[1] - end], last], dim=1))
         jumps += [_jump(whole[-1], first.shape[1]), _jump(whole[-1], whole[-1].shape[1] - last.shape[1])]
     truths = [scene.truth(8, *size[1:]) for scene, size in zip(scenes, sizes, strict=True)]
-    passages = [video[:, 13:21] for video in whole]
-    figures = {**_kept(kept), **_shares(passages, truths, 0.9, motion=False)}
+    seen = _judged([video[:, 13:21] for video in whole], truths)
+    figures = {**_kept(kept), **_shares(seen, 0.9, motion=False), **_scene_shares(seen, [scene.background for scene in scenes])}
     figures["ends that are continuous"] = (_share(j <= 2 for j in jumps), 0.9)
     return Measurement("join", figures, whole, prompts)
 
@@ -186,25 +194,27 @@ def loops(judge_: Judge) -> Measurement:
     figures: dict[str, tuple[float, float | None]] = {
         "seam / median change, the worst": (max(seams), -1.0),
         "ends of the way back that are continuous": (_share(j <= 2 for j in jumps), 0.9),
-        **_shares(videos, truths, 0.9, motion=False),
+        **_shares(_judged(videos, truths), 0.9, motion=False),
     }
     return Measurement("loop", figures, videos, prompts)
 
 
 def long_videos(judge_: Judge, frames: int = 480) -> Measurement:
-    """60 s at 8 frames per second, in windows of 13 frames: is the object still of its colour and shape?"""
+    """60 s at 8 frames per second, in windows of 13 frames: is the object still what it was, its background too?"""
     scenes = judge_.scenes(2, 6000)
     prompts = [scene.caption(frames=13, motion=False) for scene in scenes]
     videos = [
         long_video(judge_.pipeline, prompt, frames, seed=judge_.seed + i, **judge_.options).cpu()
         for i, prompt in enumerate(prompts)
     ]
-    windows, truths = [], []
+    seen, firsts = [], []
     for scene, video in zip(scenes, videos, strict=True):
-        for start in range(0, video.shape[1] - 12, 13):
-            windows.append(video[:, start : start + 13])
-            truths.append(scene.truth(*windows[-1].shape[1:]))
-    return Measurement("long video", _shares(windows, truths, 0.9, motion=False), videos, [f"{p}, 60 s" for p in prompts])
+        windows = [video[:, start : start + 13] for start in range(0, video.shape[1] - 12, 13)]
+        seen += _judged(windows, [scene.truth(*window.shape[1:]) for window in windows])
+        firsts += [seen[-len(windows)]] * len(windows)
+    scene_stays = _scene_shares(seen, [first["background"] for first in firsts], [max(_scale(first), 0.01) for first in firsts])
+    labels = [f"{prompt}, 60 s" for prompt in prompts]
+    return Measurement("long video", {**_shares(seen, 0.9, motion=False), **scene_stays}, videos, labels)
 
 
 def simulations(judge_: Judge) -> Measurement:
@@ -258,7 +268,7 @@ def schedulers(judge_: Judge) -> Measurement:
     for name in FLOW:
         pipeline = judge_.pipeline.with_scheduler(flow_scheduler(name, like=judge_.pipeline.scheduler))
         made = replace(judge_, pipeline=pipeline).run(requests)
-        figures |= {f"{name}, {kind}": figure for kind, figure in _shares(made, truths, 0.9).items()}
+        figures |= {f"{name}, {kind}": figure for kind, figure in _shares(_judged(made, truths), 0.9).items()}
         videos.append(made[0])
         labels.append(f"{name}: {prompts[0]}")
     return Measurement("schedulers", figures, videos, labels)
@@ -296,15 +306,31 @@ def _share(rights: Any) -> float:
     return sum(values) / len(values)
 
 
-def _shares(
-    videos: Sequence[Tensor], truths: Sequence[Truth], target: float, motion: bool = True
-) -> dict[str, tuple[float, float | None]]:
-    seen = [judge(video, truth) for video, truth in zip(videos, truths, strict=True)]
+def _judged(videos: Sequence[Tensor], truths: Sequence[Truth]) -> list[dict[str, Any]]:
+    return [judge(video, truth) for video, truth in zip(videos, truths, strict=True)]
+
+
+def _shares(seen: Sequence[dict[str, Any]], target: float, motion: bool = True) -> dict[str, tuple[float, float | None]]:
+    """Shares of verdicts that name the right colour, shape and motion."""
     wanted = {"colour": "color", "shape": "shape", **({"motion": "motion"} if motion else {})}
     figures: dict[str, tuple[float, float | None]] = {
         name: (_share(one[key] for one in seen), target) for name, key in wanted.items()
     }
     return {**figures, "all of these": (_share(all(one[key] for key in wanted.values()) for one in seen), None)}
+
+
+def _scene_shares(
+    seen: Sequence[dict[str, Any]], backgrounds: Sequence[str], scales: Sequence[float] | None = None, target: float = 0.9
+) -> dict[str, tuple[float, float | None]]:
+    """Shares of verdicts with these backgrounds, and with objects of the right size, give or take 15%."""
+    right = [0.85 < _scale(one) / scale < 1.15 for one, scale in zip(seen, scales or [1.0] * len(seen), strict=True)]
+    named = [one["background"] == name for one, name in zip(seen, backgrounds, strict=True)]
+    return {"background": (_share(named), target), "size": (_share(right), target)}
+
+
+def _scale(seen: dict[str, Any]) -> float:
+    """Size of the object as a share of the truth's; 0 where there is none."""
+    return seen["objects"][0]["scale"]
 
 
 def _kept(ratios: Sequence[float]) -> dict[str, tuple[float, float | None]]:

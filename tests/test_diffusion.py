@@ -13,6 +13,7 @@ from sora_model.conditioning import PackedText
 from sora_model.config import DiTConfig
 from sora_model.diffusion import NoisedBatch, TaskMix, add_noise, diffusion_loss, guided, sample
 from sora_model.dit import DiT
+from sora_model.pipeline import SoraPipeline
 from sora_model.text import WordEncoder
 
 SHAPES = [(4, *size) for size in SIZES]
@@ -292,13 +293,14 @@ def test_every_frame_may_have_a_level_of_its_own() -> None:
         TaskMix(per_frame=2)
 
 
-@pytest.mark.parametrize("prediction", ["direct", "clean"])
-def test_learns_two_images_by_their_captions(prediction: str) -> None:
-    """Training and sampling agree: a tiny model paints the picture that the caption names."""
+@pytest.mark.parametrize(("prediction", "network"), [("flow", "direct"), ("flow", "clean"), ("epsilon", "direct"), ("v", "direct")])
+def test_learns_two_images_by_their_captions(prediction: str, network: str) -> None:
+    """Training and sampling agree, of flow matching and of DDPM: a tiny model paints the picture that the caption names."""
     torch.manual_seed(0)
     sizes = {"in_channels": 1, "patch_size": (1, 2, 2), "hidden_size": 32, "depth": 2, "num_heads": 2, "text_dim": 16}
-    dit = DiT(DiTConfig(**sizes, prediction=prediction))
-    encoder, scheduler = WordEncoder(16, buckets=64, depth=0), FlowMatchEulerDiscreteScheduler()
+    dit = DiT(DiTConfig(**sizes, prediction=network))
+    encoder = WordEncoder(16, buckets=64, depth=0)
+    scheduler = SoraPipeline.from_preset("tiny", patch=(1, 8, 8), prediction=prediction).scheduler
     optimizer = torch.optim.Adam([*dit.parameters(), *encoder.parameters()], lr=5e-3)
     captions = ["white", "black"] * 4
     images = [torch.full((1, 1, 4, 4), 1.0 if caption == "white" else -1.0) for caption in captions]

@@ -6,7 +6,7 @@ import torch
 
 from sora_model.data import World, WorldConfig, WorldSource, judge
 from sora_model.data.lessons import drift, link, turn
-from sora_model.data.world import COLORS
+from sora_model.data.scene import COLORS
 
 SIZE = (13, 48, 48)
 WORLD = World(WorldConfig.studio(3))

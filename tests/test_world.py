@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from sora_model.data import Scene, World, WorldConfig, judge
+from sora_model.data.scene import BACKGROUNDS, COLORS, MOTIONS, Thing
 from sora_model.data.shapes import SHAPES, moments
-from sora_model.data.world import BACKGROUNDS, COLORS, MOTIONS, Thing
 
 SIZES = [(8, 32, 32), (8, 24, 48), (8, 48, 28)]
 
@@ -240,6 +240,17 @@ def test_judge_agrees_with_clean_renders(size):
 def test_judge_agrees_with_clean_renders_of_the_rich_world(size):
     shares = right(WorldConfig.rich(seed=3), size, 60)
     assert min(shares.values()) >= 0.98, shares
+
+
+@pytest.mark.parametrize("size", [(13, 48, 48), (13, 48, 80), (1, 64, 64)])
+def test_judge_tells_the_background_and_how_large_an_object_is(size):
+    for i in range(40):
+        scene = World(WorldConfig.studio()).sample(i)
+        truth, larger = scene.truth(*size), replace(scene, things=(replace(scene.things[0], radius=1.25 * scene.things[0].radius),))
+        seen, seen_larger = judge(scene.render(*size), truth), judge(larger.render(*size), truth)
+        assert seen["background"] == scene.background
+        assert seen["objects"][0]["scale"] == pytest.approx(1, abs=0.05)
+        assert seen_larger["objects"][0]["scale"] == pytest.approx(1.25, abs=0.06)
 
 
 def test_judge_of_a_picture_asks_no_motion():

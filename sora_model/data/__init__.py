@@ -3,8 +3,9 @@
 from sora_model.data.folder import FolderSource
 from sora_model.data.judge import judge
 from sora_model.data.sampler import Batch, PackedSampler, Repeated, Sample, Source, WorldSource
+from sora_model.data.scene import ObjectTruth, Scene, Truth
 from sora_model.data.video_io import MediaError, contact_sheet, probe, read_video, write_video
-from sora_model.data.world import ObjectTruth, Scene, Truth, World, WorldConfig, held_out
+from sora_model.data.world import World, WorldConfig, held_out
 
 __all__ = [
     "Batch",

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sora_model.data.scene import BACKGROUNDS, COLORS, MOTIONS, ObjectTruth, Truth
 from sora_model.data.shapes import SPINNING, Array, moments, stamp
-from sora_model.data.world import COLORS, MOTIONS, ObjectTruth, Truth
 
 
 def judge(video: torch.Tensor | Array, truth: Truth) -> dict[str, Any]:
@@ -20,18 +20,22 @@ def judge(video: torch.Tensor | Array, truth: Truth) -> dict[str, Any]:
     mask overlaps best with that of the caption's shape, among all shapes of the world, at equal area and centroid. Only colour,
     shape and motion are asked for, not the exact path, so a generated clip is judged by the truth of any scene with its caption.
 
-        judge(video, truth)     # {"correct": True, "color": True, "motion": True, "shape": True, "objects": [...]}
+        judge(video, truth)     # {"correct": True, "color": True, "motion": True, "shape": True, "background": "navy", ...}
+
+    What a caption leaves open is told beside it: the name of the background seen, and each object's size as a share of the truth's.
 
     video: [3, T, H, W] in [-1, 1]. Objects that the truth shows whole in fewer than 3 frames before
     any bounce are left out; motion is None for one frame. Each entry of "objects" has the same keys, and "name",
-    "saw_motion", "saw_shape": whom it is about and what was found.
+    "saw_motion", "saw_shape", "scale": whom it is about and what was found.
     """
     pixels = np.asarray(video.detach().float().cpu() if isinstance(video, torch.Tensor) else video, np.float32)
     if pixels.ndim != 4 or pixels.shape[0] != 3:
         raise ValueError(f"judge: video must be [3, T, H, W], got {list(pixels.shape)}")
     if len(truth.pan) != pixels.shape[1]:
         raise ValueError(f"judge: truth is of {len(truth.pan)} frames, but video has {pixels.shape[1]}")
-    masks = _color_masks((pixels + 1) / 2)
+    rgb = (pixels + 1) / 2
+    background = np.median(rgb.reshape(3, -1), axis=1)
+    masks = _color_masks(rgb, background)
     enough = min(3, pixels.shape[1])
     seen = [o for o in truth.objects if (o.visible[: truth.config.room] > 0.9).sum() >= enough] or truth.objects
     wanted = {o.color for o in truth.objects}
@@ -40,7 +44,8 @@ def judge(video: torch.Tensor | Array, truth: Truth) -> dict[str, Any]:
     verdict: dict[str, Any] = {key: all(f[key] for f in found) for key in ("color", "motion", "shape")}
     if pixels.shape[1] == 1:
         verdict["motion"] = None
-    return {"correct": all(v is not False for v in verdict.values()), **verdict, "objects": found}
+    nearest = min(BACKGROUNDS, key=lambda name: np.square(background - BACKGROUNDS[name]).sum())
+    return {"correct": all(v is not False for v in verdict.values()), **verdict, "background": nearest, "objects": found}
 
 
 def _judge_object(mask: Array, target: ObjectTruth, truth: Truth, strangers: float) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def _judge_object(mask: Array, target: ObjectTruth, truth: Truth, strangers: flo
     color = bool(0.35 * expected < mass.mean() < 3 * expected and mask.mean() > strangers)
     if not color:
         motion = None if frames == 1 else False
-        return {"name": name, "color": False, "motion": motion, "shape": False, "saw_motion": None, "saw_shape": None}
+        return {"name": name, "color": False, "motion": motion, "shape": False, "saw_motion": None, "saw_shape": None, "scale": 0.0}
     y = (mask.sum(2) @ (np.arange(height) + 0.5)) / np.maximum(mass, 1e-6)
     x = (mask.sum(1) @ (np.arange(width) + 0.5)) / np.maximum(mass, 1e-6)
     path = np.stack([x / width, y / height], 1)
@@ -65,6 +70,7 @@ def _judge_object(mask: Array, target: ObjectTruth, truth: Truth, strangers: flo
         "shape": saw_shape == target.shape,
         "saw_motion": saw_motion,
         "saw_shape": saw_shape,
+        "scale": float(np.sqrt(mass.mean() / expected)),
     }
 
 
@@ -83,9 +89,8 @@ def _motion(path: Array, whole: Array, target: ObjectTruth, truth: Truth) -> str
     return max(MOTIONS, key=lambda m: v @ np.array(MOTIONS[m]) / max(np.hypot(*MOTIONS[m]), 1))
 
 
-def _color_masks(rgb: Array) -> Array:
+def _color_masks(rgb: Array, background: Array) -> Array:
     """Coverage of each pixel by each colour [colors, T, H, W]: pixel = background + a (colour - background)."""
-    background = np.median(rgb.reshape(3, -1), axis=1)
     lines = np.array(list(COLORS.values()), np.float32) - background.astype(np.float32)
     flat = rgb.reshape(3, -1) - background[:, None].astype(np.float32)
     alpha = np.clip((lines @ flat) / (lines**2).sum(1)[:, None], 0, 1)

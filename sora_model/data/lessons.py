@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from sora_model.data.scene import MOTIONS, Scene, Thing
 from sora_model.data.shapes import Array
-from sora_model.data.world import MOTIONS, Scene, Thing
 
 REACH = 0.1  # of the free range per frame: how fast a passage may be
 Size = tuple[int, int, int]
