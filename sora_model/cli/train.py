@@ -39,13 +39,13 @@ LONGER, STILLS = ["17x48x48", "17x48x80", "17x80x48", "21x48x48"], ["1x48x48", "
 LARGER = ["9x96x96", "5x96x160", "5x160x96", "5x256x256", "1x512x512"]
 WORLD_SIZES = {
     "simple": ["6x24x24", "6x16x32", "6x32x16", "1x24x24"],
-    "studio": [*4 * CLIPS, *LONGER, *STILLS, *LARGER],
+    "studio": [*4 * CLIPS, *2 * LONGER, *STILLS, *LARGER],
     "rich": CLIPS,
 }
 # A VAE is convolutional: what it learns of small frames holds for large ones, but for their large plain parts.
 VAE_SIZES = [*2 * CLIPS, "5x96x96", "1x128x128"]
 # Of the clips, those that teach going on, obeying and joining.
-LESSONS = {"drift": 0.2, "turn": 0.2, "link": 0.15}
+LESSONS = {"drift": 0.2, "turn": 0.2, "link": 0.12, "morph": 0.08}
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@
               a video goes on as it does
     turn      a start is given, and from its last frame on the object moves as the caption says: a world that obeys
     link      a start and an end of the same object elsewhere; between them it takes the smoothest way: joining, and loops
+    morph     the same of two scenes: on the way one object becomes another, before another background
 
-Given frames are whole token frames: `lead` pixel frames the first and `grain` each other (see `request.Timing`). An object turns
-only into motions that its caller allows, so that combinations kept from training stay unseen.
+Given frames are whole token frames: `lead` pixel frames the first and `grain` each other (see `request.Timing`). The world says
+into which motions an object may turn and what it may become, so that combinations kept from training stay unseen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 
 from sora_model.data.scene import MOTIONS, Scene, Thing
 from sora_model.data.shapes import Array
+from sora_model.data.world import World
 
 REACH = 0.1  # of the free range per frame: how fast a passage may be
 Size = tuple[int, int, int]
@@ -26,7 +27,7 @@ Timing = tuple[int, int]
 Lesson = tuple[torch.Tensor, str, str | None, torch.Tensor]  # clip [3, T, H, W], caption, long caption, bool [T]: what is given
 
 
-def drift(scene: Scene, size: Size, timing: Timing, motions: Sequence[str], rng: np.random.Generator) -> Lesson:
+def drift(scene: Scene, size: Size, timing: Timing, world: World, rng: np.random.Generator) -> Lesson:
     """A clip of `size` (T, H, W) from any time of the scene; a start or an end is given."""
     frames, grain = size[0], timing[1]
     scene = scene.advanced(int(rng.integers(4 * scene.config.room)))
@@ -37,7 +38,7 @@ def drift(scene: Scene, size: Size, timing: Timing, motions: Sequence[str], rng:
     return scene.render(*size), scene.caption(frames=frames, motion=False), None, given
 
 
-def turn(scene: Scene, size: Size, timing: Timing, motions: Sequence[str], rng: np.random.Generator) -> Lesson:
+def turn(scene: Scene, size: Size, timing: Timing, world: World, rng: np.random.Generator) -> Lesson:
     """A clip whose object moves another way after the given start; ways with some room to go are preferred."""
     frames = size[0]
     given = _start(frames, timing, rng)
@@ -45,6 +46,7 @@ def turn(scene: Scene, size: Size, timing: Timing, motions: Sequence[str], rng: 
     now = before.advanced(int(given.sum()) - 1)
     u = np.array(now.things[0].u)
     free = [name for name, way in MOTIONS.items() if ((u + 0.4 * np.array(way) > -0.1) & (u + 0.4 * np.array(way) < 1.1)).all()]
+    motions = world.motions(now.things[0])
     names = [name for name in free if name in motions] or list(motions)
     after = now.turned(names[int(rng.integers(len(names)))])
     start, height, width = int(given.sum()), *size[1:]
@@ -55,25 +57,49 @@ def turn(scene: Scene, size: Size, timing: Timing, motions: Sequence[str], rng: 
     return torch.cat(parts, dim=1), after.caption(frames=left), after.caption(True, left), given
 
 
-def link(scene: Scene, size: Size, timing: Timing, motions: Sequence[str], rng: np.random.Generator) -> Lesson:
+def link(scene: Scene, size: Size, timing: Timing, world: World, rng: np.random.Generator) -> Lesson:
     """A clip that begins as one clip of the object and ends as another; both ends are given."""
-    frames, (lead, grain) = size[0], timing
+    first, last, leave, arrive = _ends(scene, scene, size[0], timing, rng)
+    motions = world.motions(scene.things[0])
+    last = last.turned(motions[int(rng.integers(len(motions)))])
+    time, caption = torch.arange(size[0]), scene.caption(motion=False)
+    linked = _linked(first, first, last, leave, arrive)
+    return linked.render(*size), caption, None, (time <= leave) | (time >= arrive)
+
+
+def morph(scene: Scene, size: Size, timing: Timing, world: World, rng: np.random.Generator) -> Lesson:
+    """A clip that begins in one scene and ends in another, which fades in while the first object takes the way to the other."""
+    other = world.sample(int(rng.integers(2**31)))
+    first, last, leave, arrive = _ends(scene, other, size[0], timing, rng)
+    before, after = (_linked(looks, first, last, leave, arrive) for looks in (first, last.advanced(-arrive)))
+    time = torch.arange(size[0])
+    s = ((time - leave) / (arrive - leave)).clamp(0, 1)
+    video = torch.lerp(before.render(*size), after.render(*size), (s * s * (3 - 2 * s))[:, None, None])
+    verb = "becomes" if len(scene.things) == 1 else "become"
+    caption = f"{scene.caption(motion=False)} {verb} {other.caption(motion=False)}"
+    return video, caption, None, (time <= leave) | (time >= arrive)
+
+
+def _ends(scene: Scene, other: Scene, frames: int, timing: Timing, rng: np.random.Generator) -> tuple[Scene, Scene, int, int]:
+    """The scene at frame 0 and the last frame given of it; the other one and the first frame given of it, its own frame 0."""
+    lead, grain = timing
     spare = _more(frames, timing) - 1  # token frames that can be given, besides the first; one at least is made
     end = grain * int(rng.integers(1, spare + 1)) if spare > 0 else 0
     start = lead + grain * int(rng.integers(0, spare - end // grain + 1)) if spare > 0 else lead
-    given = (torch.arange(frames) < start) | (torch.arange(frames) >= frames - end)
     first = scene.advanced(int(rng.integers(2 * scene.config.room)))
     here = np.array(first.advanced(start - 1).things[0].u)
     for _ in range(16):  # a few tries to end where it can be in so few frames
-        last = scene.advanced(int(rng.integers(4 * scene.config.room)))
+        last = other.advanced(int(rng.integers(4 * other.config.room)))
         if np.abs(np.array(last.things[0].u) - here).max() < REACH * (frames - end - start + 1):
             break
-    last = last.turned(motions[int(rng.integers(len(motions)))])
-    things = tuple(
-        Link(**vars(a), to=b, leave=start - 1, arrive=frames - end) for a, b in zip(first.things, last.things, strict=True)
-    )
-    linked = replace(first, things=things)
-    return linked.render(*size), scene.caption(frames=frames, motion=False), None, given
+    return first, last, start - 1, frames - end
+
+
+def _linked(looks: Scene, first: Scene, last: Scene, leave: int, arrive: int) -> Scene:
+    """A scene whose first object takes the way from first's at frame `leave` to last's at frame `arrive`."""
+    a, b, thing = first.things[0], last.things[0], looks.things[0]
+    moved = Link(**{**vars(thing), "u": a.u, "v": a.v}, to=b, leave=leave, arrive=arrive)
+    return replace(looks, things=(moved, *looks.things[1:]))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from sora_model.data.lessons import drift, link, turn
+from sora_model.data.lessons import drift, link, morph, turn
 from sora_model.data.video_io import MediaError
 from sora_model.data.world import World
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int, int]
 GOLDEN, SILVER = 0x9E3779B97F4A7C15, 0x6A09E667F3BCC909  # the fractions of (1 + sqrt 5) / 2 and of sqrt 2, in 2^-64
-LESSONS = {"drift": drift, "turn": turn, "link": link}
+LESSONS = {"drift": drift, "turn": turn, "link": link, "morph": morph}
 
 
 class Sample(NamedTuple):
@@ -90,8 +90,8 @@ class WorldSource:
 
     sizes: (T, H, W) to draw from; T = 1 is an image, whose caption names no motion. weights: how often each is offered,
     relative (default: alike); a budget of few samples takes small ones more often than that, as they fill it up.
-    lessons: shares of the clips that teach a task, by name ("drift",
-    "turn", "link"; see `lessons.py`). timing: pixel frames of the first and of each other token frame, for what is given in them.
+    lessons: shares of the clips that teach a task, by name; see `lessons.py`. timing: pixel frames of the first and of each other
+    token frame, for what is given in them.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class WorldSource:
         for name, bound in self._lessons if size[0] > self.timing[0] else ():
             if drawn < bound:
                 rng = np.random.default_rng((self.world.config.seed, index, 2**32))
-                return Sample(*LESSONS[name](scene, size, self.timing, self.world.motions(scene.things[0]), rng))
+                return Sample(*LESSONS[name](scene, size, self.timing, self.world, rng))
         return Sample(scene.render(*size), scene.caption(frames=size[0]), scene.caption(True, size[0]))
 
 
