@@ -156,12 +156,38 @@ def extensions(judge_: Judge, backward: bool = False) -> Measurement:
 
 def joins(judge_: Judge) -> Measurement:
     """Two clips of one object, elsewhere and moving otherwise, and eight frames between them."""
-    timing, count = judge_.pipeline.timing, judge_.count // 8
+    count = judge_.count // 8
     scenes, sizes = judge_.scenes(count, 4000), _sizes(count)
     firsts = [scene.render(*size) for scene, size in zip(scenes, sizes, strict=True)]
     lasts = [scene.advanced(20).render(*size) for scene, size in zip(scenes, sizes, strict=True)]
-    prompts = [scene.caption(frames=13, motion=False) for scene in scenes]
-    asked = [join(p, a, b, 8, timing) for p, a, b in zip(prompts, firsts, lasts, strict=True)]
+    prompts = [scene.caption(motion=False) for scene in scenes]
+    whole, figures = _joined(judge_, firsts, lasts, prompts)
+    seen = _judged(
+        [video[:, 13:21] for video in whole], [scene.truth(8, *size[1:]) for scene, size in zip(scenes, sizes, strict=True)]
+    )
+    figures |= {**_shares(seen, 0.9, motion=False), **_scene_shares(seen, [scene.background for scene in scenes])}
+    return Measurement("join", figures, whole, prompts)
+
+
+def morphs(judge_: Judge) -> Measurement:
+    """Two clips of different objects before different backgrounds; in eight frames one becomes the other, without a cut."""
+    count = judge_.count // 8
+    scenes, others, sizes = judge_.scenes(count, 4000), judge_.scenes(count, 4500), _sizes(count)
+    firsts = [scene.render(*size) for scene, size in zip(scenes, sizes, strict=True)]
+    lasts = [other.render(*size) for other, size in zip(others, sizes, strict=True)]
+    prompts = [f"{a.caption(motion=False)} becomes {b.caption(motion=False)}" for a, b in zip(scenes, others, strict=True)]
+    whole, figures = _joined(judge_, firsts, lasts, prompts)
+    changes = [_changes(video[:, 12:22]) for video in whole]
+    figures["passages without a cut"] = (_share(steps.max() < 0.5 * steps.sum() for steps in changes), 0.9)
+    return Measurement("join others", figures, whole, prompts)
+
+
+def _joined(
+    judge_: Judge, firsts: Sequence[Tensor], lasts: Sequence[Tensor], prompts: Sequence[str], made: int = 8
+) -> tuple[list[Tensor], dict[str, tuple[float, float | None]]]:
+    """Clips joined, and how well what is given comes back and how continuous both ends of the passage are."""
+    timing = judge_.pipeline.timing
+    asked = [join(p, a, b, made, timing) for p, a, b in zip(prompts, firsts, lasts, strict=True)]
     raw = judge_.run([replace(request, before=None, after=None, cut=(0, 0)) for request in asked])
     kept, whole, jumps = [], [], []
     for request, clip, first, last in zip(asked, raw, firsts, lasts, strict=True):
@@ -169,11 +195,7 @@ def joins(judge_: Judge) -> Measurement:
         start, end = request.cut
         whole.append(torch.cat([first, clip[:, start : clip.shape[1] - end], last], dim=1))
         jumps += [_jump(whole[-1], first.shape[1]), _jump(whole[-1], whole[-1].shape[1] - last.shape[1])]
-    truths = [scene.truth(8, *size[1:]) for scene, size in zip(scenes, sizes, strict=True)]
-    seen = _judged([video[:, 13:21] for video in whole], truths)
-    figures = {**_kept(kept), **_shares(seen, 0.9, motion=False), **_scene_shares(seen, [scene.background for scene in scenes])}
-    figures["ends that are continuous"] = (_share(j <= 2 for j in jumps), 0.9)
-    return Measurement("join", figures, whole, prompts)
+    return whole, {**_kept(kept), "ends that are continuous": (_share(j <= 2 for j in jumps), 0.9)}
 
 
 def loops(judge_: Judge) -> Measurement:
@@ -289,6 +311,7 @@ MEASUREMENTS: dict[str, Callable[[Judge], Measurement]] = {
     "extend": extensions,
     "extend-backward": lambda judge_: extensions(judge_, backward=True),
     "join": joins,
+    "join-others": morphs,
     "loop": loops,
     "long": long_videos,
     "simulate": simulations,
