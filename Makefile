@@ -39,7 +39,7 @@ format: $(READY)
 
 checkpoint: $(READY)
 	$(BIN)/sora train-vae outputs/vae --minutes 40
-	$(BIN)/sora train outputs/studio --world studio --vae outputs/vae/checkpoint --model XS --clips 20000 --lessons \
+	$(BIN)/sora train outputs/studio --world studio --vae outputs/vae/checkpoint --model XS --clips 20000 --lessons --large \
 	  --per-frame 0.1 --precision bf16 --learning-rate 2e-3 --tokens 4096 --minutes 80
 	$(BIN)/sora train-captioner outputs/captioner --checkpoint outputs/studio/checkpoint --minutes 12 --tokens 1024
 	$(BIN)/sora export outputs/studio/checkpoint sora_model/pretrained

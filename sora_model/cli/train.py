@@ -35,8 +35,8 @@ OutFolder = Annotated[Path, typer.Argument(help="Folder of the run.")]
 
 # Of the world's clips; what is named twice comes twice as often.
 CLIPS = ["13x48x48", "13x48x80", "13x80x48"]
-LONGER, STILLS = ["17x48x48", "17x48x80", "17x80x48", "21x48x48"], ["1x48x48", "1x64x64", "1x128x128", "1x256x256"]
-LARGER = ["9x96x96", "5x96x160", "5x160x96", "5x256x256", "1x512x512"]
+LONGER, STILLS = ["17x48x48", "17x48x80", "17x80x48", "21x48x48"], ["1x48x48", "1x64x64", "1x128x128"]
+LARGER, LARGEST = ["9x96x96", "5x96x160", "5x160x96"], ["1x256x256", "5x256x256", "1x512x512"]
 WORLD_SIZES = {
     "simple": ["6x24x24", "6x16x32", "6x32x16", "1x24x24"],
     "studio": [*4 * CLIPS, *2 * LONGER, *STILLS, *LARGER],
@@ -44,6 +44,7 @@ WORLD_SIZES = {
 }
 # A VAE is convolutional: what it learns of small frames holds for large ones, but for their large plain parts.
 VAE_SIZES = [*2 * CLIPS, "5x96x96", "1x128x128"]
+CAPTION_SIZES = [*4 * CLIPS, *LONGER, *STILLS, LARGEST[0]]  # a larger frame says no more than a small one
 # Of the clips, those that teach going on, obeying and joining.
 LESSONS = {"drift": 0.2, "turn": 0.2, "link": 0.12, "morph": 0.08}
 
@@ -137,6 +138,7 @@ def train(
     lessons: Annotated[bool, typer.Option(help="Clips of the world that teach to go on, to obey and to join.")] = False,
     frames: Annotated[int | None, typer.Option(help="Latent frames seen of a clip, evenly spread. Default: all.")] = None,
     per_frame: Annotated[float, typer.Option(help="Share of the samples with a noise level for each frame.")] = 0.0,
+    large: Annotated[bool, typer.Option(help="Frames of up to 512x512 among the world's, too.")] = False,
     checkpointing: Annotated[bool, typer.Option(help="Compute activations again in the backward instead of keeping them.")] = False,
     *,
     run: Run,
@@ -148,7 +150,7 @@ def train(
     from ..train_dit import DiffusionObjective
     from ..vae import VideoVAE, latent_size
 
-    device, sizes = run.own_device, run.sizes()
+    device, sizes = run.own_device, [*run.sizes(), *(parse_size(text) for text in LARGEST if large)]
     if run.resume:
         pipeline = SoraPipeline.from_pretrained(out / "checkpoint", device=device)
     else:
@@ -233,7 +235,8 @@ def train_captioner(
     device = run.own_device
     pipeline = SoraPipeline.from_pretrained(checkpoint, device=device)
     patch = pipeline.dit.config.patch_size
-    source = run.source(run.sizes(), pipeline.unit, pipeline.timing.lead)
+    sizes = run.sizes(CAPTION_SIZES if run.world is WorldName.studio else None)
+    source = run.source(sizes, pipeline.unit, pipeline.timing.lead)
     if run.resume:
         captioner = Captioner.from_pretrained(out / "checkpoint")
     else:
