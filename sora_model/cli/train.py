@@ -123,7 +123,7 @@ class Run:
         return trainer
 
 
-@command(Run, world=WorldName.simple, ema=0.999)
+@command(Run, world=WorldName.simple, tokens=4096, ema=0.999)
 def train(
     out: OutFolder,
     model: Annotated[str, typer.Option(help="tiny, XS, or S, B, L, XL of the DiT paper.")] = "tiny",
