@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 CONFIGS = ("model_index.json", "config.json")
+SUFFIXES = {".json", ".safetensors", ".txt", ".model", ".jinja"}  # of a checkpoint's files, those of tokenizers included
 
 
 @contextmanager
@@ -38,30 +39,42 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(directory: str | Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `directory` at the end; if anything fails, `directory` stays as it was.
 
-    Raises ValueError for a folder that holds something else than a checkpoint.
+    Raises ValueError for a file, and for a folder that holds something else than a checkpoint: it would be lost.
     """
     target = Path(directory).absolute()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"checkpoint: expected a folder, got the file {directory}")
+    others = [path for path in target.rglob("*") if path.is_file() and path.suffix not in SUFFIXES]
+    known = any((target / name).is_file() for name in CONFIGS)
+    if target.is_dir() and any(target.iterdir()) and (others or not known):
+        held = f", which holds {others[0].name}" if others else ""
+        raise ValueError(f"checkpoint: expected an empty folder or one with a checkpoint to replace, got {directory}{held}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir() and any(target.iterdir()) and not any((target / name).is_file() for name in CONFIGS):
-        raise ValueError(f"checkpoint: expected an empty folder or one with a checkpoint to replace, got {directory}")
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield folder
         folder.chmod(0o755)  # mkdtemp's folders are private
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            target.rename(old / target.name)
-            try:
-                folder.rename(target)
-            except OSError:
-                (old / target.name).rename(target)
-                raise
-            finally:
-                shutil.rmtree(old)
+            _replace(target, folder)
         else:
             folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace(target: Path, folder: Path) -> None:
+    """folder takes the place of target, which is lost only when that is done."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = aside / target.name
+    try:
+        target.rename(old)
+        folder.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
 
 
 def save_whole(model: Any, folder: Path) -> None:
@@ -109,11 +122,16 @@ def load_weights(module: nn.Module, folder: Path, owner: str) -> None:
         weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{owner}: {path}: expected safetensors, got {error}") from None
+    load_distinct(module, weights, f"{owner}: {path}")
+
+
+def load_distinct(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Takes what `distinct_state` gave into a module; raises ValueError for weights missing, left over or of another shape."""
     expected = {name: tuple(value.shape) for name, value in distinct_state(module).items()}
     got = {name: tuple(value.shape) for name, value in weights.items()}
     for name in {**expected, **got}:
         if expected.get(name) != got.get(name):
-            raise ValueError(f"{owner}: {path}: {name}: expected shape {expected.get(name)}, got {got.get(name)}")
+            raise ValueError(f"{where}: {name}: expected shape {expected.get(name)}, got {got.get(name)}")
     module.load_state_dict(weights, strict=False)
 
 

@@ -62,7 +62,7 @@ def _train(folder: Path, name: str, depth: int, width: int, compute: float, seed
     # Forward and backward of a token: six operations per weight of a block, and attention to the others of its sample.
     per_token = 6 * parameters + 12 * depth * width * 100
     steps = max(int(compute / (per_token * TOKENS)), 1)
-    training = TrainConfig(steps=steps, learning_rate=2e-3, final_rate=1.0, ema_decay=0.99, save_every=10**9, seed=seed)
+    training = TrainConfig(steps=steps, learning_rate=2e-3, final_rate=1.0, ema_decay=0.99, save_minutes=10**9, seed=seed)
     objective = DiffusionObjective(pipeline, tasks=TaskMix(1, 0, 0, 0))
     trainer = Trainer(objective, PackedSampler(source, pipeline.unit, TOKENS, seed=seed), training, folder)
     unseen = PackedSampler(WorldSource(World(world, split="held out"), source.sizes), pipeline.unit, 8 * TOKENS, seed=seed).batch(0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -21,19 +23,40 @@ if TYPE_CHECKING:
 
 
 def run_training(trainer: Trainer, console: Console) -> list[float]:
-    """Trains behind a progress bar; returns the losses."""
+    """Trains behind a progress bar; returns the losses. Ctrl-C or SIGTERM ends it after the step in hand, and it is saved."""
     losses: list[float] = []
     if trainer.progress >= 1:
         console.print(f"nothing left to train: the limit was reached at step {trainer.step}")
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress, _stopping(trainer):
         bar = progress.add_task("starting", total=1.0)
         for step in trainer.train():
             losses.append(step.loss)
             recent = sum(losses[-20:]) / len(losses[-20:])
             text = f"step {step.step}  loss {recent:.4f}  {step.tokens_per_second:,.0f} tokens/s"
             progress.update(bar, completed=trainer.progress, description=text)
+    if trainer.stopped:
+        console.print(f"stopped at step {trainer.step}; --resume goes on from there", highlight=False)
     return losses
+
+
+@contextmanager
+def _stopping(trainer: Trainer) -> Iterator[None]:
+    """Signals to end stop the trainer instead; a second one ends the process as ever."""
+
+    def stop(number: int, _: object) -> None:
+        trainer.stop()
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .checkpoint import distinct_state, whole_file
+from .checkpoint import distinct_state, load_distinct, whole_file
 from .data import Batch, PackedSampler
 
 
@@ -66,7 +66,7 @@ class TrainConfig:
         accumulation: batches whose gradients make one step.
         mixed_precision: "no", or "bf16": matrices multiplied in bfloat16, weights and their averages kept in float32.
         ema_decay: of the averaged weights; the first steps average over fewer.
-        save_every: steps between checkpoints; one is always written at the end.
+        save_minutes: between checkpoints; one is always written at the end.
         seed: of everything random.
     """
 
@@ -81,13 +81,13 @@ class TrainConfig:
     accumulation: int = 1
     mixed_precision: str = "no"
     ema_decay: float = 0.999
-    save_every: int = 1000
+    save_minutes: float = 10.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise ValueError("TrainConfig: steps, minutes: expected a limit, got None for both")
-        for name in ("steps", "minutes", "learning_rate", "gradient_clip", "accumulation", "save_every"):
+        for name in ("steps", "minutes", "learning_rate", "gradient_clip", "accumulation", "save_minutes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"TrainConfig: {name}: expected a number above 0, got {value}")
@@ -129,10 +129,19 @@ class Trainer:
         config: see `TrainConfig`.
         folder: of the run; see the top of this file.
         resume: go on from the folder's training.safetensors.
+        settings: whatever else must be the same where the run is resumed, by name: what its model and batches are made of. Kept
+            with the weights; another value is an error then, as another seed or accumulation is.
     """
 
     def __init__(
-        self, objective: Objective, sampler: PackedSampler, config: TrainConfig, folder: str | Path, *, resume: bool = False
+        self,
+        objective: Objective,
+        sampler: PackedSampler,
+        config: TrainConfig,
+        folder: str | Path,
+        *,
+        resume: bool = False,
+        settings: Mapping[str, str | int | None] | None = None,
     ) -> None:
         self.objective, self.sampler, self.config, self.folder = objective, sampler, config, Path(folder)
         self.model = objective.model.train()
@@ -144,7 +153,8 @@ class Trainer:
         self.optimizers: list[torch.optim.Optimizer] = []
         self._moments: list[tuple[str, torch.optim.Optimizer, nn.Parameter]] = []  # whose state each weight's moments are
         self._make_optimizers()
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.stopped = 0, 0.0, False
+        self.settings = {**(settings or {}), "seed": config.seed, "accumulation": config.accumulation}
         if resume:
             self._load()
         elif (self.folder / "training.safetensors").exists():
@@ -156,22 +166,29 @@ class Trainer:
         steps = self.step / self.config.steps if self.config.steps else 0.0
         return max(steps, self.seconds / 60 / self.config.minutes if self.config.minutes else 0.0)
 
+    def stop(self) -> None:
+        """Ends the training after the step in hand."""
+        self.stopped = True
+
     def train(self) -> Iterator[Step]:
-        """Trains to the end, yielding after every step, and saves."""
+        """Trains to the end, or until `stop` is called, yielding after every step, and saves."""
         from torch.utils.tensorboard import SummaryWriter  # a second to import
 
         main = self.accelerator.is_main_process
         self.folder.mkdir(parents=True, exist_ok=True)
-        log, before = self.folder / "loss.csv", self.seconds
+        log, before, saved = self.folder / "loss.csv", self.seconds, self.seconds
         rows = _rows_before(log, self.step) if main else []
-        with open(log if main else os.devnull, "w", newline="") as file, SummaryWriter(str(self.folder / "tensorboard")) as board:
+        with (
+            open(log if main else os.devnull, "w", newline="", buffering=1) as file,
+            SummaryWriter(str(self.folder / "tensorboard")) as board,
+        ):
             writer = csv.writer(file)
             writer.writerows(rows or [["step", "loss", "learning_rate", "tokens_per_second", "seconds"]])
             began = time.perf_counter()
             # On a CPU a second thread takes from the step more than it gives.
             prefetch = 0 if self.accelerator.device.type == "cpu" else 2
             batches = self.sampler.stream(self.step * self.config.accumulation, prefetch=prefetch)
-            while self.progress < 1:
+            while self.progress < 1 and not self.stopped:
                 start = time.perf_counter()
                 drawn = [next(batches) for _ in range(self.config.accumulation)]
                 loss, rate = self._train_step(drawn)
@@ -184,9 +201,9 @@ class Trainer:
                 writer.writerow([done.step, f"{loss:.6f}", f"{rate:.6g}", f"{speed:.1f}", f"{self.seconds:.2f}"])
                 for name in ("loss", "learning_rate", "tokens_per_second") if main else ():
                     board.add_scalar(name, getattr(done, name), done.step)
-                if self.step % self.config.save_every == 0:
-                    file.flush()
+                if self.seconds - saved > 60 * self.config.save_minutes:
                     self.save()
+                    saved = self.seconds
                 yield done
         self.save()
 
@@ -235,7 +252,7 @@ class Trainer:
         for name, optimizer, parameter in self._moments:
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
-        state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
+        state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config), "settings": self.settings}
         with whole_file(self.folder / "training.safetensors") as temporary:
             save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, {"state": json.dumps(state)})
 
@@ -253,8 +270,11 @@ class Trainer:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-        self.model.load_state_dict(part("model."), strict=False)
-        self.average.load_state_dict(part("average."), strict=False)
+        for name, value in state.get("settings", {}).items():
+            if name in self.settings and self.settings[name] != value:
+                raise ValueError(f"Trainer: resume: {name}: expected {value}, as the run began with, got {self.settings[name]}")
+        load_distinct(self.model, part("model."), f"Trainer: resume: {path}")
+        load_distinct(self.average, part("average."), f"Trainer: resume: {path}")
         for name, optimizer, parameter in self._moments:
             moments = {key: value.to(parameter.device) for key, value in part(f"optimizer.{name}.").items()}
             if moments:

@@ -277,12 +277,36 @@ def test_exported_in_float16(pipeline: SoraPipeline, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_an_interrupted_save_leaves_the_old_one(pipeline: SoraPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.save_pretrained(tmp_path / "model")
+    rename, calls = Path.rename, []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        calls.append(self)
+        if len(calls) == 2:  # the old one is out of the way, the new one not yet in place
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(Path, "rename", rename)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    SoraPipeline.from_pretrained(tmp_path / "model")
+
+
 def test_nothing_but_a_checkpoint_is_replaced(pipeline: SoraPipeline, tmp_path: Path) -> None:
     (tmp_path / "keep").mkdir()
     (tmp_path / "keep" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match=r"expected an empty folder or one with a checkpoint to replace, got .*keep"):
         pipeline.save_pretrained(tmp_path / "keep")
     assert (tmp_path / "keep" / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(ValueError, match=r"checkpoint: expected a folder, got the file .*thesis\.txt"):
+        pipeline.save_pretrained(tmp_path / "keep" / "thesis.txt")
+    pipeline.save_pretrained(tmp_path / "mixed")
+    (tmp_path / "mixed" / "notes.md").write_text("what I saw")
+    with pytest.raises(ValueError, match=r"with a checkpoint to replace, got .*mixed, which holds notes\.md"):
+        pipeline.save_pretrained(tmp_path / "mixed")
     own = SoraPipeline(pipeline.dit, pipeline.text_encoder, pipeline.scheduler, HalvingCodec())
     own.codec = type("Codec", (), {"channels": 3})()
     with pytest.raises(TypeError, match="codec: expected a PixelCodec or a VideoVAE, got Codec"):

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 
@@ -84,6 +86,73 @@ def test_resumed_run_equals_one_that_was_not_stopped(run, clips, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize(("option", "value"), [("--seed", 1), ("--tokens", 512), ("--patch", "1x4x4"), ("--accumulation", 2)])
+def test_a_run_is_not_resumed_as_another(option, value, run, clips):
+    folder, _ = run
+    before = (folder / "training.safetensors").read_bytes()
+    result = sora("train", folder, "--data", clips, "--steps", 9, *TINY, "--resume", option, value)
+    assert result.exit_code == 2
+    assert re.search(
+        f"resume: .*{option.strip('-')}: expected .*, as the run began with, got {value}", result.output.replace("\n", " ")
+    )
+    assert (folder / "training.safetensors").read_bytes() == before
+
+
+def test_an_interrupted_run_is_saved_and_goes_on(clips, tmp_path, monkeypatch):
+    """Ctrl-C ends a run after the step in hand; resumed, it takes the steps that it would have taken."""
+    from sora_model.train import Trainer
+
+    take = Trainer._train_step
+
+    def interrupted(self, batches):
+        if self.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return take(self, batches)
+
+    monkeypatch.setattr("sora_model.train._schedule", lambda *_: 1.0)  # it follows the number of steps
+    whole = sora("train", tmp_path / "whole", "--data", clips, "--steps", 4, *TINY)
+    assert whole.exit_code == 0, whole.output
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    result = sora("train", tmp_path / "parts", "--data", clips, "--steps", 4, *TINY)
+    assert result.exit_code == 130, result.output
+    assert "stopped at step 2; --resume goes on from there" in result.output
+    assert (tmp_path / "parts" / "checkpoint" / "dit" / "model.safetensors").is_file()
+    monkeypatch.setattr(Trainer, "_train_step", take)
+    result = sora("train", tmp_path / "parts", "--data", clips, "--steps", 4, *TINY, "--resume")
+    assert result.exit_code == 0, result.output
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_checkpoint_is_where_another_run_starts(run, tmp_path):
+    result = sora("train", tmp_path / "more", "--start", run[0] / "checkpoint", "--steps", 1, "--tokens", 256, "--size", "2x16x16")
+    assert result.exit_code == 0, result.output
+    configs = [json.loads((path / "checkpoint" / "model_index.json").read_text()) for path in (run[0], tmp_path / "more")]
+    assert configs[0]["size"] == configs[1]["size"], "a finer run keeps the size that is made by default"
+
+
+def test_the_default_size_is_that_of_the_files(run, clips):
+    size = json.loads((run[0] / "checkpoint" / "model_index.json").read_text())["size"]
+    assert tuple(size) in SIZES
+
+
+@pytest.mark.parametrize("world", ["simple", "studio", "rich"])
+@pytest.mark.parametrize(
+    ("command", "more"), [("train", []), ("train", ["--vae", "vae"]), ("train-vae", []), ("train-vae", ["--temporal", "8"])]
+)
+def test_default_sizes_fit_default_batches(command, more, world, tmp_path, monkeypatch):
+    """What a bare command trains on can be cut into patches and fits a batch."""
+    from sora_model.train import Trainer
+    from sora_model.vae import VideoVAE
+
+    VideoVAE.small(latent_channels=4, channels=(8, 8, 8)).save_pretrained(tmp_path / "vae")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "_train_step", lambda self, batches: (float(len(batches)), 0.0))
+    monkeypatch.setattr("sora_model.train_vae.gives_back", lambda *_: [30.0])
+    monkeypatch.setattr("sora_model.train_vae.finish", lambda *_: None)
+    result = sora(command, tmp_path / "run", "--world", world, "--steps", 30, *more)
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_state_survives_saving(optimizer, tmp_path, monkeypatch):
     """A run resumed from disk goes on exactly as if it had not stopped."""
@@ -142,14 +211,27 @@ def test_ddpm_trains_and_samples(prediction, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["train", "{tmp}/run", "--data", "{tmp}/none", "--steps", "1"], "none"),
+        (
+            ["train", "{tmp}/run", "--data", "{tmp}/none", "--steps", "1"],
+            "none (there is no such folder) must hold videos or images",
+        ),
         (["train", "{tmp}/run", "--steps", "1", "--model", "XXL"], "name: expected one of tiny, XS, S, B, L, XL, got 'XXL'"),
         (["train", "{tmp}/run", "--steps", "1", "--size", "3x20x20"], "(3, 20, 20)"),
         (["train", "{tmp}/run", "--steps", "1", "--detailed", "1.5"], "detailed: expected a share from 0 to 1, got 1.5"),
         (["train", "{tmp}/run", "--steps", "1", "--vae", "{tmp}/none"], "expected a folder with config.json, got {tmp}/none"),
-        (["train", "{tmp}/run", "--steps", "1", "--tokens", "4"], "4"),
+        (["train", "{tmp}/run", "--steps", "1", "--tokens", "4"], "more than tokens_per_batch = 4"),
         (["train", "{tmp}/run", "--steps", "0"], "TrainConfig: steps: expected a number above 0, got 0"),
-        (["train", "{tmp}/run", "--resume"], "{tmp}/run"),
+        (["train", "{tmp}/run", "--resume"], "expected a folder with model_index.json, got {tmp}/run/checkpoint"),
+        (
+            ["train", "{tmp}/run", "--start", "x", "--vae", "y"],
+            "--vae: expected none with --start, whose checkpoint has its own, got y",
+        ),
+        (
+            ["train", "{tmp}/run", "--data", "x", "--clips", "9"],
+            "--clips: expected none with --data, which has its own clips, got 9",
+        ),
+        (["train", "{tmp}/run", "--data", "x", "--size", "1x8x8"], "--size: expected none with --data, whose files have their own"),
+        (["train-vae", "{tmp}/run", "--start", "x", "--channels", "4"], "--channels: expected none with --start"),
         (["generate", "a cat", "--checkpoint", "{tmp}/none"], "expected a folder with model_index.json"),
         (["generate", "a", "b", "--checkpoint", "x", "--size", "1x8x8", "--size", "1x8x8", "--size", "1x8x8"], "expected 1 or 2"),
         (["generate", "a cat", "--checkpoint", "{tmp}", "--size", "big"], "expected TxHxW, such as 8x32x48, got 'big'"),

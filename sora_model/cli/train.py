@@ -82,14 +82,21 @@ class Run:
         state = PartialState(cpu=known_device(self.device) == "cpu")
         return self.device if state.num_processes == 1 else str(state.device)
 
-    def sizes(self, default: list[str] | None = None) -> list[Size]:
-        return [parse_size(text) for text in self.size or default or WORLD_SIZES[self.world.value]]
+    def sizes(self, unit: Size, lead: int, default: list[str]) -> list[Size]:
+        """Sizes of the world's clips: those asked for, or the default ones made larger to whole tokens."""
+        from ..request import Timing
+
+        if self.size:
+            return [parse_size(text) for text in self.size]
+        timing, (_, uh, uw) = Timing(lead, unit[0]), unit
+        return [(timing.whole(t), -(-h // uh) * uh, -(-w // uw) * uw) for t, h, w in map(parse_size, default)]
 
     def source(self, sizes: list[Size], unit: Size, lead: int, clips: int | None = None, **options: Any) -> Source:
         """A folder of files, or the training part of a world; `clips` of it again and again, or without end."""
         from ..data import FolderSource, Repeated, World, WorldConfig, WorldSource
 
         if self.data is not None:
+            _refuse("--data, whose files have their own", {"size": self.size})
             limits = {"max_frames": self.max_frames, "max_pixels": self.max_pixels, "seed": self.seed}
             return FolderSource(self.data, multiple_of=unit, lead=lead, **limits)  # type: ignore[arg-type]
         config = getattr(WorldConfig, self.world.value)(self.seed)
@@ -97,8 +104,13 @@ class Run:
         source = WorldSource(World(config, split=split), sizes, **options)
         return source if clips is None else Repeated(source, clips)
 
-    def train(self, out: Path, objective: Objective, source: Source, patch: Size, **packing: Any) -> Trainer:
-        """Trains on packed batches of this process; from an endless source, of several sizes each. packing: see `PackedSampler`."""
+    def train(
+        self, out: Path, objective: Objective, source: Source, patch: Size, settings: dict[str, Any], **packing: Any
+    ) -> Trainer:
+        """Trains on packed batches of this process; from an endless source, of several sizes each.
+
+        settings: the command's own options that cannot change where a run is resumed. packing: see `PackedSampler`.
+        """
         from accelerate import PartialState
 
         from ..data import PackedSampler, WorldSource
@@ -118,22 +130,27 @@ class Run:
             ema_decay=self.ema,
             seed=self.seed,
         )
-        trainer = Trainer(objective, sampler, config, out, resume=self.resume)
+        same = {"data": self.data, "world": self.world.value, "size": self.size, "tokens": self.tokens, **settings}
+        kept = {f"--{name}": str(getattr(value, "value", value)) if value else None for name, value in same.items()}
+        trainer = Trainer(objective, sampler, config, out, resume=self.resume, settings=kept)
         run_training(trainer, console)
+        if trainer.stopped:
+            raise typer.Exit(130)
         return trainer
 
 
 @command(Run, world=WorldName.simple, tokens=4096, ema=0.999)
 def train(
     out: OutFolder,
-    model: Annotated[str, typer.Option(help="tiny, XS, or S, B, L, XL of the DiT paper.")] = "tiny",
+    start: Annotated[Path | None, typer.Option(help="Checkpoint of a pipeline to start from, with all its parts.")] = None,
+    model: Annotated[str | None, typer.Option(help="tiny, XS, or S, B, L, XL of the DiT paper. Default: tiny.")] = None,
     vae: Annotated[Path | None, typer.Option(help="Folder of a VAE, one of diffusers' causal ones. Default: pixels.")] = None,
     text_encoder: Annotated[
         Path | None, typer.Option(help="Folder of a T5, UMT5 or CLIP of transformers. Default: words, learned with the model.")
     ] = None,
     patch: Annotated[str | None, typer.Option(help="Patch size TxHxW. Default: 1x8x8 of pixels, 1x2x2 of latents.")] = None,
     clips: Annotated[int | None, typer.Option(help="Clips of the world, seen again and again. Default: endless.")] = None,
-    prediction: Annotated[Prediction, typer.Option(help="Flow matching, or DDPM's epsilon or v.")] = Prediction.flow,
+    prediction: Annotated[Prediction | None, typer.Option(help="Flow matching, or DDPM's epsilon or v. Default: flow.")] = None,
     detailed: Annotated[float, typer.Option(help="Share of the samples with their long caption.")] = 0.5,
     lessons: Annotated[bool, typer.Option(help="Clips of the world that teach to go on, to obey and to join.")] = False,
     frames: Annotated[int | None, typer.Option(help="Latent frames seen of a clip, evenly spread. Default: all.")] = None,
@@ -150,26 +167,35 @@ def train(
     from ..train_dit import DiffusionObjective
     from ..vae import VideoVAE, latent_size
 
-    device, sizes = run.own_device, [*run.sizes(), *(parse_size(text) for text in LARGEST if large)]
-    if run.resume:
-        pipeline = SoraPipeline.from_pretrained(out / "checkpoint", device=device)
+    device = run.own_device
+    parts = {"model": model, "vae": vae, "text-encoder": text_encoder, "patch": patch, "prediction": prediction}
+    worldly = {"clips": clips, "lessons": lessons, "large": large}
+    _refuse("--start, whose checkpoint has its own", parts if start else {})
+    _refuse("--data, which has its own clips", worldly if run.data else {})
+    if run.resume or start is not None:
+        pipeline = SoraPipeline.from_pretrained(out / "checkpoint" if start is None or run.resume else start, device=device)
     else:
         codec = None if vae is None else VideoVAE.from_pretrained(vae).to(device)
         cut = parse_size(patch) if patch else (1, 8, 8) if vae is None else (1, 2, 2)
         encoder = None if text_encoder is None else PretrainedEncoder.from_pretrained(text_encoder).to(device)
+        kind = (prediction or Prediction.flow).value
         pipeline = SoraPipeline.from_preset(
-            model, patch=cut, codec=codec, text_encoder=encoder, prediction=prediction.value, size=sizes[0], seed=run.seed,
-            device=device,
-        )  # fmt: skip
+            model or "tiny", patch=cut, codec=codec, text_encoder=encoder, prediction=kind, seed=run.seed, device=device
+        )
     pipeline.dit.gradient_checkpointing = checkpointing
-    timing = pipeline.timing
+    timing, default = pipeline.timing, [*WORLD_SIZES[run.world.value], *(LARGEST if large else [])]
+    sizes = run.sizes(pipeline.unit, timing.lead, default)
     source = run.source(sizes, pipeline.unit, timing.lead, clips, lessons=LESSONS if lessons else {}, timing=timing)
+    if not run.resume and start is None:
+        shapes = sizes[:1] if run.data is None else [source.size(i) for i in range(len(source))]  # type: ignore[arg-type]
+        pipeline.size = max(shapes, key=shapes.count)
     objective = DiffusionObjective(
         pipeline, tasks=TaskMix(per_frame=per_frame), detailed=detailed, num_frames=frames,
         keep_latents=clips is not None and run.data is None,
     )  # fmt: skip
+    settings = {"start": start, **parts, **worldly, "frames": frames}
     run.train(
-        out, objective, source, pipeline.dit.config.patch_size,
+        out, objective, source, pipeline.dit.config.patch_size, settings,
         latent_size=lambda one: _seen(latent_size(pipeline.codec, one), frames),
         attention_width=pipeline.dit.config.hidden_size,
     )  # fmt: skip
@@ -181,9 +207,11 @@ def train_vae(
     out: OutFolder,
     start: Annotated[Path | None, typer.Option(help="Folder of a VAE to start from.")] = None,
     decoder_only: Annotated[bool, typer.Option("--decoder-only", help="Leave the latents as they are.")] = False,
-    channels: Annotated[int, typer.Option(help="Of a latent.")] = 16,
-    temporal: Annotated[int, typer.Option(help="Frames per latent frame, after the first: 4 or 8.")] = 4,
-    spatial: Annotated[int, typer.Option(help="Pixels per latent position along height and width: 8 or 16.")] = 8,
+    channels: Annotated[int | None, typer.Option(help="Of a latent. Default: 16.")] = None,
+    temporal: Annotated[int | None, typer.Option(help="Frames per latent frame, after the first: 4, the default, or 8.")] = None,
+    spatial: Annotated[
+        int | None, typer.Option(help="Pixels per latent position along height and width: 8, the default, or 16.")
+    ] = None,
     *,
     run: Run,
 ) -> None:
@@ -195,14 +223,18 @@ def train_vae(
 
     device = run.own_device
     torch.manual_seed(run.seed)
+    parts = {"channels": channels, "temporal": temporal, "spatial": spatial}
+    _refuse("--start, whose checkpoint has its own", parts if start else {})
     if run.resume or start is not None:
-        made = VideoVAE.from_pretrained(out / "checkpoint" if run.resume or start is None else start)
+        made = VideoVAE.from_pretrained(out / "checkpoint" if start is None or run.resume else start)
     else:
-        made = VideoVAE.small(latent_channels=channels, temporal=temporal, spatial=spatial)
+        made = VideoVAE.small(latent_channels=channels or 16, temporal=temporal or 4, spatial=spatial or 8)
     vae = made.to(device)
-    source = run.source(run.sizes(VAE_SIZES), vae.compression, 1, lessons=LESSONS, timing=(1, vae.compression[0]))
+    sizes = run.sizes(vae.compression, 1, VAE_SIZES)
+    source = run.source(sizes, vae.compression, 1, lessons=LESSONS, timing=(1, vae.compression[0]))
     objective = VAEObjective(vae, decoder_only=decoder_only)
-    trainer = run.train(out, objective, source, (1, 1, 1), latent_size=lambda one: latent_size(vae, one))
+    settings = {"start": start, **parts, "decoder-only": decoder_only}
+    trainer = run.train(out, objective, source, (1, 1, 1), settings, latent_size=lambda one: latent_size(vae, one))
     if not trainer.accelerator.is_main_process:
         return
     trained = VideoVAE.from_pretrained(out / "checkpoint").to(device)
@@ -235,7 +267,7 @@ def train_captioner(
     device = run.own_device
     pipeline = SoraPipeline.from_pretrained(checkpoint, device=device)
     patch = pipeline.dit.config.patch_size
-    sizes = run.sizes(CAPTION_SIZES if run.world is WorldName.studio else None)
+    sizes = run.sizes(pipeline.unit, pipeline.timing.lead, CAPTION_SIZES)
     source = run.source(sizes, pipeline.unit, pipeline.timing.lead)
     if run.resume:
         captioner = Captioner.from_pretrained(out / "checkpoint")
@@ -249,7 +281,9 @@ def train_captioner(
         captioner = Captioner(config, tokenizer)
     captioner.to(device)
     objective = CaptionObjective(captioner, pipeline.codec)
-    trainer = run.train(out, objective, source, patch, latent_size=lambda one: _seen(latent_size(pipeline.codec, one), frames))
+    trainer = run.train(
+        out, objective, source, patch, {"frames": frames}, latent_size=lambda one: _seen(latent_size(pipeline.codec, one), frames)
+    )
     if not trainer.accelerator.is_main_process:
         return
     pipeline.captioner = Captioner.from_pretrained(out / "checkpoint").to(device)
@@ -288,6 +322,13 @@ def scaling(
             out, compute, seed, lambda p: console.print(f"{p.model}  step {p.step}  {p.compute:.2e} operations  loss {p.loss:.4f}")
         )
         say(str(out / "scaling.png"))
+
+
+def _refuse(because: str, options: dict[str, Any]) -> None:
+    """Options that another one leaves nothing to do are an error."""
+    for name, value in options.items():
+        if value:
+            raise ValueError(f"--{name}: expected none with {because}, got {value}")
 
 
 def _seen(size: Size, frames: int | None) -> Size:

@@ -203,6 +203,8 @@ class PackedSampler:
         self.seed, self.rank, self.num_ranks = seed, rank, num_ranks
         self._token_counts: dict[Size, int] = {}
         self._warned: set[int] = set()
+        for index in range(self._length or 0):  # a sample that cannot be batched is told of before training begins
+            self._tokens(index, source.size(index))
         self._rewind()
 
     def batch(self, step: int) -> Batch:
