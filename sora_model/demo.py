@@ -86,11 +86,11 @@ def every_task(pipeline: SoraPipeline, videos: list[Tensor]) -> dict[str, Reques
     return {
         "text to video": text_to_video("a white ring moves up and right", pipeline.size),
         "text to image": text_to_video("a purple cross", (1, 64, 64)),
-        "image to video": image_to_video("an orange diamond moves right", videos[-1], 13),
+        "image to video": image_to_video("an orange diamond moves right", videos[-1], 13, timing),
         "video to video": video_to_video("a yellow circle moves right", videos[0], 0.85),
         "extension": extend("a red circle moves down", videos[0], 8, timing),
         "extension backward": extend("a green square moves up", videos[1], 9, timing, backward=True),
-        "joining": join("a blue star", videos[2], videos[2].flip(3), 8, timing),
+        "joining": join("a blue star", videos[2], videos[2].flip(3), 2 * timing.grain, timing),
     }
 
 

@@ -8,15 +8,30 @@ colours, turns) or name no motion ask for other combinations of the same names. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import Size
-from .data import Scene, Truth, World, WorldConfig, judge
+from .data import Scene, World, WorldConfig, judge
 from .diffusion import prediction_type
+from .figures import (
+    Figure,
+    Figures,
+    Measurement,
+    changes_of,
+    judged,
+    jump,
+    kept_figures,
+    names_word,
+    object_scale,
+    says_motion,
+    scene_shares,
+    share,
+    shares,
+)
 from .pipeline import SoraPipeline
 from .request import Request, extend, image_to_video, join, text_to_video, video_to_video
 from .schedulers import FLOW, flow_scheduler
@@ -25,25 +40,6 @@ from .vae import psnr
 
 SHAPES: tuple[Size, ...] = ((13, 48, 48), (13, 48, 80), (13, 80, 48))  # three aspect ratios
 AT_ONCE = 24  # samples of a packed batch
-
-
-@dataclass
-class Measurement:
-    """What a task gave.
-
-    figures: name -> (measured, what it is held to); shares are from 0 to 1, PSNR is in dB. A target below 0 is a highest value,
-    its sign turned; None: the figure is for information.
-    videos, labels: the first ones, for a contact sheet.
-    """
-
-    task: str
-    figures: dict[str, tuple[float, float | None]]
-    videos: list[Tensor] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-
-    @property
-    def missed(self) -> list[str]:
-        return [name for name, (value, target) in self.figures.items() if target is not None and not _holds(value, target)]
 
 
 @dataclass(frozen=True)
@@ -79,10 +75,10 @@ def text_to_videos(judge_: Judge) -> Measurement:
     scenes, sizes = judge_.scenes(judge_.count), _sizes(judge_.count)
     prompts = [scene.caption(i // 3 % 2 == 1, size[0]) for i, (scene, size) in enumerate(zip(scenes, sizes, strict=True))]
     videos = judge_.run([text_to_video(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)])
-    seen = _judged(videos, [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)])
+    seen = judged(videos, [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)])
     long = [i for i in range(len(scenes)) if i // 3 % 2 == 1]
-    told = _scene_shares([seen[i] for i in long], [scenes[i].background for i in long])
-    figures = {**_shares(seen, 0.9), **{f"{name}, where told": figure for name, figure in told.items()}}
+    told = scene_shares([seen[i] for i in long], [scenes[i].background for i in long])
+    figures = {**shares(seen, 0.9), **{f"{name}, where told": figure for name, figure in told.items()}}
     return Measurement("text to video", figures, videos, prompts)
 
 
@@ -92,7 +88,7 @@ def text_to_images(judge_: Judge) -> Measurement:
     prompts = [scene.caption(i // 3 % 2 == 1, 1) for i, scene in enumerate(scenes)]
     videos = judge_.run([text_to_video(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)])
     truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
-    return Measurement("text to image", _shares(_judged(videos, truths), 0.9, motion=False), videos, prompts)
+    return Measurement("text to image", shares(judged(videos, truths), 0.9, motion=False), videos, prompts)
 
 
 def images_to_videos(judge_: Judge) -> Measurement:
@@ -100,12 +96,14 @@ def images_to_videos(judge_: Judge) -> Measurement:
     scenes, sizes = judge_.scenes(judge_.count // 4, 1000), _sizes(judge_.count // 4)
     clips = [scene.render(*size) for scene, size in zip(scenes, sizes, strict=True)]
     prompts = [scene.caption(frames=13) for scene in scenes]
-    requests = [image_to_video(p, clip[:, :1], size[0]) for p, clip, size in zip(prompts, clips, sizes, strict=True)]
+    requests = [
+        image_to_video(p, clip[:, :1], size[0], judge_.pipeline.timing) for p, clip, size in zip(prompts, clips, sizes, strict=True)
+    ]
     videos = judge_.run(requests)
     truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
     kept = [psnr(video[:, :1], clip[:, :1]) for video, clip in zip(videos, clips, strict=True)]
-    seen = _judged(videos, truths)
-    figures = {**_kept(kept), **_shares(seen, 0.9), **_scene_shares(seen, [scene.background for scene in scenes])}
+    seen = judged(videos, truths)
+    figures = {**kept_figures(kept), **shares(seen, 0.9), **scene_shares(seen, [scene.background for scene in scenes])}
     return Measurement("image to video", figures, videos, prompts)
 
 
@@ -125,18 +123,18 @@ def videos_to_videos(judge_: Judge, strength: float = 0.85) -> Measurement:
         for prompt, scene, size in zip(prompts, scenes, sizes, strict=True)
     ]  # fmt: skip
     videos = judge_.run(requests)
-    seen = _judged(videos, [other.truth(*size) for other, size in zip(others, sizes, strict=True)])
-    figures = {**_shares(seen, 0.9), **_scene_shares(seen, [other.background for other in others])}
+    seen = judged(videos, [other.truth(*size) for other, size in zip(others, sizes, strict=True)])
+    figures = {**shares(seen, 0.9), **scene_shares(seen, [other.background for other in others])}
     return Measurement("video to video", figures, videos, [f"-> {prompt}" for prompt in prompts])
 
 
 def extensions(judge_: Judge, backward: bool = False) -> Measurement:
     """Eight frames more, in the direction that the clip has, judged alone; the given frames as the model gives them back."""
     timing, made = judge_.pipeline.timing, 8
+    known = timing.lead + timing.grain  # five frames of our own VAE: with the new ones no more than a scene has before it bounces
     scenes, sizes = judge_.scenes(judge_.count // 4, 3000), _sizes(judge_.count // 4)
-    # A scene that can be followed for the given and the new frames without meeting a border.
-    clips = [scene.render(13, *size[1:]) for scene, size in zip(scenes, sizes, strict=True)]
-    given = [clip[:, -5:] if backward else clip[:, :5] for clip in clips]
+    clips = [scene.render(known + made, *size[1:]) for scene, size in zip(scenes, sizes, strict=True)]
+    given = [clip[:, -known:] if backward else clip[:, :known] for clip in clips]
     prompts = [scene.caption(frames=13) for scene in scenes]
     asked = [extend(prompt, part, made, timing, overlap=1, backward=backward) for prompt, part in zip(prompts, given, strict=True)]
     raw = judge_.run([replace(request, before=None, after=None, cut=(0, 0)) for request in asked])
@@ -146,47 +144,47 @@ def extensions(judge_: Judge, backward: bool = False) -> Measurement:
         kept.append(psnr(clip[:, at : at + shown.shape[1]], shown))
         fresh.append(clip[:, at - made : at] if backward else clip[:, shown.shape[1] :])
         whole.append(torch.cat([fresh[-1], part] if backward else [part, fresh[-1]], dim=1))
-        jumps.append(_jump(whole[-1], made if backward else part.shape[1]))
-    truths = [scene.truth(made, *size[1:], start=0 if backward else 5) for scene, size in zip(scenes, sizes, strict=True)]
-    seen = _judged(fresh, truths)
-    figures = {**_kept(kept), **_shares(seen, 0.9), **_scene_shares(seen, [scene.background for scene in scenes])}
-    figures["seams that are continuous"] = (_share(j <= 2 for j in jumps), 0.9)
+        jumps.append(jump(whole[-1], made if backward else part.shape[1]))
+    truths = [scene.truth(made, *size[1:], start=0 if backward else known) for scene, size in zip(scenes, sizes, strict=True)]
+    seen = judged(fresh, truths)
+    figures = {**kept_figures(kept), **shares(seen, 0.9), **scene_shares(seen, [scene.background for scene in scenes])}
+    figures["seams that are continuous"] = Figure(share(j <= 2 for j in jumps), 0.9)
     return Measurement("extend backward" if backward else "extend forward", figures, whole, prompts)
 
 
 def joins(judge_: Judge) -> Measurement:
-    """Two clips of one object, elsewhere and moving otherwise, and eight frames between them."""
+    """Two clips of one object, elsewhere and moving otherwise, and eight frames or so between them."""
     count = judge_.count // 8
     scenes, sizes = judge_.scenes(count, 4000), _sizes(count)
     firsts = [scene.render(*size) for scene, size in zip(scenes, sizes, strict=True)]
     lasts = [scene.advanced(20).render(*size) for scene, size in zip(scenes, sizes, strict=True)]
     prompts = [scene.caption(motion=False) for scene in scenes]
     whole, figures = _joined(judge_, firsts, lasts, prompts)
-    seen = _judged(
-        [video[:, 13:21] for video in whole], [scene.truth(8, *size[1:]) for scene, size in zip(scenes, sizes, strict=True)]
-    )
-    figures |= {**_shares(seen, 0.9, motion=False), **_scene_shares(seen, [scene.background for scene in scenes])}
+    passages = [video[:, 13:-13] for video in whole]
+    seen = judged(passages, [scene.truth(*clip.shape[1:]) for scene, clip in zip(scenes, passages, strict=True)])
+    figures |= {**shares(seen, 0.9, motion=False), **scene_shares(seen, [scene.background for scene in scenes])}
     return Measurement("join", figures, whole, prompts)
 
 
 def morphs(judge_: Judge) -> Measurement:
-    """Two clips of different objects before different backgrounds; in eight frames one becomes the other, without a cut."""
+    """Two clips of different objects before different backgrounds; between them one becomes the other, without a cut."""
     count = judge_.count // 8
     scenes, others, sizes = judge_.scenes(count, 4000), judge_.scenes(count, 4500), _sizes(count)
     firsts = [scene.render(*size) for scene, size in zip(scenes, sizes, strict=True)]
     lasts = [other.render(*size) for other, size in zip(others, sizes, strict=True)]
     prompts = [f"{a.caption(motion=False)} becomes {b.caption(motion=False)}" for a, b in zip(scenes, others, strict=True)]
     whole, figures = _joined(judge_, firsts, lasts, prompts)
-    changes = [_changes(video[:, 12:22]) for video in whole]
-    figures["passages without a cut"] = (_share(steps.max() < 0.5 * steps.sum() for steps in changes), 0.9)
+    changes = [changes_of(video[:, 12:-12]) for video in whole]
+    figures["passages without a cut"] = Figure(share(steps.max() < 0.5 * steps.sum() for steps in changes), 0.9)
     return Measurement("join others", figures, whole, prompts)
 
 
 def _joined(
-    judge_: Judge, firsts: Sequence[Tensor], lasts: Sequence[Tensor], prompts: Sequence[str], made: int = 8
-) -> tuple[list[Tensor], dict[str, tuple[float, float | None]]]:
+    judge_: Judge, firsts: Sequence[Tensor], lasts: Sequence[Tensor], prompts: Sequence[str]
+) -> tuple[list[Tensor], Figures]:
     """Clips joined, and how well what is given comes back and how continuous both ends of the passage are."""
     timing = judge_.pipeline.timing
+    made = -(-8 // timing.grain) * timing.grain
     asked = [join(p, a, b, made, timing) for p, a, b in zip(prompts, firsts, lasts, strict=True)]
     raw = judge_.run([replace(request, before=None, after=None, cut=(0, 0)) for request in asked])
     kept, whole, jumps = [], [], []
@@ -194,8 +192,8 @@ def _joined(
         kept += [psnr(clip[:, at : at + part.shape[1]], part) for at, part in request.given.items()]
         start, end = request.cut
         whole.append(torch.cat([first, clip[:, start : clip.shape[1] - end], last], dim=1))
-        jumps += [_jump(whole[-1], first.shape[1]), _jump(whole[-1], whole[-1].shape[1] - last.shape[1])]
-    return whole, {**_kept(kept), "ends that are continuous": (_share(j <= 2 for j in jumps), 0.9)}
+        jumps += [jump(whole[-1], first.shape[1]), jump(whole[-1], whole[-1].shape[1] - last.shape[1])]
+    return whole, {**kept_figures(kept), "ends that are continuous": Figure(share(j <= 2 for j in jumps), 0.9)}
 
 
 def loops(judge_: Judge) -> Measurement:
@@ -208,15 +206,15 @@ def loops(judge_: Judge) -> Measurement:
         back = scene.caption(frames=13, motion=False)
         closed = close(judge_.pipeline, prompt, size, passage_prompt=back, seed=judge_.seed + i, **judge_.options).cpu()
         around = torch.cat([closed, closed[:, :1]], dim=1)
-        jumps += [_jump(around, size[0]), _jump(around, closed.shape[1])]
+        jumps += [jump(around, size[0]), jump(around, closed.shape[1])]
         videos.append(turned(closed))
-        changes = _changes(torch.cat([videos[-1], videos[-1][:, :1]], dim=1))
+        changes = changes_of(torch.cat([videos[-1], videos[-1][:, :1]], dim=1))
         seams.append(float(changes[-1] / changes.median().clamp(min=1e-6)))
     truths = [scene.truth(v.shape[1], *size[1:]) for scene, v, size in zip(scenes, videos, sizes, strict=True)]
-    figures: dict[str, tuple[float, float | None]] = {
-        "seam / median change, the worst": (max(seams), -1.0),
-        "ends of the way back that are continuous": (_share(j <= 2 for j in jumps), 0.9),
-        **_shares(_judged(videos, truths), 0.9, motion=False),
+    figures: Figures = {
+        "seam / median change, the worst": Figure(max(seams), at_most=1.0),
+        "ends of the way back that are continuous": Figure(share(j <= 2 for j in jumps), 0.9),
+        **shares(judged(videos, truths), 0.9, motion=False),
     }
     return Measurement("loop", figures, videos, prompts)
 
@@ -232,11 +230,13 @@ def long_videos(judge_: Judge, frames: int = 480) -> Measurement:
     seen, firsts = [], []
     for scene, video in zip(scenes, videos, strict=True):
         windows = [video[:, start : start + 13] for start in range(0, video.shape[1] - 12, 13)]
-        seen += _judged(windows, [scene.truth(*window.shape[1:]) for window in windows])
+        seen += judged(windows, [scene.truth(*window.shape[1:]) for window in windows])
         firsts += [seen[-len(windows)]] * len(windows)
-    scene_stays = _scene_shares(seen, [first["background"] for first in firsts], [max(_scale(first), 0.01) for first in firsts])
+    scene_stays = scene_shares(
+        seen, [first["background"] for first in firsts], [max(object_scale(first), 0.01) for first in firsts]
+    )
     labels = [f"{prompt}, 60 s" for prompt in prompts]
-    return Measurement("long video", {**_shares(seen, 0.9, motion=False), **scene_stays}, videos, labels)
+    return Measurement("long video", {**shares(seen, 0.9, motion=False), **scene_stays}, videos, labels)
 
 
 def simulations(judge_: Judge) -> Measurement:
@@ -254,10 +254,10 @@ def simulations(judge_: Judge) -> Measurement:
             obeyed.append(judge(new, turn.truth(*new.shape[1:])))
         videos.append(world.video.cpu())
         labels.append(", then ".join(scene_.caption() for scene_ in (still, *turns)))
-    figures: dict[str, tuple[float, float | None]] = {
-        "actions obeyed": (_share(seen["motion"] for seen in obeyed), 0.9),
-        "colour": (_share(seen["color"] for seen in obeyed), 0.9),
-        "shape": (_share(seen["shape"] for seen in obeyed), 0.9),
+    figures: Figures = {
+        "actions obeyed": Figure(share(seen["motion"] for seen in obeyed), 0.9),
+        "colour": Figure(share(seen["color"] for seen in obeyed), 0.9),
+        "shape": Figure(share(seen["shape"] for seen in obeyed), 0.9),
     }
     return Measurement("simulated world", figures, videos, labels)
 
@@ -269,12 +269,12 @@ def captions(judge_: Judge) -> Measurement:
     clips = [scene.render(*size) for scene, size in zip(scenes, sizes, strict=True)]
     short, detailed = pipeline.caption(clips, detailed=False), pipeline.caption(clips)
     prompts = [scene.caption(frames=13) for scene in scenes]
-    figures: dict[str, tuple[float, float | None]] = {}
+    figures: Figures = {}
     for name, texts in (("", short), ("detailed ", detailed), ("expanded ", pipeline.expand(prompts))):
         pairs = list(zip(texts, scenes, strict=True))
-        figures[f"{name}colour"] = (_share(_names(text, scene.things[0].color) for text, scene in pairs), 0.95)
-        figures[f"{name}shape"] = (_share(_names(text, scene.things[0].shape) for text, scene in pairs), 0.95)
-        figures[f"{name}motion"] = (_share(_says_motion(text, scene) for text, scene in pairs), 0.95)
+        figures[f"{name}colour"] = Figure(share(names_word(text, scene.things[0].color) for text, scene in pairs), 0.95)
+        figures[f"{name}shape"] = Figure(share(names_word(text, scene.things[0].shape) for text, scene in pairs), 0.95)
+        figures[f"{name}motion"] = Figure(share(says_motion(text, scene) for text, scene in pairs), 0.95)
     return Measurement("caption", figures, clips, detailed)
 
 
@@ -285,12 +285,12 @@ def schedulers(judge_: Judge) -> Measurement:
     prompts = [scene.caption(frames=13) for scene in scenes]
     truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
     requests = [text_to_video(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)]
-    figures: dict[str, tuple[float, float | None]] = {}
+    figures: Figures = {}
     videos, labels = [], []
     for name in FLOW:
         pipeline = judge_.pipeline.with_scheduler(flow_scheduler(name, like=judge_.pipeline.scheduler))
         made = replace(judge_, pipeline=pipeline).run(requests)
-        figures |= {f"{name}, {kind}": figure for kind, figure in _shares(_judged(made, truths), 0.9).items()}
+        figures |= {f"{name}, {kind}": figure for kind, figure in shares(judged(made, truths), 0.9).items()}
         videos.append(made[0])
         labels.append(f"{name}: {prompts[0]}")
     return Measurement("schedulers", figures, videos, labels)
@@ -322,75 +322,3 @@ MEASUREMENTS: dict[str, Callable[[Judge], Measurement]] = {
 
 def _sizes(count: int) -> list[Size]:
     return [SHAPES[i % len(SHAPES)] for i in range(count)]
-
-
-def _share(rights: Any) -> float:
-    values = [bool(right) for right in rights]
-    return sum(values) / len(values)
-
-
-def _judged(videos: Sequence[Tensor], truths: Sequence[Truth]) -> list[dict[str, Any]]:
-    return [judge(video, truth) for video, truth in zip(videos, truths, strict=True)]
-
-
-def _shares(seen: Sequence[dict[str, Any]], target: float, motion: bool = True) -> dict[str, tuple[float, float | None]]:
-    """Shares of verdicts that name the right colour, shape and motion."""
-    wanted = {"colour": "color", "shape": "shape", **({"motion": "motion"} if motion else {})}
-    figures: dict[str, tuple[float, float | None]] = {
-        name: (_share(one[key] for one in seen), target) for name, key in wanted.items()
-    }
-    return {**figures, "all of these": (_share(all(one[key] for key in wanted.values()) for one in seen), None)}
-
-
-def _scene_shares(
-    seen: Sequence[dict[str, Any]], backgrounds: Sequence[str], scales: Sequence[float] | None = None, target: float = 0.9
-) -> dict[str, tuple[float, float | None]]:
-    """Shares of verdicts with these backgrounds, and with objects of the right size, give or take 15%."""
-    right = [0.85 < _scale(one) / scale < 1.15 for one, scale in zip(seen, scales or [1.0] * len(seen), strict=True)]
-    named = [one["background"] == name for one, name in zip(seen, backgrounds, strict=True)]
-    return {"background": (_share(named), target), "size": (_share(right), target)}
-
-
-def _scale(seen: dict[str, Any]) -> float:
-    """Size of the object as a share of the truth's; 0 where there is none."""
-    return seen["objects"][0]["scale"]
-
-
-def _kept(ratios: Sequence[float]) -> dict[str, tuple[float, float | None]]:
-    """PSNR of given frames: the mean is held to 30 dB, the worst is told too."""
-    return {"given frames, PSNR in dB": (sum(ratios) / len(ratios), 30.0), "the worst of them": (min(ratios), None)}
-
-
-def _changes(video: Tensor) -> Tensor:
-    """Mean absolute change from each frame to the next [T - 1]."""
-    return video.diff(dim=1).abs().mean((0, 2, 3))
-
-
-def _jump(video: Tensor, at: int) -> float:
-    """The change at frame `at`, in changes of a typical frame of the same video.
-
-    Changes below a hundredth of the range count as that: a still object's are the noise of the VAE.
-    """
-    changes = _changes(video)
-    return float(changes[at - 1] / changes.median().clamp(min=0.02))
-
-
-def _holds(value: float, target: float) -> bool:
-    return value <= -target if target < 0 else value >= target
-
-
-def _names(text: str, word: str) -> bool:
-    """Whether the first sentence, which is about the object, names it."""
-    return f" {word} " in f" {_first_sentence(text)} "
-
-
-def _says_motion(text: str, scene: Scene) -> bool:
-    """Whether the first sentence says exactly the motion of the scene's object: "moves up" is not "moves up and left"."""
-    motion = scene.things[0].motion
-    verb = "stays still" if motion == "stay" else f"moves {motion}"
-    _, found, after = _first_sentence(text).partition(verb)
-    return bool(found) and not after.startswith(" and ")
-
-
-def _first_sentence(text: str) -> str:
-    return text.lower().split(".")[0].replace(",", " ")

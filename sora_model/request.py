@@ -45,9 +45,6 @@ class Timing(NamedTuple):
         return self.lead + self.grain * -(-max(frames - self.lead, 0) // self.grain)
 
 
-PIXELS = Timing(1, 1)
-
-
 @dataclass(frozen=True)
 class Request:
     """One sample of a packed batch.
@@ -121,7 +118,7 @@ def text_to_image(prompt: str, height: int, width: int, **options: object) -> Re
     return Request(prompt, (1, height, width), **options)  # type: ignore[arg-type]
 
 
-def image_to_video(prompt: str, image: Clip, frames: int, timing: Timing = PIXELS, **options: object) -> Request:
+def image_to_video(prompt: str, image: Clip, frames: int, timing: Timing, **options: object) -> Request:
     """A video of so many frames that begins with an image [3, 1, H, W]; where a first token frame is several, with a still one."""
     image = as_video(image)
     _check_video("image_to_video", "image", image)

@@ -171,21 +171,24 @@ class VideoVAE(nn.Module):
         cls,
         *,
         latent_channels: int = 16,
-        channels: tuple[int, ...] = (64, 96, 96),
+        channels: tuple[int, ...] | None = None,
         temporal: int = 4,
         spatial: int = 8,
     ) -> VideoVAE:
         """An untrained VAE that a CPU can train: Cosmos' (NVIDIA, 2025), whose convolutions work on 4x4x4 patches.
 
-        2.6 million weights at the sizes given here. channels: widths from the patches inwards.
+        2.7 million weights as it is. channels: widths from the patches inwards; default: 64, and 96 for all others.
         """
         import diffusers
 
         for name, value, known in (("temporal", temporal, (4, 8)), ("spatial", spatial, (8, 16))):
             if value not in known:
                 raise ValueError(f"VideoVAE.small: {name}: expected {known[0]} or {known[1]}, got {value}")
-        if len(channels) < 2 + (spatial == 16 or temporal == 8):
-            raise ValueError(f"VideoVAE.small: channels: expected a width more for this compression, got {channels}")
+        # The last two levels never halve anything, and the decoder doubles time from its second level on.
+        levels = 4 if temporal == 8 or spatial == 16 else 3
+        channels = (64, *[96] * (levels - 1)) if channels is None else channels
+        if len(channels) < levels:
+            raise ValueError(f"VideoVAE.small: channels: expected {levels} widths or more for this compression, got {channels}")
         model = diffusers.AutoencoderKLCosmos(
             latent_channels=latent_channels,
             encoder_block_out_channels=channels,

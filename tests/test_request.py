@@ -28,7 +28,7 @@ def test_whole_clips() -> None:
 def test_text_and_images() -> None:
     assert text_to_video("a", (13, 48, 48), seed=3).seed == 3
     assert text_to_image("a", 40, 56).size == (1, 40, 56)
-    request = image_to_video("a", clip(3), 13)
+    request = image_to_video("a", clip(3), 13, Timing(1, 1))
     assert request.size == (13, 2, 2)
     assert numbers(request.given[0]) == [0]
     assert numbers(request.finish(clip(13))) == list(range(13))
@@ -41,7 +41,7 @@ def test_images_and_arrays_are_taken_too() -> None:
     torch.testing.assert_close(as_video(array), tensor)
     torch.testing.assert_close(as_video(images), tensor)
     assert as_video(tensor) is tensor
-    request = image_to_video("a", images[1], 5)
+    request = image_to_video("a", images[1], 5, Timing(1, 1))
     assert request.size == (5, 4, 6)
     torch.testing.assert_close(request.given[0], tensor[:, 1:])
 
@@ -97,7 +97,7 @@ def test_joining_gives_both_ends() -> None:
         (lambda: extend("a", clip(8), 4, CAUSAL, overlap=-1), "extend: overlap: expected at least 0, got -1"),
         (lambda: join("a", clip(8), clip(8), 4, CAUSAL, overlap=-1), "join: overlap: expected at least 0, got -1"),
         (
-            lambda: image_to_video("a", clip(0), 5),
+            lambda: image_to_video("a", clip(0), 5, Timing(1, 1)),
             r"image_to_video: image: expected floats \[3, T, H, W\] with at least one frame, got",
         ),
         (lambda: extend("a", clip(0), 4, CAUSAL), r"extend: video: expected floats \[3, T, H, W\] with at least one frame, got"),

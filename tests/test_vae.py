@@ -224,6 +224,15 @@ def test_what_is_not_known_shows_the_nearest_known_frame() -> None:
     assert held(video, torch.arange(9) >= 7)[0, :, 0, 0].tolist() == [7] * 8 + [8]
 
 
+@pytest.mark.parametrize(("temporal", "spatial"), [(4, 8), (8, 8), (4, 16), (8, 16)])
+def test_small_ones_compress_as_they_say(temporal: int, spatial: int) -> None:
+    for channels in (None, (8, 8, 8, 8)):
+        vae = VideoVAE.small(latent_channels=4, temporal=temporal, spatial=spatial, channels=channels)
+        (latent,) = vae.encode([torch.zeros(3, 17, 32, 48)])
+        assert tuple(latent.shape) == (4, 1 + 16 // temporal, 32 // spatial, 48 // spatial)
+        assert tuple(vae.decode([latent])[0].shape) == (3, 17, 32, 48)
+
+
 def test_what_cannot_be_is_named(tmp_path: Path) -> None:
     vae = VideoVAE.small(latent_channels=4, channels=(8, 8, 8))
     with pytest.raises(ValueError, match=r"expected 1 \+ 4 n frames of height 8 n and width 8 n, got \(T, H, W\) = \(4, 16, 16\)"):
@@ -237,6 +246,7 @@ def test_what_cannot_be_is_named(tmp_path: Path) -> None:
     for options, message in (
         ({"temporal": 3}, "temporal: expected 4 or 8, got 3"),
         ({"spatial": 32}, "spatial: expected 8 or 16, got 32"),
+        ({"temporal": 8, "channels": (8, 8, 8)}, "channels: expected 4 widths or more for this compression"),
     ):
         with pytest.raises(ValueError, match=message):
             VideoVAE.small(**options)

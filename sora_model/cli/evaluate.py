@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,7 +63,7 @@ def evaluate(
         measured.append(MEASUREMENTS[name](judge))
         console.print(_table([measured[-1]]))
         if out is not None:
-            _write(out, json.dumps({one.task: one.figures for one in measured}, indent=1) + "\n")
+            _write(out, json.dumps({one.task: {k: asdict(v) for k, v in one.figures.items()} for one in measured}, indent=1) + "\n")
             _write(out.with_suffix(".md"), _markdown(measured, judge))
     say(f"{len(names)} tasks in {time.perf_counter() - began:.0f} s")
 
@@ -97,11 +97,10 @@ def demo(
 
 def _table(measured: list[Measurement]) -> Table:
     table = Table("task", "figure", "measured", "held to", "")
+    colors = {"holds": "[green]holds[/]", "missed": "[red]missed[/]", "": ""}
     for one in measured:
-        for name, (value, target) in one.figures.items():
-            bound = "" if target is None else f"at most {-target:g}" if target < 0 else f"{target:g}"
-            mark = "" if target is None else "[red]missed[/]" if name in one.missed else "[green]yes[/]"
-            table.add_row(one.task, name, f"{value:.3g}", bound, mark)
+        for name, figure in one.figures.items():
+            table.add_row(one.task, name, f"{figure.value:.3g}", figure.bound, colors[figure.verdict])
     return table
 
 
@@ -109,10 +108,8 @@ def _markdown(measured: list[Measurement], judge: Judge) -> str:
     options = f"--count {judge.count} --steps {judge.steps} --guidance {judge.guidance:g} --seed {judge.seed}"
     lines = [f"`sora eval {options}`", "", "| task | figure | measured | held to | |", "|---|---|---:|---:|---|"]
     for one in measured:
-        for name, (value, target) in one.figures.items():
-            bound = "" if target is None else f"at most {-target:g}" if target < 0 else f"at least {target:g}"
-            mark = "" if target is None else "missed" if name in one.missed else "holds"
-            lines.append(f"| {one.task} | {name} | {value:.3g} | {bound} | {mark} |")
+        for name, figure in one.figures.items():
+            lines.append(f"| {one.task} | {name} | {figure.value:.3g} | {figure.bound} | {figure.verdict} |")
     return "\n".join(lines) + "\n"
 
 
