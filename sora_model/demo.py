@@ -43,7 +43,7 @@ def run(pipeline: SoraPipeline, out: Path, seed: int, console: Console) -> None:
     console.rule("1. a first video")
     prompt = "a red circle moves right"
     first = generate(pipeline, [text_to_video(prompt, (13, 48, 48))], seed, console)
-    files = write_files(first, [prompt], out / "first", 8.0, 8, "mp4")
+    files = write_files(first, [prompt], out / "first", [8.0], 8, "mp4")
     console.print(f"{files[0]} after {time.perf_counter() - began:.0f} s", highlight=False, soft_wrap=True)
 
     console.rule("2. videos and images of several sizes in one packed batch")
@@ -53,7 +53,7 @@ def run(pipeline: SoraPipeline, out: Path, seed: int, console: Console) -> None:
     prompts = [scene.caption(frames=size[0]) for scene, size in zip(scenes, sizes, strict=True)]
     requests = [text_to_video(text, size) for text, size in zip(prompts, sizes, strict=True)]
     videos = generate(pipeline, requests, seed, console)
-    files += write_files(videos, prompts, out / "videos", 8.0, 4, "mp4")
+    files += write_files(videos, prompts, out / "videos", [8.0] * len(videos), 4, "mp4")
     console.print(verdicts(prompts, scenes, sizes, videos))
 
     console.rule("3. every task in one packed batch")

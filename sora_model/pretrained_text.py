@@ -69,7 +69,7 @@ class PretrainedEncoder(nn.Module):
         return PackedText(tokens, cu_seqlens, pooled)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Writes model and tokenizer as transformers does; `dtype` is that of the weights anyway."""
+        """Writes model and tokenizer as transformers does; weights keep their dtype, as T5 overflows in float16."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

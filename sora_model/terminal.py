@@ -6,7 +6,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,15 +69,15 @@ def denoising(console: Console, total: int, what: str = "denoising") -> Iterator
         progress.update(bar, completed=total)  # fewer where a video is begun with, more with schedulers of two stages
 
 
-def write_files(videos: list[Tensor], prompts: list[str], out: Path, fps: float, scale: int, format: str) -> list[Path]:
-    """Writes one file each and a contact sheet; returns their paths."""
+def write_files(videos: list[Tensor], prompts: list[str], out: Path, fps: Sequence[float], scale: int, format: str) -> list[Path]:
+    """Writes one file each, at its own frames per second, and a contact sheet; returns their paths."""
     from .data import contact_sheet, write_video
 
     paths = []
-    for i, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
+    for i, (prompt, video, rate) in enumerate(zip(prompts, videos, fps, strict=True)):
         name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48] or "video"
         suffix = "png" if video.shape[1] == 1 else format
-        paths.append(write_video(out / f"{i:02d}-{name}.{suffix}", video, fps=fps, scale=scale))
+        paths.append(write_video(out / f"{i:02d}-{name}.{suffix}", video, fps=rate, scale=scale))
     labels = [f"{prompt} ({'x'.join(map(str, video.shape[1:]))})" for prompt, video in zip(prompts, videos, strict=True)]
     return [*paths, contact_sheet(out / "contact_sheet.png", videos, labels)]
 

@@ -31,8 +31,8 @@ class VAEObjective:
     def __init__(self, vae: VideoVAE, *, decoder_only: bool = False) -> None:
         self.vae, self.model, self.decoder_only = vae, vae, decoder_only
         if decoder_only:
-            for part in (vae.model.encoder, vae.model.quant_conv):
-                part.requires_grad_(False)
+            for name, parameter in vae.model.named_parameters():
+                parameter.requires_grad_(name.startswith(("decoder.", "post_quant_conv.")))
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         error, pull, count = torch.zeros(()), torch.zeros(()), 0
@@ -79,15 +79,15 @@ def clips_of(source: Source, indices: Iterable[int]) -> Iterator[Tensor]:
 @torch.no_grad()
 def finish(vae: VideoVAE, videos: Iterable[Tensor], folder: Path) -> None:
     """Sets the mean and deviation of a trained VAE's latents to those of some videos, and saves it again."""
+    vae.normalize_latents(torch.zeros(vae.channels), torch.ones(vae.channels))
     count, total, squares = 0, torch.zeros(vae.channels), torch.zeros(vae.channels)
     for video in videos:
-        latent = vae.encode([video])[0].flatten(1).cpu()  # normalised by what the VAE has so far
+        latent = vae.encode([video])[0].flatten(1).cpu()
         count, total, squares = count + latent.shape[1], total + latent.sum(1), squares + latent.square().sum(1)
     if count == 0:
         raise ValueError("train-vae: expected at least one clip that can be decoded, got none")
-    mean, std = total / count, (squares / count - (total / count) ** 2).sqrt()
-    old_mean, old_std = vae.mean.flatten().cpu(), vae.std.flatten().cpu()
-    vae.normalize_latents(old_mean + old_std * mean, old_std * std)
+    mean = total / count
+    vae.normalize_latents(mean, (squares / count - mean.square()).clamp(min=1e-6).sqrt())  # a channel may be constant
     save_whole(vae, folder)
 
 

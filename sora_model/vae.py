@@ -210,10 +210,17 @@ class VideoVAE(nn.Module):
         model.save_pretrained(folder)
 
     def normalize_latents(self, mean: Tensor, std: Tensor) -> None:
-        """Sets the latents' mean and standard deviation [C], for models whose config has them."""
-        self.model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-        self.mean.copy_(mean.view(-1, 1, 1, 1))
-        self.std.copy_(std.view(-1, 1, 1, 1))
+        """Sets the latents' mean and standard deviation [C] where the model keeps them; HunyuanVideo's has one scale for all."""
+        model, buffers = self.model, dict(self.model.named_buffers())
+        if "latents_std" in buffers:  # LTX
+            buffers["latents_mean"].copy_(mean)
+            buffers["latents_std"].copy_(std * model.config.scaling_factor)
+        elif "latents_std" in model.config:
+            model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        else:
+            model.register_to_config(scaling_factor=float((mean.square() + std.square()).mean().rsqrt()))
+        mean, std = _statistics(model, self.channels)
+        self.mean, self.std = (x.view(self.channels, -1, 1, 1).to(self.mean) for x in (mean, std))
 
     @torch.no_grad()
     def encode(self, videos: Sequence[Tensor]) -> list[Tensor]:

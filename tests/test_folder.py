@@ -237,6 +237,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         ("v.mpg", torch.zeros(3, 2, 8, 8), r"must end in .mp4, .gif or .png, got 'v.mpg'"),
         ("v.png", torch.zeros(3, 2, 8, 8), "a .png holds 1 frame, video has 2"),
         ("v.mp4", torch.zeros(2, 3, 8, 8), r"must be \[3, T, H, W\], got \[2, 3, 8, 8\]"),
+        ("v.mp4", torch.tensor([0.0, torch.nan]).view(1, 2, 1, 1).expand(3, 2, 8, 8), "must be numbers in .*, got NaN in frame 1"),
         ("v.mp4", torch.zeros(3, 2, 8, 8, dtype=torch.int64), "must be uint8 or floating point .*int64"),
     ],
 )

@@ -40,7 +40,17 @@ def test_images_and_arrays_are_taken_too() -> None:
     images = [Image.fromarray((frame * 255).round().astype("uint8")) for frame in array]
     torch.testing.assert_close(as_video(array), tensor)
     torch.testing.assert_close(as_video(images), tensor)
+    torch.testing.assert_close(as_video((array * 255).round().astype("uint8")), tensor)
     assert as_video(tensor) is tensor
+    for wrong, got in (
+        (array[0], r"float32 \[4, 6, 3\]"),
+        (array > 0.5, "bool"),
+        ("clip.mp4", "str"),
+        ([], "none"),
+        ([array], "ndarray"),
+    ):
+        with pytest.raises(ValueError, match=f"as_video: expected .*, got {got}"):
+            as_video(wrong)
     request = image_to_video("a", images[1], 5, Timing(1, 1))
     assert request.size == (5, 4, 6)
     torch.testing.assert_close(request.given[0], tensor[:, 1:])

@@ -103,6 +103,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
         "image": write_video(folder / "image.png", torch.rand(3, 1, 16, 24)),
         "video": write_video(folder / "video.mp4", torch.rand(3, 7, 16, 24)),
         "other": write_video(folder / "other.mp4", torch.rand(3, 5, 16, 24)),
+        "fast": write_video(folder / "fast.mp4", torch.rand(3, 5, 16, 24), fps=24),
         "narrow": write_video(folder / "narrow.mp4", torch.rand(3, 5, 16, 16)),
     }
 
@@ -122,6 +123,33 @@ COMMANDS = {
     "long": (["a cat", "a dog", "--seconds", 2], (16, 16, 16)),
     "simulate": (["a cat", "--action", "it jumps", "--action", "it sits"], (14, 16, 16)),
 }
+
+
+def test_a_file_keeps_its_frames_per_second(checkpoint, files, tmp_path) -> None:
+    common = ["--checkpoint", checkpoint, "--steps", 1]
+    for args, rate in (
+        (["extend", files["fast"], "it goes on", "--frames", 3], 24),
+        (["restyle", files["fast"], "in red"], 24),
+        (["restyle", files["fast"], "in red", "--fps", 12], 12),
+        (["join", files["video"], files["fast"], "--frames", 2, "--fps", 10], 10),
+        (["animate", files["image"], "it moves"], 8),
+    ):
+        out = tmp_path / f"{args[0]}-{rate}"
+        result = sora(*args, *common, "--out", out)
+        assert result.exit_code == 0, result.output
+        (video,) = out.glob("*.mp4")
+        assert read_video(video)[1] == rate
+
+
+def test_an_interrupted_world_is_kept(checkpoint, tmp_path, monkeypatch) -> None:
+    def interrupted(self, prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Simulation, "act", interrupted)
+    result = sora("simulate", "a cat", "--action", "it jumps", "--checkpoint", checkpoint, "--out", tmp_path, "--steps", 1)
+    assert result.exit_code == 0, result.output
+    assert "interrupted: what was made until then is kept" in result.output
+    assert tuple(read_video(next(tmp_path.glob("*.mp4")))[0].shape[1:]) == (6, 16, 16)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -182,7 +210,10 @@ def test_a_terminal_shows_two_pixels_a_letter() -> None:
         (["restyle", "{video}", "x", "--strength", "1.5"], "strength: expected a number above 0 and up to 1, got 1.5"),
         (["extend", "{video}", "x", "--frames", "-1"], "greater than or equal to 1"),
         (["extend", "{video}", "x", "--overlap", "-1"], "greater than or equal to 0"),
-        (["generate", "x", "--device", "gpu"], "--device: expected cpu or cuda, got 'gpu'"),
+        (["generate", "x", "--device", "gpu"], "--device: expected cpu, cuda or cuda:N, got 'gpu'"),
+        (["generate", "x", "--device", "cuda:9"], "--device: expected one of the 0 GPUs that this torch sees or cpu, got 'cuda:9'"),
+        (["generate", "x", "--out", "{video}"], "--out: expected a folder, got the file {video}"),
+        (["join", "{video}", "{fast}"], "{fast}: expected 8 frames per second, as {video} has, got 24; --fps sets it for both"),
         (["generate", "x", "--scheduler", "magic"], "expected one of euler, heun, unipc, dpm++, got 'magic'"),
         (["animate", "{tmp}/none[/x].png", "x"], "none[/x].png: it does not exist"),
         (["batch", "{tmp}/types.json"], "size: expected (T, H, W), each at least 1, got 5"),
@@ -194,7 +225,7 @@ def test_a_terminal_shows_two_pixels_a_letter() -> None:
         (["batch", "{tmp}/none.json"], "expected a JSON file, got"),
         (["batch", "{tmp}/text.json"], "expected JSON, got"),
         (["batch", "{tmp}/task.json"], "request 0: task: expected one of text_to_video, .*got 'dance'"),
-        (["batch", "{tmp}/field.json"], "request 0: .*unexpected keyword argument 'sise'"),
+        (["batch", "{tmp}/field.json"], "request 0: expected negative_prompt, prompt, seed, size for text_to_video, got sise"),
         (["batch", "{tmp}/object.json"], "expected a list of objects with a task each"),
         (["generate", "x", "--expand"], "captioner: expected a checkpoint with a captioner, got one without"),
         (["caption", "{video}"], "captioner: expected a checkpoint with a captioner, got one without"),
@@ -214,9 +245,10 @@ def test_bad_input_is_one_line_and_exit_code_2(args, message, checkpoint, files,
     before = sorted(tmp_path.iterdir())
     args = [arg.format(tmp=tmp_path, **files) for arg in args]
     options = [] if args[0] in ("caption", "expand") else ["--out", tmp_path / "out", "--steps", 1]
-    result = sora(*args, "--checkpoint", checkpoint, *options)
+    result = sora(args[0], "--checkpoint", checkpoint, *options, *args[1:])
     assert result.exit_code == 2, result.output
     text = result.output.replace("\n", "")
+    message = message.format(tmp=tmp_path, **files)
     assert re.search(message if ".*" in message else re.escape(message), text), text
     assert "Traceback" not in text
     assert sorted(tmp_path.iterdir()) == before, "nothing half-written"

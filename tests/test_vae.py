@@ -185,6 +185,33 @@ def test_a_small_one_learns(tmp_path: Path) -> None:
     assert all(ratio > 10 for ratio in gives_back(loaded, videos[:3]))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_latents_of_any_are_normalised(name: str, tmp_path: Path) -> None:
+    """What `finish` sets is what a checkpoint reads back; a channel that never changes is no NaN."""
+    vae = made(name)
+    ct, ch, cw = vae.compression
+    videos = [torch.rand(3, 1 + 2 * ct, 2 * ch, 3 * cw, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    finish(vae, videos, tmp_path / "vae")
+    again = VideoVAE.from_pretrained(tmp_path / "vae")
+    latents = torch.cat([x.flatten(1) for x in again.encode(videos)], dim=1)
+    if name == "AutoencoderKLHunyuanVideo":
+        assert latents.square().mean() == pytest.approx(1, abs=0.05)
+    else:
+        assert latents.mean(1).abs().max() < 0.05
+        assert (latents.std(1) - 1).abs().max() < 0.05
+    torch.testing.assert_close(again.encode(videos[:1])[0], vae.encode(videos[:1])[0], rtol=1e-4, atol=1e-4)
+    finish(vae, [0 * videos[0]], tmp_path / "vae")
+    assert VideoVAE.from_pretrained(tmp_path / "vae").encode([0 * videos[0]])[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_the_decoder_of_any_learns(name: str) -> None:
+    objective = VAEObjective(made(name), decoder_only=True)
+    trained = {name.split(".")[0] for name, p in objective.vae.model.named_parameters() if p.requires_grad}
+    assert "decoder" in trained
+    assert trained <= {"decoder", "post_quant_conv"}
+
+
 def test_a_decoder_learns_while_latents_stay() -> None:
     torch.manual_seed(0)
     vae = VideoVAE.small(latent_channels=8, channels=(16, 32, 32))

@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -75,12 +75,13 @@ class Call(Loaded):
     ] = None
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 3.0
     seed: Annotated[int, typer.Option(help="Of everything random; several videos count up from it.")] = 0
-    fps: Annotated[float, typer.Option(min=0.1, help="Frames per second.")] = 8.0
+    fps: Annotated[float | None, typer.Option(min=0.1, help="Frames per second. Default: those of the input, or 8.")] = None
     scale: Annotated[int, typer.Option(min=1, help="Whole factor by which pixels are enlarged in the files.")] = 1
     format: Annotated[Format, typer.Option(help="Of videos; images are PNG.")] = Format.mp4
     precision: Annotated[Precision, typer.Option(help="bf16: the transformer computes in bfloat16.")] = Precision.no
 
     def pipeline(self) -> SoraPipeline:
+        check_folder(self.out)
         pipeline = super().pipeline()
         if self.scheduler is not None:
             from ..schedulers import flow_scheduler
@@ -98,15 +99,20 @@ class Call(Loaded):
         """What tasks of several passes take of them."""
         return {"negative_prompt": self.negative, "seed": self.seed, **self.sampling}
 
-    def generate(self, pipeline: SoraPipeline, requests: list[Request]) -> None:
-        """Runs requests in one packed batch and writes what comes back."""
+    def rate(self, own: float = 0.0) -> float:
+        """Frames per second of a file whose input had `own`; 0 if it had none."""
+        return self.fps or own or 8.0
+
+    def generate(self, pipeline: SoraPipeline, requests: list[Request], rates: Sequence[float] = ()) -> None:
+        """Runs requests in one packed batch and writes what comes back; rates: of the inputs, see `rate`."""
         with denoising(console, self.steps) as advance:
             videos = pipeline(requests, generator=self.seed, callback=lambda *_: advance(1), **self.sampling)
-        self.write(videos, [request.prompt for request in requests])
+        self.write(videos, [request.prompt for request in requests], rates)
 
-    def write(self, videos: list[Tensor], prompts: list[str]) -> None:
+    def write(self, videos: list[Tensor], prompts: list[str], rates: Sequence[float] = ()) -> None:
         """One file each and a contact sheet; says where."""
-        for path in write_files(videos, prompts, self.out, self.fps, self.scale, self.format.value):
+        fps = [self.rate(own) for own in rates or [0.0] * len(videos)]
+        for path in write_files(videos, prompts, self.out, fps, self.scale, self.format.value):
             say(str(path))
 
 
@@ -175,17 +181,24 @@ def known_device(device: str) -> str:
     """The name of a device that is there."""
     import torch
 
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise ValueError(f"--device: expected cpu or cuda, got {device!r}") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: expected cpu, as this torch sees no GPU, got 'cuda'")
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {device!r}")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device: expected one of the {torch.cuda.device_count()} GPUs that this torch sees or cpu, got {device!r}"
+        )
     return device
 
 
-def read_clip(path: Path, max_frames: int | None = None) -> Tensor:
-    """A video or image file as [3, T, H, W] in [-1, 1]."""
+def check_folder(path: Path) -> None:
+    """Before the work is done: files can go there."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {path}")
+
+
+def read_clip(path: Path, max_frames: int | None = None) -> tuple[Tensor, float]:
+    """A video or image file as [3, T, H, W] in [-1, 1], and its frames per second; an image has 0."""
     from ..data import read_video
 
-    return read_video(path, max_frames=max_frames, normalize=True)[0]
+    return read_video(path, max_frames=max_frames, normalize=True)

@@ -19,7 +19,7 @@ def caption(
     loaded: Loaded,
 ) -> None:
     """Say what is seen in videos and images."""
-    clips = [read_clip(file, max_frames) for file in files]
+    clips = [read_clip(file, max_frames)[0] for file in files]
     pipeline = loaded.pipeline()
     for file, text in zip(files, pipeline.caption(clips, detailed=detailed), strict=True):
         say(f"{file}: {text}")

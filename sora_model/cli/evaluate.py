@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .app import Loaded, command, console, say
+from .app import Loaded, check_folder, command, console, say
 
 if TYPE_CHECKING:
     from ..evaluate import Judge, Measurement
@@ -77,6 +77,7 @@ def gallery(
     """Make a contact sheet of every task."""
     from ..gallery import make
 
+    check_folder(out)
     pipeline = measuring.pipeline()
     for path in make(pipeline, measuring.tasks(pipeline), out, measuring.steps, measuring.guidance, measuring.seed):
         say(str(path))
@@ -92,6 +93,7 @@ def demo(
     """Generate videos with the checkpoint that comes with the package, every task once, and compare the kernels with torch."""
     from ..demo import run
 
+    check_folder(out)
     run(loaded.pipeline(), out, seed, console)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,7 +56,7 @@ def animate(
     call: Call,
 ) -> None:
     """Make a video that begins with an image."""
-    picture = read_clip(image, max_frames=1)
+    picture, _ = read_clip(image, max_frames=1)
     pipeline = call.pipeline()
     from ..request import image_to_video
 
@@ -72,12 +73,12 @@ def restyle(
     call: Call,
 ) -> None:
     """Make a video anew after another prompt: other colours, another scene."""
-    clip = read_clip(video)
+    clip, rate = read_clip(video)
     pipeline = call.pipeline()
     from ..request import video_to_video
 
     request = video_to_video(prompt, clip, strength, negative_prompt=call.negative)
-    call.generate(pipeline, [request])
+    call.generate(pipeline, [request], [rate])
 
 
 @task
@@ -91,7 +92,7 @@ def extend(
     call: Call,
 ) -> None:
     """Make a video longer, forward or backward."""
-    clip = read_clip(video)
+    clip, rate = read_clip(video)
     pipeline = call.pipeline()
     from ..request import extend as request_extension
 
@@ -99,7 +100,7 @@ def extend(
     seen = timing.grain * max(overlap, 1) + (0 if backward else timing.lead)
     added = frames or max(pipeline.size[0] - seen, timing.grain)
     request = request_extension(prompt, clip, added, timing, overlap=overlap, backward=backward, negative_prompt=call.negative)
-    call.generate(pipeline, [request])
+    call.generate(pipeline, [request], [rate])
 
 
 @task
@@ -113,13 +114,17 @@ def join(
     call: Call,
 ) -> None:
     """Join two videos by a passage from the end of one to the start of the other."""
-    clips = read_clip(first), read_clip(last)
+    (start, rate), (end, other) = read_clip(first), read_clip(last)
+    if call.fps is None and abs(rate - other) > 0.01 * max(rate, other):
+        raise ValueError(
+            f"join: {last}: expected {rate:g} frames per second, as {first} has, got {other:g}; --fps sets it for both"
+        )
     pipeline = call.pipeline()
     from ..request import join as request_passage
 
     passage = frames or 2 * pipeline.timing.grain
-    request = request_passage(prompt, *clips, passage, pipeline.timing, overlap=overlap, negative_prompt=call.negative)
-    call.generate(pipeline, [request])
+    request = request_passage(prompt, start, end, passage, pipeline.timing, overlap=overlap, negative_prompt=call.negative)
+    call.generate(pipeline, [request], [rate])
 
 
 @task
@@ -153,7 +158,7 @@ def long(
     call: Call,
 ) -> None:
     """Make a long video by extending a clip again and again."""
-    shape, frames = parse_size(size) if size else None, round(seconds * call.fps)
+    shape, frames = parse_size(size) if size else None, round(seconds * call.rate())
     pipeline = call.pipeline()
     from ..tasks import long_video
 
@@ -177,20 +182,25 @@ def simulate(
     from ..tasks import Simulation
 
     world = Simulation(pipeline, prompt, shape, overlap=overlap, **call.several)
-    show_video(world.video, console, call.fps)
-    waiting = list(action or [])
-    while True:
-        if action is None:
-            try:
-                told = typer.prompt("action (empty ends)", default="", show_default=False)
-            except typer.Abort:  # the end of the input, or an interrupt: what was made is kept
-                told = ""
-        else:
-            told = waiting.pop(0) if waiting else ""
-        if not told:
-            break
-        show_video(world.act(told), console, call.fps)
+    show_video(world.video, console, call.rate())
+    try:
+        for told in action if action is not None else _asked():
+            show_video(world.act(told), console, call.rate())
+    except KeyboardInterrupt:
+        say("interrupted: what was made until then is kept")
     call.write([world.video], [prompt])
+
+
+def _asked() -> Iterator[str]:
+    """Actions typed in, until an empty one or the end of the input."""
+    while True:
+        try:
+            told = typer.prompt("action (empty ends)", default="", show_default=False)
+        except typer.Abort:
+            return
+        if not told:
+            return
+        yield told
 
 
 @task
@@ -210,28 +220,42 @@ def batch(
         raise ValueError(f"batch: {requests}: expected a list of objects with a task each")
     pipeline = call.pipeline()
     made = [_request(dict(one), i, requests.parent, call.negative, pipeline) for i, one in enumerate(wanted)]
-    call.generate(pipeline, made)
+    call.generate(pipeline, [request for request, _ in made], [rate for _, rate in made])
 
 
-def _request(fields: dict[str, Any], number: int, folder: Path, negative: str, pipeline: SoraPipeline) -> Request:
-    """A request of the batch file: its task, and that function's arguments; videos and images are paths."""
+# What a request of the batch file may say: the arguments of its function in request.py. Videos and images are paths.
+FIELDS = {
+    "text_to_video": {"prompt", "size"},
+    "text_to_image": {"prompt", "height", "width"},
+    "image_to_video": {"prompt", "image", "frames"},
+    "video_to_video": {"prompt", "video", "strength"},
+    "extend": {"prompt", "video", "frames", "overlap", "backward"},
+    "join": {"prompt", "first", "last", "frames", "overlap"},
+}
+
+
+def _request(fields: dict[str, Any], number: int, folder: Path, negative: str, pipeline: SoraPipeline) -> tuple[Request, float]:
+    """A request of the batch file, and the frames per second of its input."""
     from .. import request
 
-    tasks = ("text_to_video", "text_to_image", "image_to_video", "video_to_video", "extend", "join")
-    task = fields.pop("task", "text_to_video")
-    if task not in tasks:
-        raise ValueError(f"batch: request {number}: task: expected one of {', '.join(tasks)}, got {task!r}")
+    task, rate = fields.pop("task", "text_to_video"), 0.0
+    if task not in FIELDS:
+        raise ValueError(f"batch: request {number}: task: expected one of {', '.join(FIELDS)}, got {task!r}")
+    known = FIELDS[task] | {"negative_prompt", "seed"}
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"batch: request {number}: expected {', '.join(sorted(known))} for {task}, got {name}")
     fields.setdefault("negative_prompt", negative)
     try:
-        for name in ("image", "video", "first", "last"):
+        for name in ("image", "video", "last", "first"):
             if name in fields:
-                fields[name] = read_clip(folder / fields[name])
+                fields[name], rate = read_clip(folder / fields[name])
         if task in ("image_to_video", "extend", "join"):
             fields["timing"] = pipeline.timing
         if task == "text_to_video":
             size: Size | str = fields.get("size", pipeline.size)
             fields["size"] = parse_size(size) if isinstance(size, str) else size
-        return getattr(request, task)(**fields)
+        return getattr(request, task)(**fields), rate
     except TypeError as error:
         raise ValueError(f"batch: request {number}: {error}") from None
 

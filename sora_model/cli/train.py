@@ -12,7 +12,7 @@ import typer
 
 from ..config import Size
 from ..terminal import run_training
-from .app import Precision, app, command, console, known_device, one_line_errors, parse_size, say
+from .app import Precision, app, check_folder, command, console, known_device, one_line_errors, parse_size, say
 
 if TYPE_CHECKING:
     from ..data import Source
@@ -296,7 +296,7 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
-    """Write a checkpoint with weights in float16, half as large."""
+    """Write a checkpoint with weights in float16, half as large; a text encoder of transformers keeps its own."""
     with one_line_errors():
         import torch
 
@@ -317,6 +317,7 @@ def scaling(
     with one_line_errors():
         from ..scaling import study
 
+        check_folder(out)
         out.mkdir(parents=True, exist_ok=True)
         study(
             out, compute, seed, lambda p: console.print(f"{p.model}  step {p.step}  {p.compute:.2e} operations  loss {p.loss:.4f}")

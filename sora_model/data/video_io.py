@@ -245,7 +245,10 @@ def _frames_uint8(op: str, video: torch.Tensor) -> np.ndarray:
         raise ValueError(f"{op}: video must be [3, T, H, W], got {list(video.shape)}")
     video = video.detach().cpu()
     if video.is_floating_point():
-        video = ((video.float() + 1) * 127.5).round().clamp(0, 255).nan_to_num().to(torch.uint8)
+        broken = video.isnan().any(3).any(2).any(0).nonzero()
+        if len(broken):
+            raise ValueError(f"{op}: video must be numbers in [-1, 1], got NaN in frame {int(broken[0])}")
+        video = ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     if video.dtype != torch.uint8:
         raise ValueError(f"{op}: video must be uint8 or floating point in [-1, 1], got {video.dtype}")
     return video.permute(1, 2, 3, 0).contiguous().numpy()
