@@ -42,7 +42,7 @@ class CaptionerConfig:
         depth: layers of the encoder. decoder_depth: of the decoder.
         num_heads: of both.
         vocabulary: tokens of the byte-pair tokenizer.
-        longest: tokens of a caption.
+        longest: tokens of a caption; of a longer one the first are learned, and that it goes on.
     """
 
     in_channels: int = 16
@@ -122,8 +122,8 @@ class Captioner(nn.Module):
         """Mean negative log-likelihood of the captions' tokens, given what was seen or read."""
         rows = []
         for caption, long in zip(captions, detailed, strict=True):
-            written = self.tokenizer(caption).input_ids[: self.config.longest - 2]
-            rows.append(torch.tensor([self.detailed if long else self.short, *written, self.end]))
+            written = [*self.tokenizer(caption).input_ids, self.end][: self.config.longest - 1]  # no end where it is cut off
+            rows.append(torch.tensor([self.detailed if long else self.short, *written]))
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(source.tokens.device)
         lengths = torch.tensor([len(row) for row in rows], device=ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()

@@ -1,8 +1,8 @@
 """Generated videos judged by the world's ground truth: one measurement per task, with what it is held to.
 
-Every measurement takes scenes of the held-out part of the studio world, whose combinations of colour, shape and motion were never
-trained with, generates in packed batches, and lets a program look at the pixels (`data.judge`). Tasks that change a scene (other
-colours, turns) or name no motion ask for other combinations of the same names. Nothing that was generated is left out.
+Every measurement takes scenes of the held-out part of the studio world, whose combinations of colour, shape and motion no caption
+of the training named, generates in packed batches, and lets a program look at the pixels (`data.judge`). Tasks that change a scene
+(other colours, turns) or name no motion ask for other combinations of the same names. Nothing that was generated is left out.
 """
 
 from __future__ import annotations

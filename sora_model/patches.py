@@ -2,7 +2,7 @@
 
 tubelets          patches (pt, ph, pw) of the whole clip
 uniform frames    n_t frames, evenly spread over the clip, each cut as in ViT; their tokens laid end to end, at the times they
-                  are of
+                  are of, give or take half a frame
 """
 
 from __future__ import annotations

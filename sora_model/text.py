@@ -27,7 +27,7 @@ def hash_words(caption: str, buckets: int) -> list[tuple[int, int]]:
     True
 
     The numbers are digits, to the base `buckets`, of the word's CRC-32, so they are the same on every machine. Two words are told
-    apart unless both numbers agree: once in 67 million pairs with 8192 buckets.
+    apart unless their numbers agree, in whatever order, as they are summed: once in 34 million pairs with 8192 buckets.
     """
     codes = (zlib.crc32(word.encode()) for word in _WORD.findall(caption.lower()))
     return [(code % buckets + 1, code // buckets % buckets + 1) for code in codes]

@@ -253,6 +253,8 @@ def train_captioner(
     out: OutFolder,
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint of a pipeline, which gets the captioner.")],
     frames: Annotated[int, typer.Option(help="Latent frames seen of a clip, evenly spread; 0 sees tubelets of all.")] = 4,
+    vocabulary: Annotated[int, typer.Option(help="Tokens that captions are written in, learned from them.")] = 512,
+    longest: Annotated[int, typer.Option(help="Tokens of the longest caption.")] = 128,
     *,
     run: Run,
 ) -> None:
@@ -274,15 +276,20 @@ def train_captioner(
     else:
         torch.manual_seed(run.seed)
         count = len(source) if run.data is not None else 4096  # type: ignore[arg-type]
-        tokenizer = train_tokenizer(_captions(source, range(count)))
+        tokenizer = train_tokenizer(_captions(source, range(count)), vocabulary)
         config = CaptionerConfig(
-            in_channels=pipeline.codec.channels, patch_size=patch, num_frames=frames or None, vocabulary=len(tokenizer)
+            in_channels=pipeline.codec.channels,
+            patch_size=patch,
+            num_frames=frames or None,
+            vocabulary=len(tokenizer),
+            longest=longest,
         )
         captioner = Captioner(config, tokenizer)
     captioner.to(device)
     objective = CaptionObjective(captioner, pipeline.codec)
+    settings = {"frames": frames, "vocabulary": vocabulary, "longest": longest}
     trainer = run.train(
-        out, objective, source, patch, {"frames": frames}, latent_size=lambda one: _seen(latent_size(pipeline.codec, one), frames)
+        out, objective, source, patch, settings, latent_size=lambda one: _seen(latent_size(pipeline.codec, one), frames)
     )
     if not trainer.accelerator.is_main_process:
         return

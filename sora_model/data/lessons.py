@@ -7,7 +7,8 @@
     morph     the same of two scenes: on the way one object becomes another, before another background
 
 Given frames are whole token frames: `lead` pixel frames the first and `grain` each other (see `request.Timing`). The world says
-into which motions an object may turn and what it may become, so that combinations kept from training stay unseen.
+into which motions an object may turn and what it may become, so that no caption names a combination kept from training; an object
+that bounces may be seen to move that way.
 """
 
 from __future__ import annotations
