@@ -14,6 +14,7 @@ from sora_model.config import DiTConfig
 from sora_model.diffusion import NoisedBatch, TaskMix, add_noise, diffusion_loss, guided, sample
 from sora_model.dit import DiT
 from sora_model.pipeline import SoraPipeline
+from sora_model.schedulers import FLOW, flow_scheduler
 from sora_model.text import WordEncoder
 
 SHAPES = [(4, *size) for size in SIZES]
@@ -265,6 +266,24 @@ def test_a_sample_may_begin_from_a_latent(scheduler) -> None:
         assert (packed[i] - alone).abs().max() < 1e-4 * alone.abs().max().clamp(min=1)
     near, far = run([0], 1 / 6)[0], run([0], 1.0)[0]
     assert (near - start).abs().mean() < (far - start).abs().mean()
+
+
+@pytest.mark.parametrize("name", FLOW)
+@pytest.mark.parametrize("strength", [0.85, 0.5, 0.2])
+def test_a_begun_sample_is_as_noisy_as_the_model_is_told(name: str, strength: float) -> None:
+    scheduler = flow_scheduler(name, like=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    (latent,), (noise,) = latents_of([(2, 4, 4)]), noise_of([(4, 2, 4, 4)], seeds=[5])[0]
+    asked: list[tuple[Tensor, Tensor]] = []
+
+    def denoise(latents: list[Tensor], timesteps: Tensor, which: Sequence[int]) -> list[Tensor]:
+        asked.append((latents[0], timesteps))
+        return [noise - latent]
+
+    sample(denoise, scheduler, [noise], num_inference_steps=20, begin=[(latent, strength)])
+    seen, level = asked[0]
+    # Some round their timesteps to whole numbers.
+    torch.testing.assert_close(seen, torch.lerp(latent, noise, float(level) / 1000), rtol=1e-3, atol=6e-3)
+    assert len(asked) == pytest.approx(strength * (40 if name == "heun" else 20), abs=2)
 
 
 def test_begin_strength_is_checked() -> None:
