@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 CONFIGS = ("model_index.json", "config.json")
-SUFFIXES = {".json", ".safetensors", ".txt", ".model", ".jinja"}  # of a checkpoint's files, those of tokenizers included
+# What files of a checkpoint are called, those of tokenizers included.
+SUFFIXES, NAMES = {".json", ".safetensors", ".model", ".jinja"}, {"merges.txt", "vocab.txt"}
 
 
 @contextmanager
@@ -35,20 +36,31 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_replaceable(directory: str | Path) -> None:
+    """Raises ValueError for a file, and for a folder in which there is something else than a checkpoint: it would be lost."""
+    target = Path(directory)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"checkpoint: expected a folder, got the file {directory}")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    other = None
+    if any((target / name).is_file() for name in CONFIGS):
+        files = (path for path in target.rglob("*") if path.is_file())
+        other = next((path for path in files if path.suffix not in SUFFIXES and path.name not in NAMES), None)
+        if other is None:
+            return
+    held = f", which holds {other.name}" if other else ""
+    raise ValueError(f"checkpoint: expected an empty folder or one with a checkpoint to replace, got {directory}{held}")
+
+
 @contextmanager
 def whole_folder(directory: str | Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `directory` at the end; if anything fails, `directory` stays as it was.
 
-    Raises ValueError for a file, and for a folder that holds something else than a checkpoint: it would be lost.
+    Raises ValueError as `check_replaceable` does.
     """
     target = Path(directory).absolute()
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"checkpoint: expected a folder, got the file {directory}")
-    others = [path for path in target.rglob("*") if path.is_file() and path.suffix not in SUFFIXES]
-    known = any((target / name).is_file() for name in CONFIGS)
-    if target.is_dir() and any(target.iterdir()) and (others or not known):
-        held = f", which holds {others[0].name}" if others else ""
-        raise ValueError(f"checkpoint: expected an empty folder or one with a checkpoint to replace, got {directory}{held}")
+    check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -129,9 +129,10 @@ def videos_to_videos(judge_: Judge, strength: float = 0.85) -> Measurement:
 
 
 def extensions(judge_: Judge, backward: bool = False) -> Measurement:
-    """Eight frames more, in the direction that the clip has, judged alone; the given frames as the model gives them back."""
-    timing, made = judge_.pipeline.timing, 8
-    known = timing.lead + timing.grain  # five frames of our own VAE: with the new ones no more than a scene has before it bounces
+    """Eight frames or so more, in the direction that the clip has, judged alone; the given frames as the model gives them back."""
+    timing = judge_.pipeline.timing
+    known = timing.lead + timing.grain  # five frames of our own VAE
+    made = max(min(8, 13 - known), 1)  # a scene goes on for 13 frames before it meets a border
     scenes, sizes = judge_.scenes(judge_.count // 4, 3000), _sizes(judge_.count // 4)
     clips = [scene.render(known + made, *size[1:]) for scene, size in zip(scenes, sizes, strict=True)]
     given = [clip[:, -known:] if backward else clip[:, :known] for clip in clips]

@@ -35,8 +35,8 @@ class Figure:
         """Whether it holds or is missed; nothing for a figure that is held to nothing."""
         if self.target is None:
             return ""
-        missed = self.value > self.target if self.at_least is None else self.value < self.target
-        return "missed" if missed else "holds"
+        holds = self.value <= self.target if self.at_least is None else self.value >= self.target  # NaN holds nothing
+        return "holds" if holds else "missed"
 
 
 Figures = dict[str, Figure]

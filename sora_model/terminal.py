@@ -35,7 +35,7 @@ def run_training(trainer: Trainer, console: Console) -> list[float]:
             recent = sum(losses[-20:]) / len(losses[-20:])
             text = f"step {step.step}  loss {recent:.4f}  {step.tokens_per_second:,.0f} tokens/s"
             progress.update(bar, completed=trainer.progress, description=text)
-    if trainer.stopped:
+    if trainer.stopped and trainer.progress < 1:
         console.print(f"stopped at step {trainer.step}; --resume goes on from there", highlight=False)
     return losses
 
@@ -51,7 +51,9 @@ def _stopping(trainer: Trainer) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Where a signal is ignored, as by what a shell put into the background, it stays ignored.
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before: dict[int, Any] = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
     finally:

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .checkpoint import distinct_state, load_distinct, whole_file
+from .checkpoint import check_replaceable, distinct_state, load_distinct, whole_file
 from .data import Batch, PackedSampler
 
 
@@ -153,8 +153,10 @@ class Trainer:
         self.optimizers: list[torch.optim.Optimizer] = []
         self._moments: list[tuple[str, torch.optim.Optimizer, nn.Parameter]] = []  # whose state each weight's moments are
         self._make_optimizers()
-        self.step, self.seconds, self.stopped = 0, 0.0, False
-        self.settings = {**(settings or {}), "seed": config.seed, "accumulation": config.accumulation}
+        self.step, self.seconds, self.stopped, self._stopping = 0, 0.0, False, False
+        batches = config.accumulation * self.accelerator.num_processes
+        self.settings = {**(settings or {}), "seed": config.seed, "accumulation x processes": batches}
+        check_replaceable(self.folder / "checkpoint")
         if resume:
             self._load()
         elif (self.folder / "training.safetensors").exists():
@@ -167,8 +169,8 @@ class Trainer:
         return max(steps, self.seconds / 60 / self.config.minutes if self.config.minutes else 0.0)
 
     def stop(self) -> None:
-        """Ends the training after the step in hand."""
-        self.stopped = True
+        """Ends the training, of all processes, after the step in hand."""
+        self._stopping = True
 
     def train(self) -> Iterator[Step]:
         """Trains to the end, or until `stop` is called, yielding after every step, and saves."""
@@ -193,7 +195,7 @@ class Trainer:
                 drawn = [next(batches) for _ in range(self.config.accumulation)]
                 loss, rate = self._train_step(drawn)
                 self.step += 1
-                self.seconds = self._agreed(before + time.perf_counter() - began)
+                self._agree(before + time.perf_counter() - began)
                 tokens = sum(batch.tokens for batch in drawn)
                 speed = tokens / (time.perf_counter() - start)
                 sizes = [tuple(video.shape[1:]) for batch in drawn for video in batch.videos]
@@ -229,13 +231,14 @@ class Trainer:
         self.average.update_parameters(self.model)
         return sum(losses) / len(losses), rate
 
-    def _agreed(self, seconds: float) -> float:
-        """The same clock for all processes: the first one's."""
+    def _agree(self, seconds: float) -> None:
+        """Sets the clock and whether to stop, the same for all processes: the latest clock, and a stop that any was told of."""
         if self.accelerator.num_processes == 1:
-            return seconds
-        clock = torch.tensor(seconds, device=self.accelerator.device)
-        torch.distributed.broadcast(clock, 0)
-        return clock.item()
+            self.seconds, self.stopped = seconds, self._stopping
+            return
+        told = torch.tensor([seconds, float(self._stopping)], device=self.accelerator.device)
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+        self.seconds, self.stopped = told[0].item(), bool(told[1])
 
     def averaged_model(self) -> nn.Module:
         """The model with the averaged weights, sharing them."""
@@ -246,7 +249,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
-        self.objective.save(self.averaged_model(), self.folder / "checkpoint")
         tensors = {f"model.{name}": value for name, value in distinct_state(self.model).items()}
         tensors |= {f"average.{name}": value for name, value in distinct_state(self.average).items()}
         for name, optimizer, parameter in self._moments:
@@ -255,11 +257,11 @@ class Trainer:
         state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config), "settings": self.settings}
         with whole_file(self.folder / "training.safetensors") as temporary:
             save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, {"state": json.dumps(state)})
+        self.objective.save(self.averaged_model(), self.folder / "checkpoint")
 
     def _load(self) -> None:
+        check_resumed(self.folder, self.settings)
         path = self.folder / "training.safetensors"
-        if not path.is_file():
-            raise FileNotFoundError(f"Trainer: resume: expected {path}, which is not there")
         try:
             with safe_open(path, "pt") as file:
                 state = json.loads(file.metadata()["state"])
@@ -270,9 +272,6 @@ class Trainer:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-        for name, value in state.get("settings", {}).items():
-            if name in self.settings and self.settings[name] != value:
-                raise ValueError(f"Trainer: resume: {name}: expected {value}, as the run began with, got {self.settings[name]}")
         load_distinct(self.model, part("model."), f"Trainer: resume: {path}")
         load_distinct(self.average, part("average."), f"Trainer: resume: {path}")
         for name, optimizer, parameter in self._moments:
@@ -304,6 +303,25 @@ class Trainer:
     def _move_average(self, averages: Any, parameters: Any, updates: Any) -> None:
         decay = min(self.config.ema_decay, (1 + int(updates)) / (10 + int(updates)))
         torch._foreach_lerp_(averages, parameters, 1 - decay)
+
+
+def check_resumed(folder: Path, settings: Mapping[str, str | int | None]) -> None:
+    """Raises ValueError for settings that are not those that a folder's run began with; see `Trainer`."""
+    path = folder / "training.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"Trainer: resume: expected {path}, which is not there")
+    try:
+        with safe_open(path, "pt") as file:
+            began = json.loads(file.metadata()["state"])["settings"]
+    except (SafetensorError, KeyError, TypeError):
+        raise ValueError(f"Trainer: resume: {path}: expected the state of a run of this package") from None
+    other = [
+        f"{name}: expected {began[name]}, as the run began with, got {value}"
+        for name, value in settings.items()
+        if name in began and began[name] != value
+    ]
+    if other:
+        raise ValueError(f"Trainer: resume: {'; '.join(other)}")
 
 
 class _Loss(nn.Module):

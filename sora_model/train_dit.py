@@ -101,9 +101,10 @@ class DiffusionObjective:
         known = [held(batch.videos[i], pixel_frames(codec, given[i])).to(device) for i in new]
         encoded = dict(zip(new, codec.encode(known), strict=True))
         if self._latents is not None:
-            self._contexts |= {batch.indices[i]: x.half() for i, x in encoded.items() if given[i] is own[i]}
+            encoded = {i: x.half() for i, x in encoded.items()}
+            self._contexts |= {batch.indices[i]: x for i, x in encoded.items() if given[i] is own[i]}
         for i in ends:
-            context[i] = encoded[i] if i in encoded else self._contexts[batch.indices[i]].float()
+            context[i] = (encoded[i] if i in encoded else self._contexts[batch.indices[i]]).float()
         return context
 
     def _encode(self, batch: Batch) -> list[Tensor]:

@@ -14,14 +14,15 @@ from .vae import VideoVAE, held, pixel_frames, psnr
 
 NOISE = 0.05  # added to latents, so that neighbours in latent space decode to neighbours
 FINE_NOISE = 0.02  # when only the decoder learns, from latents that stay as they are
+GIVEN_ENDS = 1 / 3  # share of clips whose end is encoded as a given one
 PULL = 1e-4  # weight of the latents' mean square, so that noise stays large beside them
 
 
 class VAEObjective:
     """Mean squared error of decoded videos, batched by size, and a weak pull of the latents towards 0.
 
-    Of every third clip an end is encoded as the pipeline encodes given ones (`vae.held`): not knowing what comes before it, which
-    the decoder then does.
+    Of a third of the clips an end is encoded as the pipeline encodes given ones (`vae.held`): not knowing what comes before it,
+    which the decoder then does.
 
     Args:
         vae: what to train.
@@ -50,18 +51,19 @@ class VAEObjective:
         return (error + (0 if self.decoder_only else PULL) * pull) / count
 
     def _latents(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Latents of videos of one size; of every third, a random end is encoded as a given one."""
+        """Latents of videos of one size; of a third, drawn anew, a random end is encoded as a given one."""
         latents = self.vae.raw_latents(x)
         frames = latents.shape[2]
-        if frames < 2:
+        chosen = (torch.rand(len(x), generator=generator) < GIVEN_ENDS).nonzero().flatten().tolist()
+        if frames < 2 or not chosen:
             return latents
         end = torch.arange(frames) >= int(torch.randint(1, frames, (), generator=generator))
         known = pixel_frames(self.vae, end)
-        given = self.vae.raw_latents(torch.stack([held(video, known) for video in x[::3]]))
-        rest = [latents[i] for i in range(len(x))]
-        for i, latent in zip(range(0, len(x), 3), given, strict=True):
-            rest[i] = torch.where(end[:, None, None].to(latent.device), latent, latents[i])
-        return torch.stack(rest)
+        given = self.vae.raw_latents(torch.stack([held(x[i], known) for i in chosen]))
+        rows = list(latents.unbind(0))
+        for i, latent in zip(chosen, given, strict=True):
+            rows[i] = torch.where(end[:, None, None].to(latent.device), latent, rows[i])
+        return torch.stack(rows)
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         save_whole(model, folder)

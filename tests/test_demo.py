@@ -1,6 +1,7 @@
 """`sora demo`, `eval` and `gallery` with an untrained model: everything they promise is made and named in what they print."""
 
 import json
+import math
 
 import pytest
 from typer.testing import CliRunner
@@ -91,6 +92,7 @@ def test_tasks_that_cannot_be_are_named(command, checkpoint, tmp_path):
 def test_figures_hold_or_are_missed():
     assert [Figure(0.9, 0.9).verdict, Figure(0.89, 0.9).verdict] == ["holds", "missed"]
     assert [Figure(1.0, at_most=1).verdict, Figure(1.1, at_most=1).verdict] == ["holds", "missed"]
+    assert [Figure(math.nan, 0.9).verdict, Figure(math.nan, at_most=1).verdict] == ["missed", "missed"]
     assert Figure(1.0).verdict == Figure(1.0).bound == ""
     assert Figure(30, 30.0).bound == "at least 30"
     assert Figure(30, at_most=1.5).bound == "at most 1.5"

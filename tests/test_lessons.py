@@ -77,6 +77,14 @@ def test_a_morph_is_one_scene_and_then_the_other() -> None:
         assert changes.max() < 0.5 * changes.sum(), "no cut"
 
 
+def test_a_clip_too_short_for_both_ends_does_not_morph() -> None:
+    for number in range(8):
+        scene = WORLD.sample(number)
+        _, caption, _, given = morph(scene, (5, 48, 48), (1, 4), WORLD, np.random.default_rng(number))
+        assert given.tolist() == [True] + [False] * 4
+        assert caption == scene.caption(motion=False)
+
+
 def test_a_scene_goes_on() -> None:
     scene = World(WorldConfig.rich(5)).sample(4)
     for start in (3, 11, 40.5):

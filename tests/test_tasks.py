@@ -133,6 +133,7 @@ def test_a_file_keeps_its_frames_per_second(checkpoint, files, tmp_path) -> None
         (["restyle", files["fast"], "in red", "--fps", 12], 12),
         (["join", files["video"], files["fast"], "--frames", 2, "--fps", 10], 10),
         (["animate", files["image"], "it moves"], 8),
+        (["join", files["image"], files["fast"], "--frames", 2], 24),
     ):
         out = tmp_path / f"{args[0]}-{rate}"
         result = sora(*args, *common, "--out", out)
@@ -213,7 +214,7 @@ def test_a_terminal_shows_two_pixels_a_letter() -> None:
         (["generate", "x", "--device", "gpu"], "--device: expected cpu, cuda or cuda:N, got 'gpu'"),
         (["generate", "x", "--device", "cuda:9"], "--device: expected one of the 0 GPUs that this torch sees or cpu, got 'cuda:9'"),
         (["generate", "x", "--out", "{video}"], "--out: expected a folder, got the file {video}"),
-        (["join", "{video}", "{fast}"], "{fast}: expected 8 frames per second, as {video} has, got 24; --fps sets it for both"),
+        (["join", "{video}", "{fast}"], "last: expected the frames per second of first, got 8 and 24; --fps sets one for both"),
         (["generate", "x", "--scheduler", "magic"], "expected one of euler, heun, unipc, dpm++, got 'magic'"),
         (["animate", "{tmp}/none[/x].png", "x"], "none[/x].png: it does not exist"),
         (["batch", "{tmp}/types.json"], "size: expected (T, H, W), each at least 1, got 5"),

@@ -93,9 +93,40 @@ def test_a_run_is_not_resumed_as_another(option, value, run, clips):
     result = sora("train", folder, "--data", clips, "--steps", 9, *TINY, "--resume", option, value)
     assert result.exit_code == 2
     assert re.search(
-        f"resume: .*{option.strip('-')}: expected .*, as the run began with, got {value}", result.output.replace("\n", " ")
+        f"resume: .*{option.strip('-')}[a-z ]*: expected .*, as the run began with, got {value}", result.output.replace("\n", " ")
     )
     assert (folder / "training.safetensors").read_bytes() == before
+
+
+def test_all_that_differs_is_named_at_once(run):
+    result = sora("train", run[0], "--steps", 9, "--resume")
+    assert result.exit_code == 2
+    text = result.output.replace("\n", "")
+    assert all(f"{name}: expected" in text for name in ("--tokens", "--patch"))
+    assert "already" not in text
+
+
+def test_all_processes_stop_at_the_same_step(tmp_path):
+    """A signal that one of them gets stops both, and the run is whole."""
+    code = (
+        "import os, signal, sys\n"
+        "from sora_model.train import Trainer\n"
+        "take = Trainer._train_step\n"
+        "def step(self, batches):\n"
+        "    if self.step == 2 and os.environ['RANK'] == '1':\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "    return take(self, batches)\n"
+        "Trainer._train_step = step\n"
+        "from sora_model.cli import app\n"
+        "app()\n"
+    )
+    (tmp_path / "stopped.py").write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "stopped.py")]
+    launch += ["train", str(tmp_path / "run"), "--size", "2x16x16", "--tokens", "64", "--steps", "50"]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert "stopped at step 3" in done.stdout, done.stderr
+    assert list(losses(tmp_path / "run")) == [1, 2, 3]
+    assert (tmp_path / "run" / "training.safetensors").is_file()
 
 
 def test_an_interrupted_run_is_saved_and_goes_on(clips, tmp_path, monkeypatch):
@@ -221,7 +252,7 @@ def test_ddpm_trains_and_samples(prediction, tmp_path):
         (["train", "{tmp}/run", "--steps", "1", "--vae", "{tmp}/none"], "expected a folder with config.json, got {tmp}/none"),
         (["train", "{tmp}/run", "--steps", "1", "--tokens", "4"], "more than tokens_per_batch = 4"),
         (["train", "{tmp}/run", "--steps", "0"], "TrainConfig: steps: expected a number above 0, got 0"),
-        (["train", "{tmp}/run", "--resume"], "expected a folder with model_index.json, got {tmp}/run/checkpoint"),
+        (["train", "{tmp}/run", "--resume"], "resume: expected {tmp}/run/training.safetensors, which is not there"),
         (
             ["train", "{tmp}/run", "--start", "x", "--vae", "y"],
             "--vae: expected none with --start, whose checkpoint has its own, got y",

@@ -212,6 +212,17 @@ def test_only_the_decoder_of_any_learns(name: str) -> None:
     assert trained <= {"decoder", "post_quant_conv"}
 
 
+def test_a_third_of_the_ends_are_encoded_as_given() -> None:
+    """Of clips that come alone too, as files of sizes of their own do."""
+    objective, generator = VAEObjective(made("AutoencoderKLCosmos")), torch.Generator().manual_seed(0)
+    video = World(WorldConfig.studio()).sample(1).render(9, 16, 16)[None]
+    plain, count = objective.vae.raw_latents(video), 0
+    with torch.no_grad():
+        for _ in range(90):
+            count += not torch.equal(objective._latents(video, generator), plain)
+    assert 20 <= count <= 40
+
+
 def test_a_decoder_learns_while_latents_stay() -> None:
     torch.manual_seed(0)
     vae = VideoVAE.small(latent_channels=8, channels=(16, 32, 32))

@@ -122,6 +122,10 @@ def command(options: type, name: str | None = None, **defaults: Any) -> Callable
     options: a dataclass like `Call`. name: of the command; default: the function's. defaults: other ones for fields of `options`.
     """
 
+    unknown = set(defaults) - {field.name for field in fields(options)}
+    if unknown:
+        raise TypeError(f"command: {options.__name__} has no {', '.join(unknown)}")
+
     def make(function: Callable[..., None]) -> Callable[..., None]:
         hints, shared = (get_type_hints(one, include_extras=True) for one in (function, options))
         *own, last = inspect.signature(function).parameters.values()
@@ -181,13 +185,12 @@ def known_device(device: str) -> str:
     """The name of a device that is there."""
     import torch
 
-    kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if match is None:
         raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {device!r}")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device: expected one of the {torch.cuda.device_count()} GPUs that this torch sees or cpu, got {device!r}"
-        )
+    count = torch.cuda.device_count()
+    if device != "cpu" and int(match[1] or 0) >= count:
+        raise ValueError(f"--device: expected one of the {count} GPUs that this torch sees or cpu, got {device!r}")
     return device
 
 

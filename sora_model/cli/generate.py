@@ -115,10 +115,7 @@ def join(
 ) -> None:
     """Join two videos by a passage from the end of one to the start of the other."""
     (start, rate), (end, other) = read_clip(first), read_clip(last)
-    if call.fps is None and abs(rate - other) > 0.01 * max(rate, other):
-        raise ValueError(
-            f"join: {last}: expected {rate:g} frames per second, as {first} has, got {other:g}; --fps sets it for both"
-        )
+    rate = _common_rate(call, rate, other)
     pipeline = call.pipeline()
     from ..request import join as request_passage
 
@@ -219,7 +216,7 @@ def batch(
     if not isinstance(wanted, list) or not all(isinstance(one, dict) for one in wanted):
         raise ValueError(f"batch: {requests}: expected a list of objects with a task each")
     pipeline = call.pipeline()
-    made = [_request(dict(one), i, requests.parent, call.negative, pipeline) for i, one in enumerate(wanted)]
+    made = [_request(dict(one), i, requests.parent, call, pipeline) for i, one in enumerate(wanted)]
     call.generate(pipeline, [request for request, _ in made], [rate for _, rate in made])
 
 
@@ -234,30 +231,40 @@ FIELDS = {
 }
 
 
-def _request(fields: dict[str, Any], number: int, folder: Path, negative: str, pipeline: SoraPipeline) -> tuple[Request, float]:
+def _request(fields: dict[str, Any], number: int, folder: Path, call: Call, pipeline: SoraPipeline) -> tuple[Request, float]:
     """A request of the batch file, and the frames per second of its input."""
     from .. import request
 
-    task, rate = fields.pop("task", "text_to_video"), 0.0
+    task, rates = fields.pop("task", "text_to_video"), []
     if task not in FIELDS:
         raise ValueError(f"batch: request {number}: task: expected one of {', '.join(FIELDS)}, got {task!r}")
     known = FIELDS[task] | {"negative_prompt", "seed"}
     for name in fields:
         if name not in known:
             raise ValueError(f"batch: request {number}: expected {', '.join(sorted(known))} for {task}, got {name}")
-    fields.setdefault("negative_prompt", negative)
+    fields.setdefault("negative_prompt", call.negative)
     try:
-        for name in ("image", "video", "last", "first"):
+        for name in ("image", "video", "first", "last"):
             if name in fields:
-                fields[name], rate = read_clip(folder / fields[name])
+                fields[name], rate = read_clip(folder / fields[name], max_frames=1 if name == "image" else None)
+                rates += [rate] if name != "image" else []
         if task in ("image_to_video", "extend", "join"):
             fields["timing"] = pipeline.timing
         if task == "text_to_video":
             size: Size | str = fields.get("size", pipeline.size)
             fields["size"] = parse_size(size) if isinstance(size, str) else size
-        return getattr(request, task)(**fields), rate
+        return getattr(request, task)(**fields), _common_rate(call, *rates)
     except TypeError as error:
         raise ValueError(f"batch: request {number}: {error}") from None
+
+
+def _common_rate(call: Call, *rates: float) -> float:
+    """Frames per second of inputs that become one file; images have 0, none. GIFs keep theirs in hundredths of a second."""
+    known = [rate for rate in rates if rate]
+    if call.fps is None and known and max(known) > 1.05 * min(known):
+        both = " and ".join(f"{rate:g}" for rate in known)
+        raise ValueError(f"join: last: expected the frames per second of first, got {both}; --fps sets one for both")
+    return max(known, default=0.0)
 
 
 def _expanded(pipeline: SoraPipeline, prompts: list[str]) -> list[str]:

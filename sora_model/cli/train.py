@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -80,7 +82,13 @@ class Run:
         from accelerate import PartialState
 
         state = PartialState(cpu=known_device(self.device) == "cpu")
-        return self.device if state.num_processes == 1 else str(state.device)
+        if state.num_processes > 1:
+            return str(state.device)
+        if self.device.startswith("cuda:"):
+            import torch
+
+            torch.cuda.set_device(self.device)  # accelerate takes the current one
+        return self.device
 
     def sizes(self, unit: Size, lead: int, default: list[str]) -> list[Size]:
         """Sizes of the world's clips: those asked for, or the default ones made larger to whole tokens."""
@@ -91,26 +99,43 @@ class Run:
         timing, (_, uh, uw) = Timing(lead, unit[0]), unit
         return [(timing.whole(t), -(-h // uh) * uh, -(-w // uw) * uw) for t, h, w in map(parse_size, default)]
 
-    def source(self, sizes: list[Size], unit: Size, lead: int, clips: int | None = None, **options: Any) -> Source:
-        """A folder of files, or the training part of a world; `clips` of it again and again, or without end."""
+    def source(
+        self, sizes: list[Size], unit: Size, lead: int, clips: int | None = None, captions: bool = True, **options: Any
+    ) -> Source:
+        """A folder of files, or the training part of a world; `clips` of it again and again, or without end.
+
+        captions: False takes files without captions. options: of the world's clips.
+        """
         from ..data import FolderSource, Repeated, World, WorldConfig, WorldSource
 
         if self.data is not None:
             _refuse("--data, whose files have their own", {"size": self.size})
             limits = {"max_frames": self.max_frames, "max_pixels": self.max_pixels, "seed": self.seed}
-            return FolderSource(self.data, multiple_of=unit, lead=lead, **limits)  # type: ignore[arg-type]
+            return FolderSource(self.data, multiple_of=unit, lead=lead, captions=captions, **limits)  # type: ignore[arg-type]
+        _refuse("a world, whose clips have their own sizes", {"max-pixels": self.max_pixels})
         config = getattr(WorldConfig, self.world.value)(self.seed)
         split = "training" if self.world is WorldName.studio else None
         source = WorldSource(World(config, split=split), sizes, **options)
         return source if clips is None else Repeated(source, clips)
 
-    def train(
-        self, out: Path, objective: Objective, source: Source, patch: Size, settings: dict[str, Any], **packing: Any
-    ) -> Trainer:
-        """Trains on packed batches of this process; from an endless source, of several sizes each.
+    def settings(self, out: Path, **own: Any) -> dict[str, str | int | None]:
+        """What must be the same where the run is resumed: these options and the command's own; if it is, they are compared."""
+        from ..train import check_resumed
 
-        settings: the command's own options that cannot change where a run is resumed. packing: see `PackedSampler`.
-        """
+        names = ("data", "size", "tokens", "max_frames", "max_pixels") if self.data else ("world", "size", "tokens")
+        chosen = {**{name: getattr(self, name) for name in names}, **own}
+        told: dict[str, str | int | None] = {}
+        for name, value in chosen.items():
+            value = value.resolve() if isinstance(value, Path) else getattr(value, "value", value)
+            told[f"--{name.replace('_', '-')}"] = str(value) if value else None
+        if self.resume:
+            check_resumed(out, told)
+        return told
+
+    def train(
+        self, out: Path, objective: Objective, source: Source, patch: Size, settings: dict[str, str | int | None], **packing: Any
+    ) -> Trainer:
+        """Trains on packed batches of this process; from an endless source, of several sizes each. packing: see `PackedSampler`."""
         from accelerate import PartialState
 
         from ..data import PackedSampler, WorldSource
@@ -130,12 +155,8 @@ class Run:
             ema_decay=self.ema,
             seed=self.seed,
         )
-        same = {"data": self.data, "world": self.world.value, "size": self.size, "tokens": self.tokens, **settings}
-        kept = {f"--{name}": str(getattr(value, "value", value)) if value else None for name, value in same.items()}
-        trainer = Trainer(objective, sampler, config, out, resume=self.resume, settings=kept)
+        trainer = Trainer(objective, sampler, config, out, resume=self.resume, settings=settings)
         run_training(trainer, console)
-        if trainer.stopped:
-            raise typer.Exit(130)
         return trainer
 
 
@@ -167,11 +188,16 @@ def train(
     from ..train_dit import DiffusionObjective
     from ..vae import VideoVAE, latent_size
 
-    device = run.own_device
     parts = {"model": model, "vae": vae, "text-encoder": text_encoder, "patch": patch, "prediction": prediction}
     worldly = {"clips": clips, "lessons": lessons, "large": large}
     _refuse("--start, whose checkpoint has its own", parts if start else {})
     _refuse("--data, which has its own clips", worldly if run.data else {})
+    _refuse("--size, which says all sizes", {"large": large} if run.size else {})
+    if start is None:
+        model, prediction = model or "tiny", prediction or Prediction.flow
+    parts |= {"model": model, "prediction": prediction}
+    settings = run.settings(out, start=start, frames=frames, **parts, **worldly)
+    device = run.own_device
     if run.resume or start is not None:
         pipeline = SoraPipeline.from_pretrained(out / "checkpoint" if start is None or run.resume else start, device=device)
     else:
@@ -187,19 +213,17 @@ def train(
     sizes = run.sizes(pipeline.unit, timing.lead, default)
     source = run.source(sizes, pipeline.unit, timing.lead, clips, lessons=LESSONS if lessons else {}, timing=timing)
     if not run.resume and start is None:
-        shapes = sizes[:1] if run.data is None else [source.size(i) for i in range(len(source))]  # type: ignore[arg-type]
-        pipeline.size = max(shapes, key=shapes.count)
+        pipeline.size = sizes[0] if run.data is None else _common_size(source)
     objective = DiffusionObjective(
         pipeline, tasks=TaskMix(per_frame=per_frame), detailed=detailed, num_frames=frames,
         keep_latents=clips is not None and run.data is None,
     )  # fmt: skip
-    settings = {"start": start, **parts, **worldly, "frames": frames}
-    run.train(
+    trainer = run.train(
         out, objective, source, pipeline.dit.config.patch_size, settings,
         latent_size=lambda one: _seen(latent_size(pipeline.codec, one), frames),
         attention_width=pipeline.dit.config.hidden_size,
     )  # fmt: skip
-    say(f"checkpoint: {out / 'checkpoint'}")
+    _end(trainer, out / "checkpoint")
 
 
 @command(Run, name="train-vae", max_frames=13, tokens=2304, learning_rate=3e-3, precision=Precision.bf16)
@@ -221,19 +245,21 @@ def train_vae(
     from ..train_vae import VAEObjective, clips_of, finish, gives_back
     from ..vae import VideoVAE, latent_size
 
-    device = run.own_device
-    torch.manual_seed(run.seed)
     parts = {"channels": channels, "temporal": temporal, "spatial": spatial}
     _refuse("--start, whose checkpoint has its own", parts if start else {})
+    if start is None:
+        parts = {"channels": channels or 16, "temporal": temporal or 4, "spatial": spatial or 8}
+    settings = run.settings(out, start=start, decoder_only=decoder_only, **parts)
+    device = run.own_device
+    torch.manual_seed(run.seed)
     if run.resume or start is not None:
         made = VideoVAE.from_pretrained(out / "checkpoint" if start is None or run.resume else start)
     else:
         made = VideoVAE.small(latent_channels=channels or 16, temporal=temporal or 4, spatial=spatial or 8)
     vae = made.to(device)
     sizes = run.sizes(vae.compression, 1, VAE_SIZES)
-    source = run.source(sizes, vae.compression, 1, lessons=LESSONS, timing=(1, vae.compression[0]))
+    source = run.source(sizes, vae.compression, 1, captions=False, lessons=LESSONS, timing=(1, vae.compression[0]))
     objective = VAEObjective(vae, decoder_only=decoder_only)
-    settings = {"start": start, **parts, "decoder-only": decoder_only}
     trainer = run.train(out, objective, source, (1, 1, 1), settings, latent_size=lambda one: latent_size(vae, one))
     if not trainer.accelerator.is_main_process:
         return
@@ -245,7 +271,7 @@ def train_vae(
     ratios = gives_back(trained, clips_of(source, shown))
     kind = "unseen clips" if run.data is None else "clips it was trained on"
     say(f"PSNR of {len(ratios)} {kind}: {sum(ratios) / len(ratios):.1f} dB, the worst {min(ratios):.1f} dB")
-    say(f"checkpoint: {out / 'checkpoint'}")
+    _end(trainer, out / "checkpoint")
 
 
 @command(Run, name="train-captioner", learning_rate=2e-3)
@@ -262,10 +288,13 @@ def train_captioner(
     import torch
 
     from ..captioner import Captioner, CaptionerConfig, train_tokenizer
+    from ..checkpoint import check_replaceable
     from ..pipeline import SoraPipeline
     from ..train_captioner import CaptionObjective
     from ..vae import latent_size
 
+    settings = run.settings(out, checkpoint=checkpoint, frames=frames, vocabulary=vocabulary, longest=longest)
+    check_replaceable(checkpoint)
     device = run.own_device
     pipeline = SoraPipeline.from_pretrained(checkpoint, device=device)
     patch = pipeline.dit.config.patch_size
@@ -287,7 +316,6 @@ def train_captioner(
         captioner = Captioner(config, tokenizer)
     captioner.to(device)
     objective = CaptionObjective(captioner, pipeline.codec)
-    settings = {"frames": frames, "vocabulary": vocabulary, "longest": longest}
     trainer = run.train(
         out, objective, source, patch, settings, latent_size=lambda one: _seen(latent_size(pipeline.codec, one), frames)
     )
@@ -295,7 +323,7 @@ def train_captioner(
         return
     pipeline.captioner = Captioner.from_pretrained(out / "checkpoint").to(device)
     pipeline.save_pretrained(checkpoint)
-    say(f"checkpoint: {checkpoint}")
+    _end(trainer, checkpoint)
 
 
 @app.command()
@@ -330,6 +358,19 @@ def scaling(
             out, compute, seed, lambda p: console.print(f"{p.model}  step {p.step}  {p.compute:.2e} operations  loss {p.loss:.4f}")
         )
         say(str(out / "scaling.png"))
+
+
+def _end(trainer: Trainer, checkpoint: Path) -> None:
+    """Says where the checkpoint is; the exit code is 130 where the training was stopped."""
+    say(f"checkpoint: {checkpoint}")
+    if trainer.stopped and trainer.progress < 1:
+        raise typer.Exit(130)
+
+
+def _common_size(source: Source) -> Size:
+    """The size that most of a folder's files have; among as many, that of a video, and a small one."""
+    counts = Counter(source.size(i) for i in range(len(source)))  # type: ignore[arg-type]
+    return max(counts, key=lambda size: (counts[size], size[0] > 1, -math.prod(size)))
 
 
 def _refuse(because: str, options: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
     drift     a scene caught at any time, bouncing off borders; a start or an end is given, and the caption names no motion:
               a video goes on as it does
     turn      a start is given, and from its last frame on the object moves as the caption says: a world that obeys
-    link      a start and an end of the same object elsewhere; between them it takes the smoothest way: joining, and loops
+    link      a start and an end of the same object elsewhere; between them it takes the smoothest way: joining, and loops (of a
+              clip of two token frames only the start)
     morph     the same of two scenes: on the way one object becomes another, before another background
 
 Given frames are whole token frames: `lead` pixel frames the first and `grain` each other (see `request.Timing`). The world says
@@ -69,7 +70,12 @@ def link(scene: Scene, size: Size, timing: Timing, world: World, rng: np.random.
 
 
 def morph(scene: Scene, size: Size, timing: Timing, world: World, rng: np.random.Generator) -> Lesson:
-    """A clip that begins in one scene and ends in another, which fades in while the first object takes the way to the other."""
+    """A clip that begins in one scene and ends in another, which fades in while the first object takes the way to the other.
+
+    A clip of two token frames is too short for both ends: it becomes a `link`.
+    """
+    if _more(size[0], timing) < 2:
+        return link(scene, size, timing, world, rng)
     other = world.sample(int(rng.integers(2**31)))
     first, last, leave, arrive = _ends(scene, other, size[0], timing, rng)
     before, after = (_linked(looks, first, last, leave, arrive) for looks in (first, last.advanced(-arrive)))

@@ -330,7 +330,8 @@ class PackedSampler:
                 cost_of_it = "" if self.attention_width is None else f" that count as {cost}"
                 raise ValueError(
                     f"PackedSampler: sample {index} of size (T, H, W) = {size} is {tokens} tokens{cost_of_it} at patch_size "
-                    f"{self.patch_size}, more than tokens_per_batch = {self.tokens_per_batch}"
+                    f"{self.patch_size}, more than tokens_per_batch = {self.tokens_per_batch}; it takes a larger budget, or "
+                    "smaller or shorter samples"
                 )
             self._token_counts[size] = tokens
         return self._token_counts[size]
