@@ -106,7 +106,7 @@ def sora(*args):
     return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
 
 
-def test_commands(tmp_path: Path) -> None:
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train a captioner into a checkpoint, caption files, caption a folder, and expand prompts before generating."""
     checkpoint, clips = tmp_path / "model", tmp_path / "clips"
     SoraPipeline.from_preset("tiny", patch=(1, 8, 8)).save_pretrained(checkpoint)
@@ -121,12 +121,18 @@ def test_commands(tmp_path: Path) -> None:
     result = sora("caption", *files, "--checkpoint", checkpoint)
     assert result.exit_code == 0, result.output
     assert all(f"{file}: " in result.output for file in files)
+    monkeypatch.setattr(SoraPipeline, "caption", lambda *_, **__: [""])
+    result = sora("recaption", clips, "--checkpoint", checkpoint)
+    assert "0 captions written for 3 files" in result.output
+    assert "the captioner found nothing to say" in result.output
+    monkeypatch.setattr(SoraPipeline, "caption", lambda *_, detailed: ["A long caption." if detailed else "a caption"])
     result = sora("recaption", clips, "--checkpoint", checkpoint)
     assert result.exit_code == 0, result.output
     assert "5 captions written for 3 files" in result.output
     assert "broken.mp4" in result.output
     assert (clips / "image.txt").read_text() == "my own words"
-    assert (clips / "deep" / "0.detailed.txt").is_file()
+    assert (clips / "deep" / "0.detailed.txt").read_text() == "A long caption.\n"
+    assert (clips / "deep" / "0.txt").read_text() == "a caption\n"
     assert not list(clips.rglob(".*")), "nothing half-written"
     assert "0 captions written" in sora("recaption", clips, "--checkpoint", checkpoint).output
     assert "6 captions written" in sora("recaption", clips, "--checkpoint", checkpoint, "--overwrite").output

@@ -4,9 +4,12 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
+from pathlib import Path
 
 import av
 import numpy as np
@@ -334,6 +337,21 @@ def test_a_vae_is_trained_and_a_model_on_its_latents(clips, tmp_path):
     result = sora("generate", "a box", "--checkpoint", tmp_path / "run" / "checkpoint", *out)
     assert result.exit_code == 0, result.output
     assert tuple(read_video(tmp_path / "out" / "00-a-box.mp4")[0].shape[1:]) == (5, 32, 32)
+
+
+def test_the_training_commands_of_the_readme(clips, tmp_path, monkeypatch):
+    """As they stand there, but for their minutes, on a folder of files."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    block = text[text.index("### Training") :].split("```")[1]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(clips, "DIR")
+    commands = [line.partition("#")[0].split() for line in block.strip().splitlines()]
+    assert [command[1] for command in commands] == ["train-vae", "train", "train-captioner", "recaption", "train"]
+    for command in commands:
+        words = ["1" if before == "--minutes" else word for before, word in pairwise(command)]
+        result = sora(*("--steps" if word == "--minutes" else word for word in words))
+        assert result.exit_code == 0, (command, result.output)
+    assert (tmp_path / "outputs" / "more" / "checkpoint" / "captioner").is_dir()
 
 
 def test_a_scaling_study(tmp_path):

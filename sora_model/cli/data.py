@@ -56,10 +56,13 @@ def recaption(
             continue
         for long, file in wanted.items():
             (text,) = pipeline.caption([clip], detailed=long)
+            if not text:
+                say(f"left out: {path}: the captioner found nothing to say")
+                continue
             with whole_file(file) as partial:
                 partial.write_text(text + "\n", encoding="utf-8")
             written += 1
-        say(f"{path}: {text}")
+            say(f"{path}: {text}")
     say(f"{written} captions written for {len(source.paths)} files")
 
 
