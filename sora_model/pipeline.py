@@ -75,12 +75,17 @@ class SoraPipeline:
                 f"got {type(scheduler).__name__} of {kind} with {timesteps}"
             )
 
+    def replaced(self, **parts: Any) -> SoraPipeline:
+        """A pipeline with other parts, named as the arguments are; it shares the rest."""
+        own = {name: getattr(self, name) for name in ("dit", "text_encoder", "scheduler", "codec", "captioner", "size")}
+        return SoraPipeline(**{**own, **parts})
+
     def with_scheduler(self, scheduler: Any) -> SoraPipeline:
         """The same pipeline, sharing everything else, with another scheduler; it must want the same kind of prediction."""
         kinds = prediction_type(self.scheduler), prediction_type(scheduler)
         if kinds[0] != kinds[1]:
             raise ValueError(f"SoraPipeline.with_scheduler: scheduler: expected one of {kinds[0]}, got {kinds[1]}")
-        return SoraPipeline(self.dit, self.text_encoder, scheduler, self.codec, self.captioner, size=self.size)
+        return self.replaced(scheduler=scheduler)
 
     @property
     def unit(self) -> Size:

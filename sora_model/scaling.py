@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint import whole_file
 from .config import DiTConfig
 from .data import Batch, PackedSampler, World, WorldConfig, WorldSource
 from .diffusion import TaskMix, add_noise, diffusion_loss
+from .dit import DiT
 from .pipeline import SoraPipeline
 from .train import TrainConfig, Trainer
 from .train_dit import DiffusionObjective
@@ -46,8 +48,10 @@ def study(out: Path, compute: float, seed: int = 0, progress: Callable[[Point], 
             points.append(point)
             if progress is not None:
                 progress(point)
-    (out / "scaling.json").write_text(json.dumps([asdict(point) for point in points], indent=1) + "\n")
-    plot(points, out / "scaling.png")
+    with whole_file(out / "scaling.json") as partial:
+        partial.write_text(json.dumps([asdict(point) for point in points], indent=1) + "\n")
+    with whole_file(out / "scaling.png") as partial:
+        plot(points, partial)
     return points
 
 
@@ -57,7 +61,7 @@ def _train(folder: Path, name: str, depth: int, width: int, compute: float, seed
     pipeline = SoraPipeline.from_preset("tiny", patch=(1, 8, 8), seed=seed)
     base = pipeline.dit.config.to_dict()
     config = DiTConfig.from_dict({**base, "depth": depth, "hidden_size": width, "num_heads": max(width // 32, 1)})
-    pipeline = SoraPipeline(type(pipeline.dit)(config), pipeline.text_encoder, pipeline.scheduler)
+    pipeline = pipeline.replaced(dit=DiT(config))
     parameters = sum(p.numel() for block in pipeline.dit.blocks for p in block.parameters())
     # Forward and backward of a token: six operations per weight of a block, and attention to the others of its sample.
     per_token = 6 * parameters + 12 * depth * width * 100

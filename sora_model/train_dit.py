@@ -80,9 +80,7 @@ class DiffusionObjective:
 
     def averaged(self, model: Any) -> SoraPipeline:
         """The pipeline with other weights."""
-        old, parts = self.pipeline, dict(model.named_children())
-        encoder = parts.get("text_encoder", old.text_encoder)
-        return SoraPipeline(parts["dit"], encoder, old.scheduler, old.codec, old.captioner, size=old.size)
+        return self.pipeline.replaced(**dict(model.named_children()))
 
     def save(self, model: nn.Module, folder: Path) -> None:
         self.averaged(model).save_pretrained(folder)
