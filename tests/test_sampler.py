@@ -128,9 +128,9 @@ def test_sizes_asked_for_but_not_there():
 
 
 def test_sample_too_large_for_the_budget_is_named():
-    sampler = PackedSampler(Sizes([(8, 32, 32)]), (1, 2, 2), 2047)
-    with pytest.raises(ValueError, match=r"sample 0 of size .*\(8, 32, 32\) is 2048 tokens .* tokens_per_batch = 2047"):
-        sampler.batch(0)
+    """Before anything is decoded, wherever it stands."""
+    with pytest.raises(ValueError, match=r"sample 1 of size .*\(8, 32, 32\) is 2048 tokens .* tokens_per_batch = 2047; it takes a"):
+        PackedSampler(Sizes([(1, 32, 32), (8, 32, 32)]), (1, 2, 2), 2047)
 
 
 def test_size_that_patches_do_not_divide():
