@@ -249,7 +249,8 @@ def simulations(judge_: Judge) -> Measurement:
         thing = scene.things[0]
         still = replace(scene, things=(replace(thing, u=(0.5, 0.5), v=(0.0, 0.0), motion="stay"),))
         turns = [still.turned(actions[(i + k) % 4]) for k in range(4)]
-        world = Simulation(judge_.pipeline, still.caption(), seed=judge_.seed + i, **judge_.options)
+        # In the centre, so that there is room for what it is told.
+        world = Simulation(judge_.pipeline, still.caption(True, 13), seed=judge_.seed + i, **judge_.options)
         for turn in turns:
             new = world.act(turn.caption()).cpu()
             obeyed.append(judge(new, turn.truth(*new.shape[1:])))
