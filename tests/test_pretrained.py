@@ -24,10 +24,10 @@ def test_it_is_small() -> None:
         assert dtypes == {torch.float16}, path
 
 
-@pytest.mark.parametrize("task", ["text-to-video", "image-to-video", "extend", "join", "caption"])
+@pytest.mark.parametrize("task", ["text-to-video", "image-to-video", "extend", "join", "join-others", "caption"])
 def test_it_does_what_it_is_for(pipeline: SoraPipeline, task: str) -> None:
     """Sixteen prompts or fewer: a wide margin below what `sora eval` holds it to on two hundred."""
-    measured = MEASUREMENTS[task](Judge(pipeline, 32 if task == "join" else 16, steps=12))
+    measured = MEASUREMENTS[task](Judge(pipeline, 32 if task.startswith("join") else 16, steps=12))
     shares = {name: one.value for name, one in measured.figures.items() if one.value <= 1 and "seam" not in name}
     assert shares
     assert min(shares.values()) >= 0.5, measured.figures
