@@ -35,7 +35,7 @@ from .figures import (
 from .pipeline import SoraPipeline
 from .request import Request, extend, image_to_video, join, text_to_video, video_to_video
 from .schedulers import FLOW, flow_scheduler
-from .tasks import Simulation, close, long_video, turned
+from .tasks import Simulation, close, long_video, refined, turned
 from .vae import psnr
 
 SHAPES: tuple[Size, ...] = ((13, 48, 48), (13, 48, 80), (13, 80, 48))  # three aspect ratios
@@ -89,6 +89,17 @@ def text_to_images(judge_: Judge) -> Measurement:
     videos = judge_.run([text_to_video(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)])
     truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
     return Measurement("text to image", shares(judged(videos, truths), 0.9, motion=False), videos, prompts)
+
+
+def large_images(judge_: Judge) -> Measurement:
+    """Images of 4,096 tokens or so, a megapixel with the checkpoint of the package, by way of small drafts; colour and shape."""
+    count, (_, uh, uw) = judge_.count // 16, judge_.pipeline.unit
+    scenes, grids = judge_.scenes(count, 500), [((64, 64), (45, 80), (80, 45))[i % 3] for i in range(count)]
+    sizes: list[Size] = [(1, h * uh, w * uw) for h, w in grids]
+    prompts = [scene.caption(i // 3 % 2 == 1, 1) for i, scene in enumerate(scenes)]
+    images = refined(judge_.pipeline, prompts, sizes, 16 * min(uh, uw), seed=judge_.seed, **judge_.options)
+    truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
+    return Measurement("large image", shares(judged([x.cpu() for x in images], truths), 0.9, motion=False), images, prompts)
 
 
 def images_to_videos(judge_: Judge) -> Measurement:
@@ -308,6 +319,7 @@ def possible(pipeline: SoraPipeline) -> list[str]:
 MEASUREMENTS: dict[str, Callable[[Judge], Measurement]] = {
     "text-to-video": text_to_videos,
     "text-to-image": text_to_images,
+    "large-image": large_images,
     "image-to-video": images_to_videos,
     "video-to-video": videos_to_videos,
     "extend": extensions,

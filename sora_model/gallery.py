@@ -21,5 +21,5 @@ def make(
         shown = MEASUREMENTS[name](judge)
         videos, labels = shown.videos[:ROWS], shown.labels[:ROWS]
         columns = min(COLUMNS, max(video.shape[1] for video in videos))
-        paths.append(contact_sheet(out / f"{name}.png", videos, labels, columns=columns, cell=80))
+        paths.append(contact_sheet(out / f"{name}.png", videos, labels, columns=columns, cell=80 if columns > 1 else 240))
     return paths

@@ -1,5 +1,7 @@
-"""Tasks of several passes: loops, long videos, simulated worlds. Each is extension or joining, repeated.
+"""Tasks of several passes: large frames by way of small ones, and loops, long videos and simulated worlds, which are extension or
+joining, repeated.
 
+refined       a small draft, enlarged and made anew in part
 loop          a clip, and a passage from its end back to its beginning
 long_video    a clip, extended until it is long enough
 Simulation    a clip, extended by a chunk for every action
@@ -11,11 +13,59 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Size
 from .pipeline import SoraPipeline
-from .request import Request, check_overlap, extend, join
+from .request import Request, check_overlap, extend, join, video_to_video
+
+REDONE = 0.25  # of the denoising, on an enlarged draft
+
+
+def refined(
+    pipeline: SoraPipeline,
+    prompts: Sequence[str],
+    sizes: Sequence[Size],
+    draft: int,
+    *,
+    strength: float = REDONE,
+    negative_prompt: str = "",
+    seed: int = 0,
+    **options: Any,
+) -> list[Tensor]:
+    """Videos [3, T, H, W] of large frames by way of small ones: drafts are generated, enlarged, noised and denoised again (SDEdit).
+
+    >>> refined(pipeline, ["a red circle"], [(1, 1024, 1536)], draft=256)[0].shape          # the draft has 256 x 384 pixels
+    torch.Size([3, 1, 1024, 1536])
+
+    What is where is settled by the draft, at sizes that the model has seen in training, and only the last steps work on large
+    frames: a quarter of them takes about a quarter of the time.
+
+    Args:
+        sizes: (T, H, W) of each video.
+        draft: pixels along the shorter side of a draft; fewer than of any video.
+        strength: share of the denoising that is done anew on the enlarged draft.
+        options: of the pipeline's call.
+    """
+    small = []
+    for frames, height, width in sizes:
+        shorter = min(height, width)
+        if not 1 <= draft < shorter:
+            raise ValueError(
+                f"refined: draft: expected from 1 to {shorter - 1} pixels, as the shorter side has {shorter}, got {draft}"
+            )
+        small.append((frames, round(height * draft / shorter), round(width * draft / shorter)))
+    asked = [Request(p, size, negative_prompt=negative_prompt) for p, size in zip(prompts, small, strict=True)]
+    drafts = pipeline(asked, generator=seed, **options)  # type: ignore[arg-type]
+    large = [_resized(video, size) for video, size in zip(drafts, sizes, strict=True)]
+    again = [video_to_video(p, x, strength, negative_prompt=negative_prompt) for p, x in zip(prompts, large, strict=True)]
+    return pipeline(again, generator=seed, **options)  # type: ignore[arg-type]
+
+
+def _resized(video: Tensor, size: Size) -> Tensor:
+    frames = F.interpolate(video.transpose(0, 1), size[1:], mode="bicubic", align_corners=False)
+    return frames.transpose(0, 1).clamp(-1, 1)
 
 
 def loop(pipeline: SoraPipeline, prompt: str, size: Size | None = None, **options: Any) -> Tensor:

@@ -28,7 +28,7 @@ CLASSES = (
     "AutoencoderKLWan",
 )
 AT_ONCE = 2**22  # numbers of pixels that are coded at once, unless one video has more
-TILE, OVERLAP = 256, 64  # pixels along a side of what is coded at once, and how many two neighbours share
+TILE, OVERLAP = 512, 64  # pixels along a side of what is coded at once, and how many two neighbours share
 
 
 class Codec(Protocol):
@@ -115,7 +115,7 @@ class VideoVAE(nn.Module):
     >>> [tuple(x.shape) for x in vae.encode([torch.zeros(3, 13, 480, 832), torch.zeros(3, 1, 512, 512)])]
     [(16, 4, 60, 104), (16, 1, 64, 64)]
 
-    Frames larger than a tile of 256 x 256 pixels are coded tile by tile, overlapping by 64, and blended, so that memory does
+    Frames larger than a tile of 512 x 512 pixels are coded tile by tile, overlapping by 64, and blended, so that memory does
     not grow with the frame. Latents are the posterior's mean, normalised by the checkpoint's own mean and deviation.
 
     Args:

@@ -14,7 +14,7 @@ from sora_model.cli import app
 from sora_model.data import read_video, write_video
 from sora_model.pipeline import SoraPipeline
 from sora_model.request import Request, Timing
-from sora_model.tasks import Simulation, long_video, loop
+from sora_model.tasks import Simulation, long_video, loop, refined
 from sora_model.terminal import show_video
 
 
@@ -88,6 +88,20 @@ def test_a_loop_comes_back_to_its_beginning() -> None:
     assert len(numbers(loop(pipeline, "a"))) == 25  # type: ignore[arg-type]
 
 
+def test_large_frames_are_refined_from_small_drafts() -> None:
+    pipeline = Counting()
+    tall, wide = refined(pipeline, ["a", "b"], [(5, 30, 20), (1, 16, 24)], draft=8)  # type: ignore[arg-type]
+    drafts, again = pipeline.requests[:2], pipeline.requests[2:]
+    assert [request.size for request in drafts] == [(5, 12, 8), (1, 8, 12)]
+    assert [request.size for request in again] == [(5, 30, 20), (1, 16, 24)]
+    assert [request.prompt for request in again] == ["a", "b"]
+    assert all(request.begin is not None and request.strength == 0.25 for request in again)
+    assert again[0].begin[0, :2, 15, 10].tolist() == [0, 1], "frame by frame, cut off at 1"
+    assert [tuple(video.shape) for video in (tall, wide)] == [(3, 5, 30, 20), (3, 1, 16, 24)]
+    with pytest.raises(ValueError, match="draft: expected from 1 to 15 pixels, as the shorter side has 16, got 16"):
+        refined(pipeline, ["a"], [(1, 16, 24)], draft=16)  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "untrained"
@@ -114,6 +128,7 @@ def sora(*args: object):
 
 COMMANDS = {
     "generate": (["a cat", "--size", "4x16x16"], (4, 16, 16)),
+    "generate large": (["a cat", "--size", "4x40x24", "--draft", 16], (4, 40, 24)),
     "animate": (["{image}", "it moves", "--frames", 5], (5, 16, 24)),
     "restyle": (["{video}", "in red", "--strength", 0.5], (7, 16, 24)),
     "extend": (["{video}", "it goes on", "--frames", 3], (10, 16, 24)),

@@ -29,6 +29,10 @@ def generate(
     size: Annotated[
         list[str] | None, typer.Option(help="TxHxW of each video in pixels, or one for all; 1xHxW is an image.")
     ] = None,
+    draft: Annotated[
+        int | None,
+        typer.Option(help="Make large frames by way of small ones, whose shorter side has so many pixels; 256 is a good number."),
+    ] = None,
     expand: Annotated[bool, typer.Option(help="Let the captioner make the prompts long and detailed first.")] = False,
     *,
     call: Call,
@@ -43,8 +47,15 @@ def generate(
     sizes = sizes * len(prompts) if len(sizes) == 1 else sizes or [pipeline.size] * len(prompts)
     if expand:
         prompts = _expanded(pipeline, prompts)
-    requests = [text_to_video(p, s, negative_prompt=call.negative) for p, s in zip(prompts, sizes, strict=True)]
-    call.generate(pipeline, requests)
+    if draft is None:
+        requests = [text_to_video(p, s, negative_prompt=call.negative) for p, s in zip(prompts, sizes, strict=True)]
+        call.generate(pipeline, requests)
+        return
+    from ..tasks import REDONE, refined
+
+    with denoising(console, round((1 + REDONE) * call.steps)) as advance:
+        videos = refined(pipeline, prompts, sizes, draft, callback=lambda *_: advance(1), **call.several)
+    call.write(videos, prompts)
 
 
 @task

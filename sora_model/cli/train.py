@@ -18,6 +18,7 @@ from .app import Precision, app, check_folder, command, console, known_device, o
 
 if TYPE_CHECKING:
     from ..data import Source
+    from ..pipeline import SoraPipeline
     from ..train import Objective, Trainer
 
 
@@ -48,7 +49,7 @@ WORLD_SIZES = {
 VAE_SIZES = [*2 * CLIPS, "5x96x96", "1x128x128"]
 CAPTION_SIZES = [*4 * CLIPS, *LONGER, *STILLS, LARGEST[0]]  # a larger frame says no more than a small one
 # Of the clips, those that teach going on, obeying and joining.
-LESSONS = {"drift": 0.2, "turn": 0.2, "link": 0.12, "morph": 0.08}
+LESSONS = {"drift": 0.2, "turn": 0.2, "link": 0.15, "morph": 0.12}
 
 
 @dataclass(frozen=True)
@@ -184,35 +185,28 @@ def train(
     """Train a video transformer on packed batches of mixed sizes, from the procedural world or a folder of files."""
     from ..diffusion import TaskMix
     from ..pipeline import SoraPipeline
-    from ..pretrained_text import PretrainedEncoder
     from ..train_dit import DiffusionObjective
-    from ..vae import VideoVAE, latent_size
+    from ..vae import latent_size
 
     parts = {"model": model, "vae": vae, "text-encoder": text_encoder, "patch": patch, "prediction": prediction}
     worldly = {"clips": clips, "lessons": lessons, "large": large}
     _refuse("--start, whose checkpoint has its own", parts if start else {})
     _refuse("--data, which has its own clips", worldly if run.data else {})
     _refuse("--size, which says all sizes", {"large": large} if run.size else {})
+    kind, name = prediction or Prediction.flow, model or "tiny"
     if start is None:
-        model, prediction = model or "tiny", prediction or Prediction.flow
-    parts |= {"model": model, "prediction": prediction}
+        parts |= {"model": name, "prediction": kind}
     settings = run.settings(out, start=start, frames=frames, **parts, **worldly)
-    device = run.own_device
-    if run.resume or start is not None:
-        pipeline = SoraPipeline.from_pretrained(out / "checkpoint" if start is None or run.resume else start, device=device)
+    device, before = run.own_device, out / "checkpoint" if run.resume else start
+    if before is not None:
+        pipeline = SoraPipeline.from_pretrained(before, device=device)
     else:
-        codec = None if vae is None else VideoVAE.from_pretrained(vae).to(device)
-        cut = parse_size(patch) if patch else (1, 8, 8) if vae is None else (1, 2, 2)
-        encoder = None if text_encoder is None else PretrainedEncoder.from_pretrained(text_encoder).to(device)
-        kind = (prediction or Prediction.flow).value
-        pipeline = SoraPipeline.from_preset(
-            model or "tiny", patch=cut, codec=codec, text_encoder=encoder, prediction=kind, seed=run.seed, device=device
-        )
+        pipeline = _untrained(name, patch, vae, text_encoder, kind.value, run.seed, device)
     pipeline.dit.gradient_checkpointing = checkpointing
     timing, default = pipeline.timing, [*WORLD_SIZES[run.world.value], *(LARGEST if large else [])]
     sizes = run.sizes(pipeline.unit, timing.lead, default)
     source = run.source(sizes, pipeline.unit, timing.lead, clips, lessons=LESSONS if lessons else {}, timing=timing)
-    if not run.resume and start is None:
+    if before is None:
         pipeline.size = sizes[0] if run.data is None else _common_size(source)
     objective = DiffusionObjective(
         pipeline, tasks=TaskMix(per_frame=per_frame), detailed=detailed, num_frames=frames,
@@ -224,6 +218,22 @@ def train(
         attention_width=pipeline.dit.config.hidden_size,
     )  # fmt: skip
     _end(trainer, out / "checkpoint")
+
+
+def _untrained(
+    model: str, patch: str | None, vae: Path | None, text_encoder: Path | None, prediction: str, seed: int, device: str
+) -> SoraPipeline:
+    """A pipeline whose transformer is to be trained, its VAE and text encoder from folders, if any are given."""
+    from ..pipeline import SoraPipeline
+    from ..pretrained_text import PretrainedEncoder
+    from ..vae import VideoVAE
+
+    codec = None if vae is None else VideoVAE.from_pretrained(vae).to(device)
+    encoder = None if text_encoder is None else PretrainedEncoder.from_pretrained(text_encoder).to(device)
+    cut = parse_size(patch) if patch else (1, 8, 8) if vae is None else (1, 2, 2)
+    return SoraPipeline.from_preset(
+        model, patch=cut, codec=codec, text_encoder=encoder, prediction=prediction, seed=seed, device=device
+    )
 
 
 @command(Run, name="train-vae", max_frames=13, tokens=2304, learning_rate=3e-3, precision=Precision.bf16)
@@ -250,10 +260,10 @@ def train_vae(
     if start is None:
         parts = {"channels": channels or 16, "temporal": temporal or 4, "spatial": spatial or 8}
     settings = run.settings(out, start=start, decoder_only=decoder_only, **parts)
-    device = run.own_device
+    device, before = run.own_device, out / "checkpoint" if run.resume else start
     torch.manual_seed(run.seed)
-    if run.resume or start is not None:
-        made = VideoVAE.from_pretrained(out / "checkpoint" if start is None or run.resume else start)
+    if before is not None:
+        made = VideoVAE.from_pretrained(before)
     else:
         made = VideoVAE.small(latent_channels=channels or 16, temporal=temporal or 4, spatial=spatial or 8)
     vae = made.to(device)
@@ -345,7 +355,7 @@ def export(
 @app.command()
 def scaling(
     out: OutFolder,
-    compute: Annotated[float, typer.Option(help="Floating-point operations that each model is trained with.")] = 2e14,
+    compute: Annotated[float, typer.Option(help="Floating-point operations that each model is trained with.")] = 2e13,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
     """Train models of three sizes with the same compute, and plot their losses against it."""
