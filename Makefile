@@ -42,7 +42,9 @@ checkpoint: $(READY)
 	$(BIN)/sora train outputs/studio --world studio --vae outputs/vae/checkpoint --model XS --clips 20000 --lessons --large \
 	  --per-frame 0.1 --precision bf16 --learning-rate 2e-3 --tokens 4096 --minutes 80
 	$(BIN)/sora train-captioner outputs/captioner --checkpoint outputs/studio/checkpoint --minutes 12 --tokens 1024
-	$(BIN)/sora export outputs/studio/checkpoint sora_model/pretrained
+	$(BIN)/sora train outputs/more --start outputs/studio/checkpoint --world studio --clips 12000 --seed 1 --lessons --large \
+	  --per-frame 0.1 --precision bf16 --learning-rate 1e-3 --tokens 4096 --minutes 46
+	$(BIN)/sora export outputs/more/checkpoint sora_model/pretrained
 
 gallery: $(READY)
 	$(BIN)/sora gallery --out docs/gallery

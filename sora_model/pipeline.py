@@ -108,6 +108,7 @@ class SoraPipeline:
         *,
         num_inference_steps: int = 30,
         guidance_scale: float = 3.0,
+        guidance_from: float = 0.6,
         generator: Seeds = None,
         callback: Callback | None = None,
         output_type: str = "pt",
@@ -123,6 +124,7 @@ class SoraPipeline:
             size: (T, H, W) in pixels of the strings, one for all or one each; default: the pipeline's. Requests have their own.
             num_inference_steps: steps of the scheduler.
             guidance_scale: of classifier-free guidance; 1 is none.
+            guidance_from: where guidance ends, as a share of the scheduler's timesteps: 0 guides every step. See `guided`.
             generator: a seed or a torch.Generator on the host for each request that has no seed, or one seed: request i has
                 that + i; or one Generator for all. None is random. A video depends on its own seed alone.
             callback: called after each step with (step, timestep, latents).
@@ -140,6 +142,8 @@ class SoraPipeline:
             raise ValueError(f"SoraPipeline: precision: expected 'no' or 'bf16', got {precision!r}")
         if num_inference_steps < 1:
             raise ValueError(f"SoraPipeline: num_inference_steps: expected at least 1, got {num_inference_steps}")
+        if not 0 <= guidance_from <= 1:
+            raise ValueError(f"SoraPipeline: guidance_from: expected a number from 0 to 1, got {guidance_from}")
         if output_type not in OUTPUTS:
             raise ValueError(f"SoraPipeline: output_type: expected one of {', '.join(OUTPUTS)}, got {output_type!r}")
         wanted = self._requests([requests] if isinstance(requests, str | Request) else list(requests), size)
@@ -154,7 +158,8 @@ class SoraPipeline:
             raise ValueError(f"SoraPipeline: frame_step: expected 1, as the VAE compresses time, got {steps}")
         text = self.text_encoder([request.prompt for request in wanted])
         null_text = self.text_encoder([request.negative_prompt for request in wanted]) if guidance_scale != 1 else None
-        denoise = guided(self.dit, text=text, null_text=null_text, frame_steps=steps, guidance_scale=guidance_scale)
+        guidance = {"guidance_scale": guidance_scale, "guidance_from": guidance_from * self.scheduler.config.num_train_timesteps}
+        denoise = guided(self.dit, text=text, null_text=null_text, frame_steps=steps, **guidance)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             latents = sample(
                 denoise,

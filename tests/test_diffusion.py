@@ -150,6 +150,9 @@ def test_guidance(per_frame: bool) -> None:
         outputs = guided(dit, text=text, null_text=null, guidance_scale=scale)(latents, levels, range(4))
         for output, c, u in zip(outputs, conditioned, unconditioned, strict=True):
             torch.testing.assert_close(output, u + scale * (c - u), atol=1e-4, rtol=0)
+    limited = guided(dit, text=text, null_text=null, guidance_scale=4.0, guidance_from=levels.max().item() + 1)
+    for output, c in zip(limited(latents, levels, range(4)), conditioned, strict=True):
+        torch.testing.assert_close(output, c, atol=1e-4, rtol=0)
     default = guided(dit, text=text, guidance_scale=0.0)(latents, levels, range(4))
     torch.testing.assert_close(default[0], dit(latents, levels, PackedText.empty(4, 32))[0], atol=1e-5, rtol=0)
 

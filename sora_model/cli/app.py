@@ -74,6 +74,9 @@ class Call(Loaded):
         str | None, typer.Option(help="euler, heun, unipc or dpm++, for a flow-matching model. Default: the checkpoint's.")
     ] = None
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 3.0
+    guidance_from: Annotated[
+        float, typer.Option(min=0, max=1, help="Noise level, from 0 to 1, below which there is no guidance.")
+    ] = 0.6
     seed: Annotated[int, typer.Option(help="Of everything random; several videos count up from it.")] = 0
     fps: Annotated[float | None, typer.Option(min=0.1, help="Frames per second. Default: those of the input, or 8.")] = None
     scale: Annotated[int, typer.Option(min=1, help="Whole factor by which pixels are enlarged in the files.")] = 1
@@ -92,7 +95,12 @@ class Call(Loaded):
     @property
     def sampling(self) -> dict[str, Any]:
         """What the pipeline's call takes of them."""
-        return {"num_inference_steps": self.steps, "guidance_scale": self.guidance, "precision": self.precision.value}
+        return {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "guidance_from": self.guidance_from,
+            "precision": self.precision.value,
+        }
 
     @property
     def several(self) -> dict[str, Any]:
