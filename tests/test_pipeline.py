@@ -132,6 +132,8 @@ def test_output_types(pipeline: SoraPipeline) -> None:
     torch.testing.assert_close(torch.from_numpy(array).permute(3, 0, 1, 2) * 2 - 1, tensor)
     assert [image.size for image in images] == [(8, 8)] * 2
     assert latent.shape == (3, 2, 8, 8)
+    with pytest.raises(ValueError, match="guidance_from: expected a number from 0 to 1, got 600"):
+        pipeline("a red circle", guidance_from=600)
     with pytest.raises(ValueError, match="output_type: expected one of pt, np, pil, latent, got 'jpg'"):
         made("jpg")
 
