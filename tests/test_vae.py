@@ -151,10 +151,10 @@ class Local(torch.nn.Module):
 def test_tiles_are_blended_without_a_seam() -> None:
     vae = VideoVAE.small(latent_channels=3, channels=(8, 8, 8))
     vae.model = local = Local()
-    video = torch.rand(3, 5, 8, 8).repeat_interleave(41, 2).repeat_interleave(67, 3)  # 328 x 536
+    video = torch.rand(3, 5, 8, 8).repeat_interleave(81, 2).repeat_interleave(131, 3)  # 648 x 1048
     (latent,) = vae.encode([video])
-    assert latent.shape == (3, 2, 41, 67)
-    assert local.widest == 256
+    assert latent.shape == (3, 2, 81, 131)
+    assert local.widest == 512
     expected = local.encode(video[None]).latent_dist.mode()[0]
     torch.testing.assert_close(latent, expected)
     (back,) = vae.decode([latent])
