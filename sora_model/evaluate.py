@@ -97,9 +97,10 @@ def large_images(judge_: Judge) -> Measurement:
     scenes, grids = judge_.scenes(count, 500), [((64, 64), (45, 80), (80, 45))[i % 3] for i in range(count)]
     sizes: list[Size] = [(1, h * uh, w * uw) for h, w in grids]
     prompts = [scene.caption(i // 3 % 2 == 1, 1) for i, scene in enumerate(scenes)]
-    images = refined(judge_.pipeline, prompts, sizes, 16 * min(uh, uw), seed=judge_.seed, **judge_.options)
+    made = refined(judge_.pipeline, prompts, sizes, 16 * min(uh, uw), seed=judge_.seed, **judge_.options)
+    images = [image.cpu() for image in made]
     truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
-    return Measurement("large image", shares(judged([x.cpu() for x in images], truths), 0.9, motion=False), images, prompts)
+    return Measurement("large image", shares(judged(images, truths), 0.9, motion=False), images, prompts)
 
 
 def images_to_videos(judge_: Judge) -> Measurement:

@@ -40,7 +40,7 @@ def refined(
     torch.Size([3, 1, 1024, 1536])
 
     What is where is settled by the draft, at sizes that the model has seen in training, and only the last steps work on large
-    frames: a quarter of them takes about a quarter of the time.
+    frames.
 
     Args:
         sizes: (T, H, W) of each video.
