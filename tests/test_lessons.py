@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sora_model.data import World, WorldConfig, WorldSource, judge
-from sora_model.data.lessons import drift, link, morph, turn
+from sora_model.data.lessons import Closeup, closeup, drift, link, morph, turn
 from sora_model.data.scene import COLORS
 
 SIZE = (13, 48, 48)
@@ -83,6 +83,26 @@ def test_a_clip_too_short_for_both_ends_does_not_morph() -> None:
         _, caption, _, given = morph(scene, (5, 48, 48), (1, 4), WORLD, np.random.default_rng(number))
         assert given.tolist() == [True] + [False] * 4
         assert caption == scene.caption(motion=False)
+
+
+def test_a_closeup_is_a_part_of_a_larger_frame() -> None:
+    for number in range(4):
+        scene = World(WorldConfig.studio(1)).sample(number)
+        near = Closeup(**vars(scene), zoom=4.0, centre=(0.375, 0.5))
+        whole = scene.render(5, 4 * 32, 4 * 48)
+        torch.testing.assert_close(near.render(5, 32, 48), whole[:, :, 48:80, 48:96], atol=1e-4, rtol=0)
+
+
+def test_closeups_show_the_object_or_what_is_plain() -> None:
+    changing = 0
+    for number in range(40):
+        rng = np.random.default_rng(number)
+        video, caption, _, given = closeup(WORLD.sample(number), SIZE, (1, 4), WORLD, rng)
+        assert tuple(video.shape) == (3, *SIZE)
+        assert caption == ""
+        assert not given.any()
+        changing += bool(video.std(dim=(1, 2, 3)).max() > 0.01)
+    assert 20 <= changing < 40
 
 
 def test_a_scene_goes_on() -> None:

@@ -6,6 +6,7 @@
     link      a start and an end of the same object elsewhere; between them it takes the smoothest way: joining, and loops (of a
               clip of two token frames only the start)
     morph     the same of two scenes: on the way one object becomes another, before another background
+    closeup   a part of a scene, many times as large; nothing is given: what a VAE has to know of large frames
 
 Given frames are whole token frames: `lead` pixel frames the first and `grain` each other (see `request.Timing`). The world says
 into which motions an object may turn and what it may become, so that no caption names a combination kept from training; an object
@@ -24,6 +25,7 @@ from sora_model.data.shapes import Array
 from sora_model.data.world import World
 
 REACH = 0.1  # of the free range per frame: how fast a passage may be
+NEAREST = 12.0  # times as large: a clip of 48 pixels is then a part of a frame of 576
 Size = tuple[int, int, int]
 Timing = tuple[int, int]
 Lesson = tuple[torch.Tensor, str, str | None, torch.Tensor]  # clip [3, T, H, W], caption, long caption, bool [T]: what is given
@@ -85,6 +87,28 @@ def morph(scene: Scene, size: Size, timing: Timing, world: World, rng: np.random
     verb = "becomes" if len(scene.things) == 1 else "become"
     caption = f"{scene.caption(motion=False)} {verb} {other.caption(motion=False)}"
     return video, caption, None, (time <= leave) | (time >= arrive)
+
+
+def closeup(scene: Scene, size: Size, timing: Timing, world: World, rng: np.random.Generator) -> Lesson:
+    """A clip of a part of the scene, at the object or not far from it: an edge that moves fast, or something plain."""
+    frames, height, width = size
+    zoom = float(np.exp(rng.uniform(0, np.log(NEAREST))))
+    seen = scene.advanced(int(rng.integers(2 * scene.config.room))).truth(*size).objects[0]
+    aside = rng.uniform(-1.5, 1.5, 2) * seen.radius[0] * min(height, width) / np.array([width, height])
+    near = Closeup(**vars(scene), zoom=zoom, centre=tuple((seen.path[frames // 2] + aside).tolist()))
+    return near.render(*size), "", None, torch.zeros(frames, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Closeup(Scene):
+    """A scene seen from near: `zoom` times as large, `centre` of the view in the middle; a background's pattern stays as it is."""
+
+    zoom: float = 1.0
+    centre: tuple[float, float] = (0.5, 0.5)
+
+    def _track(self, thing: Thing, t: Array, height: int, width: int) -> tuple[Array, Array, Array, tuple[float, float]]:
+        path, radius, angle, (x, y) = super()._track(thing, t, height, width)
+        return 0.5 + self.zoom * (path - self.centre), self.zoom * radius, angle, (self.zoom * x, self.zoom * y)
 
 
 def _ends(scene: Scene, other: Scene, frames: int, timing: Timing, rng: np.random.Generator) -> tuple[Scene, Scene, int, int]:

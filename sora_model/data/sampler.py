@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from sora_model.data.lessons import drift, link, morph, turn
+from sora_model.data.lessons import closeup, drift, link, morph, turn
 from sora_model.data.video_io import MediaError
 from sora_model.data.world import World
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int, int]
 GOLDEN, SILVER = 0x9E3779B97F4A7C15, 0x6A09E667F3BCC909  # the fractions of (1 + sqrt 5) / 2 and of sqrt 2, in 2^-64
-LESSONS = {"drift": drift, "turn": turn, "link": link, "morph": morph}
+LESSONS = {"drift": drift, "turn": turn, "link": link, "morph": morph, "closeup": closeup}
 
 
 class Sample(NamedTuple):
