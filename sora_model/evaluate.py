@@ -59,6 +59,10 @@ class Judge:
         world = World(WorldConfig.studio(self.seed), split="held out")
         return [world.sample(first + i) for i in range(count)]
 
+    def clips(self, count: int, first: int = 0) -> list[tuple[Scene, Size]]:
+        """Scenes and sizes of clips, three aspect ratios in turn."""
+        return [(scene, SHAPES[i % len(SHAPES)]) for i, scene in enumerate(self.scenes(count, first))]
+
     @property
     def options(self) -> dict[str, Any]:
         return {"num_inference_steps": self.steps, "guidance_scale": self.guidance}
@@ -72,22 +76,22 @@ class Judge:
 
 def text_to_videos(judge_: Judge) -> Measurement:
     """Prompts short and detailed in turn, in three aspect ratios."""
-    scenes, sizes = judge_.scenes(judge_.count), _sizes(judge_.count)
-    prompts = [scene.caption(i // 3 % 2 == 1, size[0]) for i, (scene, size) in enumerate(zip(scenes, sizes, strict=True))]
-    videos = judge_.run([text_to_video(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)])
-    seen = judged(videos, [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)])
-    long = [i for i in range(len(scenes)) if i // 3 % 2 == 1]
-    told = scene_shares([seen[i] for i in long], [scenes[i].background for i in long])
+    clips = judge_.clips(judge_.count)
+    prompts = [scene.caption(_detailed(i), size[0]) for i, (scene, size) in enumerate(clips)]
+    videos = judge_.run([text_to_video(prompt, size) for prompt, (_, size) in zip(prompts, clips, strict=True)])
+    seen = judged(videos, [scene.truth(*size) for scene, size in clips])
+    long = [i for i in range(len(clips)) if _detailed(i)]
+    told = scene_shares([seen[i] for i in long], [clips[i][0].background for i in long])
     figures = {**shares(seen, 0.9), **{f"{name}, where told": figure for name, figure in told.items()}}
     return Measurement("text to video", figures, videos, prompts)
 
 
 def text_to_images(judge_: Judge) -> Measurement:
     """Images in three aspect ratios; colour and shape."""
-    scenes, sizes = judge_.scenes(judge_.count // 4), [(1, *size[1:]) for size in _sizes(judge_.count // 4)]
-    prompts = [scene.caption(i // 3 % 2 == 1, 1) for i, scene in enumerate(scenes)]
-    videos = judge_.run([text_to_video(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)])
-    truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
+    images: list[tuple[Scene, Size]] = [(scene, (1, *size[1:])) for scene, size in judge_.clips(judge_.count // 4)]
+    prompts = [scene.caption(_detailed(i), 1) for i, (scene, _) in enumerate(images)]
+    videos = judge_.run([text_to_video(prompt, size) for prompt, (_, size) in zip(prompts, images, strict=True)])
+    truths = [scene.truth(*size) for scene, size in images]
     return Measurement("text to image", shares(judged(videos, truths), 0.9, motion=False), videos, prompts)
 
 
@@ -96,7 +100,7 @@ def large_images(judge_: Judge) -> Measurement:
     count, (_, uh, uw) = judge_.count // 16, judge_.pipeline.unit
     scenes, grids = judge_.scenes(count, 500), [((64, 64), (45, 80), (80, 45))[i % 3] for i in range(count)]
     sizes: list[Size] = [(1, h * uh, w * uw) for h, w in grids]
-    prompts = [scene.caption(i // 3 % 2 == 1, 1) for i, scene in enumerate(scenes)]
+    prompts = [scene.caption(_detailed(i), 1) for i, scene in enumerate(scenes)]
     made = refined(judge_.pipeline, prompts, sizes, 16 * min(uh, uw), seed=judge_.seed, **judge_.options)
     images = [image.cpu() for image in made]
     truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
@@ -105,38 +109,29 @@ def large_images(judge_: Judge) -> Measurement:
 
 def images_to_videos(judge_: Judge) -> Measurement:
     """The first frame of a scene, animated as its caption says."""
-    scenes, sizes = judge_.scenes(judge_.count // 4, 1000), _sizes(judge_.count // 4)
-    clips = [scene.render(*size) for scene, size in zip(scenes, sizes, strict=True)]
-    prompts = [scene.caption(frames=13) for scene in scenes]
-    requests = [
-        image_to_video(p, clip[:, :1], size[0], judge_.pipeline.timing) for p, clip, size in zip(prompts, clips, sizes, strict=True)
-    ]
-    videos = judge_.run(requests)
-    truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
-    kept = [psnr(video[:, :1], clip[:, :1]) for video, clip in zip(videos, clips, strict=True)]
-    seen = judged(videos, truths)
-    figures = {**kept_figures(kept), **shares(seen, 0.9), **scene_shares(seen, [scene.background for scene in scenes])}
+    clips = judge_.clips(judge_.count // 4, 1000)
+    images, prompts = [scene.render(1, *size[1:]) for scene, size in clips], [scene.caption(frames=13) for scene, _ in clips]
+    videos = judge_.run([image_to_video(p, image, 13, judge_.pipeline.timing) for p, image in zip(prompts, images, strict=True)])
+    kept = [psnr(video[:, :1], image) for video, image in zip(videos, images, strict=True)]
+    seen = judged(videos, [scene.truth(*size) for scene, size in clips])
+    figures = {**kept_figures(kept), **shares(seen, 0.9), **scene_shares(seen, [scene.background for scene, _ in clips])}
     return Measurement("image to video", figures, videos, prompts)
 
 
 def videos_to_videos(judge_: Judge, strength: float = 0.85) -> Measurement:
     """A scene in another colour before another background: is the new colour there, and did shape and motion stay?"""
-    scenes, sizes = judge_.scenes(judge_.count // 4, 2000), _sizes(judge_.count // 4)
-    colors, backgrounds = list(scenes[0].config.colors), list(scenes[0].config.backgrounds)
+    clips = judge_.clips(judge_.count // 4, 2000)
+    colors, backgrounds = list(clips[0][0].config.colors), list(clips[0][0].config.backgrounds)
     others = []
-    for i, scene in enumerate(scenes):
+    for i, (scene, size) in enumerate(clips):
         thing = scene.things[0]
         color = colors[(colors.index(thing.color) + 1 + i % (len(colors) - 1)) % len(colors)]
         background = backgrounds[(backgrounds.index(scene.background) + 1) % len(backgrounds)]
-        others.append(replace(scene, things=(replace(thing, color=color),), background=background))
-    prompts = [other.caption(True, 13) for other in others]
-    requests = [
-        video_to_video(prompt, scene.render(*size), strength)
-        for prompt, scene, size in zip(prompts, scenes, sizes, strict=True)
-    ]  # fmt: skip
-    videos = judge_.run(requests)
-    seen = judged(videos, [other.truth(*size) for other, size in zip(others, sizes, strict=True)])
-    figures = {**shares(seen, 0.9), **scene_shares(seen, [other.background for other in others])}
+        others.append((replace(scene, things=(replace(thing, color=color),), background=background), size))
+    prompts = [other.caption(True, 13) for other, _ in others]
+    videos = judge_.run([video_to_video(p, scene.render(*size), strength) for p, (scene, size) in zip(prompts, clips, strict=True)])
+    seen = judged(videos, [other.truth(*size) for other, size in others])
+    figures = {**shares(seen, 0.9), **scene_shares(seen, [other.background for other, _ in others])}
     return Measurement("video to video", figures, videos, [f"-> {prompt}" for prompt in prompts])
 
 
@@ -145,10 +140,9 @@ def extensions(judge_: Judge, backward: bool = False) -> Measurement:
     timing = judge_.pipeline.timing
     known = timing.lead + timing.grain  # five frames of our own VAE
     made = max(min(8, 13 - known), 1)  # a scene goes on for 13 frames before it meets a border
-    scenes, sizes = judge_.scenes(judge_.count // 4, 3000), _sizes(judge_.count // 4)
-    clips = [scene.render(known + made, *size[1:]) for scene, size in zip(scenes, sizes, strict=True)]
-    given = [clip[:, -known:] if backward else clip[:, :known] for clip in clips]
-    prompts = [scene.caption(frames=13) for scene in scenes]
+    clips = judge_.clips(judge_.count // 4, 3000)
+    given = [scene.render(known, *size[1:], start=made if backward else 0) for scene, size in clips]
+    prompts = [scene.caption(frames=13) for scene, _ in clips]
     asked = [extend(prompt, part, made, timing, overlap=1, backward=backward) for prompt, part in zip(prompts, given, strict=True)]
     raw = judge_.run([replace(request, before=None, after=None, cut=(0, 0)) for request in asked])
     kept, whole, fresh, jumps = [], [], [], []
@@ -158,34 +152,31 @@ def extensions(judge_: Judge, backward: bool = False) -> Measurement:
         fresh.append(clip[:, at - made : at] if backward else clip[:, shown.shape[1] :])
         whole.append(torch.cat([fresh[-1], part] if backward else [part, fresh[-1]], dim=1))
         jumps.append(jump(whole[-1], made if backward else part.shape[1]))
-    truths = [scene.truth(made, *size[1:], start=0 if backward else known) for scene, size in zip(scenes, sizes, strict=True)]
-    seen = judged(fresh, truths)
-    figures = {**kept_figures(kept), **shares(seen, 0.9), **scene_shares(seen, [scene.background for scene in scenes])}
+    seen = judged(fresh, [scene.truth(made, *size[1:], start=0 if backward else known) for scene, size in clips])
+    figures = {**kept_figures(kept), **shares(seen, 0.9), **scene_shares(seen, [scene.background for scene, _ in clips])}
     figures["seams that are continuous"] = Figure(share(j <= 2 for j in jumps), 0.9)
     return Measurement("extend backward" if backward else "extend forward", figures, whole, prompts)
 
 
 def joins(judge_: Judge) -> Measurement:
     """Two clips of one object, elsewhere and moving otherwise, and eight frames or so between them."""
-    count = judge_.count // 8
-    scenes, sizes = judge_.scenes(count, 4000), _sizes(count)
-    firsts = [scene.render(*size) for scene, size in zip(scenes, sizes, strict=True)]
-    lasts = [scene.advanced(20).render(*size) for scene, size in zip(scenes, sizes, strict=True)]
-    prompts = [scene.caption(motion=False) for scene in scenes]
+    clips = judge_.clips(judge_.count // 8, 4000)
+    firsts = [scene.render(*size) for scene, size in clips]
+    lasts = [scene.advanced(20).render(*size) for scene, size in clips]
+    prompts = [scene.caption(motion=False) for scene, _ in clips]
     whole, figures = _joined(judge_, firsts, lasts, prompts)
     passages = [video[:, 13:-13] for video in whole]
-    seen = judged(passages, [scene.truth(*clip.shape[1:]) for scene, clip in zip(scenes, passages, strict=True)])
-    figures |= {**shares(seen, 0.9, motion=False), **scene_shares(seen, [scene.background for scene in scenes])}
+    seen = judged(passages, [scene.truth(*passage.shape[1:]) for (scene, _), passage in zip(clips, passages, strict=True)])
+    figures |= {**shares(seen, 0.9, motion=False), **scene_shares(seen, [scene.background for scene, _ in clips])}
     return Measurement("join", figures, whole, prompts)
 
 
 def morphs(judge_: Judge) -> Measurement:
     """Two clips of different objects before different backgrounds; between them one becomes the other, without a cut."""
-    count = judge_.count // 8
-    scenes, others, sizes = judge_.scenes(count, 4000), judge_.scenes(count, 4500), _sizes(count)
-    firsts = [scene.render(*size) for scene, size in zip(scenes, sizes, strict=True)]
-    lasts = [other.render(*size) for other, size in zip(others, sizes, strict=True)]
-    prompts = [f"{a.caption(motion=False)} becomes {b.caption(motion=False)}" for a, b in zip(scenes, others, strict=True)]
+    clips, others = judge_.clips(judge_.count // 8, 4000), judge_.clips(judge_.count // 8, 4500)
+    firsts, lasts = ([scene.render(*size) for scene, size in some] for some in (clips, others))
+    pairs = zip(clips, others, strict=True)
+    prompts = [f"{scene.caption(motion=False)} becomes {other.caption(motion=False)}" for (scene, _), (other, _) in pairs]
     whole, figures = _joined(judge_, firsts, lasts, prompts)
     changes = [changes_of(video[:, 12:-12]) for video in whole]
     figures["passages without a cut"] = Figure(share(steps.max() < 0.5 * steps.sum() for steps in changes), 0.9)
@@ -211,11 +202,10 @@ def _joined(
 
 def loops(judge_: Judge) -> Measurement:
     """Both ends of the way back, and, as the file is played, the step from its last frame to its first."""
-    count = judge_.count // 16
-    scenes, sizes = judge_.scenes(count, 5000), _sizes(count)
-    prompts = [scene.caption(frames=13) for scene in scenes]
+    clips = judge_.clips(judge_.count // 16, 5000)
+    prompts = [scene.caption(frames=13) for scene, _ in clips]
     jumps, seams, videos = [], [], []
-    for i, (prompt, scene, size) in enumerate(zip(prompts, scenes, sizes, strict=True)):
+    for i, (prompt, (scene, size)) in enumerate(zip(prompts, clips, strict=True)):
         back = scene.caption(frames=13, motion=False)
         closed = close(judge_.pipeline, prompt, size, passage_prompt=back, seed=judge_.seed + i, **judge_.options).cpu()
         around = torch.cat([closed, closed[:, :1]], dim=1)
@@ -223,7 +213,7 @@ def loops(judge_: Judge) -> Measurement:
         videos.append(turned(closed))
         changes = changes_of(torch.cat([videos[-1], videos[-1][:, :1]], dim=1))
         seams.append(float(changes[-1] / changes.median().clamp(min=1e-6)))
-    truths = [scene.truth(v.shape[1], *size[1:]) for scene, v, size in zip(scenes, videos, sizes, strict=True)]
+    truths = [scene.truth(*video.shape[1:]) for (scene, _), video in zip(clips, videos, strict=True)]
     figures: Figures = {
         "seam / median change, the worst": Figure(max(seams), at_most=1.0),
         "ends of the way back that are continuous": Figure(share(j <= 2 for j in jumps), 0.9),
@@ -279,26 +269,25 @@ def simulations(judge_: Judge) -> Measurement:
 def captions(judge_: Judge) -> Measurement:
     """Captions of held-out clips, short and detailed, and detailed prompts made of short ones: do they name what is there?"""
     pipeline = judge_.pipeline
-    scenes, sizes = judge_.scenes(judge_.count, 8000), _sizes(judge_.count)
-    clips = [scene.render(*size) for scene, size in zip(scenes, sizes, strict=True)]
-    short, detailed = pipeline.caption(clips, detailed=False), pipeline.caption(clips)
-    prompts = [scene.caption(frames=13) for scene in scenes]
+    clips = judge_.clips(judge_.count, 8000)
+    videos = [scene.render(*size) for scene, size in clips]
+    short, detailed = pipeline.caption(videos, detailed=False), pipeline.caption(videos)
+    prompts = [scene.caption(frames=13) for scene, _ in clips]
     figures: Figures = {}
     for name, texts in (("", short), ("detailed ", detailed), ("expanded ", pipeline.expand(prompts))):
-        pairs = list(zip(texts, scenes, strict=True))
+        pairs = [(text, scene) for text, (scene, _) in zip(texts, clips, strict=True)]
         figures[f"{name}colour"] = Figure(share(names_word(text, scene.things[0].color) for text, scene in pairs), 0.95)
         figures[f"{name}shape"] = Figure(share(names_word(text, scene.things[0].shape) for text, scene in pairs), 0.95)
         figures[f"{name}motion"] = Figure(share(says_motion(text, scene) for text, scene in pairs), 0.95)
-    return Measurement("caption", figures, clips, detailed)
+    return Measurement("caption", figures, videos, detailed)
 
 
 def schedulers(judge_: Judge) -> Measurement:
     """The same prompts and weights by every scheduler of `schedulers.FLOW`."""
-    count = max(judge_.count // 8, 3)
-    scenes, sizes = judge_.scenes(count, 9000), _sizes(count)
-    prompts = [scene.caption(frames=13) for scene in scenes]
-    truths = [scene.truth(*size) for scene, size in zip(scenes, sizes, strict=True)]
-    requests = [text_to_video(prompt, size) for prompt, size in zip(prompts, sizes, strict=True)]
+    clips = judge_.clips(max(judge_.count // 8, 3), 9000)
+    prompts = [scene.caption(frames=13) for scene, _ in clips]
+    truths = [scene.truth(*size) for scene, size in clips]
+    requests = [text_to_video(prompt, size) for prompt, (_, size) in zip(prompts, clips, strict=True)]
     figures: Figures = {}
     videos, labels = [], []
     for name in FLOW:
@@ -335,5 +324,6 @@ MEASUREMENTS: dict[str, Callable[[Judge], Measurement]] = {
 }
 
 
-def _sizes(count: int) -> list[Size]:
-    return [SHAPES[i % len(SHAPES)] for i in range(count)]
+def _detailed(i: int) -> bool:
+    """Whether prompt i is a detailed one: three short ones and three detailed ones in turn, one of each aspect ratio."""
+    return i // 3 % 2 == 1
