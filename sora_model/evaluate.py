@@ -146,12 +146,12 @@ def extensions(judge_: Judge, backward: bool = False) -> Measurement:
     asked = [extend(prompt, part, made, timing, overlap=1, backward=backward) for prompt, part in zip(prompts, given, strict=True)]
     raw = judge_.run([replace(request, before=None, after=None, cut=(0, 0)) for request in asked])
     kept, whole, fresh, jumps = [], [], [], []
-    for request, clip, part in zip(asked, raw, given, strict=True):
+    for request, clip in zip(asked, raw, strict=True):
         ((at, shown),) = request.given.items()
         kept.append(psnr(clip[:, at : at + shown.shape[1]], shown))
         fresh.append(clip[:, at - made : at] if backward else clip[:, shown.shape[1] :])
-        whole.append(torch.cat([fresh[-1], part] if backward else [part, fresh[-1]], dim=1))
-        jumps.append(jump(whole[-1], made if backward else part.shape[1]))
+        whole.append(request.finish(clip))
+        jumps.append(jump(whole[-1], made, made + known - 1) if backward else jump(whole[-1], 1, known))
     seen = judged(fresh, [scene.truth(made, *size[1:], start=0 if backward else known) for scene, size in clips])
     figures = {**kept_figures(kept), **shares(seen, 0.9), **scene_shares(seen, [scene.background for scene, _ in clips])}
     figures["seams that are continuous"] = Figure(share(j <= 2 for j in jumps), 0.9)
@@ -186,7 +186,7 @@ def morphs(judge_: Judge) -> Measurement:
 def _joined(
     judge_: Judge, firsts: Sequence[Tensor], lasts: Sequence[Tensor], prompts: Sequence[str]
 ) -> tuple[list[Tensor], Figures]:
-    """Clips joined, and how well what is given comes back and how continuous both ends of the passage are."""
+    """Clips joined, and how well what is given comes back and how continuous both ends of the passage and the fades there are."""
     timing = judge_.pipeline.timing
     made = -(-8 // timing.grain) * timing.grain
     asked = [join(p, a, b, made, timing) for p, a, b in zip(prompts, firsts, lasts, strict=True)]
@@ -194,9 +194,9 @@ def _joined(
     kept, whole, jumps = [], [], []
     for request, clip, first, last in zip(asked, raw, firsts, lasts, strict=True):
         kept += [psnr(clip[:, at : at + part.shape[1]], part) for at, part in request.given.items()]
-        start, end = request.cut
-        whole.append(torch.cat([first, clip[:, start : clip.shape[1] - end], last], dim=1))
-        jumps += [jump(whole[-1], first.shape[1]), jump(whole[-1], whole[-1].shape[1] - last.shape[1])]
+        whole.append(request.finish(clip))
+        (start, end), ahead, behind = request.cut, first.shape[1], whole[-1].shape[1] - last.shape[1]
+        jumps += [jump(whole[-1], ahead - start, ahead), jump(whole[-1], behind, behind + end)]
     return whole, {**kept_figures(kept), "ends that are continuous": Figure(share(j <= 2 for j in jumps), 0.9)}
 
 

@@ -96,13 +96,13 @@ def changes_of(video: Tensor) -> Tensor:
     return video.diff(dim=1).abs().mean((0, 2, 3))
 
 
-def jump(video: Tensor, at: int) -> float:
-    """The change at frame `at`, in changes of a typical frame of the same video.
+def jump(video: Tensor, first: int, last: int | None = None) -> float:
+    """The change at frame `first`, the largest up to frame `last`, in changes of a typical frame of the same video.
 
     Changes below a hundredth of the range count as that: a still object's are the noise of the VAE.
     """
     changes = changes_of(video)
-    return float(changes[at - 1] / changes.median().clamp(min=0.02))
+    return float(changes[first - 1 : last or first].max() / changes.median().clamp(min=0.02))
 
 
 def names_word(text: str, word: str) -> bool:

@@ -61,8 +61,9 @@ class Request:
         seed: of the noise; None leaves it to the call.
         frame_step: how far apart in time the frames are, for a model trained on frames sampled from longer clips; not with a VAE
             that compresses time.
-        before: what to put in front of the result [3, t, H, W], which then leaves out its first `cut[0]` frames.
-        after: likewise behind the result, which then leaves out its last `cut[1]` frames.
+        before: what the result goes on from [3, t, H, W]: put in front of it, its last `cut[0]` frames and the first ones of the
+            result being the same ones, which fade from the one to the other; without it, so many frames are left out.
+        after: likewise behind the result, for its last `cut[1]` frames.
     """
 
     prompt: str
@@ -101,11 +102,29 @@ class Request:
                 expected = f"clips of floats [3, t, {height}, {width}] within {frames} frames"
                 raise ValueError(f"Request: given: expected {expected}, got {clip.dtype} {list(clip.shape)} at frame {at}")
 
+        for name, video, shared in (("before", self.before, self.cut[0]), ("after", self.after, self.cut[1])):
+            if video is not None and video.shape[1] < shared:
+                raise ValueError(f"Request: {name}: expected at least the {shared} frames that are cut, got {video.shape[1]}")
+
     def finish(self, clip: Tensor) -> Tensor:
-        """What was generated [3, T, H, W], put together with what it goes on from."""
-        clip = clip[:, self.cut[0] : clip.shape[1] - self.cut[1]]
-        parts = [self.before, clip, self.after]
-        return torch.cat([part.to(clip) for part in parts if part is not None], dim=1)
+        """What was generated [3, T, H, W], put together with what it goes on from.
+
+        A VAE does not give frames back as they were. Fading over those that both have hides what a cut between them would show.
+        """
+        start, end = self.cut[0], clip.shape[1] - self.cut[1]
+        parts = [clip[:, start:end]]
+        if self.before is not None:
+            parts.insert(0, _faded(self.before.to(clip), clip[:, :start]))
+        if self.after is not None:
+            parts.append(_faded(self.after.to(clip).flip(1), clip[:, end:].flip(1)).flip(1))
+        return torch.cat(parts, dim=1)
+
+
+def _faded(video: Tensor, again: Tensor) -> Tensor:
+    """A video [3, T, H, W] whose last frames become, more and more, `again` [3, t, H, W], which shows the same."""
+    alone, shared = video.shape[1] - again.shape[1], again.shape[1]
+    weight = torch.arange(1, shared + 1, device=video.device)[:, None, None] / (shared + 1)
+    return torch.cat([video[:, :alone], torch.lerp(video[:, alone:], again, weight.to(video))], dim=1)
 
 
 def text_to_video(prompt: str, size: Size, **options: object) -> Request:

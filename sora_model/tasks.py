@@ -110,7 +110,9 @@ def close(
     way_prompt = prompt if passage_prompt is None else passage_prompt
     way = join(way_prompt, clip, clip, passage, timing, overlap=overlap, seed=seed + 1, **common)
     (joined,) = pipeline([way], **options)
-    return joined[:, : clip.shape[1] + passage]
+    # Both ends of the clip fade into the passage: its first half is taken from behind the passage, the second from before it.
+    half = clip.shape[1] // 2
+    return joined[:, half : half + clip.shape[1] + passage].roll(half, dims=1)
 
 
 def turned(video: Tensor) -> Tensor:
@@ -195,13 +197,13 @@ class Simulation:
         if first is None:
             request = Request(prompt, size or pipeline.size, seed=seed, negative_prompt=negative_prompt)
             (first,) = pipeline([request], **options)
-        self._parts, self.chunks = [first], 1
-        self._recent = first[:, -self.seen :]
+        self._parts, self.chunks = [first[:, : -self.seen]], 1
+        self._recent = first[:, -self.seen :]  # what the next chunk sees, and fades into
 
     @property
     def video(self) -> Tensor:
         """Everything so far [3, T, H, W]."""
-        return torch.cat(self._parts, dim=1)
+        return torch.cat([*self._parts, self._recent], dim=1)
 
     def act(self, prompt: str) -> Tensor:
         """The world goes on as the prompt says; returns the new frames [3, t, H, W]."""
@@ -211,8 +213,7 @@ class Simulation:
             negative_prompt=self.negative_prompt,
         )  # fmt: skip
         (clip,) = self.pipeline([request], **self.options)
-        new = clip[:, known:]
-        self._parts.append(new)
+        self._parts.append(clip[:, : -self.seen])
         self._recent = clip[:, -self.seen :]
         self.chunks += 1
-        return new
+        return clip[:, known:]

@@ -62,29 +62,45 @@ def test_video_to_video_begins_with_the_video() -> None:
     assert numbers(request.begin) == list(range(5))
 
 
+def fade(given: range, again: range) -> list[float]:
+    """Frames that both have: the given ones, more and more as they come back."""
+    steps = len(given) + 1
+    return [a + (b - a) * k / steps for k, (a, b) in enumerate(zip(given, again, strict=True), start=1)]
+
+
 def test_extension_goes_on_from_the_last_frames() -> None:
     request = extend("a", clip(20), 8, CAUSAL)
     assert request.size == (13, 2, 2)
     assert {at: numbers(part) for at, part in request.given.items()} == {0: [15, 16, 17, 18, 19]}
     generated = clip(13, 100)
-    assert numbers(request.finish(generated)) == [*range(20), *range(105, 113)]
+    shared = fade(range(15, 20), range(100, 105))
+    assert numbers(request.finish(generated)) == pytest.approx([*range(15), *shared, *range(105, 113)])
     short = extend("a", clip(3), 6, CAUSAL, overlap=2)  # fewer than wanted: the last frame alone
     assert numbers(short.given[0]) == [2]
-    assert numbers(short.finish(clip(7, 100))) == [0, 1, 2, *range(101, 107)]
+    assert numbers(short.finish(clip(7, 100))) == [0, 1, 51, *range(101, 107)]
 
 
 def test_extension_backward_leads_up_to_the_first_frames() -> None:
     request = extend("a", clip(20), 8, CAUSAL, backward=True)
     assert request.size == (13, 2, 2)
     assert {at: numbers(part) for at, part in request.given.items()} == {9: [0, 1, 2, 3]}
-    assert numbers(request.finish(clip(13, 100))) == [*range(101, 109), *range(20)]  # 9 were made, 8 wanted
+    shared = fade(range(3, -1, -1), range(112, 108, -1))[::-1]
+    made = numbers(request.finish(clip(13, 100)))
+    assert made == pytest.approx([*range(101, 109), *shared, *range(4, 20)]), "9 were made, 8 wanted"
 
 
 def test_joining_gives_both_ends() -> None:
     request = join("a", clip(20), clip(10, 50), 8, CAUSAL)
     assert request.size == (17, 2, 2)
     assert {at: numbers(part) for at, part in request.given.items()} == {0: [15, 16, 17, 18, 19], 13: [50, 51, 52, 53]}
-    assert numbers(request.finish(clip(17, 100))) == [*range(20), *range(105, 113), *range(50, 60)]
+    first, last = fade(range(15, 20), range(100, 105)), fade(range(53, 49, -1), range(116, 112, -1))[::-1]
+    made = numbers(request.finish(clip(17, 100)))
+    assert made == pytest.approx([*range(15), *first, *range(105, 113), *last, *range(54, 60)])
+
+
+def test_given_frames_that_come_back_as_they_were_stay() -> None:
+    request, same = join("a", clip(9), clip(9, 9 + 8), 8, CAUSAL), clip(17, 4)
+    torch.testing.assert_close(request.finish(same), clip(26))
 
 
 @pytest.mark.parametrize(
@@ -99,6 +115,11 @@ def test_joining_gives_both_ends() -> None:
         ),
         (lambda: Request("a", (5, 2, 2), given={0: clip(1)[:1]}), r"given: expected clips of floats .*, got .* \[1, 1, 2, 2\] at"),
         (lambda: Request("a", (5, 2, 2), given={0: clip(1).byte()}), r"given: expected clips of floats .*, got torch.uint8"),
+        (
+            lambda: Request("a", (5, 2, 2), before=clip(2), cut=(3, 0)),
+            r"before: expected at least the 3 frames that are cut, got 2",
+        ),
+        (lambda: Request("a", (5, 2, 2), after=clip(2), cut=(0, 3)), r"after: expected at least the 3 frames that are cut, got 2"),
         (lambda: Request("a", (5, 2.5, 2)), r"size: expected \(T, H, W\), each at least 1, got \(5, 2.5, 2\)"),
         (lambda: Request("a", 5), r"size: expected \(T, H, W\), each at least 1, got 5"),
         (lambda: Request(3, (5, 2, 2)), "prompt: expected text, got 3"),

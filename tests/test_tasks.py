@@ -19,12 +19,13 @@ from sora_model.terminal import show_video
 
 
 class Counting:
-    """Generates frames of one number each: given frames come back, and the others count on from the frame before them."""
+    """Generates frames of one number each: given frames come back, so much off, and the others count on from the frame before."""
 
     timing, size = Timing(1, 4), (13, 4, 4)
 
-    def __init__(self) -> None:
+    def __init__(self, off: float = 0.0) -> None:
         self.requests: list[Request] = []
+        self.off = off
 
     def __call__(self, requests: list[Request], **options: object) -> list[Tensor]:
         self.requests += requests
@@ -34,7 +35,7 @@ class Counting:
         frames = request.size[0]
         video = torch.full((3, *request.size), torch.nan)
         for at, clip in request.given.items():
-            video[:, at : at + clip.shape[1]] = clip
+            video[:, at : at + clip.shape[1]] = clip + self.off
         for t in range(frames):
             if video[:, t].isnan().any():
                 video[:, t] = video[:, t - 1] + 1 if t else 0
@@ -64,6 +65,15 @@ def test_a_simulation_goes_on_from_its_last_frames() -> None:
         Simulation(pipeline, "a", overlap=3)  # type: ignore[arg-type]
 
 
+def test_chunks_fade_into_each_other() -> None:
+    """What a chunk sees comes back a little different: nowhere is there a cut."""
+    world = Simulation(Counting(off=6.0), "a", overlap=1)  # type: ignore[arg-type]
+    assert numbers(world.act("b")) == list(range(19, 27)), "the new frames alone, as they are"
+    assert numbers(world.video) == [*range(8), 9, 11, 13, 15, 17, *range(19, 27)]
+    world.act("c")
+    assert numbers(world.video) == [*range(8), 9, 11, 13, 15, 17, 19, 20, 21, 23, 25, 27, 29, 31, *range(33, 41)]
+
+
 def test_a_long_video_is_extended_until_it_is_long_enough() -> None:
     pipeline, made = Counting(), []
     video = long_video(pipeline, ["a", "b"], 50, overlap=2, progress=made.append)  # type: ignore[arg-type]
@@ -85,6 +95,9 @@ def test_a_loop_comes_back_to_its_beginning() -> None:
     assert sorted(numbers(video)) == list(range(21))
     # Counting up, the way from 20 to 0 is the only jump; every other place is as good to begin.
     assert numbers(video) != list(range(21))
+    video = loop(Counting(off=6.0), "a", passage=8)  # type: ignore[arg-type]
+    faded = [4.6, 4.4, 4.2, 4, 5, 6, 7, 9, 11, 13, 15, 17, *range(19, 27), 4.8]
+    assert numbers(video) == pytest.approx(faded), "both ends of the clip fade into the passage"
     assert len(numbers(loop(pipeline, "a"))) == 25  # type: ignore[arg-type]
 
 
