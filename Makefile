@@ -39,7 +39,8 @@ format: $(READY)
 
 checkpoint: $(READY)
 	$(BIN)/sora train-vae outputs/vae --minutes 40
-	$(BIN)/sora train outputs/studio --world studio --vae outputs/vae/checkpoint --model XS --clips 20000 --lessons --large \
+	$(BIN)/sora train-vae outputs/decoder --start outputs/vae/checkpoint --decoder-only --learning-rate 1e-3 --minutes 50
+	$(BIN)/sora train outputs/studio --world studio --vae outputs/decoder/checkpoint --model XS --clips 20000 --lessons --large \
 	  --per-frame 0.1 --precision bf16 --learning-rate 2e-3 --tokens 4096 --minutes 80
 	$(BIN)/sora train-captioner outputs/captioner --checkpoint outputs/studio/checkpoint --minutes 12 --tokens 1024
 	$(BIN)/sora train outputs/more --start outputs/studio/checkpoint --world studio --clips 12000 --seed 1 --lessons --large \

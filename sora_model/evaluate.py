@@ -59,8 +59,8 @@ class Judge:
         world = World(WorldConfig.studio(self.seed), split="held out")
         return [world.sample(first + i) for i in range(count)]
 
-    def clips(self, count: int, first: int = 0) -> list[tuple[Scene, Size]]:
-        """Scenes and sizes of clips, three aspect ratios in turn."""
+    def cases(self, count: int, first: int = 0) -> list[tuple[Scene, Size]]:
+        """Scenes and sizes to show them in, three aspect ratios in turn."""
         return [(scene, SHAPES[i % len(SHAPES)]) for i, scene in enumerate(self.scenes(count, first))]
 
     @property
@@ -76,19 +76,19 @@ class Judge:
 
 def text_to_videos(judge_: Judge) -> Measurement:
     """Prompts short and detailed in turn, in three aspect ratios."""
-    clips = judge_.clips(judge_.count)
-    prompts = [scene.caption(_detailed(i), size[0]) for i, (scene, size) in enumerate(clips)]
-    videos = judge_.run([text_to_video(prompt, size) for prompt, (_, size) in zip(prompts, clips, strict=True)])
-    seen = judged(videos, [scene.truth(*size) for scene, size in clips])
-    long = [i for i in range(len(clips)) if _detailed(i)]
-    told = scene_shares([seen[i] for i in long], [clips[i][0].background for i in long])
+    cases = judge_.cases(judge_.count)
+    prompts = [scene.caption(_detailed(i), size[0]) for i, (scene, size) in enumerate(cases)]
+    videos = judge_.run([text_to_video(prompt, size) for prompt, (_, size) in zip(prompts, cases, strict=True)])
+    seen = judged(videos, [scene.truth(*size) for scene, size in cases])
+    long = [i for i in range(len(cases)) if _detailed(i)]
+    told = scene_shares([seen[i] for i in long], [cases[i][0].background for i in long])
     figures = {**shares(seen, 0.9), **{f"{name}, where told": figure for name, figure in told.items()}}
     return Measurement("text to video", figures, videos, prompts)
 
 
 def text_to_images(judge_: Judge) -> Measurement:
     """Images in three aspect ratios; colour and shape."""
-    images: list[tuple[Scene, Size]] = [(scene, (1, *size[1:])) for scene, size in judge_.clips(judge_.count // 4)]
+    images: list[tuple[Scene, Size]] = [(scene, (1, *size[1:])) for scene, size in judge_.cases(judge_.count // 4)]
     prompts = [scene.caption(_detailed(i), 1) for i, (scene, _) in enumerate(images)]
     videos = judge_.run([text_to_video(prompt, size) for prompt, (_, size) in zip(prompts, images, strict=True)])
     truths = [scene.truth(*size) for scene, size in images]
@@ -109,27 +109,28 @@ def large_images(judge_: Judge) -> Measurement:
 
 def images_to_videos(judge_: Judge) -> Measurement:
     """The first frame of a scene, animated as its caption says."""
-    clips = judge_.clips(judge_.count // 4, 1000)
-    images, prompts = [scene.render(1, *size[1:]) for scene, size in clips], [scene.caption(frames=13) for scene, _ in clips]
-    videos = judge_.run([image_to_video(p, image, 13, judge_.pipeline.timing) for p, image in zip(prompts, images, strict=True)])
+    cases = judge_.cases(judge_.count // 4, 1000)
+    images, prompts = [scene.render(1, *size[1:]) for scene, size in cases], [scene.caption(frames=13) for scene, _ in cases]
+    frames, timing = SHAPES[0][0], judge_.pipeline.timing
+    videos = judge_.run([image_to_video(p, image, frames, timing) for p, image in zip(prompts, images, strict=True)])
     kept = [psnr(video[:, :1], image) for video, image in zip(videos, images, strict=True)]
-    seen = judged(videos, [scene.truth(*size) for scene, size in clips])
-    figures = {**kept_figures(kept), **shares(seen, 0.9), **scene_shares(seen, [scene.background for scene, _ in clips])}
+    seen = judged(videos, [scene.truth(*size) for scene, size in cases])
+    figures = {**kept_figures(kept), **shares(seen, 0.9), **scene_shares(seen, [scene.background for scene, _ in cases])}
     return Measurement("image to video", figures, videos, prompts)
 
 
 def videos_to_videos(judge_: Judge, strength: float = 0.85) -> Measurement:
     """A scene in another colour before another background: is the new colour there, and did shape and motion stay?"""
-    clips = judge_.clips(judge_.count // 4, 2000)
-    colors, backgrounds = list(clips[0][0].config.colors), list(clips[0][0].config.backgrounds)
+    cases = judge_.cases(judge_.count // 4, 2000)
+    colors, backgrounds = list(cases[0][0].config.colors), list(cases[0][0].config.backgrounds)
     others = []
-    for i, (scene, size) in enumerate(clips):
+    for i, (scene, size) in enumerate(cases):
         thing = scene.things[0]
         color = colors[(colors.index(thing.color) + 1 + i % (len(colors) - 1)) % len(colors)]
         background = backgrounds[(backgrounds.index(scene.background) + 1) % len(backgrounds)]
         others.append((replace(scene, things=(replace(thing, color=color),), background=background), size))
     prompts = [other.caption(True, 13) for other, _ in others]
-    videos = judge_.run([video_to_video(p, scene.render(*size), strength) for p, (scene, size) in zip(prompts, clips, strict=True)])
+    videos = judge_.run([video_to_video(p, scene.render(*size), strength) for p, (scene, size) in zip(prompts, cases, strict=True)])
     seen = judged(videos, [other.truth(*size) for other, size in others])
     figures = {**shares(seen, 0.9), **scene_shares(seen, [other.background for other, _ in others])}
     return Measurement("video to video", figures, videos, [f"-> {prompt}" for prompt in prompts])
@@ -140,42 +141,36 @@ def extensions(judge_: Judge, backward: bool = False) -> Measurement:
     timing = judge_.pipeline.timing
     known = timing.lead + timing.grain  # five frames of our own VAE
     made = max(min(8, 13 - known), 1)  # a scene goes on for 13 frames before it meets a border
-    clips = judge_.clips(judge_.count // 4, 3000)
-    given = [scene.render(known, *size[1:], start=made if backward else 0) for scene, size in clips]
-    prompts = [scene.caption(frames=13) for scene, _ in clips]
+    cases = judge_.cases(judge_.count // 4, 3000)
+    given = [scene.render(known, *size[1:], start=made if backward else 0) for scene, size in cases]
+    prompts = [scene.caption(frames=13) for scene, _ in cases]
     asked = [extend(prompt, part, made, timing, overlap=1, backward=backward) for prompt, part in zip(prompts, given, strict=True)]
-    raw = judge_.run([replace(request, before=None, after=None, cut=(0, 0)) for request in asked])
-    kept, whole, fresh, jumps = [], [], [], []
-    for request, clip in zip(asked, raw, strict=True):
-        ((at, shown),) = request.given.items()
-        kept.append(psnr(clip[:, at : at + shown.shape[1]], shown))
-        fresh.append(clip[:, at - made : at] if backward else clip[:, shown.shape[1] :])
-        whole.append(request.finish(clip))
-        jumps.append(jump(whole[-1], made, made + known - 1) if backward else jump(whole[-1], 1, known))
-    seen = judged(fresh, [scene.truth(made, *size[1:], start=0 if backward else known) for scene, size in clips])
-    figures = {**kept_figures(kept), **shares(seen, 0.9), **scene_shares(seen, [scene.background for scene, _ in clips])}
+    whole, kept, jumps = _gone_on(judge_, asked)
+    fresh = [video[:, :made] if backward else video[:, known:] for video in whole]
+    seen = judged(fresh, [scene.truth(made, *size[1:], start=0 if backward else known) for scene, size in cases])
+    figures = {**kept_figures(kept), **shares(seen, 0.9), **scene_shares(seen, [scene.background for scene, _ in cases])}
     figures["seams that are continuous"] = Figure(share(j <= 2 for j in jumps), 0.9)
     return Measurement("extend backward" if backward else "extend forward", figures, whole, prompts)
 
 
 def joins(judge_: Judge) -> Measurement:
     """Two clips of one object, elsewhere and moving otherwise, and eight frames or so between them."""
-    clips = judge_.clips(judge_.count // 8, 4000)
-    firsts = [scene.render(*size) for scene, size in clips]
-    lasts = [scene.advanced(20).render(*size) for scene, size in clips]
-    prompts = [scene.caption(motion=False) for scene, _ in clips]
+    cases = judge_.cases(judge_.count // 8, 4000)
+    firsts = [scene.render(*size) for scene, size in cases]
+    lasts = [scene.advanced(20).render(*size) for scene, size in cases]
+    prompts = [scene.caption(motion=False) for scene, _ in cases]
     whole, figures = _joined(judge_, firsts, lasts, prompts)
     passages = [video[:, 13:-13] for video in whole]
-    seen = judged(passages, [scene.truth(*passage.shape[1:]) for (scene, _), passage in zip(clips, passages, strict=True)])
-    figures |= {**shares(seen, 0.9, motion=False), **scene_shares(seen, [scene.background for scene, _ in clips])}
+    seen = judged(passages, [scene.truth(*passage.shape[1:]) for (scene, _), passage in zip(cases, passages, strict=True)])
+    figures |= {**shares(seen, 0.9, motion=False), **scene_shares(seen, [scene.background for scene, _ in cases])}
     return Measurement("join", figures, whole, prompts)
 
 
 def morphs(judge_: Judge) -> Measurement:
     """Two clips of different objects before different backgrounds; between them one becomes the other, without a cut."""
-    clips, others = judge_.clips(judge_.count // 8, 4000), judge_.clips(judge_.count // 8, 4500)
-    firsts, lasts = ([scene.render(*size) for scene, size in some] for some in (clips, others))
-    pairs = zip(clips, others, strict=True)
+    cases, others = judge_.cases(judge_.count // 8, 4000), judge_.cases(judge_.count // 8, 4500)
+    firsts, lasts = ([scene.render(*size) for scene, size in some] for some in (cases, others))
+    pairs = zip(cases, others, strict=True)
     prompts = [f"{scene.caption(motion=False)} becomes {other.caption(motion=False)}" for (scene, _), (other, _) in pairs]
     whole, figures = _joined(judge_, firsts, lasts, prompts)
     changes = [changes_of(video[:, 12:-12]) for video in whole]
@@ -186,34 +181,48 @@ def morphs(judge_: Judge) -> Measurement:
 def _joined(
     judge_: Judge, firsts: Sequence[Tensor], lasts: Sequence[Tensor], prompts: Sequence[str]
 ) -> tuple[list[Tensor], Figures]:
-    """Clips joined, and how well what is given comes back and how continuous both ends of the passage and the fades there are."""
+    """Clips joined, how well what is given comes back, and how many ends of passages are continuous."""
     timing = judge_.pipeline.timing
     made = -(-8 // timing.grain) * timing.grain
     asked = [join(p, a, b, made, timing) for p, a, b in zip(prompts, firsts, lasts, strict=True)]
-    raw = judge_.run([replace(request, before=None, after=None, cut=(0, 0)) for request in asked])
-    kept, whole, jumps = [], [], []
-    for request, clip, first, last in zip(asked, raw, firsts, lasts, strict=True):
-        kept += [psnr(clip[:, at : at + part.shape[1]], part) for at, part in request.given.items()]
-        whole.append(request.finish(clip))
-        (start, end), ahead, behind = request.cut, first.shape[1], whole[-1].shape[1] - last.shape[1]
-        jumps += [jump(whole[-1], ahead - start, ahead), jump(whole[-1], behind, behind + end)]
+    whole, kept, jumps = _gone_on(judge_, asked)
     return whole, {**kept_figures(kept), "ends that are continuous": Figure(share(j <= 2 for j in jumps), 0.9)}
 
 
+def _gone_on(judge_: Judge, asked: Sequence[Request]) -> tuple[list[Tensor], list[float], list[float]]:
+    """What goes on from videos, put together with them; PSNR of what was given, as it came back; the jumps where they meet.
+
+    Where they meet is all of the fade from the one into the other.
+    """
+    raw = judge_.run([replace(request, before=None, after=None, cut=(0, 0)) for request in asked])
+    whole, kept, jumps = [], [], []
+    for request, clip in zip(asked, raw, strict=True):
+        kept += [psnr(clip[:, at : at + part.shape[1]], part) for at, part in request.given.items()]
+        whole.append(request.finish(clip))
+        frames, (start, end) = whole[-1].shape[1], request.cut
+        if request.before is not None:
+            seam = request.before.shape[1]
+            jumps.append(jump(whole[-1], max(seam - start, 1), seam))
+        if request.after is not None:
+            seam = frames - request.after.shape[1]
+            jumps.append(jump(whole[-1], seam, min(seam + end, frames - 1)))
+    return whole, kept, jumps
+
+
 def loops(judge_: Judge) -> Measurement:
-    """Both ends of the way back, and, as the file is played, the step from its last frame to its first."""
-    clips = judge_.clips(judge_.count // 16, 5000)
-    prompts = [scene.caption(frames=13) for scene, _ in clips]
-    jumps, seams, videos = [], [], []
-    for i, (prompt, (scene, size)) in enumerate(zip(prompts, clips, strict=True)):
+    """Both ends of the way back, fades included, and, as the file is played, the step from its last frame to its first."""
+    cases = judge_.cases(judge_.count // 16, 5000)
+    prompts = [scene.caption(frames=13) for scene, _ in cases]
+    timing, jumps, seams, videos = judge_.pipeline.timing, [], [], []
+    for i, (prompt, (scene, size)) in enumerate(zip(prompts, cases, strict=True)):
         back = scene.caption(frames=13, motion=False)
         closed = close(judge_.pipeline, prompt, size, passage_prompt=back, seed=judge_.seed + i, **judge_.options).cpu()
-        around = torch.cat([closed, closed[:, :1]], dim=1)
-        jumps += [jump(around, size[0]), jump(around, closed.shape[1])]
+        frames, around = closed.shape[1], torch.cat([closed, closed[:, : timing.grain + 1]], dim=1)
+        jumps += [jump(around, max(size[0] - timing.lead - timing.grain, 1), size[0]), jump(around, frames, frames + timing.grain)]
         videos.append(turned(closed))
         changes = changes_of(torch.cat([videos[-1], videos[-1][:, :1]], dim=1))
         seams.append(float(changes[-1] / changes.median().clamp(min=1e-6)))
-    truths = [scene.truth(*video.shape[1:]) for (scene, _), video in zip(clips, videos, strict=True)]
+    truths = [scene.truth(*video.shape[1:]) for (scene, _), video in zip(cases, videos, strict=True)]
     figures: Figures = {
         "seam / median change, the worst": Figure(max(seams), at_most=1.0),
         "ends of the way back that are continuous": Figure(share(j <= 2 for j in jumps), 0.9),
@@ -244,7 +253,7 @@ def long_videos(judge_: Judge, frames: int = 480) -> Measurement:
 
 def simulations(judge_: Judge) -> Measurement:
     """Four actions, a chunk each: does the object move as told?"""
-    count, actions = max(judge_.count // 25, 1), ("right", "down", "left", "up")
+    count, actions = judge_.count // 8, ("right", "down", "left", "up")
     scenes = judge_.scenes(count, 7000)
     obeyed, videos, labels = [], [], []
     for i, scene in enumerate(scenes):
@@ -269,13 +278,13 @@ def simulations(judge_: Judge) -> Measurement:
 def captions(judge_: Judge) -> Measurement:
     """Captions of held-out clips, short and detailed, and detailed prompts made of short ones: do they name what is there?"""
     pipeline = judge_.pipeline
-    clips = judge_.clips(judge_.count, 8000)
-    videos = [scene.render(*size) for scene, size in clips]
+    cases = judge_.cases(judge_.count, 8000)
+    videos = [scene.render(*size) for scene, size in cases]
     short, detailed = pipeline.caption(videos, detailed=False), pipeline.caption(videos)
-    prompts = [scene.caption(frames=13) for scene, _ in clips]
+    prompts = [scene.caption(frames=13) for scene, _ in cases]
     figures: Figures = {}
     for name, texts in (("", short), ("detailed ", detailed), ("expanded ", pipeline.expand(prompts))):
-        pairs = [(text, scene) for text, (scene, _) in zip(texts, clips, strict=True)]
+        pairs = [(text, scene) for text, (scene, _) in zip(texts, cases, strict=True)]
         figures[f"{name}colour"] = Figure(share(names_word(text, scene.things[0].color) for text, scene in pairs), 0.95)
         figures[f"{name}shape"] = Figure(share(names_word(text, scene.things[0].shape) for text, scene in pairs), 0.95)
         figures[f"{name}motion"] = Figure(share(says_motion(text, scene) for text, scene in pairs), 0.95)
@@ -284,10 +293,10 @@ def captions(judge_: Judge) -> Measurement:
 
 def schedulers(judge_: Judge) -> Measurement:
     """The same prompts and weights by every scheduler of `schedulers.FLOW`."""
-    clips = judge_.clips(max(judge_.count // 8, 3), 9000)
-    prompts = [scene.caption(frames=13) for scene, _ in clips]
-    truths = [scene.truth(*size) for scene, size in clips]
-    requests = [text_to_video(prompt, size) for prompt, (_, size) in zip(prompts, clips, strict=True)]
+    cases = judge_.cases(max(judge_.count // 8, 3), 9000)
+    prompts = [scene.caption(frames=13) for scene, _ in cases]
+    truths = [scene.truth(*size) for scene, size in cases]
+    requests = [text_to_video(prompt, size) for prompt, (_, size) in zip(prompts, cases, strict=True)]
     figures: Figures = {}
     videos, labels = [], []
     for name in FLOW:

@@ -97,7 +97,7 @@ def changes_of(video: Tensor) -> Tensor:
 
 
 def jump(video: Tensor, first: int, last: int | None = None) -> float:
-    """The change at frame `first`, the largest up to frame `last`, in changes of a typical frame of the same video.
+    """The largest change at frames `first` to `last` (default: `first` alone), in units of the video's median change.
 
     Changes below a hundredth of the range count as that: a still object's are the noise of the VAE.
     """

@@ -9,6 +9,7 @@
     extend backward         its first frames                       what leads up to it, and the video
     join                    the end of one, the start of another   one video: the first, a passage, the second
 
+Where a video goes on, the given frames fade into what the model made of them; those that it does not see come back as they were.
 Frames are given in whole token frames; see `Timing` for how many pixel frames that is. Videos and images are tensors
 [3, T, H, W] in [-1, 1], or what the pipeline puts out as "np" or "pil".
 """
@@ -61,9 +62,10 @@ class Request:
         seed: of the noise; None leaves it to the call.
         frame_step: how far apart in time the frames are, for a model trained on frames sampled from longer clips; not with a VAE
             that compresses time.
-        before: what the result goes on from [3, t, H, W]: put in front of it, its last `cut[0]` frames and the first ones of the
-            result being the same ones, which fade from the one to the other; without it, so many frames are left out.
-        after: likewise behind the result, for its last `cut[1]` frames.
+        before: what the result goes on from [3, t, H, W], to be put in front of it.
+        after: likewise behind it.
+        cut: how many of the first and of the last frames of the result `before` and `after` have, too: there the one fades into the
+            other. Without `before` or `after`, how many frames are left out.
     """
 
     prompt: str
@@ -92,39 +94,50 @@ class Request:
         if not (self.seed is None or isinstance(self.seed, Integral)):
             raise ValueError(f"Request: seed: expected a whole number or None, got {self.seed!r}")
         frames, height, width = self.size
+        if len(self.cut) != 2 or min(self.cut) < 0 or sum(self.cut) > frames:
+            raise ValueError(f"Request: cut: expected two numbers from 0 on, at most {frames} in all, got {self.cut}")
         if self.begin is not None and (tuple(self.begin.shape) != (3, *self.size) or not self.begin.is_floating_point()):
             got = f"{self.begin.dtype} {list(self.begin.shape)}"
             raise ValueError(f"Request: begin: expected floats {[3, *self.size]}, got {got}")
+
+        def fits(clip: Tensor) -> bool:
+            return clip.ndim == 4 and clip.shape[0] == 3 and tuple(clip.shape[2:]) == (height, width) and clip.is_floating_point()
+
         for at, clip in self.given.items():
             start = at + frames if at < 0 else at
-            fits = clip.ndim == 4 and clip.shape[0] == 3 and tuple(clip.shape[2:]) == (height, width) and clip.is_floating_point()
-            if not fits or not 0 <= start <= frames - clip.shape[1] or not clip.shape[1]:
+            if not fits(clip) or not 0 <= start <= frames - clip.shape[1] or not clip.shape[1]:
                 expected = f"clips of floats [3, t, {height}, {width}] within {frames} frames"
                 raise ValueError(f"Request: given: expected {expected}, got {clip.dtype} {list(clip.shape)} at frame {at}")
 
         for name, video, shared in (("before", self.before, self.cut[0]), ("after", self.after, self.cut[1])):
-            if video is not None and video.shape[1] < shared:
-                raise ValueError(f"Request: {name}: expected at least the {shared} frames that are cut, got {video.shape[1]}")
+            if video is not None and (not fits(video) or video.shape[1] < shared):
+                expected = f"floats [3, t, {height}, {width}] with the {shared} frames that the result has, too"
+                raise ValueError(f"Request: {name}: expected {expected}, got {video.dtype} {list(video.shape)}")
 
     def finish(self, clip: Tensor) -> Tensor:
         """What was generated [3, T, H, W], put together with what it goes on from.
 
         A VAE does not give frames back as they were. Fading over those that both have hides what a cut between them would show.
         """
-        start, end = self.cut[0], clip.shape[1] - self.cut[1]
-        parts = [clip[:, start:end]]
+        head, body, tail = clip.split([self.cut[0], clip.shape[1] - sum(self.cut), self.cut[1]], dim=1)
+        parts = [body]
         if self.before is not None:
-            parts.insert(0, _faded(self.before.to(clip), clip[:, :start]))
+            alone, shared = _split(self.before.to(clip), self.before.shape[1] - self.cut[0])
+            parts = [alone, _fade(shared, head), *parts]
         if self.after is not None:
-            parts.append(_faded(self.after.to(clip).flip(1), clip[:, end:].flip(1)).flip(1))
+            shared, alone = _split(self.after.to(clip), self.cut[1])
+            parts = [*parts, _fade(tail, shared), alone]
         return torch.cat(parts, dim=1)
 
 
-def _faded(video: Tensor, again: Tensor) -> Tensor:
-    """A video [3, T, H, W] whose last frames become, more and more, `again` [3, t, H, W], which shows the same."""
-    alone, shared = video.shape[1] - again.shape[1], again.shape[1]
-    weight = torch.arange(1, shared + 1, device=video.device)[:, None, None] / (shared + 1)
-    return torch.cat([video[:, :alone], torch.lerp(video[:, alone:], again, weight.to(video))], dim=1)
+def _split(video: Tensor, at: int) -> tuple[Tensor, Tensor]:
+    return video[:, :at], video[:, at:]
+
+
+def _fade(first: Tensor, second: Tensor) -> Tensor:
+    """The same frames twice [3, t, H, W]: the first ones become, more and more, the second ones."""
+    weight = torch.arange(1, first.shape[1] + 1, device=first.device)[:, None, None] / (first.shape[1] + 1)
+    return torch.lerp(first, second, weight.to(first))
 
 
 def text_to_video(prompt: str, size: Size, **options: object) -> Request:
@@ -156,7 +169,7 @@ def video_to_video(prompt: str, video: Clip, strength: float = 0.7, **options: o
 def extend(
     prompt: str, video: Clip, frames: int, timing: Timing, *, overlap: int = 1, backward: bool = False, **options: object
 ) -> Request:
-    """The video and `frames` more behind it, or in front of it.
+    """The video and `frames` more behind it, or in front of it; what the model sees of it fades into what is made.
 
     overlap: how many token frames of the video the model sees, besides the first; fewer if the video is shorter.
     """
@@ -176,7 +189,10 @@ def extend(
 
 
 def join(prompt: str, first: Clip, last: Clip, frames: int, timing: Timing, *, overlap: int = 1, **options: object) -> Request:
-    """Two videos of one frame size with a passage of `frames` frames between them, a multiple of the timing's grain."""
+    """Two videos of one frame size with a passage of `frames` frames between them, a multiple of the timing's grain.
+
+    What the model sees of both fades into what is made.
+    """
     first, last = as_video(first), as_video(last)
     _check_video("join", "first", first)
     _check_video("join", "last", last)

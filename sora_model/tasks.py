@@ -110,9 +110,10 @@ def close(
     way_prompt = prompt if passage_prompt is None else passage_prompt
     way = join(way_prompt, clip, clip, passage, timing, overlap=overlap, seed=seed + 1, **common)
     (joined,) = pipeline([way], **options)
-    # Both ends of the clip fade into the passage: its first half is taken from behind the passage, the second from before it.
-    half = clip.shape[1] // 2
-    return joined[:, half : half + clip.shape[1] + passage].roll(half, dims=1)
+    # The clip stands before the passage, where its end fades into it, and behind it, where its start does: here it does both.
+    frames = clip.shape[1]
+    faded = (joined[:, :frames] + joined[:, -frames:] - clip.to(joined)).clamp(-1, 1)
+    return torch.cat([faded, joined[:, frames:-frames]], dim=1)
 
 
 def turned(video: Tensor) -> Tensor:
@@ -198,15 +199,15 @@ class Simulation:
             request = Request(prompt, size or pipeline.size, seed=seed, negative_prompt=negative_prompt)
             (first,) = pipeline([request], **options)
         self._parts, self.chunks = [first[:, : -self.seen]], 1
-        self._recent = first[:, -self.seen :]  # what the next chunk sees, and fades into
+        self._recent = first[:, -self.seen :]  # what the next chunk sees, and fades from
 
     @property
     def video(self) -> Tensor:
-        """Everything so far [3, T, H, W]."""
+        """Everything so far [3, T, H, W]; those of the last frames that the next chunk sees will fade into it."""
         return torch.cat([*self._parts, self._recent], dim=1)
 
     def act(self, prompt: str) -> Tensor:
-        """The world goes on as the prompt says; returns the new frames [3, t, H, W]."""
+        """The world goes on as the prompt says; returns the new frames [3, t, H, W], which `video` may yet fade."""
         known, seed = self._recent.shape[1], self.seed + self.chunks
         request = extend(
             prompt, self._recent, self.frames - known, self.pipeline.timing, overlap=self.overlap, seed=seed,

@@ -15,11 +15,12 @@ from .vae import VideoVAE, held, pixel_frames, psnr
 NOISE = 0.05  # added to latents, so that neighbours in latent space decode to neighbours
 FINE_NOISE = 0.02  # when only the decoder learns, from latents that stay as they are
 GIVEN_ENDS = 1 / 3  # share of clips whose end is encoded as a given one
+ABSOLUTE = 0.1  # weight of the absolute error beside the squared one, which hardly sees the small errors of plain parts
 PULL = 1e-4  # weight of the latents' mean square, so that noise stays large beside them
 
 
 class VAEObjective:
-    """Mean squared error of decoded videos, batched by size, and a weak pull of the latents towards 0.
+    """Squared and absolute error of decoded videos, batched by size, and a weak pull of the latents towards 0.
 
     Of a third of the clips an end is encoded as the pipeline encodes given ones (`vae.held`): not knowing what comes before it,
     which the decoder then does.
@@ -45,7 +46,8 @@ class VAEObjective:
             latents = self._latents(x, generator)
             noise = torch.randn(latents.shape, generator=generator).to(latents)
             decoded = self.vae.from_raw(latents + (FINE_NOISE if self.decoder_only else NOISE) * noise)
-            error = error + (decoded.float() - x).square().sum()
+            off = decoded.float() - x
+            error = error + off.square().sum() + ABSOLUTE * off.abs().sum()
             pull = pull + latents.float().square().mean() * x.numel()
             count += x.numel()
         return (error + (0 if self.decoder_only else PULL) * pull) / count

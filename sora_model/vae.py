@@ -206,7 +206,8 @@ class VideoVAE(nn.Module):
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes the checkpoint as diffusers does, in `dtype` if one is given."""
-        model = self.model if dtype is None else copy.deepcopy(self.model).to(dtype)
+        # Not by the model's own `to`, which warns of modules that should stay in float32 even where it has none.
+        model = self.model if dtype is None else nn.Module.to(copy.deepcopy(self.model), dtype)
         model.save_pretrained(folder)
 
     def normalize_latents(self, mean: Tensor, std: Tensor) -> None:

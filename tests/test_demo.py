@@ -4,13 +4,14 @@ import json
 import math
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from sora_model.cli import app
 from sora_model.data import World, WorldConfig, read_video
 from sora_model.demo import WANTED
 from sora_model.evaluate import MEASUREMENTS, Judge, extensions, long_videos
-from sora_model.figures import Figure, names_word, says_motion
+from sora_model.figures import Figure, jump, names_word, says_motion
 from sora_model.pipeline import SoraPipeline
 from sora_model.vae import VideoVAE
 
@@ -87,6 +88,16 @@ def test_tasks_that_cannot_be_are_named(command, checkpoint, tmp_path):
     result = CliRunner().invoke(app, ["eval", "--checkpoint", str(checkpoint), "--out", str(tmp_path)])
     assert "--out: expected a file that ends in .json" in result.output.replace("\n", " ")
     assert not list(tmp_path.iterdir())
+
+
+def test_jumps_are_told_in_typical_changes():
+    steps = torch.tensor([0.1, 0.1, 0.1, 0.5, 0.1, 0.1])
+    video = torch.cat([torch.zeros(1), steps.cumsum(0)])[None, :, None, None].expand(3, -1, 4, 4) - 0.5
+    assert jump(video, 4) == pytest.approx(5)
+    assert jump(video, 3) == pytest.approx(1)
+    assert jump(video, 2, 4) == pytest.approx(5)
+    assert jump(video, 1, 3) == pytest.approx(1)
+    assert jump(0.01 * video, 4) == pytest.approx(0.25), "changes below a hundredth of the range are noise"
 
 
 def test_figures_hold_or_are_missed():

@@ -354,12 +354,14 @@ def test_the_training_commands_of_the_readme(clips, tmp_path, monkeypatch):
     assert (tmp_path / "outputs" / "more" / "checkpoint" / "captioner").is_dir()
 
 
-def test_a_scaling_study(tmp_path):
+def test_a_scaling_study(tmp_path, monkeypatch):
+    monkeypatch.setattr("sora_model.scaling.MOST_STEPS", 40)
     result = sora("scaling", tmp_path, "--compute", "2e10")
     assert result.exit_code == 0, result.output
     points = json.loads((tmp_path / "scaling.json").read_text())
-    assert {point["model"] for point in points} == {"2 x 64", "4 x 128", "6 x 256"}
+    assert {point["model"] for point in points} == {"1 x 32", "2 x 64", "4 x 128", "6 x 256"}
     assert all((0 < point["loss"] < 5 and point["compute"] <= 2.1e10) or point["step"] == 1 for point in points)
+    assert max(point["step"] for point in points) == 40
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 Prompt = Annotated[str, typer.Argument(help="What to show.")]
 Video = Annotated[Path, typer.Argument(help="A video file.")]
 ClipSize = Annotated[str | None, typer.Option("--size", help="TxHxW in pixels. Default: the checkpoint's.")]
-Overlap = Annotated[int, typer.Option(min=0, help="Latent frames seen of what is there, besides the first.")]
+Overlap = Annotated[
+    int, typer.Option(min=0, help="Latent frames seen of what is there, besides the first; they fade into what is made.")
+]
 
 
 @task

@@ -43,6 +43,7 @@ VAE_SIZES = [*3 * CLIPS, "5x96x96", "5x160x160", "1x128x128", "1x256x256"]
 CAPTION_SIZES = [*4 * CLIPS, *LONGER, *STILLS, LARGEST[0]]  # a larger frame says no more than a small one
 # Of the clips, those that teach going on, obeying and joining.
 LESSONS = {"drift": 0.2, "turn": 0.2, "link": 0.15, "morph": 0.12}
+# Nearly all the rest are closeups for a VAE, which does not ask what is given. A still one is the first frame of a clip.
 VAE_LESSONS = {**LESSONS, "closeup": 0.3}
 
 
@@ -243,7 +244,7 @@ def scaling(
     compute: Annotated[float, typer.Option(help="Floating-point operations that each model is trained with.")] = 2e13,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
-    """Train models of three sizes with the same compute, and plot their losses against it."""
+    """Train models of four sizes with the same compute, in at most 15,000 steps, and plot their losses against it."""
     with one_line_errors():
         from ..scaling import study
 

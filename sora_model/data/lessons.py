@@ -1,4 +1,5 @@
-"""Clips of the world that teach a task: each comes with the frames that are given, and a caption that fits what is not.
+"""Clips of the world that teach a task: each comes with the frames that are given, and a caption that fits what is not. But for
+closeups, which nothing but a VAE learns from.
 
     drift     a scene caught at any time, bouncing off borders; a start or an end is given, and the caption names no motion:
               a video goes on as it does
@@ -6,7 +7,7 @@
     link      a start and an end of the same object elsewhere; between them it takes the smoothest way: joining, and loops (of a
               clip of two token frames only the start)
     morph     the same of two scenes: on the way one object becomes another, before another background
-    closeup   a part of a scene, many times as large; nothing is given: what a VAE has to know of large frames
+    closeup   a part of a scene, many times as large, without a caption and nothing given: what a VAE has to know of large frames
 
 Given frames are whole token frames: `lead` pixel frames the first and `grain` each other (see `request.Timing`). The world says
 into which motions an object may turn and what it may become, so that no caption names a combination kept from training; an object
@@ -93,7 +94,8 @@ def closeup(scene: Scene, size: Size, timing: Timing, world: World, rng: np.rand
     """A clip of a part of the scene, at the object or not far from it: an edge that moves fast, or something plain."""
     frames, height, width = size
     zoom = float(np.exp(rng.uniform(0, np.log(NEAREST))))
-    seen = scene.advanced(int(rng.integers(2 * scene.config.room))).truth(*size).objects[0]
+    scene = scene.advanced(int(rng.integers(2 * scene.config.room)))
+    seen = scene.truth(*size).objects[0]
     aside = rng.uniform(-1.5, 1.5, 2) * seen.radius[0] * min(height, width) / np.array([width, height])
     near = Closeup(**vars(scene), zoom=zoom, centre=tuple((seen.path[frames // 2] + aside).tolist()))
     return near.render(*size), "", None, torch.zeros(frames, dtype=torch.bool)
@@ -101,7 +103,10 @@ def closeup(scene: Scene, size: Size, timing: Timing, world: World, rng: np.rand
 
 @dataclass(frozen=True)
 class Closeup(Scene):
-    """A scene seen from near: `zoom` times as large, `centre` of the view in the middle; a background's pattern stays as it is."""
+    """A scene seen from near: `zoom` times as large, `centre` of the view in the middle.
+
+    A background's pattern, and the camera's path over it, stay as they are.
+    """
 
     zoom: float = 1.0
     centre: tuple[float, float] = (0.5, 0.5)
