@@ -132,7 +132,7 @@ def test_all_processes_stop_at_the_same_step(tmp_path):
     assert (tmp_path / "run" / "training.safetensors").is_file()
 
 
-def test_an_interrupted_run_is_saved_and_goes_on(clips, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_saved_and_goes_on(clips, tmp_path, monkeypatch, request):
     """Ctrl-C ends a run after the step in hand; resumed, it takes the steps that it would have taken."""
     from sora_model.train import Trainer
 
@@ -143,6 +143,8 @@ def test_an_interrupted_run_is_saved_and_goes_on(clips, tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return take(self, batches)
 
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it puts into the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, ignored))
     monkeypatch.setattr("sora_model.train._schedule", lambda *_: 1.0)  # it follows the number of steps
     whole = sora("train", tmp_path / "whole", "--data", clips, "--steps", 4, *TINY)
     assert whole.exit_code == 0, whole.output
