@@ -100,7 +100,6 @@ class Captioner(nn.Module):
                 add_cross_attention=True,
                 bos_token_id=self.short,
                 eos_token_id=self.end,
-                pad_token_id=self.pad,
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
                 attn_pdrop=0.0,
@@ -152,6 +151,7 @@ class Captioner(nn.Module):
             encoder_hidden_states=states,
             encoder_attention_mask=seen,
             max_new_tokens=self.config.longest - 1,
+            pad_token_id=self.pad,  # not in the config: the decoder would warn of every caption that ends before others do
             do_sample=False,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
