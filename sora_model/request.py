@@ -122,16 +122,12 @@ class Request:
         head, body, tail = clip.split([self.cut[0], clip.shape[1] - sum(self.cut), self.cut[1]], dim=1)
         parts = [body]
         if self.before is not None:
-            alone, shared = _split(self.before.to(clip), self.before.shape[1] - self.cut[0])
+            alone, shared = self.before.to(clip).tensor_split([self.before.shape[1] - self.cut[0]], dim=1)
             parts = [alone, _fade(shared, head), *parts]
         if self.after is not None:
-            shared, alone = _split(self.after.to(clip), self.cut[1])
+            shared, alone = self.after.to(clip).tensor_split([self.cut[1]], dim=1)
             parts = [*parts, _fade(tail, shared), alone]
         return torch.cat(parts, dim=1)
-
-
-def _split(video: Tensor, at: int) -> tuple[Tensor, Tensor]:
-    return video[:, :at], video[:, at:]
 
 
 def _fade(first: Tensor, second: Tensor) -> Tensor:
