@@ -6,23 +6,25 @@
 
 computed with an online softmax over blocks of keys (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022): no S x S buffer
 exists at any time. A query that sees no key gets out 0 and lse -inf. Tokens past the last boundary get zeros. Sums are float32
-whatever the storage dtype, the backward is deterministic, and q, k and v may be views into one fused projection.
+whatever the storage dtype, the backward is deterministic, and q, k and v may be views into one fused projection. Under autocast
+they are taken in its lower dtype, as torch's own attention takes them.
+
+Forward-mode derivatives and derivatives of gradients are those of the formula in plain torch, which does build the S x S scores.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_boundaries, check_cu_seqlens, check_qkv, check_tensor, fail
-from .library import cotangent, lse_like, register, rows
+from .checks import UNBOUNDED, check_bool, check_boundaries, check_cu_seqlens, check_number, check_qkv, check_tensor, fail, side
+from .library import autocast, cotangent, lse_like, register, rows, statistics_like
 from .memory import empty_like
 from .spatiotemporal_attention import spatiotemporal_attention as spatiotemporal_attention
-
-UNBOUNDED = 2**30  # a window side without a limit
 
 
 def flash_attn_func(
@@ -268,6 +270,7 @@ def scaled_dot_product_attention(
     """
     op = "scaled_dot_product_attention"
     check_tensor(op, "query", query)
+    query, key, value = autocast(query, key, value)
     if query.ndim < 3:
         fail(op, "query", "shape [..., H, S, d]", str(list(query.shape)))
     lead = query.shape[:-3]
@@ -275,12 +278,13 @@ def scaled_dot_product_attention(
         check_tensor(op, name, tensor, (*lead, "Hk", "Sk", "d"), like=query)
     if not enable_gqa and query.shape[-3] != key.shape[-3]:
         fail(op, "key", f"{query.shape[-3]} heads (or enable_gqa=True)", f"{key.shape[-3]}")
-    q, k, v = (x.reshape(-1, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value))
+    batch = math.prod(lead)
+    q, k, v = (x.reshape(batch, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value))
     scores = (*lead, query.shape[-3], query.shape[-2], key.shape[-2])
-    bias = None if attn_mask is None else _bias(op, attn_mask, scores, is_causal, q).reshape(-1, *scores[-3:])
+    bias = None if attn_mask is None else _bias(op, attn_mask, scores, is_causal, q).reshape(batch, *scores[-3:])
     scale = check_qkv(op, q, k, v, dropout_p, scale)
-    right = q.shape[1] - k.shape[1] if is_causal else UNBOUNDED
-    out, _ = _forward(q, k, v, None, None, bias, None, scale, UNBOUNDED, right, 0.0)
+    right = q.shape[1] - k.shape[1] if check_bool(op, "is_causal", is_causal) else UNBOUNDED
+    out, *_ = _forward(q, k, v, None, None, bias, None, scale, UNBOUNDED, right, 0.0)
     return out.transpose(1, 2).reshape(query.shape)
 
 
@@ -301,13 +305,13 @@ def _flash(
 ) -> Any:
     dense = op in ("flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_kvpacked_func")
     check_tensor(op, "q", q, ("B", "S", "H", "d") if dense else ("Nq", "H", "d"))
+    q, k, v = autocast(q, k, v)
     scale = check_qkv(op, q, k, v, dropout_p, softmax_scale)
     if not dense:
         check_cu_seqlens(op, "cu_seqlens_q", cu_q, q)  # type: ignore[arg-type]
         check_cu_seqlens(op, "cu_seqlens_k", cu_k, q, cu_q.shape[0])  # type: ignore[arg-type,union-attr]
     left, right = _decode_window(op, window_size, causal)
-    if not isinstance(softcap, int | float):
-        fail(op, "softcap", "a number", type(softcap).__name__, TypeError)
+    softcap = max(check_number(op, "softcap", softcap), 0.0)
     alibi = None
     if alibi_slopes is not None:
         batch, heads = (q.shape[0] if dense else cu_q.shape[0] - 1), q.shape[-2]  # type: ignore[union-attr]
@@ -315,18 +319,16 @@ def _flash(
         if alibi_slopes.shape not in ((heads,), (batch, heads)):
             fail(op, "alibi_slopes", f"shape [{heads}] or [{batch}, {heads}]", str(list(alibi_slopes.shape)))
         alibi = alibi_slopes.expand(batch, heads)
-    out, lse = _forward(q, k, v, cu_q, cu_k, None, alibi, scale, left, right, max(float(softcap), 0.0))
-    if not return_attn_probs:
-        return out
-    return out, lse if q.dtype == torch.float64 else lse.float(), out.new_empty(0)
+    out, lse, _ = _forward(q, k, v, cu_q, cu_k, None, alibi, scale, left, right, softcap)
+    return (out, lse, out.new_empty(0)) if return_attn_probs else out
 
 
 def _decode_window(op: str, window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
     pair = isinstance(window_size, tuple | list) and len(window_size) == 2
-    if not pair or any(not isinstance(w, int) or w < -1 for w in window_size):
+    if not pair or any(isinstance(w, bool) or not isinstance(w, int) or w < -1 for w in window_size):
         fail(op, "window_size", "two sizes >= -1 (left, right)", repr(window_size))
-    left, right = (UNBOUNDED if w == -1 else w for w in window_size)
-    return left, 0 if causal else right
+    left, right = (UNBOUNDED if w == -1 else side(w) for w in window_size)
+    return left, 0 if check_bool(op, "causal", causal) else right
 
 
 def _bias(op: str, mask: Tensor, scores: tuple[int, ...], is_causal: bool, q: Tensor) -> Tensor:
@@ -350,29 +352,31 @@ def _run_forward(q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap):
         check_boundaries("attention", "cu_seqlens_q", cu_q, q.shape[0])
         check_boundaries("attention", "cu_seqlens_k", cu_k, k.shape[0])
     q, k, v, cu_q, cu_k = rows(q, k, v, cu_q, cu_k)
-    out, lse = _fake_forward(q)
-    backends.call("attention_forward", q, q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap, out, lse)
-    return out, lse
+    outputs = _fake_forward(q)
+    backends.call("attention_forward", q, q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap, *outputs)
+    return outputs
 
 
 def _fake_forward(q, *_):
-    return empty_like(q), lse_like(q)
+    return empty_like(q), lse_like(q), statistics_like(q)
 
 
-def _run_backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, *rest):
+def _run_backward(dout, dlse, q, k, v, out, statistics, cu_q, cu_k, *rest):
     dout, dlse, q, k, v, cu_q, cu_k = rows(dout, dlse, q, k, v, cu_q, cu_k)
     grads = empty_like(q), empty_like(k), empty_like(v)
-    backends.call("attention_backward", q, dout, dlse, q, k, v, out, lse, cu_q, cu_k, *rest, *grads)
+    backends.call("attention_backward", q, dout, dlse, q, k, v, out, statistics, cu_q, cu_k, *rest, *grads)
     return grads
 
 
 def _save(ctx, inputs, output):
     q, k, v, cu_q, cu_k, bias, alibi, *ctx.scalars = inputs
+    out, _, statistics = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, bias, alibi)
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(q, k, v, out, statistics, cu_q, cu_k, bias, alibi)
 
 
-def _grad(ctx, dout, dlse):
+def _grad(ctx, dout, dlse, _):
     if dout is None and dlse is None:
         return (None,) * 11
     q, *saved = ctx.saved_tensors
@@ -381,13 +385,13 @@ def _grad(ctx, dout, dlse):
 
 _ARGUMENTS = "Tensor? cu_q, Tensor? cu_k, Tensor? bias, Tensor? alibi, float scale, SymInt left, SymInt right, float softcap"
 _backward = register(
-    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, "
     f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     lambda dout, dlse, q, k, v, *_: (empty_like(q), empty_like(k), empty_like(v)),
 )
 _forward = register(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _run_forward,
     _fake_forward,
     _grad,

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -101,7 +102,17 @@ ORDER = {
     "cuda": ("cuda", "triton", "reference"),
 }
 
-_forced: str | None = None
+
+class _Here(threading.local):
+    """What holds for one thread only."""
+
+    forced: str | None = None
+
+
+_here = _Here()
+_lock = threading.Lock()
+_forced: str | None = None  # the last of _uses, or else the environment's
+_uses: list[list[str]] = []  # a list of one name per `use_backend` that is open, in any thread
 _records: list[list[tuple[str, str]]] = []
 
 
@@ -131,7 +142,7 @@ def call(function: str, like: Tensor, *args: object) -> None:
     if like.is_cuda and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):  # before a backend is asked, too, as it answers for the present GPU
             return call(function, like, *args)
-    name, run = _select(function, like.device, like.dtype, like.shape[-1], _forced)
+    name, run = _select(function, like.device, like.dtype, like.shape[-1], _here.forced or _forced)
     for record_ in _records:
         record_.append((function, name))
     run(*args)
@@ -144,16 +155,39 @@ def use_backend(name: str) -> Iterator[None]:
     >>> with use_backend("reference"):
     ...     y = rope_3d(x, layout)
 
+    Of several that are open at once, in whatever threads, the one entered last holds.
+
     Raises:
         ValueError: at once if the name is unknown; at the call if that backend cannot run it.
     """
-    global _forced
     check_choice("use_backend", "name", name, tuple(BACKENDS))
-    before, _forced = _forced, name
+    use = [name]
+    _update_uses(_uses.append, use)
     try:
         yield
     finally:
-        _forced = before
+        _update_uses(_remove_use, use)
+
+
+def _update_uses(change: Callable[[list[str]], None], use: list[str]) -> None:
+    global _forced
+    with _lock:
+        change(use)
+        _forced = _uses[-1][0] if _uses else _from_environment()
+
+
+def _remove_use(use: list[str]) -> None:
+    del _uses[next(i for i, other in enumerate(_uses) if other is use)]
+
+
+@contextlib.contextmanager
+def only_here(name: str) -> Iterator[None]:
+    """Forces one backend for every op run inside in this thread, whatever `use_backend` says."""
+    before, _here.forced = _here.forced, name
+    try:
+        yield
+    finally:
+        _here.forced = before
 
 
 def forced_backend() -> str | None:

@@ -84,13 +84,21 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softma
     """Checks k and v against q ([..., H, d], already checked) and returns the softmax scale."""
     check_tensor(op, "k", k, (*q.shape[:-3], "Nk", "Hk", q.shape[-1]), dtype=q.dtype, like=q)
     check_tensor(op, "v", v, tuple(k.shape), dtype=q.dtype, like=q)
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+    if q.shape[-2] % k.shape[-2] if k.shape[-2] else q.shape[-2]:
         fail(op, "k", f"a head count that divides q's {q.shape[-2]}", f"{k.shape[-2]}")
     if q.shape[-1] == 0:
         fail(op, "q", "a head dim of at least 1", "0")
     if dropout_p != 0.0:
         fail(op, "dropout_p", "0 (attention dropout is not supported)", repr(dropout_p))
-    return q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    return q.shape[-1] ** -0.5 if softmax_scale is None else check_number(op, "softmax_scale", softmax_scale)
+
+
+UNBOUNDED = 2**30  # a side of a window without a limit: no batch has as many tokens
+
+
+def side(size: int) -> int:
+    """A side of a window as kernels take it: any that no token can reach past is one without a limit."""
+    return min(size, UNBOUNDED)
 
 
 def check_choice(op: str, argument: str, value: object, choices: tuple) -> None:
@@ -117,7 +125,8 @@ def check_int(op: str, argument: str, value: object, at_least: int | None = None
 def check_number(op: str, argument: str, value: object, at_least: float | None = None) -> float:
     """`value`, a finite number of any kind (Python's or NumPy's; no bool, no tensor), as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real | torch.SymFloat | torch.SymInt):
-        fail(op, argument, "a number", repr(value), TypeError)
+        got = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
+        fail(op, argument, "a number", got, TypeError)
     try:
         number = float(value)
     except OverflowError:  # an int beyond every float

@@ -71,16 +71,21 @@ def empty_cache() -> None:
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """An uninitialised contiguous tensor of `like`'s dtype and device."""
-    if _is_plain(like) and torch.Size(shape).numel() * like.element_size() >= LARGE and (module := _cpu()):
+    if _is_plain(like) and torch.Size(shape).numel() * like.element_size() >= LARGE and (module := _eager_cpu()):
         return module.empty(like, shape)
     return like.new_empty(shape)
 
 
 def empty_like(x: Tensor) -> Tensor:
     """An uninitialised contiguous tensor, whatever the strides of x (torch.empty_like would keep those)."""
-    if _is_plain(x) and x.nbytes >= LARGE and (module := _cpu()):
+    if _is_plain(x) and x.nbytes >= LARGE and (module := _eager_cpu()):
         return module.empty(x, x.shape)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _eager_cpu() -> ModuleType | None:
+    """Module _cpu, but where torch.func transforms: its tensors have no memory of their own."""
+    return None if torch._C._are_functorch_transforms_active() else _cpu()
 
 
 def _is_plain(x: Tensor) -> bool:

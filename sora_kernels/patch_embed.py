@@ -19,7 +19,7 @@ from torch import Tensor
 from . import backends
 from .checks import check_tensor, fail, triple
 from .layout import PackedLayout
-from .library import register, rows
+from .library import autocast, register, rows
 from .memory import empty, empty_like
 
 Videos = Sequence[Tensor] | Tensor
@@ -43,7 +43,7 @@ def patch_embed_3d(
         patch_size: (pt, ph, pw); must divide each video's (T, H, W).
 
     Returns:
-        tokens [N, D] in the videos' dtype, and the layout of the N = sum of T/pt * H/ph * W/pw tokens, on their device; while a
+        tokens [N, D] in the videos' dtype (under autocast in its lower one, as of a Conv3d), and the layout of the N = sum of T/pt * H/ph * W/pw tokens, on their device; while a
         CUDA graph is captured it stays on the host, so build the layout that other ops in the graph use beforehand.
 
     Raises:
@@ -54,7 +54,8 @@ def patch_embed_3d(
     patch = _check_patch(op, patch_size)
     if patch != list(weight.shape[2:]):
         fail(op, "weight", f"shape [D, C, {', '.join(map(str, patch))}]", str(list(weight.shape)))
-    clips, layout = _check_videos(op, videos, patch, weight)
+    weight, bias, *clips = autocast(weight, bias, *_clips(op, videos))
+    layout = _check_videos(op, clips, patch, weight)
     if bias is not None:
         check_tensor(op, "bias", bias, (weight.shape[0],), dtype=weight.dtype, like=weight)
     return _embed(clips, weight, bias, patch), layout
@@ -69,7 +70,8 @@ def patchify_3d(videos: Videos, *, patch_size: tuple[int, int, int]) -> tuple[Te
     """
     op = "patchify_3d"
     patch = _check_patch(op, patch_size)
-    clips, layout = _check_videos(op, videos, patch, None)
+    clips = _clips(op, videos)
+    layout = _check_videos(op, clips, patch, None)
     return _patchify(clips, patch), layout
 
 
@@ -110,10 +112,13 @@ def _check_patch(op: str, patch_size: tuple[int, int, int]) -> list[int]:
     return patch
 
 
-def _check_videos(op: str, videos: Videos, patch: list[int], weight: Tensor | None) -> tuple[list[Tensor], PackedLayout]:
+def _clips(op: str, videos: Videos) -> list[Tensor]:
     if not isinstance(videos, Tensor | list | tuple):
         fail(op, "videos", "a list of tensors [C, T, H, W] or one [B, C, T, H, W]", type(videos).__name__, TypeError)
-    clips = list(videos)
+    return list(videos)
+
+
+def _check_videos(op: str, clips: list[Tensor], patch: list[int], weight: Tensor | None) -> PackedLayout:
     if not clips:
         fail(op, "videos", "at least one video", "none")
     check_tensor(op, "videos[0]", clips[0])
@@ -131,7 +136,7 @@ def _check_videos(op: str, videos: Videos, patch: list[int], weight: Tensor | No
     grids = [[n // p for n, p in zip(clip.shape[1:], patch, strict=True)] for clip in clips]
     # Nothing of pageable memory can be copied to a GPU while a graph is captured.
     capturing = first.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
-    return clips, PackedLayout.from_grids(grids, device=None if capturing else first.device)
+    return PackedLayout.from_grids(grids, device=None if capturing else first.device)
 
 
 def _num_tokens(clips: Sequence[Tensor], patch: Sequence[int]) -> int:

@@ -13,9 +13,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import backends
-from .checks import check_cu_seqlens, check_qkv, check_tensor, fail, triple
+from .checks import check_cu_seqlens, check_qkv, check_tensor, fail, side, triple
 from .layout import PackedLayout
-from .library import cotangent, lse_like, register, rows
+from .library import autocast, cotangent, register, rows, statistics_like
 from .memory import empty_like
 
 
@@ -55,16 +55,17 @@ def spatiotemporal_attention(
     if layout.num_tokens > q.shape[0]:
         fail(op, "layout", f"at most {q.shape[0]} tokens", f"{layout.num_tokens}")
     check_cu_seqlens(op, "layout.cu_seqlens", layout.cu_seqlens, q)
+    q, k, v = autocast(q, k, v)
     check_tensor(op, "k", k, (q.shape[0], "Hk", "d"))
     scale = check_qkv(op, q, k, v, 0.0, softmax_scale)
     axes = (None, None, None) if window is None else window
     if (
         not isinstance(axes, tuple | list)
         or len(axes) != 3
-        or any(w is not None and (not isinstance(w, int) or w < 1) for w in axes)
+        or any(w is not None and (isinstance(w, bool) or not isinstance(w, int) or w < 1) for w in axes)
     ):
         fail(op, "window", "three sizes >= 1, or None for a whole axis", repr(window))
-    sizes = [0 if w is None else w for w in axes]
+    sizes = [0 if w is None else side(w) for w in axes]
     causal_axes = triple(op, "causal", causal, bool)
     if not any(sizes) and not any(causal_axes):
         from .attention import flash_attn_varlen_func  # here, as that module imports this one
@@ -76,20 +77,20 @@ def spatiotemporal_attention(
 
 def _run_forward(q, k, v, *rest):
     q, k, v = rows(q, k, v)
-    out, lse = _fake_forward(q)
-    backends.call("spatiotemporal_attention_forward", q, q, k, v, *rest, out, lse)
-    return out, lse
+    out, statistics = _fake_forward(q)
+    backends.call("spatiotemporal_attention_forward", q, q, k, v, *rest, out, statistics)
+    return out, statistics
 
 
-def _run_backward(dout, q, k, v, out, lse, *rest):
+def _run_backward(dout, q, k, v, out, statistics, *rest):
     dout, q, k, v = rows(dout, q, k, v)
     grads = empty_like(q), empty_like(k), empty_like(v)
-    backends.call("spatiotemporal_attention_backward", q, dout, q, k, v, out, lse, *rest, *grads)
+    backends.call("spatiotemporal_attention_backward", q, dout, q, k, v, out, statistics, *rest, *grads)
     return grads
 
 
 def _fake_forward(q, *_):
-    return empty_like(q), lse_like(q)
+    return empty_like(q), statistics_like(q)
 
 
 def _save(ctx, inputs, output):
@@ -106,7 +107,7 @@ def _grad(ctx, dout, _):
 
 _ARGUMENTS = "Tensor cu_seqlens, Tensor cu_spans, Tensor grid, Tensor step, SymInt[] window, bool[] causal, float scale"
 _backward = register(
-    "spatiotemporal_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "spatiotemporal_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, "
     f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     lambda dout, q, k, v, *_: (empty_like(q), empty_like(k), empty_like(v)),

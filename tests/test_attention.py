@@ -71,7 +71,7 @@ def exact_varlen(q, k, v, cu_q, cu_k, causal=False, window_size=(-1, -1), softca
     left, right = (INFINITE if side < 0 else side for side in window_size)
     alibi = None if alibi_slopes is None else alibi_slopes.expand(len(cu_q) - 1, -1)
     scale = q.shape[-1] ** -0.5
-    return reference.attention(q, k, v, cu_q, cu_k, None, alibi, scale, left, 0 if causal else right, softcap)
+    return reference.attention(q, k, v, cu_q, cu_k, None, alibi, scale, left, 0 if causal else right, softcap)[:2]
 
 
 CROSS = {"queries": (37, 1, 199, 20), "keys": (5, 64, 37, 0)}
@@ -194,10 +194,11 @@ def grown(call, *args):
 torch.set_num_threads(2)
 cpu, length, dtype = backends.BACKENDS["cpu"].load(), 200_000, getattr(torch, sys.argv[1])
 q, k, v, out, dout, dq, dk, dv = (torch.ones(length, 1, 64, dtype=dtype) for _ in range(8))
-lse, cu = torch.ones(1, length, dtype=torch.float64), torch.tensor([0, length], dtype=torch.int32)
+cu = torch.tensor([0, length], dtype=torch.int32)
+lse, statistics = torch.ones(1, length), torch.ones(2, 1, length)
 options = cu, cu, None, None, 0.125, 64, 64, 0.0
-print(grown(cpu.attention_forward, q, k, v, *options, out, lse))
-print(grown(cpu.attention_backward, dout, None, q, k, v, out, lse, *options, dq, dk, dv))
+print(grown(cpu.attention_forward, q, k, v, *options, out, lse, statistics))
+print(grown(cpu.attention_backward, dout, None, q, k, v, out, statistics, *options, dq, dk, dv))
 """
 
 
@@ -360,7 +361,7 @@ BAD = [
     ("flash_attn_func", {"dropout_p": 0.1}, "dropout_p: expected 0~, got 0.1"),
     ("flash_attn_func", {"window_size": (-2, 0)}, "window_size: expected two sizes >= -1~, got (-2, 0)"),
     ("flash_attn_func", {"window_size": 5}, "window_size: expected two sizes >= -1~, got 5"),
-    ("flash_attn_func", {"softcap": "1"}, "softcap: expected a number, got str"),
+    ("flash_attn_func", {"softcap": "1"}, "softcap: expected a number, got '~'"),
     ("flash_attn_func", {"alibi_slopes": torch.ones(3)}, "alibi_slopes: expected shape [4] or [2, 4], got [3]"),
     ("flash_attn_qkvpacked_func", {"qkv": X}, "qkv: expected shape [B, S, 3, H, d], got [2, 6, 4, 8]"),
     ("flash_attn_varlen_func", {"cu_seqlens_q": CU.long()}, "cu_seqlens_q: expected dtype int32, got int64"),

@@ -55,10 +55,10 @@ def test_attention(boundaries: list[int]) -> None:
     q.normal_()
     cu = torch.tensor(boundaries, device=DEVICE, dtype=torch.int32)
     out, dq, dk, dv = (inside(3.0, N, H, D) for _ in range(4))
-    lse = torch.zeros(H, N, device=DEVICE, dtype=torch.float64)
+    lse, statistics = torch.zeros(H, N, device=DEVICE), torch.zeros(2, H, N, device=DEVICE)
     rest = cu, cu, None, None, 0.25, 2**30, 2**30, 0.0
-    run.attention_forward(q, q, q, *rest, out[0], lse)
-    run.attention_backward(torch.ones_like(q), None, q, q, q, out[0], lse, *rest, dq[0], dk[0], dv[0])
+    run.attention_forward(q, q, q, *rest, out[0], lse, statistics)
+    run.attention_backward(torch.ones_like(q), None, q, q, q, out[0], statistics, *rest, dq[0], dk[0], dv[0])
     check(out, dq, dk, dv)
 
 

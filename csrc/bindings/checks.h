@@ -51,13 +51,13 @@ inline void shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
   require(t.ndim == static_cast<int>(sizes.size()) && std::equal(sizes.begin(), sizes.end(), t.size), "unexpected shape");
 }
 
-inline void statistics(const Tensor& t, std::initializer_list<int64_t> sizes) {
-  shape(t, sizes);
+inline void statistics(const Tensor& t) {
   on_device(t);
   int64_t stride = 1;
-  for (int i = t.ndim - 1; i >= 0; stride *= t.size[i--])
+  for (int i = t.ndim - 1; i >= 0; stride *= std::max<int64_t>(t.size[i--], 1))
     require(t.dtype == DType::kFloat32 && (t.size[i] <= 1 || t.stride[i] == stride), "statistics must be float32 and contiguous");
 }
+inline void statistics(const Tensor& t, std::initializer_list<int64_t> sizes) { shape(t, sizes), statistics(t); }
 
 inline void boundaries(const Tensor& cu, int64_t total) {
   require(cu.ndim == 1 && cu.dtype == DType::kInt32 && cu.size[0] >= 1 && (cu.size[0] == 1 || cu.stride[0] == 1),

@@ -100,21 +100,33 @@ class Forward {
 
   void finish() {
     const Rows<T> out(a_.out, s_.q_batch, s_.q_start, item_.head);
-    double* lse = lse_row(a_.lse, s_, item_.head);
+    float *maximum = query_row(a_.maximum, s_, item_.head), *sum = query_row(a_.sum, s_, item_.head);
+    float* lse = a_.lse ? query_row(a_.lse, s_, item_.head) : nullptr;
     for (int i = 0; i < panels_; ++i)
       room_.panel[i].finish(
-          count(i), d_, room_.block, [&](int c) { return out[query(i) + c]; }, [&](int c) -> double& { return lse[query(i) + c]; });
+          count(i), d_, room_.block, [&](int c) { return out[query(i) + c]; },
+          [&](int c, float m, float l) {
+            const int64_t n = query(i) + c;
+            maximum[n] = m, sum[n] = l;
+            if (lse != nullptr) lse[n] = static_cast<float>(m * terms_.unit + __builtin_log(l));  // -inf if nothing was seen
+          });
   }
 };
+
+// Of a number per query [H, N], those past the last boundary.
+void fill_slack(const Tensor& x, int64_t used, float value) {
+  if (x.ndim != 2) return;
+  for (int64_t h = 0; h < x.size[0]; ++h)
+    for (int64_t n = used; n < x.size[1]; ++n) static_cast<float*>(x.data)[h * x.stride[0] + n] = value;
+}
 
 template <class T>
 void forward(const Attention& a) {
   parallel_for(a.num_items, [&](int64_t i) { Forward<T>(a, a.items[i]).run(); });
   zero_slack<T>(a.out, a.q_used);
-  if (a.lse.ndim == 2)
-    for (int64_t h = 0; h < a.lse.size[0]; ++h)
-      for (int64_t n = a.q_used; n < a.lse.size[1]; ++n)
-        static_cast<double*>(a.lse.data)[h * a.lse.stride[0] + n] = -__builtin_inf();
+  fill_slack(a.maximum, a.q_used, -__builtin_inff());
+  fill_slack(a.sum, a.q_used, 0);
+  if (a.lse) fill_slack(a.lse, a.q_used, -__builtin_inff());
 }
 
 }  // namespace

@@ -21,26 +21,26 @@ struct Rows {
   T* operator[](int64_t n) const { return data + n * stride; }
 };
 
-// lse is [B, H, S] dense, [H, N] packed.
-inline double* lse_row(const Tensor& lse, const Sample& s, int64_t head) {
-  double* data = static_cast<double*>(lse.data);
-  return lse.ndim == 3 ? data + s.q_batch * lse.stride[0] + head * lse.stride[1] : data + head * lse.stride[0] + s.q_start;
+// A number per query of a head: x is [B, H, S] dense, [H, N] packed.
+inline float* query_row(const Tensor& x, const Sample& s, int64_t head) {
+  float* data = static_cast<float*>(x.data);
+  return x.ndim == 3 ? data + s.q_batch * x.stride[0] + head * x.stride[1] : data + head * x.stride[0] + s.q_start;
 }
 
-// What the backward needs to know of a query. lse is times log2(e), in two floats, as the rounding of one would scale the whole
-// row, and +inf where a query sees nothing; delta = dO . O is summed in float64, as it is subtracted from numbers close to it.
+// What the backward needs to know of a query: P = 2^(c (S - maximum)) * inverse, of the forward's maximum and sum. Of a query that
+// sees nothing the maximum is +inf, so that all P are 0. delta = dO . O is summed in float64, as it is subtracted from numbers
+// close to it.
 struct QueryStatistics {
-  float lse = __builtin_inff(), lse_rest = 0, delta = 0;
+  float maximum = __builtin_inff(), inverse = 0, delta = 0;
 
   QueryStatistics() {}
   template <class T>
-  QueryStatistics(double natural_lse, const T* out, const T* dout, int d) {
-    if (natural_lse == -__builtin_inf()) return;
-    const double exponent = natural_lse * 1.44269504088896341;
-    lse = static_cast<float>(exponent), lse_rest = static_cast<float>(exponent - lse);
-    Total sum;
-    each_vector(d, [&](int64_t i, int lanes) { sum.add_product(load_lanes(out + i, lanes), load_lanes(dout + i, lanes)); });
-    delta = sum.total();
+  QueryStatistics(float maximum_, float sum, const T* out, const T* dout, int d) {
+    if (sum == 0) return;
+    maximum = maximum_, inverse = 1 / sum;
+    Total total;
+    each_vector(d, [&](int64_t i, int lanes) { total.add_product(load_lanes(out + i, lanes), load_lanes(dout + i, lanes)); });
+    delta = total.total();
   }
 };
 
@@ -69,7 +69,8 @@ void put_transposed(const float* src, int ld, const float* factor, int count, in
 struct ScoreTerms {
   bool any;
   float scale, log2_scale;
-  float cap;  // 0: none
+  double unit;  // and by this to be natural exponents
+  float cap;    // 0: none
   const float* bias;
   int64_t bias_q, bias_k;
   float slope;
@@ -86,7 +87,7 @@ struct ScoreTerms {
       slope = static_cast<const float*>(a.alibi.data)[b * a.alibi.stride[0] + head * a.alibi.stride[1]];
     }
     any = cap > 0 || bias != nullptr || slope != 0 || !(scale > 0);
-    log2_scale = any ? kLog2E : scale * kLog2E;
+    log2_scale = any ? kLog2E : scale * kLog2E, unit = any ? 1 : scale;
   }
 
   // s [num_keys, ld] in place; `slopes` (or null) receives d capped / d raw.

@@ -1,7 +1,7 @@
 // Attention over packed samples, backward.
 //
-// For each block of keys and panel of queries, P is computed again from lse; dP^T = V dO^T; dS = P (dP - delta); dV += P dO;
-// dK += dS Q; dQ^T += K^T dS.
+// For each block of keys and panel of queries, P is computed again from the rows' maximum and sum; dP^T = V dO^T; dS = P (dP -
+// delta); dV += P dO; dK += dS Q; dQ^T += K^T dS.
 //
 // An item is one key head of a sample with all its query heads: nothing is shared between items, so there are no atomics, and five
 // products do. dQ is summed in float32 over the whole sample, which takes memory; a sample that would take too much, or that alone
@@ -20,19 +20,19 @@ constexpr int kKeyBlocks = 8;
 constexpr int kKeptElements = 1 << 16;
 
 struct PanelStatistics {
-  float lse[kPanel], lse_rest[kPanel], delta[kPanel], dlse[kPanel];
+  float maximum[kPanel], inverse[kPanel], delta[kPanel], dlse[kPanel];
 };
 
 template <class T>
 void panel_statistics(const Attention& a, const Sample& s, int head, int64_t begin, int count, PanelStatistics& to) {
   const Rows<const T> out(a.out, s.q_batch, s.q_start, head), dout(a.dout, s.q_batch, s.q_start, head);
-  const double* lse = lse_row(a.lse, s, head) + begin;
-  const double* dlse = a.dlse ? lse_row(a.dlse, s, head) + begin : nullptr;
+  const float *maximum = query_row(a.maximum, s, head) + begin, *sum = query_row(a.sum, s, head) + begin;
+  const float* dlse = a.dlse ? query_row(a.dlse, s, head) + begin : nullptr;
   for (int c = 0; c < kPanel; ++c) {
     const QueryStatistics q =
-        c < count ? QueryStatistics(lse[c], out[begin + c], dout[begin + c], head_dim(a.q)) : QueryStatistics();
-    to.lse[c] = q.lse, to.lse_rest[c] = q.lse_rest, to.delta[c] = q.delta;
-    to.dlse[c] = q.lse < __builtin_inff() && dlse ? static_cast<float>(dlse[c]) : 0;
+        c < count ? QueryStatistics(maximum[c], sum[c], out[begin + c], dout[begin + c], head_dim(a.q)) : QueryStatistics();
+    to.maximum[c] = q.maximum, to.inverse[c] = q.inverse, to.delta[c] = q.delta;
+    to.dlse[c] = q.inverse != 0 && dlse ? dlse[c] : 0;
   }
 }
 
@@ -48,13 +48,14 @@ struct Gradients {
                bool whole) {
     complete_pairs(scores, dp, num_keys, kPanel, 0, kPanel);
     for (int c = 0; c < count; c += 2 * W) {
-      vf lse[2], rest[2], delta[2];
+      vf maximum[2], inverse[2], delta[2];
       for (int n = 0; n < 2; ++n) {
-        lse[n] = load(row.lse + c + n * W), rest[n] = load(row.lse_rest + c + n * W), delta[n] = load(row.delta + c + n * W);
+        maximum[n] = load(row.maximum + c + n * W), inverse[n] = load(row.inverse + c + n * W);
+        delta[n] = load(row.delta + c + n * W);
         if (whole) {
           delta[n] = vf{};
           for (int at = c + n * W; at < num_keys * kPanel; at += kPanel)
-            delta[n] += exp2<M::kRough>(multiply_add(load(scores + at), log2_scale, -lse[n]) - rest[n]) * load(dp + at);
+            delta[n] += exp2<M::kRough>((load(scores + at) - maximum[n]) * log2_scale) * inverse[n] * load(dp + at);
         }
         delta[n] -= load(row.dlse + c + n * W);
       }
@@ -66,7 +67,7 @@ struct Gradients {
 #pragma GCC unroll 2
           for (int n = 0; n < 2; ++n) {
             const int at = (j + m) * kPanel + c + n * W;
-            probability[m][n] = exp2<M::kRough>(multiply_add(load(scores + at), log2_scale, -lse[n]) - rest[n]);
+            probability[m][n] = exp2<M::kRough>((load(scores + at) - maximum[n]) * log2_scale) * inverse[n];
             gradient[m][n] = probability[m][n] * (load(dp + at) - delta[n]);
             if (slopes != nullptr) gradient[m][n] *= load(slopes + at);
           }
@@ -175,7 +176,9 @@ class Backward {
     BandMask mask;
     mask.start(a_, s_, begin, count);
     if (mask.k_end <= k_begin || mask.k_begin >= k_end) return;
-    const bool whole = mask.k_begin / kKeyBlock == (mask.k_end - 1) / kKeyBlock;  // one block is all that it sees
+    // One block of these keys is all that the panel sees. An item may hold only some of them, such as those of one span.
+    const bool whole = mask.k_begin >= k_begin && mask.k_end <= k_end &&
+                       (mask.k_begin - k_begin) / kKeyBlock == (mask.k_end - 1 - k_begin) / kKeyBlock;
     const Rows<const T> q(a_.q, s_.q_batch, s_.q_start, head), dout(a_.dout, s_.q_batch, s_.q_start, head);
     const ScoreTerms terms(a_, s_, head);
     const typename M::Right q_transposed = M::right_transposed(q[begin], q.stride, count, d_, room_.q_transposed);

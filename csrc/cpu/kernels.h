@@ -24,7 +24,9 @@ struct AttentionItem {
 };
 
 struct Attention {
-  Tensor q, k, v, out, lse;
+  Tensor q, k, v, out;
+  Tensor maximum, sum;            // of the softmax, a number per query: of the scores before `scale` where that is all there is
+  Tensor lse;                     // forward only, and may be absent
   Tensor dout, dlse, dq, dk, dv;  // backward only
   Tensor bias, alibi;
   float scale, softcap;

@@ -276,16 +276,6 @@ void dispatch(DType dtype, Body body) {
 
 // ---- functions
 
-// a b + c, rounded once even where there is no fused multiply-add.
-SORA_INLINE vf multiply_add(vf a, float b, vf c) {
-#if defined(__x86_64__) && !defined(__FMA__)
-  typedef double vd __attribute__((vector_size(W * 8)));
-  return __builtin_convertvector(__builtin_convertvector(a, vd) * double{b} + __builtin_convertvector(c, vd), vf);
-#else
-  return a * b + c;
-#endif
-}
-
 // 2**f for |f| <= 1/2: minimax fits that are exact at 0, of relative error 2e-09, or 3e-06, enough for numbers of 16 bits.
 template <bool rough = false>
 SORA_INLINE vf exp2_fraction(vf f) {

@@ -1,9 +1,12 @@
 // The running softmax of a panel of queries, and the output it weighs: what is the same for every kind of attention, forward.
 //
 // Everything is computed transposed: scores S^T [keys, queries] = K Q^T with queries on the vector lanes. So softmax runs down the
-// lanes with no horizontal step. With c = scale log2(e) and m the running maximum, a block of keys adds
+// lanes with no horizontal step. With c = scale log2(e) and m the running maximum of S, a block of keys adds
 //
-//   P = 2^(c S - m)      O^T = O^T 2^(m_old - m) + V^T P      l = l 2^(m_old - m) + sum P
+//   P = 2^(c (S - m))      O^T = O^T 2^(c (m_old - m)) + V^T P      l = l 2^(c (m_old - m)) + sum P
+//
+// The difference comes before the factor: of scores of any size, the largest then gives exactly 2^0. In c S - c m, the rounding of
+// c m alone would pass 2^127 for scores of 1e10, such as masks have.
 #pragma once
 
 #include "attention.h"
@@ -14,8 +17,8 @@ constexpr int kPanel = 64;  // queries on the lanes of one panel
 // Keys of one block of scores: the faster the products, the longer the sums that pay.
 constexpr int kKeyBlock = kTiles ? 256 : kPairs ? 128 : 64;
 
-// A running maximum is raised only when it is this far behind, so that what was summed before rarely has to be scaled: numbers up
-// to 2^8 lose no precision.
+// A running maximum is raised only when it is this far behind, in powers of 2, so that what was summed before rarely has to be
+// scaled: numbers up to 2^8 lose no precision.
 constexpr float kBehind = 8;
 
 // One block of keys into the running softmax of NV vectors of queries: m and l are updated, P is put from column `column` on, and
@@ -32,12 +35,12 @@ bool online_softmax(float* s, int num_keys, float log2_scale, float* m, float* l
   vi changed = {};
 #pragma GCC unroll 4
   for (int c = 0; c < NV; ++c) {
-    const vf before = load(m + c * W), candidate = highest[c] * log2_scale;
-    highest[c] = candidate > before + kBehind ? candidate : before;
+    const vf before = load(m + c * W);
+    highest[c] = (highest[c] - before) * log2_scale > kBehind ? highest[c] : before;
     changed |= before != highest[c];
     store(m + c * W, highest[c]);
     highest[c] = highest[c] == -__builtin_inff() ? vf{} : highest[c];  // nothing seen yet: 2^(-inf - 0) is 0, not NaN
-    const vf factor = exp2(before - highest[c]);
+    const vf factor = exp2((before - highest[c]) * log2_scale);
     store(correction + c * W, factor);
     total[c] = load(l + c * W) * factor;
   }
@@ -46,8 +49,8 @@ bool online_softmax(float* s, int num_keys, float log2_scale, float* m, float* l
   for (; j < num_keys; j += 2, s += 2 * kPanel) {
 #pragma GCC unroll 4
     for (int c = 0; c < NV; ++c) {
-      const vf even = exp2<M::kRough>(multiply_add(load(s + c * W), log2_scale, -highest[c])),
-               odd = exp2<M::kRough>(multiply_add(load(s + kPanel + c * W), log2_scale, -highest[c]));
+      const vf even = exp2<M::kRough>((load(s + c * W) - highest[c]) * log2_scale),
+               odd = exp2<M::kRough>((load(s + kPanel + c * W) - highest[c]) * log2_scale);
       M::put_pair(p, j, column + c * W, even, odd);
       total[c] += even + odd;
     }
@@ -113,11 +116,11 @@ struct QueryPanel {
     M::template multiply<Init::kAdd>(d, end - begin, num_keys, v, M::from_column(p, begin), out + begin, kPanel);
   }
 
-  // The results, query c's to row(c) and lse(c).
-  template <class Row, class Lse>
-  void finish(int count, int d, const ScoreRoom<M>& room, Row row, Lse lse) const {
+  // The results: query c's output to row(c), and statistics(c, maximum, sum).
+  template <class Row, class Put>
+  void finish(int count, int d, const ScoreRoom<M>& room, Row row, Put statistics) const {
     for (int c = 0; c < count; ++c) {
-      lse(c) = m[c] * __builtin_log(2) + __builtin_log(l[c]);  // -inf if nothing was seen
+      statistics(c, m[c], l[c]);
       room.correction[c] = l[c] == 0 ? 0 : 1 / l[c];
     }
     put_transposed(out, kPanel, room.correction, count, d, row);

@@ -64,11 +64,12 @@ void forward(const SpatiotemporalAttention& w, const WindowItem& item) {
   stack.walk(s.k_size, gathered(d), kKeyBlock, M::kDepth, pack, add);
 
   const Rows<T> out(a.out, 0, s.q_start, item.head);
-  double* lse = lse_row(a.lse, s, item.head);
+  float *maximum = query_row(a.maximum, s, item.head), *sum = query_row(a.sum, s, item.head);
   for (int i = 0; i < stack.panels; ++i) {
     const int64_t* token = stack.panel[i].token;
     room.panel[i].finish(
-        stack.panel[i].count, d, room.block, [&](int c) { return out[token[c]]; }, [&](int c) -> double& { return lse[token[c]]; });
+        stack.panel[i].count, d, room.block, [&](int c) { return out[token[c]]; },
+        [&](int c, float m, float l) { maximum[token[c]] = m, sum[token[c]] = l; });
   }
 }
 

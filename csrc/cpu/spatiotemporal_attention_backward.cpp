@@ -4,12 +4,12 @@
 // An item computes dQ of a stack of panels of queries, from the keys that they see, or dK and dV of a stack of panels of keys, from
 // the queries that see them. Both are the same walk. With X0, X1 of the panel and Y0, Y1 of the blocks that it meets,
 //
-//   S^T = Y0 X0^T     P = 2^(c S - lse)     dP^T = Y1 X1^T     dS = P (dP - delta)
+//   S^T = Y0 X0^T     P = 2^(c (S - maximum)) / sum     dP^T = Y1 X1^T     dS = P (dP - delta)
 //   queries: X = Q, dO; Y = K, V      dQ^T += K^T dS^T
 //   keys:    X = K, V;  Y = Q, dO     dK^T += Q^T dS^T      dV^T += dO^T P^T
 //
-// where lse and delta are per column for queries and per row for keys. So every sum is one item's own: there are no atomics, and
-// memory is per thread and does not grow with the sample, for seven products instead of five.
+// where maximum, sum and delta are per column for queries and per row for keys. So every sum is one item's own: there are no
+// atomics, and memory is per thread and does not grow with the sample, for seven products instead of five.
 #include "window.h"
 
 namespace sora::SORA_TIER {
@@ -20,10 +20,12 @@ constexpr int kBlock = kTiles ? 128 : 64;  // tokens of one block of scores
 
 // Of some queries, each an array of as many numbers.
 struct Statistics {
-  float *lse, *lse_rest, *delta;
+  float *maximum, *inverse, *delta;
 
-  void take_room(Pieces& pieces, int count) { lse = pieces.take(count), lse_rest = pieces.take(count), delta = pieces.take(count); }
-  void put(int i, const QueryStatistics& q) const { lse[i] = q.lse, lse_rest[i] = q.lse_rest, delta[i] = q.delta; }
+  void take_room(Pieces& pieces, int count) {
+    maximum = pieces.take(count), inverse = pieces.take(count), delta = pieces.take(count);
+  }
+  void put(int i, const QueryStatistics& q) const { maximum[i] = q.maximum, inverse[i] = q.inverse, delta[i] = q.delta; }
 };
 
 // A thread's memory for an item.
@@ -105,7 +107,8 @@ class Backward {
   Rows<const T> rows(const Tensor& x, int head) const { return Rows<const T>(x, 0, s_.q_start, head); }
 
   QueryStatistics statistics(int head, int64_t n) const {
-    return QueryStatistics(lse_row(a_.lse, s_, head)[n], rows(a_.out, head)[n], rows(a_.dout, head)[n], d_);
+    return QueryStatistics(query_row(a_.maximum, s_, head)[n], query_row(a_.sum, s_, head)[n], rows(a_.out, head)[n],
+                           rows(a_.dout, head)[n], d_);
   }
 
   void start_panels() {
@@ -169,10 +172,10 @@ class Backward {
 #pragma GCC unroll 2
         for (int m = 0; m < 2; ++m) {
           const int at = (j + m) * kPanel + c, n = keys ? first + (j + m < count ? j + m : j) : c;
-          const vf lse = keys ? broadcast(row.lse[n]) : load(column.lse + c),
-                   rest = keys ? broadcast(row.lse_rest[n]) : load(column.lse_rest + c),
+          const vf maximum = keys ? broadcast(row.maximum[n]) : load(column.maximum + c),
+                   inverse = keys ? broadcast(row.inverse[n]) : load(column.inverse + c),
                    delta = keys ? broadcast(row.delta[n]) : load(column.delta + c);
-          probability[m] = exp2<M::kRough>(multiply_add(load(scores + at), log2_scale, -lse) - rest);
+          probability[m] = exp2<M::kRough>((load(scores + at) - maximum) * log2_scale) * inverse;
           gradient[m] = probability[m] * (load(dp + at) - delta);
         }
         if (keys) M::put_pair(p, j, c, probability[0], probability[1]);

@@ -5,7 +5,9 @@ outputs it is given, the backward is autograd through the differentiable functio
 float64 computes in float64, anything narrower in float32; a result is rounded once, when it is stored.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,11 +32,35 @@ def zero_rows(rows: Tensor, count: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
 
 
+class _Collecting(threading.local):
+    values: dict[int, tuple[Tensor, Tensor]] | None = None
+
+
+_collecting = _Collecting()
+
+
+@contextlib.contextmanager
+def collecting(values: dict[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside, in this thread, `write` stores nothing, but puts id(output): (output, value) into `values`.
+
+    So a function that is differentiated gives its values themselves: nothing can be stored that a transform of torch.func follows.
+    """
+    before, _collecting.values = _collecting.values, values
+    try:
+        yield
+    finally:
+        _collecting.values = before
+
+
 def write(values: Tensors, outputs: Tensors) -> None:
     """Store each value in its output, in the output's dtype; an output of None is not wanted."""
     for value, output in zip(values, outputs, strict=True):
-        if value is not None and output is not None:
+        if value is None or output is None:
+            continue
+        if _collecting.values is None:
             output.copy_(value)
+        else:
+            _collecting.values[id(output)] = output, value.to(output.dtype)
 
 
 def write_gradients(function: Callable[..., Sequence[Tensor]], inputs: Tensors, cotangents: Tensors, outputs: Tensors) -> None:
@@ -42,6 +68,9 @@ def write_gradients(function: Callable[..., Sequence[Tensor]], inputs: Tensors, 
 
     An input of None is passed on as it is and has no gradient; a cotangent of None counts as zero.
     """
+    if _collecting.values is not None:
+        write(pull_back(function, inputs, cotangents), outputs)
+        return
     # A registered op runs with autograd switched off in the dispatcher, where enable_grad alone has no effect.
     autograd_on = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     with torch.enable_grad(), autograd_on:
@@ -53,6 +82,20 @@ def write_gradients(function: Callable[..., Sequence[Tensor]], inputs: Tensors, 
         found = torch.autograd.grad([r for r, _ in used], present, [c for _, c in used], materialize_grads=True)
     gradients = iter(found)
     write([None if x is None else next(gradients) for x in inputs], outputs)
+
+
+def pull_back(function: Callable[..., Sequence[Tensor]], inputs: Tensors, cotangents: Tensors) -> Tensors:
+    """Gradients of `function(*inputs)` that can be differentiated themselves; None where the input is None."""
+
+    def of_present(*given: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(given)
+        return tuple(function(*(None if x is None else next(rest) for x in inputs)))
+
+    results, pullback = torch.func.vjp(of_present, *(x for x in inputs if x is not None))
+    found = iter(
+        pullback(tuple(torch.zeros_like(r) if c is None else c.to(r.dtype) for r, c in zip(results, cotangents, strict=True)))
+    )
+    return [None if x is None else next(found) for x in inputs]
 
 
 # Below the helpers, because the files of the ops import them from here.

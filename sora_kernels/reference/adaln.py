@@ -30,7 +30,7 @@ def moments(x: Tensor, rms: bool) -> tuple[Tensor, Tensor, Tensor]:
 def eps_of_forward(x: Tensor, cu: Tensor, rms: bool, rstd: Tensor) -> Tensor:
     """The eps [n,1] with which the forward pass reached `rstd`: the backward functions are given rstd but not eps."""
     count = int(cu[-1])
-    return rstd[:count, None] ** -2 - moments(x[:count], rms)[2]
+    return rstd[:count, None].detach() ** -2 - moments(x[:count].detach(), rms)[2]
 
 
 def layer_norm_modulate(
@@ -150,9 +150,9 @@ def gate_residual_layer_norm_modulate_forward(
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    # one after the other: the norm is taken of the residual as stored
-    gate_residual_forward(residual, x, gate, cu, residual_out)
-    layer_norm_modulate_forward(residual_out, shift, scale, cu, rms, weight, bias, eps, out, mean, rstd)
+    added = gate_residual(residual, x, gate, cu).to(residual_out.dtype)  # the norm is taken of the residual as stored
+    normed = layer_norm_modulate(added, shift, scale, cu, rms, weight, bias, eps)
+    write((added, *normed), (residual_out, out, mean, rstd))
 
 
 def gate_residual_layer_norm_modulate_backward(

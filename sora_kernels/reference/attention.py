@@ -1,8 +1,9 @@
 """Attention, dense, packed and over spacetime windows: one score matrix per sample.
 
 s[i,j] = scale · q[i]·k[j], softcapped, plus bias and ALiBi
-lse[i] = log Σ_j exp(s[i,j]) over the keys visible to i
-out[i] = Σ_j exp(s[i,j] - lse[i]) · v[j]
+m[i] = max_j s[i,j], l[i] = Σ_j exp(s[i,j] - m[i]) over the keys visible to i
+out[i] = Σ_j exp(s[i,j] - m[i]) / l[i] · v[j]
+lse[i] = m[i] + log l[i]
 """
 
 import itertools
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sora_kernels.reference import widen, write, write_gradients
 from sora_kernels.reference.rope import token_coordinates
@@ -18,10 +20,11 @@ from sora_kernels.reference.rope import token_coordinates
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float = 0.0, added: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """One sample: q [i,H,d], k, v [j,Hk,d], visible bool broadcastable to [H,i,j] -> out [i,H,d], lse [H,i].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One sample: q [i,H,d], k, v [j,Hk,d], visible bool broadcastable to [H,i,j] -> out [i,H,d]; lse, maximum, sum [H,i].
 
-    Query head h reads key head h // (H / Hk). A query that sees no key gives out 0 and lse -inf, with zero gradients.
+    Query head h reads key head h // (H / Hk). A query that sees no key gives out 0, lse and maximum -inf and sum 0, with zero
+    gradients.
     """
     q, k, v = widen(q), widen(k), widen(v)
     k, v = (repeat(x, "j hk d -> j (hk g) d", g=q.shape[1] // x.shape[1]) for x in (k, v))
@@ -32,10 +35,14 @@ def attend(
         scores = scores + added
         visible = visible & (added > -torch.inf)
     scores = scores.masked_fill(~visible, -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
+    maximum = pad(scores.detach(), (0, 1), value=-torch.inf).amax(dim=-1)  # with a key that nobody sees, as there may be no other
     # exp(-inf - 0) is 0 where exp(-inf - (-inf)) would be NaN
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    return einsum(weights, v, "h i j, j h d -> i h d"), lse
+    weights = torch.exp(scores - maximum.masked_fill(maximum == -torch.inf, 0.0)[..., None])
+    total = weights.sum(dim=-1)
+    blind = total == 0
+    divisor = total.masked_fill(blind, 1.0)
+    lse = (maximum + torch.log(divisor)).masked_fill(blind, -torch.inf)
+    return einsum(weights / divisor[..., None], v, "h i j, j h d -> i h d"), lse, maximum, total
 
 
 def attention(
@@ -50,11 +57,12 @@ def attention(
     left: int,
     right: int,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Dense (`cu_q` None) or packed attention; key j is visible to query i iff i+Sk-Sq-left <= j <= i+Sk-Sq+right.
 
     q [B,Sq,H,d], k, v [B,Sk,Hk,d] -> out [B,Sq,H,d], lse [B,H,Sq]; packed q [N,H,d], k, v [Nk,Hk,d] -> out [N,H,d],
     lse [H,N]. bias [B,H,Sq,Sk] is added after the softcap, alibi [B,H] subtracts alibi·|i+Sk-Sq-j|.
+    The third result is the maximum and the sum of each softmax: see `statistics`.
     """
     if cu_q is None or cu_k is None:
         samples = list(zip(q, k, v, strict=True))
@@ -71,11 +79,23 @@ def attention(
             added = slope if added is None else added + slope
         results.append(attend(q_b, k_b, v_b, (distance <= left) & (distance >= -right), scale, softcap, added))
 
+    is_plain = bias is None and alibi is None and not softcap > 0
     if cu_q is None:
         batch, length = q.shape[:2]
-        out, lse = join(results, rearrange(q, "b i h d -> (b i) h d"))
-        return out.reshape(q.shape), rearrange(lse, "h (b i) -> b h i", b=batch, i=length)
-    return join(results, q)
+        out, *of_queries = join(results, rearrange(q, "b i h d -> (b i) h d"))
+        lse, maximum, total = (rearrange(x, "h (b i) -> b h i", b=batch, i=length) for x in of_queries)
+        return out.reshape(q.shape), lse, statistics(maximum, total, scale, is_plain)
+    out, lse, maximum, total = join(results, q)
+    return out, lse, statistics(maximum, total, scale, is_plain)
+
+
+def statistics(maximum: Tensor, total: Tensor, scale: float, is_plain: bool) -> Tensor:
+    """[2, ...]: maximum and sum of each softmax, as every backend keeps them for the backward.
+
+    Where scores are products times a positive scale and nothing else, the maximum is that of the products: kernels leave the scale
+    to the exponential.
+    """
+    return torch.stack([maximum / scale if is_plain and scale > 0 else maximum, total.detach()])
 
 
 def spatiotemporal_attention(
@@ -92,7 +112,7 @@ def spatiotemporal_attention(
 ) -> tuple[Tensor, Tensor]:
     """Packed attention where a query sees a window of its own span and all of the other spans of its sample.
 
-    q [N,H,d], k, v [N,Hk,d] -> out [N,H,d], lse [H,N].
+    q [N,H,d], k, v [N,Hk,d] -> out [N,H,d], statistics [2,H,N].
     """
     span, coordinate = token_coordinates(cu_spans, grid)
     start, stop = neighbourhood(coordinate, grid.long()[span], window, causal)
@@ -105,7 +125,8 @@ def spatiotemporal_attention(
         near = (key >= start[own, None]) & (key < stop[own, None])
         visible = near.all(dim=-1) | (span[own, None] != span[own]) | ~has_window[own, None]
         results.append(attend(q[own], k[own], v[own], visible, scale))
-    return join(results, q)
+    out, _, maximum, total = join(results, q)
+    return out, statistics(maximum, total, scale, is_plain=True)
 
 
 def neighbourhood(coordinate: Tensor, length: Tensor, window: Sequence[int], causal: Sequence[bool]) -> tuple[Tensor, Tensor]:
@@ -131,12 +152,13 @@ def cut(x: Tensor, cu: Tensor) -> list[Tensor]:
     return [x[first:last] for first, last in boundaries(cu)]
 
 
-def join(results: list[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed out [N,H,d] and lse [H,N] of the samples' results; past the last boundary out is 0 and lse is -inf."""
-    slack = len(q) - sum(len(out) for out, _ in results)
-    nothing = (widen(q.new_zeros(slack, *q.shape[1:])), widen(q.new_full((q.shape[1], slack), -torch.inf)))
-    outs, lses = zip(*results, nothing, strict=True)
-    return torch.cat(outs), torch.cat(lses, dim=-1)
+def join(results: list[tuple[Tensor, ...]], q: Tensor) -> tuple[Tensor, ...]:
+    """Packed out [N,H,d], lse, maximum and sum [H,N] of the samples' results; past the last boundary as of queries without keys."""
+    slack = len(q) - sum(len(out) for out, *_ in results)
+    none = q.new_full((q.shape[1], slack), -torch.inf)
+    nothing = (q.new_zeros(slack, *q.shape[1:]), none, none, torch.zeros_like(none))
+    outs, *of_queries = zip(*results, map(widen, nothing), strict=True)
+    return torch.cat(outs), *(torch.cat(x, dim=-1) for x in of_queries)
 
 
 def attention_forward(
@@ -153,8 +175,9 @@ def attention_forward(
     softcap: float,
     out: Tensor,
     lse: Tensor,
+    statistics: Tensor,
 ) -> None:
-    write(attention(q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap), (out, lse))
+    write(attention(q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap), (out, lse, statistics))
 
 
 def attention_backward(
@@ -164,7 +187,7 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     bias: Tensor | None,
@@ -177,8 +200,8 @@ def attention_backward(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return attention(q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap)
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return attention(q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap)[:2]
 
     write_gradients(function, (q, k, v), (dout, dlse), (dq, dk, dv))
 
@@ -195,9 +218,9 @@ def spatiotemporal_attention_forward(
     causal: Sequence[bool],
     scale: float,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
 ) -> None:
-    write(spatiotemporal_attention(q, k, v, cu_seqlens, cu_spans, grid, step, window, causal, scale), (out, lse))
+    write(spatiotemporal_attention(q, k, v, cu_seqlens, cu_spans, grid, step, window, causal, scale), (out, statistics))
 
 
 def spatiotemporal_attention_backward(
@@ -206,7 +229,7 @@ def spatiotemporal_attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     cu_seqlens: Tensor,
     cu_spans: Tensor,
     grid: Tensor,
@@ -218,7 +241,7 @@ def spatiotemporal_attention_backward(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return spatiotemporal_attention(q, k, v, cu_seqlens, cu_spans, grid, step, window, causal, scale)
+    def function(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return spatiotemporal_attention(q, k, v, cu_seqlens, cu_spans, grid, step, window, causal, scale)[:1]
 
-    write_gradients(function, (q, k, v), (dout, None), (dq, dk, dv))
+    write_gradients(function, (q, k, v), [dout], (dq, dk, dv))

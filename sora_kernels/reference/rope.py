@@ -133,7 +133,7 @@ def qk_norm_rope_3d_backward(
     for side, weight, rstd, dout, dx, dweight in sides:
         # the eps of the forward pass, which is not passed on: 1/rstd² = mean(x²) + eps
         count = len(angles)
-        mean_square = norm_groups(side[:count], across_heads).square().mean(dim=-1, keepdim=True)
-        eps = rstd[:count, :, None] ** -2 - mean_square
+        mean_square = norm_groups(side[:count].detach(), across_heads).square().mean(dim=-1, keepdim=True)
+        eps = rstd[:count, :, None].detach() ** -2 - mean_square
         function = partial(norm_rope, angles=angles, interleaved=interleaved, across_heads=across_heads, eps=eps)
         write_gradients(function, (side, weight), (dout, None), (dx, dweight))

@@ -9,34 +9,21 @@ Which program serves which block is schedule.py's. Blocks of keys that no query 
 at an edge (of the sample, the window, causality) compute a mask. Their loops are not pipelined: sm90's matrix units would wait for
 each other in all of them if two pipelined loops added to the same registers.
 
-Scores are kept in units of log2(e), for exp2. lse is float64: the backward recomputes a row's probabilities from this one number.
+The backward computes a row's probabilities again from the maximum and the sum that the forward stored.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    LN2,
-    LOG2E,
-    by_row,
-    dscores,
-    empty_statistics,
-    head_constants,
-    load_lse,
-    load_statistics,
-    probabilities,
-    softmax_step,
-    store_statistics,
-    strided,
-    tanh,
-)  # fmt: skip
+from .common import LOG2E, by_row, dscores, head_constants, load_softmax, probabilities, softmax_step, store_softmax, strided, tanh
 from .configs import attention_config
 from .schedule import locate, other_side, work_list
 
-UNBOUNDED = 2**30  # as the story file decodes a window side without a limit
+UNBOUNDED = 2**30  # as checks.side has it
 SIZES = ["total_q", "total_k", "num_samples", "num_heads"]  # a batch of another size must not compile anew
 
 
@@ -53,6 +40,14 @@ def statistics_offset(work, b, begin, head, num_heads, num_rows):
     if work is None:
         head += b * num_heads
     return head.to(tl.int64) * num_rows + begin
+
+
+@triton.jit
+def num_statistics(work, num_samples, num_heads, num_rows):
+    """How many queries of all heads there are: the stride from their maxima to their sums."""
+    if work is None:
+        num_heads *= num_samples
+    return tl.cast(num_heads, tl.int64) * num_rows
 
 
 @triton.jit
@@ -79,7 +74,7 @@ def store_rows(p, stride, first, num_rows, x, D: tl.constexpr):
 
 @triton.jit
 def finish_scores(s, i, j, num_q, num_k, added, rule, MASKED: tl.constexpr, RULE: tl.constexpr):
-    """Scores from products q.k, for queries i and keys j, blocks that broadcast to s: (in units of log2(e), tanh of the softcap).
+    """Scores from products q.k, for queries i and keys j, blocks that broadcast to s: (scores, tanh of the softcap).
 
     added is (bias [B, H, Sq, Sk] and its strides or None, ALiBi slopes [B, H] and theirs or None, sample, head). rule is (scale,
     softcap, left, right); RULE says which of it there is: (left, right, softcap, whether the scale is left to `score_factor`).
@@ -89,18 +84,18 @@ def finish_scores(s, i, j, num_q, num_k, added, rule, MASKED: tl.constexpr, RULE
     distance = i + (num_k - num_q) - j
     if RULE[2]:
         t = tanh(s * (scale / softcap))
-        s = t * (softcap * LOG2E)
+        s = t * softcap
     else:
         t = s
         if not RULE[3]:
-            s = s * (scale * LOG2E)
+            s = s * scale
     if alibi is not None:
         slope = tl.load(alibi[0] + b * alibi[1][0] + head * alibi[1][1])
-        s -= slope * LOG2E * tl.abs(distance).to(tl.float32)
+        s -= slope * tl.abs(distance).to(tl.float32)
     if bias is not None:
         p_rows = bias[0] + b.to(tl.int64) * bias[1][0] + head.to(tl.int64) * bias[1][1]
         p_block = p_rows + i.to(tl.int64) * bias[1][2] + j.to(tl.int64) * bias[1][3]
-        s += tl.load(p_block, mask=(i < num_q) & (j < num_k), other=0.0) * LOG2E
+        s += tl.load(p_block, mask=(i < num_q) & (j < num_k), other=0.0)
     if MASKED:
         seen = j < num_k
         if RULE[0]:
@@ -113,8 +108,8 @@ def finish_scores(s, i, j, num_q, num_k, added, rule, MASKED: tl.constexpr, RULE
 
 @triton.jit
 def score_factor(rule, RULE: tl.constexpr):
-    """What scores are multiplied by as the maximum is subtracted, in one instruction, if nothing comes between."""
-    return rule[0] * LOG2E if RULE[3] else 1.0
+    """What scores, less their maximum, are multiplied by to be exponents of 2."""
+    return rule[0] * LOG2E if RULE[3] else LOG2E
 
 
 @triton.jit
@@ -172,7 +167,7 @@ def attend(
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    q, k, v, out, p_lse, cu_q, cu_k, work, bias, alibi, rule, total_q, total_k, num_samples, num_heads,
+    q, k, v, out, p_lse, p_statistics, cu_q, cu_k, work, bias, alibi, rule, total_q, total_k, num_samples, num_heads,
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RULE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -198,14 +193,16 @@ def forward_kernel(
     empty = total == 0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     store_rows(row_pointer(out, b, begin_q, head), out[1][1], first, num_q, acc, D)
-    log_total = tl.log(tl.where(empty, 1.0, total).to(tl.float64))
-    row_lse = tl.where(empty, float("-inf"), m.to(tl.float64) * LN2 + log_total)
-    tl.store(p_lse + statistics_offset(work, b, begin_q, head, num_heads, total_q) + row, row_lse, mask=row < num_q)
+    unit = rule[0] if RULE[3] else 1.0
+    row_lse = m.to(tl.float64) * unit + tl.log(tl.where(empty, 1.0, total).to(tl.float64))
+    offset = statistics_offset(work, b, begin_q, head, num_heads, total_q)
+    tl.store(p_lse + offset + row, tl.where(empty, float("-inf"), row_lse).to(tl.float32), mask=row < num_q)
+    store_softmax(p_statistics + offset, num_statistics(work, num_samples, num_heads, total_q), row, row < num_q, m, total)
 
 
 @triton.jit
 def query_grads(
-    dq, q, dout, high, low, delta, i, keys, begin, end,
+    dq, q, dout, maximum, inverse, delta, i, keys, begin, end,
     D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, ONLY_DELTA: tl.constexpr, RULE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -218,7 +215,7 @@ def query_grads(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         j = first + tl.arange(0, BLOCK_N)[None, :]
         s, t = finish_scores(s, i, j, num_q, num_k, added, rule, MASKED, RULE)
-        p = probabilities(s, score_factor(rule, RULE), high[:, None], low[:, None], q.dtype == tl.float32)
+        p = probabilities(s, score_factor(rule, RULE), maximum[:, None], inverse[:, None])
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if ONLY_DELTA:
             delta += tl.sum(p * dp, axis=1)
@@ -233,8 +230,8 @@ def query_grads(
 
 @triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
-    dout, dlse, q, k, v, out, p_lse, p_delta, p_high, p_low, dq_out, cu_q, cu_k, work, bias, alibi, rule, total_q, total_k,
-    num_samples, num_heads,
+    dout, dlse, q, k, v, out, p_statistics, p_delta, dq_out, cu_q, cu_k, work, bias, alibi, rule, total_q, total_k, num_samples,
+    num_heads,
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RULE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -252,7 +249,8 @@ def dq_kernel(
     row = first + tl.arange(0, BLOCK_M)
     i = row[:, None]
     offset = statistics_offset(work, b, begin_q, head, num_heads, total_q)
-    high, low = load_lse(p_lse + offset, row, row < num_q)
+    num_rows = num_statistics(work, num_samples, num_heads, total_q)
+    maximum, inverse = load_softmax(p_statistics + offset, num_rows, row, row < num_q)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, full_end, end = key_range(first, num_q, num_k, rule[2], rule[3], BLOCK_M, BLOCK_N, RULE)
 
@@ -263,20 +261,22 @@ def dq_kernel(
         delta = tl.sum(dout_block.to(tl.float64) * out_block.to(tl.float64), axis=1).to(tl.float32)
         if end - begin <= BLOCK_N:
             delta = query_grads(
-                dq, q_block, dout_block, high, low, delta * 0, i, keys, begin, end, D, BLOCK_N, True, True, RULE, PRECISION
+                dq, q_block, dout_block, maximum, inverse, delta * 0, i, keys, begin, end, D, BLOCK_N, True, True, RULE, PRECISION
             )
     else:
         delta = tl.sum(dout_block.to(tl.float32) * out_block.to(tl.float32), axis=1)
     if dlse is not None:
         delta -= tl.load(row_pointer(dlse, b, begin_q, head) + row * dlse[1][1], mask=row < num_q, other=0.0).to(tl.float32)
-    store_statistics((p_delta, p_high, p_low, offset), row, row < num_q, delta, high, low)
+    tl.store(p_delta + offset + row, delta, mask=row < num_q)
 
     if not RULE[0]:
         dq = query_grads(
-            dq, q_block, dout_block, high, low, delta, i, keys, begin, full_end, D, BLOCK_N, False, False, RULE, PRECISION
+            dq, q_block, dout_block, maximum, inverse, delta, i, keys, begin, full_end, D, BLOCK_N, False, False, RULE, PRECISION
         )
         begin = full_end
-    dq = query_grads(dq, q_block, dout_block, high, low, delta, i, keys, begin, end, D, BLOCK_N, True, False, RULE, PRECISION)
+    dq = query_grads(
+        dq, q_block, dout_block, maximum, inverse, delta, i, keys, begin, end, D, BLOCK_N, True, False, RULE, PRECISION
+    )
     store_rows(row_pointer(dq_out, b, begin_q, head), dq_out[1][1], first, num_q, dq * rule[0], D)
 
 
@@ -286,16 +286,17 @@ def key_grads(
     D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, RULE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of keys j by the queries from begin to end. Those past the last one have probabilities of 0 without a mask."""
-    p_q, s_q, p_dout, s_dout, statistics, num_q, num_k, added, rule = queries
+    p_q, s_q, p_dout, s_dout, p_statistics, num_rows, p_delta, num_q, num_k, added, rule = queries
     BLOCK_D: tl.constexpr = k.shape[1]
     for first in tl.range(begin, end, BLOCK_M, num_stages=1 if MASKED and not RULE[0] else None):
         q = load_rows(p_q, s_q, first, num_q, BLOCK_M, D, BLOCK_D, True)
         dout = load_rows(p_dout, s_dout, first, num_q, BLOCK_M, D, BLOCK_D, True)
         row = first + tl.arange(0, BLOCK_M)
-        delta, high, low = load_statistics(statistics, row, row < num_q)
+        maximum, inverse = load_softmax(p_statistics, num_rows, row, row < num_q)
+        delta = tl.load(p_delta + row, mask=row < num_q, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # keys x queries
         s, t = finish_scores(s, row[None, :], j, num_q, num_k, added, rule, MASKED, RULE)
-        p = probabilities(s, score_factor(rule, RULE), high[None, :], low[None, :], q.dtype == tl.float32)
+        p = probabilities(s, score_factor(rule, RULE), maximum[None, :], inverse[None, :])
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         ds = dscores(p, dp, delta[None, :], t, RULE[2])
@@ -305,7 +306,7 @@ def key_grads(
 
 @triton.jit(do_not_specialize=SIZES)
 def dkdv_kernel(
-    dout, q, k, v, p_delta, p_high, p_low, dk_out, dv_out, cu_q, cu_k, work, bias, alibi, rule, total_q, total_k, num_samples,
+    dout, q, k, v, p_statistics, p_delta, dk_out, dv_out, cu_q, cu_k, work, bias, alibi, rule, total_q, total_k, num_samples,
     num_heads,
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RULE: tl.constexpr, PRECISION: tl.constexpr,
@@ -326,8 +327,10 @@ def dkdv_kernel(
         head = key_head * GROUP + g
         p_q = row_pointer(q, b, begin_q, head)
         p_dout = row_pointer(dout, b, begin_q, head)
-        statistics = (p_delta, p_high, p_low, statistics_offset(work, b, begin_q, head, num_heads * GROUP, total_q))
-        queries = (p_q, q[1][1], p_dout, dout[1][1], statistics, num_q, num_k, (bias, alibi, b, head), rule)
+        offset = statistics_offset(work, b, begin_q, head, num_heads * GROUP, total_q)
+        num_rows = num_statistics(work, num_samples, num_heads * GROUP, total_q)
+        of_rows = (p_statistics + offset, num_rows, p_delta + offset)
+        queries = (p_q, q[1][1], p_dout, dout[1][1], *of_rows, num_q, num_k, (bias, alibi, b, head), rule)
         if RULE[0]:
             dk, dv = key_grads(dk, dv, k_block, v_block, j, queries, begin, end, D, BLOCK_M, True, RULE, PRECISION)
         else:
@@ -391,19 +394,19 @@ class _Call:
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, bias: Tensor | None, alibi: Tensor | None,
-    scale: float, left: int, right: int, softcap: float, out: Tensor, lse: Tensor,
+    scale: float, left: int, right: int, softcap: float, out: Tensor, lse: Tensor, statistics: Tensor,
 ) -> None:  # fmt: skip
     call = _Call((q, k, v, out), cu_q, cu_k, bias, alibi, scale, left, right, softcap)
-    call.launch("forward", forward_kernel, (*call.by_row(q, k, v, out), lse))
+    call.launch("forward", forward_kernel, (*call.by_row(q, k, v, out), lse, statistics))
 
 
 def attention_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, cu_q: Tensor | None,
     cu_k: Tensor | None, bias: Tensor | None, alibi: Tensor | None, scale: float, left: int, right: int, softcap: float,
     dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     call = _Call((q, k, v, out, dout), cu_q, cu_k, bias, alibi, scale, left, right, softcap)
     p_dout, p_q, p_k, p_v, p_out, p_dq, p_dk, p_dv = call.by_row(dout, q, k, v, out, dq, dk, dv)
-    statistics = empty_statistics(lse, q.dtype)
-    call.launch("dq", dq_kernel, (p_dout, by_head(dlse), p_q, p_k, p_v, p_out, lse, *statistics, p_dq))
-    call.launch("dkdv", dkdv_kernel, (p_dout, p_q, p_k, p_v, *statistics, p_dk, p_dv), keys=True)
+    delta = torch.empty_like(statistics[0])
+    call.launch("dq", dq_kernel, (p_dout, by_head(dlse), p_q, p_k, p_v, p_out, statistics, delta, p_dq))
+    call.launch("dkdv", dkdv_kernel, (p_dout, p_q, p_k, p_v, statistics, delta, p_dk, p_dv), keys=True)

@@ -12,7 +12,6 @@ from torch import Tensor
 # Of every launch. Triton 3.10 no longer contracts a * b + c by default.
 OPTIONS = {"enable_fp_fusion": True}
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 def power_of_2(n: int) -> int:
@@ -45,7 +44,7 @@ def head_constants(q: Tensor, k: Tensor, *others: Tensor) -> dict[str, Any]:
     """What the kernels of attention are compiled for, of heads; `others` are tensors whose strides they multiply, too."""
     d = q.shape[-1]
     return {
-        "GROUP": q.shape[-2] // k.shape[-2],
+        "GROUP": q.shape[-2] // max(k.shape[-2], 1),
         "UNIT": stride_unit(q, k, *others),
         "D": d,
         "BLOCK_D": max(power_of_2(d), 16),
@@ -159,63 +158,40 @@ def tanh(x):
     return tl.where(x < 0, -t, t)
 
 
-# ---- the softmax of attention, with scores in units of log2(e)
+# ---- the softmax of attention, of scores s: exp2(s * factor). Their maximum is subtracted before they are multiplied, so that of
+# scores of any size the largest gives exactly 1; of scores of 1e10 the rounded product alone would be off by more than 2**7.
 
 
 @triton.jit
 def softmax_step(acc, m, total, s, factor, v, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One block of keys into the running softmax: output, maximum and sum of each row, of scores s * factor."""
-    m_new = tl.maximum(m, tl.max(s, axis=1) * factor)
+    """One block of keys into the running softmax: output, maximum and sum of each row."""
+    m_new = tl.maximum(m, tl.max(s, axis=1))
     reference = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new  # a row may have seen no key yet
-    p = tl.exp2(s * factor - reference[:, None])
-    correction = tl.exp2(m - reference)
+    p = tl.exp2((s - reference[:, None]) * factor)
+    correction = tl.exp2((m - reference) * factor)
     total = total * correction + tl.sum(p, axis=1)
     acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
     return acc, m_new, total
 
 
-def empty_statistics(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the kernel of dq stores of each query for that of dk and dv: delta, and what `load_lse` gives, the error for float32."""
-    delta, high = (torch.empty_like(lse, dtype=torch.float32) for _ in range(2))
-    return delta, high, torch.empty_like(high) if dtype == torch.float32 else None
+@triton.jit
+def load_softmax(p_statistics, num_rows, row, inside):
+    """(maximum, 1 / sum) of the softmax of rows; (+inf, 0), which makes its probabilities 0, of one without keys."""
+    total = tl.load(p_statistics + num_rows + row, mask=inside, other=0.0)
+    maximum = tl.load(p_statistics + row, mask=inside, other=0.0)
+    empty = total == 0
+    return tl.where(empty, float("inf"), maximum), tl.where(empty, 0.0, 1 / tl.where(empty, 1.0, total))
 
 
 @triton.jit
-def load_lse(p_lse, row, inside):
-    """lse in units of log2(e), as a float32 and its rounding error; +inf for a query without keys, so its probabilities are 0."""
-    lse = tl.load(p_lse + row, mask=inside, other=float("-inf"))
-    empty = lse == float("-inf")
-    scaled = tl.where(empty, 0.0, lse) * LOG2E
-    high = scaled.to(tl.float32)
-    return tl.where(empty, float("inf"), high), (scaled - high.to(tl.float64)).to(tl.float32)
+def store_softmax(p_statistics, num_rows, row, inside, maximum, total):
+    tl.store(p_statistics + row, maximum, mask=inside)
+    tl.store(p_statistics + num_rows + row, total, mask=inside)
 
 
 @triton.jit
-def load_statistics(statistics, row, inside):
-    """(delta, lse as `load_lse` gives it); statistics is (delta, lse, its error or None, offset of row 0)."""
-    p_delta, p_high, p_low, offset = statistics
-    delta = tl.load(p_delta + offset + row, mask=inside, other=0.0)
-    high = tl.load(p_high + offset + row, mask=inside, other=float("inf"))
-    low = tl.zeros_like(high) if p_low is None else tl.load(p_low + offset + row, mask=inside, other=0.0)
-    return delta, high, low
-
-
-@triton.jit
-def store_statistics(statistics, row, inside, delta, high, low):
-    p_delta, p_high, p_low, offset = statistics
-    tl.store(p_delta + offset + row, delta, mask=inside)
-    tl.store(p_high + offset + row, high, mask=inside)
-    if p_low is not None:
-        tl.store(p_low + offset + row, low, mask=inside)
-
-
-@triton.jit
-def probabilities(s, factor, high, low, EXACT: tl.constexpr):
-    """exp of score s * factor less lse; `low` matters where scores are float32, as it scales whole rows."""
-    if EXACT:
-        return tl.exp2((s * factor - high) - low)
-    else:
-        return tl.exp2(s * factor - high)
+def probabilities(s, factor, maximum, inverse):
+    return tl.exp2((s - maximum) * factor) * inverse
 
 
 @triton.jit

@@ -13,24 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    LN2,
-    LOG2E,
-    by_row,
-    dscores,
-    empty_statistics,
-    head_constants,
-    load_lse,
-    load_statistics,
-    probabilities,
-    softmax_step,
-    store_statistics,
-    strided,
-)  # fmt: skip
+from .common import LOG2E, by_row, dscores, head_constants, load_softmax, probabilities, softmax_step, store_softmax, strided
 from .configs import attention_config, num_multiprocessors
 from .schedule import load_span, tile_list
 
@@ -165,11 +153,22 @@ def scatter(x, head, token, num_tokens, value, D: tl.constexpr):
     tl.store(p_block, value.to(p.dtype.element_ty), mask=(token < num_tokens)[:, None] & (cols < D)[None, :])
 
 
+@triton.jit
+def scores_of(products, together, scale, PLAIN: tl.constexpr):
+    """Scores, -inf where tokens do not belong together; a positive scale alone (PLAIN) is left to `score_factor`."""
+    return tl.where(together, products if PLAIN else products * scale, float("-inf"))
+
+
+@triton.jit
+def score_factor(scale, PLAIN: tl.constexpr):
+    return scale * LOG2E if PLAIN else LOG2E
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    q, k, v, out, p_lse, layout, p_list, window, causal, scale, num_spans, num_tokens, num_heads,
+    q, k, v, out, p_statistics, layout, p_list, window, causal, scale, num_spans, num_tokens, num_heads,
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     q, k, v, out = strided(q, UNIT), strided(k, UNIT), strided(v, UNIT), strided(out, UNIT)
     for program in range(tl.program_id(0), tl.load(p_list + 5 * (num_spans + 1)) * num_heads, tl.num_programs(0)):
@@ -184,20 +183,19 @@ def forward_kernel(
             other, together = walk_tokens(walk, seen, first, num_tokens, BLOCK_N)
             keys = gather(k, head // GROUP, other, num_tokens, D, BLOCK_D)
             values = gather(v, head // GROUP, other, num_tokens, D, BLOCK_D)
-            scores = tl.dot(block, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
-            acc, m, total = softmax_step(acc, m, total, tl.where(together, scores, float("-inf")), 1.0, values, True, PRECISION)
+            scores = scores_of(tl.dot(block, tl.trans(keys), input_precision=PRECISION), together, scale, PLAIN)
+            acc, m, total = softmax_step(acc, m, total, scores, score_factor(scale, PLAIN), values, True, PRECISION)
         empty = total == 0
         scatter(out, head, token, num_tokens, acc / tl.where(empty, 1.0, total)[:, None], D)
-        row_lse = m.to(tl.float64) * LN2 + tl.log(tl.where(empty, 1.0, total).to(tl.float64))
-        p_row = p_lse + head.to(tl.int64) * num_tokens + token
-        tl.store(p_row, tl.where(empty, float("-inf"), row_lse), mask=token < num_tokens)
+        num_rows = tl.cast(num_heads, tl.int64) * num_tokens
+        store_softmax(p_statistics + head.to(tl.int64) * num_tokens, num_rows, token, token < num_tokens, m, total)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
-    dout, q, k, v, out, p_lse, p_delta, p_high, p_low, dq, layout, p_list, window, causal, scale, num_spans, num_tokens, num_heads,
+    dout, q, k, v, out, p_statistics, p_delta, dq, layout, p_list, window, causal, scale, num_spans, num_tokens, num_heads,
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     q, k, v, out = strided(q, UNIT), strided(k, UNIT), strided(v, UNIT), strided(out, UNIT)
     dout, dq = strided(dout, UNIT), strided(dq, UNIT)
@@ -209,7 +207,8 @@ def dq_kernel(
         dout_block = gather(dout, head, token, num_tokens, D, BLOCK_D)
         out_block = gather(out, head, token, num_tokens, D, BLOCK_D)
         offset = head.to(tl.int64) * num_tokens
-        high, low = load_lse(p_lse + offset, token, token < num_tokens)
+        num_rows = tl.cast(num_heads, tl.int64) * num_tokens
+        maximum, inverse = load_softmax(p_statistics + offset, num_rows, token, token < num_tokens)
         EXACT: tl.constexpr = block.dtype == tl.float32
         if EXACT:
             delta = tl.sum(dout_block.to(tl.float64) * out_block.to(tl.float64), axis=1).to(tl.float32)
@@ -221,21 +220,21 @@ def dq_kernel(
             other, together = walk_tokens(walk, seen, first, num_tokens, BLOCK_N)
             keys = gather(k, head // GROUP, other, num_tokens, D, BLOCK_D)
             values = gather(v, head // GROUP, other, num_tokens, D, BLOCK_D)
-            scores = tl.dot(block, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
-            p = probabilities(tl.where(together, scores, float("-inf")), 1.0, high[:, None], low[:, None], EXACT)
+            scores = scores_of(tl.dot(block, tl.trans(keys), input_precision=PRECISION), together, scale, PLAIN)
+            p = probabilities(scores, score_factor(scale, PLAIN), maximum[:, None], inverse[:, None])
             dp = tl.dot(dout_block, tl.trans(values), input_precision=PRECISION)
             if EXACT:  # one block holds all keys: see attention.py
                 delta = tl.where(count <= BLOCK_N, tl.sum(p * dp, axis=1), delta)
             acc = tl.dot(dscores(p, dp, delta[:, None], scores, False).to(keys.dtype), keys, acc, input_precision=PRECISION)
-        store_statistics((p_delta, p_high, p_low, offset), token, token < num_tokens, delta, high, low)
+        tl.store(p_delta + offset + token, delta, mask=token < num_tokens)
         scatter(dq, head, token, num_tokens, acc * scale, D)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def dkdv_kernel(
-    dout, q, k, v, p_delta, p_high, p_low, dk, dv, layout, p_list, window, causal, scale, num_spans, num_tokens, num_heads,
+    dout, q, k, v, p_statistics, p_delta, dk, dv, layout, p_list, window, causal, scale, num_spans, num_tokens, num_heads,
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     q, k, v, dout = strided(q, UNIT), strided(k, UNIT), strided(v, UNIT), strided(dout, UNIT)
     dk, dv = strided(dk, UNIT), strided(dv, UNIT)
@@ -249,15 +248,16 @@ def dkdv_kernel(
         acc_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         for g in range(GROUP):
             head = key_head * GROUP + g
-            statistics = (p_delta, p_high, p_low, head.to(tl.int64) * num_tokens)
+            offset = head.to(tl.int64) * num_tokens
+            num_rows = tl.cast(num_heads, tl.int64) * GROUP * num_tokens
             for first in range(0, walk[0], BLOCK_M):
                 other, together = walk_tokens(walk, seen, first, num_tokens, BLOCK_M)
                 queries = gather(q, head, other, num_tokens, D, BLOCK_D)
                 douts = gather(dout, head, other, num_tokens, D, BLOCK_D)
-                delta, high, low = load_statistics(statistics, other, other < num_tokens)
-                scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2E)
-                scores = tl.where(together, scores, float("-inf"))
-                p = probabilities(scores, 1.0, high[None, :], low[None, :], queries.dtype == tl.float32)
+                maximum, inverse = load_softmax(p_statistics + offset, num_rows, other, other < num_tokens)
+                delta = tl.load(p_delta + offset + other, mask=other < num_tokens, other=0.0)
+                scores = scores_of(tl.dot(keys, tl.trans(queries), input_precision=PRECISION), together, scale, PLAIN)
+                p = probabilities(scores, score_factor(scale, PLAIN), maximum[None, :], inverse[None, :])
                 acc_v = tl.dot(p.to(douts.dtype), douts, acc_v, input_precision=PRECISION)
                 dp = tl.dot(values, tl.trans(douts), input_precision=PRECISION)
                 ds = dscores(p, dp, delta[None, :], scores, False)
@@ -275,7 +275,7 @@ class _Call:
         self.layout, self.window = (cu_seqlens, cu_spans, grid, step), tuple(window)
         self.rule = tuple(causal), scale
         self.sizes = grid.shape[0], cu_seqlens.shape[0] - 1, q.shape[0]  # spans, samples, tokens
-        self.constants = head_constants(*tensors)
+        self.constants = {**head_constants(*tensors), "PLAIN": scale > 0}
 
     def by_row(self, *tensors: Tensor) -> list[tuple]:
         return [by_row(x, self.constants["UNIT"]) for x in tensors]
@@ -294,18 +294,18 @@ class _Call:
 
 def spatiotemporal_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_spans: Tensor, grid: Tensor, step: Tensor, window: Sequence[int],
-    causal: Sequence[bool], scale: float, out: Tensor, lse: Tensor,
+    causal: Sequence[bool], scale: float, out: Tensor, statistics: Tensor,
 ) -> None:  # fmt: skip
     call = _Call((q, k, v, out), cu_seqlens, cu_spans, grid, step, window, causal, scale)
-    call.launch("window_forward", forward_kernel, (*call.by_row(q, k, v, out), lse))
+    call.launch("window_forward", forward_kernel, (*call.by_row(q, k, v, out), statistics))
 
 
 def spatiotemporal_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_spans: Tensor, grid: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, cu_seqlens: Tensor, cu_spans: Tensor, grid: Tensor,
     step: Tensor, window: Sequence[int], causal: Sequence[bool], scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     call = _Call((q, k, v, out, dout), cu_seqlens, cu_spans, grid, step, window, causal, scale)
     p_dout, p_q, p_k, p_v, p_out, p_dq, p_dk, p_dv = call.by_row(dout, q, k, v, out, dq, dk, dv)
-    statistics = empty_statistics(lse, q.dtype)
-    call.launch("window_dq", dq_kernel, (p_dout, p_q, p_k, p_v, p_out, lse, *statistics, p_dq))
-    call.launch("window_dkdv", dkdv_kernel, (p_dout, p_q, p_k, p_v, *statistics, p_dk, p_dv), keys=True)
+    delta = torch.empty_like(statistics[0])
+    call.launch("window_dq", dq_kernel, (p_dout, p_q, p_k, p_v, p_out, statistics, delta, p_dq))
+    call.launch("window_dkdv", dkdv_kernel, (p_dout, p_q, p_k, p_v, statistics, delta, p_dk, p_dv), keys=True)

@@ -24,13 +24,21 @@ struct AttentionCall : Attention {
 
 inline int32_t heads(const Tensor& x) { return static_cast<int32_t>(x.size[x.ndim - 2]); }
 
-inline void add_samples(AttentionCall& a, const Tensor& cu_q, const Tensor& cu_k) {
+// x[i] of a contiguous x.
+inline Tensor part(const Tensor& x, int64_t i) {
+  Tensor y = x;
+  y.data = static_cast<float*>(x.data) + i * x.stride[0], y.ndim = x.ndim - 1;
+  std::copy_n(x.size + 1, y.ndim, y.size), std::copy_n(x.stride + 1, y.ndim, y.stride);
+  return y;
+}
+
+inline void add_samples(AttentionCall& a, const Tensor& statistics_, const Tensor& cu_q, const Tensor& cu_k) {
   same_storage({&a.q, &a.k, &a.v, &a.out});
   same_shape(a.q, a.out);
   same_shape(a.k, a.v);
   const int n = a.q.ndim;
   require(a.k.ndim == n && (cu_q ? n == 3 && cu_k : n == 4), "packed [N, H, d] with boundaries or dense [B, S, H, d] expected");
-  require(a.k.size[n - 1] == a.q.size[n - 1] && a.k.size[n - 2] > 0 && a.q.size[n - 2] % a.k.size[n - 2] == 0,
+  require(a.k.size[n - 1] == a.q.size[n - 1] && (a.k.size[n - 2] > 0 ? a.q.size[n - 2] % a.k.size[n - 2] : a.q.size[n - 2]) == 0,
           "heads do not match");
   if (cu_q) {
     boundaries(cu_q, a.q.size[0]);
@@ -39,14 +47,15 @@ inline void add_samples(AttentionCall& a, const Tensor& cu_q, const Tensor& cu_k
     const int32_t *q = cu_q.ints(), *k = cu_k.ints();
     for (int64_t b = 0; b + 1 < cu_q.size[0]; ++b) a.sample_list.push_back({q[b], k[b], 0, 0, q[b + 1] - q[b], k[b + 1] - k[b]});
     a.q_used = q[cu_q.size[0] - 1], a.k_used = k[cu_q.size[0] - 1];
-    shape(a.lse, {a.q.size[1], a.q.size[0]});
+    shape(statistics_, {2, a.q.size[1], a.q.size[0]});
   } else {
     require(a.k.size[0] == a.q.size[0], "batch sizes differ");
     for (int64_t b = 0; b < a.q.size[0]; ++b) a.sample_list.push_back({0, 0, b, b, a.q.size[1], a.k.size[1]});
     a.q_used = a.k_used = 0;
-    shape(a.lse, {a.q.size[0], a.q.size[2], a.q.size[1]});
+    shape(statistics_, {2, a.q.size[0], a.q.size[2], a.q.size[1]});
   }
-  require(a.lse.dtype == DType::kFloat64 && a.lse.stride[a.lse.ndim - 1] == 1, "lse must be float64");
+  statistics(statistics_);
+  a.maximum = part(statistics_, 0), a.sum = part(statistics_, 1);
   a.samples = a.sample_list.data();
 }
 
@@ -104,7 +113,7 @@ inline double share_of_thread(const AttentionCall& a) {
 
 inline void add_backward_items(AttentionCall& a, size_t sample, double share) {
   const Sample& s = a.sample_list[sample];
-  const int64_t head_dim = a.q.size[a.q.ndim - 1], group = heads(a.q) / heads(a.k);
+  const int64_t head_dim = a.q.size[a.q.ndim - 1], group = heads(a.q) / std::max(heads(a.k), 1);
   if (s.q_size * group * head_dim > kMaxAccumulated || double(s.q_size) * s.k_size > share)
     add_cut(a, sample, 0, s.q_size, 0, s.k_size);
   // A sample without queries still owes its keys zero gradients, and one without keys its queries.
@@ -135,16 +144,20 @@ inline void add_gradients(AttentionCall& a, Tensor dout, Tensor dlse, Tensor dq,
   a.dout = dout, a.dlse = dlse, a.dq = dq, a.dk = dk, a.dv = dv;
   same_storage({&a.q, &dout, &dq, &dk, &dv});
   same_shape(dout, a.q), same_shape(dq, a.q), same_shape(dk, a.k), same_shape(dv, a.k);
-  if (dlse)
-    same_shape(dlse, a.lse), require(dlse.dtype == DType::kFloat64 && dlse.stride[dlse.ndim - 1] == 1, "dlse must be float64");
+  if (dlse) {
+    same_shape(dlse, a.sum);
+    const int last = dlse.ndim - 1;
+    require(dlse.dtype == DType::kFloat32 && (dlse.size[last] <= 1 || dlse.stride[last] == 1),
+            "dlse must be float32, its last axis contiguous");
+  }
 }
 
-inline AttentionCall attention_call(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_q, Tensor cu_k, Tensor bias,
-                                    Tensor alibi, float scale, int64_t left, int64_t right, float softcap) {
+inline AttentionCall attention_call(Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics_, Tensor cu_q, Tensor cu_k,
+                                    Tensor bias, Tensor alibi, float scale, int64_t left, int64_t right, float softcap) {
   AttentionCall a{};
-  a.q = q, a.k = k, a.v = v, a.out = out, a.lse = lse, a.bias = bias, a.alibi = alibi;
+  a.q = q, a.k = k, a.v = v, a.out = out, a.bias = bias, a.alibi = alibi;
   a.scale = scale, a.left = left, a.right = right, a.softcap = softcap;
-  add_samples(a, cu_q, cu_k);
+  add_samples(a, statistics_, cu_q, cu_k);
   const int64_t batch = static_cast<int64_t>(a.sample_list.size()), num_heads = q.size[q.ndim - 2];
   if (bias)
     shape(bias, {batch, num_heads, q.size[1], k.size[1]}),
@@ -155,15 +168,17 @@ inline AttentionCall attention_call(Tensor q, Tensor k, Tensor v, Tensor out, Te
 
 inline void bind_attention(py::module_& m, const Kernels* kernels) {
   m.def("attention_forward", [=](Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, Tensor bias, Tensor alibi, float scale,
-                                 int64_t left, int64_t right, float softcap, Tensor out, Tensor lse) {
-    AttentionCall a = attention_call(q, k, v, out, lse, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
+                                 int64_t left, int64_t right, float softcap, Tensor out, Tensor lse, Tensor statistics_) {
+    AttentionCall a = attention_call(q, k, v, out, statistics_, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
+    same_shape(lse, a.sum), statistics(lse);
+    a.lse = lse;
     forward_items(a);
     run(a, kernels->attention_forward);
   });
   m.def("attention_backward",
-        [=](Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_q, Tensor cu_k, Tensor bias,
-            Tensor alibi, float scale, int64_t left, int64_t right, float softcap, Tensor dq, Tensor dk, Tensor dv) {
-          AttentionCall a = attention_call(q, k, v, out, lse, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
+        [=](Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics_, Tensor cu_q, Tensor cu_k,
+            Tensor bias, Tensor alibi, float scale, int64_t left, int64_t right, float softcap, Tensor dq, Tensor dk, Tensor dv) {
+          AttentionCall a = attention_call(q, k, v, out, statistics_, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
           add_gradients(a, dout, dlse, dq, dk, dv);
           backward_items(a);
           run(a, kernels->attention_backward);

@@ -135,12 +135,12 @@ inline void run(WindowCall& w, void (*dense)(const Attention&), void (*windows)(
   windows(a);
 }
 
-inline WindowCall window_call(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu, Tensor cu_spans, Tensor grid,
+inline WindowCall window_call(Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics_, Tensor cu, Tensor cu_spans, Tensor grid,
                               Tensor step, std::array<int32_t, 3> window, std::array<bool, 3> causal, float scale) {
   constexpr int64_t kUnbounded = 1 << 30;
   require(static_cast<bool>(cu), "boundaries expected");
   require(q.size[0] == k.size[0], "as many keys as queries expected");
-  WindowCall w{attention_call(q, k, v, out, lse, cu, cu, Tensor{}, Tensor{}, scale, kUnbounded, kUnbounded, 0), {}, {}, {}};
+  WindowCall w{attention_call(q, k, v, out, statistics_, cu, cu, Tensor{}, Tensor{}, scale, kUnbounded, kUnbounded, 0), {}, {}, {}};
   spans(cu_spans, grid, q.size[0]);
   shape(step, {grid.size[0], 3});
   const int32_t* bounds = cu_spans.ints();
@@ -161,15 +161,15 @@ inline WindowCall window_call(Tensor q, Tensor k, Tensor v, Tensor out, Tensor l
 inline void bind_spatiotemporal_attention(py::module_& m, const Kernels* kernels) {
   m.def("spatiotemporal_attention_forward",
         [=](Tensor q, Tensor k, Tensor v, Tensor cu, Tensor cu_spans, Tensor grid, Tensor step, std::array<int32_t, 3> window,
-            std::array<bool, 3> causal, float scale, Tensor out, Tensor lse) {
-          WindowCall w = window_call(q, k, v, out, lse, cu, cu_spans, grid, step, window, causal, scale);
+            std::array<bool, 3> causal, float scale, Tensor out, Tensor statistics_) {
+          WindowCall w = window_call(q, k, v, out, statistics_, cu, cu_spans, grid, step, window, causal, scale);
           window_forward_items(w);
           run(w, kernels->attention_forward, kernels->spatiotemporal_attention_forward);
         });
   m.def("spatiotemporal_attention_backward",
-        [=](Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu, Tensor cu_spans, Tensor grid, Tensor step,
-            std::array<int32_t, 3> window, std::array<bool, 3> causal, float scale, Tensor dq, Tensor dk, Tensor dv) {
-          WindowCall w = window_call(q, k, v, out, lse, cu, cu_spans, grid, step, window, causal, scale);
+        [=](Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics_, Tensor cu, Tensor cu_spans, Tensor grid,
+            Tensor step, std::array<int32_t, 3> window, std::array<bool, 3> causal, float scale, Tensor dq, Tensor dk, Tensor dv) {
+          WindowCall w = window_call(q, k, v, out, statistics_, cu, cu_spans, grid, step, window, causal, scale);
           add_gradients(w.dense, dout, Tensor{}, dq, dk, dv);
           window_backward_items(w);
           run(w, kernels->attention_backward, kernels->spatiotemporal_attention_backward);
