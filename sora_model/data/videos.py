@@ -150,7 +150,7 @@ def _decoder(stream: av.VideoStream, limit: int) -> av.VideoCodecContext:
     decoder = stream.codec_context
     check_pixels(decoder.width, decoder.height, limit)
     if stream.metadata.get("alpha_mode") == "1" and decoder.name in WITH_ALPHA:
-        decoder = av.VideoCodecContext.create(WITH_ALPHA[decoder.name], "r")  # type: ignore[assignment]
+        decoder = av.CodecContext.create(WITH_ALPHA[decoder.name], "r")  # type: ignore[assignment]
     pixels = max(stream.codec_context.width * stream.codec_context.height, 1)
     decoder.thread_type = "AUTO"
     decoder.thread_count = max(min(os.cpu_count() or 1, LARGE_FRAMES // pixels), 1)
