@@ -205,4 +205,5 @@ def main(count: int) -> int:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, whatever is installed
     sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 200))
