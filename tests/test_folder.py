@@ -1,13 +1,16 @@
 """Folders of real files: native sizes, captions beside them, bad files named and left out; reading and writing."""
 
 import logging
+import os
 import shutil
 import struct
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import torch
+from media_files import TURNS, encode, numbered
 from PIL import Image
 
 from sora_model.data import (
@@ -124,6 +127,105 @@ def test_file_with_fewer_frames_than_it_said(folder):
     (folder / "b.MP4").unlink()
     with pytest.raises(MediaError, match=r"cannot read .*b\.MP4: it does not exist"):
         source.load(shorter)
+
+
+def test_file_whose_frames_have_become_smaller(folder):
+    source = FolderSource(folder)
+    smaller = source.captions.index("caption of d")
+    write_video(folder / "d.png", clip(1, 48, 32))
+    with pytest.raises(MediaError, match=r"d\.png was 48x48 or larger when its folder was read, and is 48x32 now"):
+        source.load(smaller)
+
+
+@pytest.mark.parametrize("after", ["gone", "smaller", "cut", "garbage", "a folder"])
+def test_whatever_becomes_of_a_file_the_others_train(folder, caplog, after):
+    """One warning that names it, and batches of the rest, alike each time."""
+    source, path = FolderSource(folder), folder / "b.MP4"
+    odd, data = source.captions.index("caption of b"), path.read_bytes()
+    path.unlink()
+    if after == "smaller":
+        write_mpeg4(path, clip(20, 32, 32), fps=24)
+    elif after == "a folder":
+        path.mkdir()
+    elif after != "gone":
+        path.write_bytes(data[: len(data) // 2] if after == "cut" else bytes(len(data)))
+    caplog.clear()
+    runs = [[batch.indices for batch in map(PackedSampler(source, (1, 1, 1), 400_000).batch, range(6))] for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert {index for indices in runs[0] for index in indices} == {0, 1, 2, 3} - {odd}
+    assert len(caplog.records) == 2  # one of each run
+    assert str(path) in caplog.text
+
+
+def test_clip_that_no_batch_holds_is_named(folder, caplog):
+    source = FolderSource(folder)
+    caplog.clear()
+    sampler = PackedSampler(source, (1, 1, 1), 100_000)
+    assert [record.getMessage()[: record.getMessage().index(" at")] for record in caplog.records] == [
+        f"left out: {folder / 'b.MP4'} of size (T, H, W) = (20, 96, 64) is 122880 tokens"
+    ]
+    assert sampler.usable == [i for i in range(4) if source.captions[i] != "caption of b"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_captions_in_other_encodings(folder, encoding):
+    (folder / "d.txt").write_text("un café à Paris", encoding=encoding)
+    (folder / "d.detailed.txt").write_text("çedilla", encoding=encoding)
+    source = FolderSource(folder)
+    index = [path.name for path in source.paths].index("d.png")
+    assert source.load(index)[1:3] == ("un café à Paris", "çedilla")
+
+
+@pytest.mark.parametrize("data", ["un café".encode("latin-1"), b"\xff\xfea", b"\xef\xbb\xbf"])
+def test_captions_that_cannot_be_read(folder, caplog, data):
+    (folder / "d.txt").write_bytes(data)
+    assert "d.png" not in [path.name for path in FolderSource(folder).paths]
+    assert f"left out: {folder / 'd.png'} has no caption: d.txt " in caplog.text
+
+
+def test_hidden_folders_are_not_looked_at(folder, caplog):
+    for hidden in (".ipynb_checkpoints", "sub/.cache/deep"):
+        shutil.copytree(folder / "sub", folder / hidden, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+    assert len(FolderSource(folder)) == 4
+    assert "cache" not in caplog.text
+    renamed = folder.rename(folder.with_name(".clips"))  # which is asked for by its name
+    assert len(FolderSource(renamed)) == 4
+
+
+def test_links_are_followed_once(folder, tmp_path, caplog):
+    (tmp_path / "elsewhere").mkdir()
+    write_video(tmp_path / "elsewhere" / "e.png", clip(1, 16, 16))
+    (tmp_path / "elsewhere" / "e.txt").write_text("linked")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "again").symlink_to(tmp_path / "elsewhere")
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "f.png").symlink_to(tmp_path / "elsewhere" / "e.png")
+    (folder / "f.txt").write_text("a linked file")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "gone.txt").write_text("a broken link")
+    os.mkfifo(folder / "pipe.mp4")
+    source = FolderSource(folder)
+    assert sorted(str(path.relative_to(folder)) for path in source.paths) == [
+        "a.mp4", "again/e.png", "b.MP4", "d.png", "f.png", "sub/c.mp4",
+    ]  # fmt: skip
+    assert f"left out: cannot read {folder / 'gone.png'}: it does not exist" in caplog.text
+
+
+def test_odd_files_are_planned_as_they_are_loaded(tmp_path):
+    """Turned, mirrored, of pixels that are not square, of an uneven rate: one function decides for both."""
+    image = Image.linear_gradient("L").resize((64, 32))
+    for orientation in (0, 1, 6, 7, 9, 300):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(tmp_path / f"{orientation}.jpg", exif=exif)
+    encode(tmp_path / "turned.mp4", numbered(9), matrix=TURNS[5], aspect=Fraction(4, 3))
+    encode(tmp_path / "garbage.mp4", numbered(9), matrix=(0.3, -7, 0, 0))
+    encode(tmp_path / "pause.mp4", numbered(90), stamps=[i if i < 40 else i + 200 for i in range(90)])
+    source = FolderSource(tmp_path, captions=False, max_pixels=30 * 30, max_frames=5)
+    assert len(source) == 9
+    for epoch in range(6):
+        for index in range(9):
+            assert tuple(source.load(index, epoch).video.shape) == (3, *source.size(index))
 
 
 @pytest.mark.parametrize("make", ["missing", "empty", "useless"])

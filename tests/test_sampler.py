@@ -127,10 +127,40 @@ def test_sizes_asked_for_but_not_there():
         PackedSampler(Sizes(MIXED), (1, 2, 2), 3000, min_sizes=2)
 
 
-def test_sample_too_large_for_the_budget_is_named():
-    """Before anything is decoded, wherever it stands."""
-    with pytest.raises(ValueError, match=r"sample 1 of size .*\(8, 32, 32\) is 2048 tokens .* tokens_per_batch = 2047; it takes a"):
-        PackedSampler(Sizes([(1, 32, 32), (8, 32, 32)]), (1, 2, 2), 2047)
+def test_sample_too_large_for_the_budget_is_left_out_and_named(caplog):
+    """Before anything is decoded, wherever it stands; the others are used as ever."""
+    sampler = PackedSampler(Sizes([(1, 32, 32), (8, 32, 32), (1, 16, 32)]), (1, 2, 2), 2047)
+    assert [record.getMessage() for record in caplog.records] == [
+        "left out: sample 1 of size (T, H, W) = (8, 32, 32) is 2048 tokens at patch_size (1, 2, 2), more than "
+        "tokens_per_batch = 2047; it takes a larger budget, or smaller or shorter samples"
+    ]
+    assert sampler.usable == [0, 2]
+    assert {index for step in range(9) for index in sampler.batch(step).indices} == {0, 2}
+    with pytest.raises(
+        ValueError, match=r"none of the source's 2 samples fits: sample 1 of size .*\(8, 32, 32\) is 2048 tokens .*; it"
+    ):
+        PackedSampler(Sizes([(1, 64, 66), (8, 32, 32)]), (1, 2, 2), 1023)
+
+
+def test_samples_that_change_do_not_end_the_training(caplog):
+    """Found out only when they are loaded: one is now too large, one cannot be cut into patches, one is smaller."""
+    source, then = Sizes([(1, 8, 8)] * 5), [(1, 8, 8), (1, 32, 32), (1, 8, 7), (1, 4, 4), (1, 8, 8)]
+    source.load = lambda index, epoch: Sample(torch.zeros(3, *then[index]), "")
+    sampler = PackedSampler(source, (1, 2, 2), 32)
+    for step in range(12):
+        batch = sampler.batch(step)
+        assert batch.tokens == sum(t * h * w // 4 for t, h, w in sizes_of(batch))
+        assert not {1, 2} & set(batch.indices)
+    assert sorted(record.getMessage()[:39] for record in caplog.records) == [
+        "left out of its batch: sample 1 of size",
+        "left out of its batch: sample 2 of size",
+    ]
+
+
+def test_a_folder_that_goes_away_ends_the_training_with_one_error():
+    """However many files it had: no limit of Python's is met first."""
+    with pytest.raises(ValueError, match="none of the source's samples can be decoded"):
+        PackedSampler(Sizes([(1, 8, 8)] * 3000, broken=range(3000)), (1, 2, 2), 16).batch(0)
 
 
 def test_size_that_patches_do_not_divide():

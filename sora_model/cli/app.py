@@ -34,6 +34,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+MAX_PIXELS = 2**16  # of frames that commands read from files, unless they are told otherwise
+logger = logging.getLogger(__name__)
 console = Console()
 errors = Console(stderr=True)
 
@@ -82,6 +84,19 @@ class Call(Loaded):
     scale: Annotated[int, typer.Option(min=1, help="Whole factor by which pixels are enlarged in the files.")] = 1
     format: Annotated[Format, typer.Option(help="Of videos; images are PNG.")] = Format.mp4
     precision: Annotated[Precision, typer.Option(help="bf16: the transformer computes in bfloat16.")] = Precision.no
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Larger frames of files that are read are scaled down to so many pixels.")
+    ] = MAX_PIXELS
+
+    def read(self, path: Path, max_frames: int | None = None) -> tuple[Tensor, float]:
+        """`read_clip`, that says so where it scales down: what is made has the size of what was read."""
+        clip, rate = read_clip(path, max_frames, self.max_pixels)
+        from ..data import probe
+
+        before, after = ("x".join(map(str, size)) for size in (probe(path)[1:], clip.shape[2:]))
+        if before != after:
+            logger.warning("%s: frames of %s are scaled down to %s, --max-pixels takes more", path, before, after)
+        return clip, rate
 
     def pipeline(self) -> SoraPipeline:
         check_folder(self.out)
@@ -208,8 +223,8 @@ def check_folder(path: Path) -> None:
         raise ValueError(f"--out: expected a folder, got the file {path}")
 
 
-def read_clip(path: Path, max_frames: int | None = None) -> tuple[Tensor, float]:
-    """A video or image file as [3, T, H, W] in [-1, 1], and its frames per second; an image has 0."""
+def read_clip(path: Path, max_frames: int | None = None, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, float]:
+    """A video or image file as [3, T, H, W] in [-1, 1], and its frames per second; an image has 0. Larger frames are scaled."""
     from ..data import read_video
 
-    return read_video(path, max_frames=max_frames, normalize=True)
+    return read_video(path, max_frames=max_frames, max_pixels=max_pixels, normalize=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import Loaded, command, read_clip, say
+from .app import MAX_PIXELS, Loaded, command, read_clip, say
 
 
 @command(Loaded)
@@ -15,11 +15,12 @@ def caption(
     files: Annotated[list[Path], typer.Argument(help="Videos and images.")],
     detailed: Annotated[bool, typer.Option(help="Long captions.")] = True,
     max_frames: Annotated[int | None, typer.Option(min=1, help="Frames looked at, from the start of a file.")] = 32,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Larger frames are scaled down to so many pixels.")] = MAX_PIXELS,
     *,
     loaded: Loaded,
 ) -> None:
     """Say what is seen in videos and images."""
-    clips = [read_clip(file, max_frames)[0] for file in files]
+    clips = [read_clip(file, max_frames, max_pixels)[0] for file in files]
     pipeline = loaded.pipeline()
     for file, text in zip(files, pipeline.caption(clips, detailed=detailed), strict=True):
         say(f"{file}: {text}")
@@ -30,7 +31,7 @@ def recaption(
     folder: Annotated[Path, typer.Argument(help="Folder of videos and images, and all folders in it.")],
     overwrite: Annotated[bool, typer.Option(help="Write captions anew where there are some.")] = False,
     max_frames: Annotated[int | None, typer.Option(help="Frames looked at, a clip drawn from the file.")] = 32,
-    max_pixels: Annotated[int | None, typer.Option(help="Larger frames are scaled down.")] = None,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Larger frames are scaled down to so many pixels.")] = MAX_PIXELS,
     *,
     loaded: Loaded,
 ) -> None:

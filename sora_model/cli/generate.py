@@ -11,7 +11,7 @@ import typer
 
 from ..config import Size
 from ..terminal import denoising, show_video
-from .app import Call, console, parse_size, read_clip, say, task
+from .app import Call, console, parse_size, say, task
 
 if TYPE_CHECKING:
     from ..pipeline import SoraPipeline
@@ -69,7 +69,7 @@ def animate(
     call: Call,
 ) -> None:
     """Make a video that begins with an image."""
-    picture, _ = read_clip(image, max_frames=1)
+    picture, _ = call.read(image, max_frames=1)
     pipeline = call.pipeline()
     from ..request import image_to_video
 
@@ -86,7 +86,7 @@ def restyle(
     call: Call,
 ) -> None:
     """Make a video anew after another prompt: other colours, another scene."""
-    clip, rate = read_clip(video)
+    clip, rate = call.read(video)
     pipeline = call.pipeline()
     from ..request import video_to_video
 
@@ -105,7 +105,7 @@ def extend(
     call: Call,
 ) -> None:
     """Make a video longer, forward or backward."""
-    clip, rate = read_clip(video)
+    clip, rate = call.read(video)
     pipeline = call.pipeline()
     from ..request import extend as request_extension
 
@@ -127,7 +127,7 @@ def join(
     call: Call,
 ) -> None:
     """Join two videos by a passage from the end of one to the start of the other."""
-    (start, rate), (end, other) = read_clip(first), read_clip(last)
+    (start, rate), (end, other) = call.read(first), call.read(last)
     rate = _common_rate(call, rate, other)
     pipeline = call.pipeline()
     from ..request import join as request_passage
@@ -259,7 +259,7 @@ def _request(fields: dict[str, Any], number: int, folder: Path, call: Call, pipe
     try:
         for name in ("image", "video", "first", "last"):
             if name in fields:
-                fields[name], rate = read_clip(folder / fields[name], max_frames=1 if name == "image" else None)
+                fields[name], rate = call.read(folder / fields[name], max_frames=1 if name == "image" else None)
                 rates += [rate] if name != "image" else []
         if task in ("image_to_video", "extend", "join"):
             fields["timing"] = pipeline.timing

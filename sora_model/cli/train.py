@@ -161,9 +161,9 @@ def train_vae(
         return
     trained = VideoVAE.from_pretrained(out / "checkpoint").to(device)
     # Of a world, clips it has not seen; of a folder, files it was trained on.
-    shown = [10**6 + i for i in range(64)] if run.data is None else range(min(len(source), 64))  # type: ignore[arg-type]
+    shown = [10**6 + i for i in range(64)] if run.data is None else trainer.sampler.usable[:64]
     if not decoder_only:
-        finish(trained, clips_of(source, range(len(shown))), out / "checkpoint")
+        finish(trained, clips_of(source, range(64) if run.data is None else shown), out / "checkpoint")
     ratios = gives_back(trained, clips_of(source, shown))
     kind = "unseen clips" if run.data is None else "clips it was trained on"
     say(f"PSNR of {len(ratios)} {kind}: {sum(ratios) / len(ratios):.1f} dB, the worst {min(ratios):.1f} dB")

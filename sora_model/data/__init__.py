@@ -2,10 +2,12 @@
 
 from sora_model.data.folder import FolderSource
 from sora_model.data.judge import judge
+from sora_model.data.media import MediaError
 from sora_model.data.sampler import Batch, PackedSampler, Repeated, Sample, Source, WorldSource
 from sora_model.data.scene import ObjectTruth, Scene, Truth
-from sora_model.data.video_io import MediaError, contact_sheet, probe, read_video, write_video
+from sora_model.data.video_io import probe, read_video
 from sora_model.data.world import World, WorldConfig, held_out
+from sora_model.data.writing import contact_sheet, write_video
 
 __all__ = [
     "Batch",

@@ -12,21 +12,26 @@ source.load(0)          # Sample(float32 [3, 1, 512, 768] in [-1, 1], "a cat asl
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 
+from sora_model.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, scaled_size
 from sora_model.data.sampler import Sample
-from sora_model.data.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, probe, read_video
+from sora_model.data.video_io import probe, read_video
 
 logger = logging.getLogger(__name__)
+SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
 
 
 class FolderSource:
     """Videos and images of a folder and all folders in it, each with its caption in a .txt file of the same name.
+
+    Captions are in UTF-8, or in UTF-16 that begins with a byte order mark. Links to files and folders are followed, each folder
+    is gone through once. Files and folders whose names begin with a dot are not looked at.
 
     Files are opened once here, for their sizes, and decoded when loaded. A file that cannot be used (broken, no caption,
     smaller than `multiple_of`) is left out with one warning line that names it and says why.
@@ -65,12 +70,7 @@ class FolderSource:
         self.detailed: list[str | None] = []
         self._sizes: list[tuple[int, int, int]] = []
         self._lengths: list[int] = []  # frames in the file
-        suffixes = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
-        found = sorted(
-            path
-            for path in self.folder.rglob("*")
-            if path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith(".")
-        )
+        found = _media_files(self.folder)
         for path in found:
             try:
                 caption = self._caption(path.with_suffix(".txt"), path) if captions else ""
@@ -90,7 +90,7 @@ class FolderSource:
             missing = "" if self.folder.is_dir() else " (there is no such folder)"
             captioned = ", each with its caption in a .txt file of the same name" if captions else ""
             raise ValueError(
-                f"FolderSource: folder {self.folder}{missing} must hold videos or images ({' '.join(suffixes)}){captioned}; {what}"
+                f"FolderSource: folder {self.folder}{missing} must hold videos or images ({' '.join(SUFFIXES)}){captioned}; {what}"
             )
 
     def __len__(self) -> int:
@@ -100,28 +100,34 @@ class FolderSource:
         """Size (T, H, W) of sample `index` as `load` will return it, without decoding."""
         return self._sizes[index]
 
+    def name(self, index: int) -> str:
+        """What messages call sample `index`: its path."""
+        return str(self.paths[index])
+
     def load(self, index: int, epoch: int = 0) -> Sample:
         """Decode sample `index`: video float32 [3, T, H, W] in [-1, 1], and its caption.
 
-        A longer video than max_frames gives the clip drawn for this epoch. A file whose end is missing can give fewer frames
-        than `size` said. Raises MediaError if it cannot be decoded.
+        A longer video than max_frames gives the clip drawn for this epoch. A file that has become shorter can give fewer frames
+        than `size` said. Raises MediaError if it cannot be decoded or its frames have become smaller.
         """
         path, rng = self.paths[index], np.random.default_rng((self.seed, epoch, index))
         frames, height, width = self._sizes[index]
         span = (frames - 1) * self.frame_stride + 1
         start = int(rng.integers(self._lengths[index] - span + 1)) if self.max_frames else 0
-        video, _ = read_video(path, start=start, max_frames=frames, frame_stride=self.frame_stride)
-        frames = self._whole_frames(path, video.shape[1])
-        video = video[:, :frames].float().div_(127.5).sub_(1)
-        scaled_h, scaled_w = self._scaled(video.shape[2], video.shape[3])
-        if (scaled_h, scaled_w) != tuple(video.shape[2:]):
-            video = F.interpolate(video, (scaled_h, scaled_w), mode="bilinear", antialias=True).clamp_(-1, 1)
+        stride, pixels = self.frame_stride, self.max_pixels
+        video, _ = read_video(path, start=start, max_frames=frames, frame_stride=stride, max_pixels=pixels, normalize=True)
+        frames, (scaled_h, scaled_w) = self._whole_frames(path, video.shape[1]), video.shape[2:]
+        if scaled_h < height or scaled_w < width:
+            raise MediaError(f"{path} was {height}x{width} or larger when its folder was read, and is {scaled_h}x{scaled_w} now")
         top, left = (scaled_h - height) // 2, (scaled_w - width) // 2
-        return Sample(video[:, :, top : top + height, left : left + width].contiguous(), self.captions[index], self.detailed[index])
+        clipped = video[:, :frames, top : top + height, left : left + width].contiguous()
+        return Sample(clipped, self.captions[index], self.detailed[index])
 
     def _caption(self, text: Path, path: Path) -> str:
         try:
-            caption = " ".join(text.read_text(encoding="utf-8").split())
+            data = text.read_bytes()
+            marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            caption = " ".join(data.decode("utf-16" if marked else "utf-8-sig").split())
         except FileNotFoundError:
             raise MediaError(f"{path} has no caption: {text.name} is not beside it") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -135,7 +141,7 @@ class FolderSource:
         frames = -(-frames // self.frame_stride)
         frames = self._whole_frames(path, min(frames, self.max_frames or frames))
         _, multiple_h, multiple_w = self.multiple_of
-        scaled_h, scaled_w = self._scaled(height, width)
+        scaled_h, scaled_w = scaled_size(height, width, self.max_pixels)
         if scaled_h < multiple_h or scaled_w < multiple_w:
             raise MediaError(f"{path} is {height}x{width}, scaled {scaled_h}x{scaled_w}: less than {multiple_h}x{multiple_w}")
         return frames, scaled_h - scaled_h % multiple_h, scaled_w - scaled_w % multiple_w
@@ -148,9 +154,25 @@ class FolderSource:
             raise MediaError(f"{path} has {frames} frames, less than {lead}")
         return frames - (frames - lead) % multiple
 
-    def _scaled(self, height: int, width: int) -> tuple[int, int]:
-        """Size within max_pixels, near the aspect ratio; a little is left to crop, so no side falls short of it."""
-        if self.max_pixels is None or height * width <= self.max_pixels:
-            return height, width
-        scale = (self.max_pixels / (height * width)) ** 0.5
-        return max(int(height * scale), 1), max(int(width * scale), 1)
+
+def _media_files(folder: Path) -> list[Path]:
+    """Sorted paths of the files that have the suffix of a video or image."""
+    found: list[Path] = []
+    visited: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_left_out):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in visited:  # by another link, or by one to a folder that it is in
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = (Path(parent, name) for name in names if not name.startswith("."))
+        # A broken link is to be told of; a named pipe would be waited for.
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())]
+    return sorted(found)
+
+
+def _left_out(error: OSError) -> None:
+    """A folder that cannot be listed. That there is none at all is told of as an error."""
+    if not isinstance(error, FileNotFoundError):
+        logger.warning("left out: %s", error)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from sora_model.data.lessons import closeup, drift, link, morph, turn
-from sora_model.data.video_io import MediaError
+from sora_model.data.media import MediaError
 from sora_model.data.world import World
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,10 @@ class Sample(NamedTuple):
 
 
 class Source(Protocol):
-    """What the sampler draws from: `FolderSource`, which also has a length, or `WorldSource`, which has none."""
+    """What the sampler draws from: `FolderSource`, which also has a length, or `WorldSource`, which has none.
+
+    It may have `name(index)`, by which messages call a sample.
+    """
 
     def size(self, index: int) -> Size: ...
 
@@ -80,6 +83,10 @@ class Item(NamedTuple):
     size: Size
     tokens: int
     cost: int
+
+
+class Unfit(ValueError):
+    """A sample that no batch can hold: larger than the budget, or not of whole patches."""
 
 
 class WorldSource:
@@ -164,8 +171,12 @@ class PackedSampler:
     whatever sizes are left. rank, num_ranks: of several processes with the same seed, rank r takes batches r,
     r + num_ranks, ... so that no two train on the same sample.
 
-    Raises ValueError for sizes that do not divide by the patches, a sample larger than the budget, or a budget that cannot
-    hold min_sizes different sizes. A sample that turns out to be unreadable is left out of its batch with a warning line.
+    Samples of a finite source that are larger than the budget, or do not divide by the patches, are left out from the start,
+    with a warning line each; `usable` has the numbers of the others. A sample that turns out to be unreadable, or to have another
+    size that does not fit, is left out of its batch, with a warning line the first time; the batch is that much smaller.
+
+    Raises ValueError where that leaves none of a finite source, where one of an endless source does not fit, or for a budget
+    that cannot hold min_sizes different sizes.
 
     Any step of an endless source is made at once. The order of a finite one is recomputed up to the step, at some
     microseconds per sample; nothing is decoded for it.
@@ -203,33 +214,46 @@ class PackedSampler:
         self.seed, self.rank, self.num_ranks = seed, rank, num_ranks
         self._token_counts: dict[Size, int] = {}
         self._warned: set[int] = set()
+        self.usable: list[int] = []
         for index in range(self._length or 0):  # a sample that cannot be batched is told of before training begins
-            self._tokens(index, source.size(index))
+            try:
+                self._check_fits(index, source.size(index))
+                self.usable.append(index)
+            except Unfit as error:
+                if not self.usable and index == len(source) - 1:  # type: ignore[arg-type]
+                    raise ValueError(f"PackedSampler: none of the source's {index + 1} samples fits: {error}") from None
+                logger.warning("left out: %s", error)
+        self._usable = frozenset(self.usable)
         self._rewind()
 
     def batch(self, step: int) -> Batch:
         """The batch of this rank at `step`."""
         if step < 0:
             raise ValueError(f"PackedSampler.batch: step must be at least 0, got {step}")
+        while not (batch := self._load(step)).samples:
+            if self._length is not None and self._warned >= self._usable:
+                raise ValueError("PackedSampler: none of the source's samples can be decoded")
+            step += 1  # nothing of this batch could be read
+        return batch
+
+    def _load(self, step: int) -> Batch:
+        """What can be read of the batch of this rank at `step`."""
         batch = Batch([], [], 0)
         for index, epoch, size, tokens, _ in self._plan(step * self.num_ranks + self.rank):
             try:
                 sample = self.source.load(index, epoch)
-            except MediaError as error:
+                frames, height, width = sample.video.shape[1:]
+                if (frames, height, width) != size:
+                    tokens = self._check_fits(index, (frames, height, width))
+            except (MediaError, Unfit) as error:
                 if index not in self._warned:
                     self._warned.add(index)
                     logger.warning("left out of its batch: %s", error)
                 continue
             batch.samples.append(sample)
             batch.indices.append(index)
-            frames, height, width = sample.video.shape[1:]
-            loaded = (frames, height, width)
-            batch.tokens += tokens if loaded == size else self._tokens(index, loaded)
-        if batch.samples:
-            return batch
-        if len(self._warned) == self._length:
-            raise ValueError("PackedSampler: none of the source's samples can be decoded")
-        return self.batch(step + 1)  # nothing of this batch could be read
+            batch.tokens += tokens
+        return batch
 
     def stream(self, start: int = 0, *, prefetch: int = 0) -> Iterator[Batch]:
         """Batches from step `start` on, without end; `prefetch` of them are made ahead by a thread (for decoding files)."""
@@ -289,7 +313,7 @@ class PackedSampler:
                 self._epoch += 1
                 rng = np.random.default_rng((self.seed, self._epoch))
                 self._order = iter(rng.permutation(length).tolist())
-            else:
+            elif index in self._usable:
                 self._buffer.append(self._item(index, self._epoch))
 
     def _fill_up(self, items: list[Item], chosen: set[int]) -> set[int]:
@@ -313,28 +337,35 @@ class PackedSampler:
 
     def _item(self, index: int, epoch: int) -> Item:
         size = self.source.size(index)
-        tokens = self._tokens(index, size)
+        try:
+            tokens = self._check_fits(index, size)
+        except Unfit as error:
+            raise ValueError(f"PackedSampler: {error}") from None
         return Item(index, epoch, size, tokens, self._cost(tokens))
 
     def _cost(self, tokens: int) -> int:
         return tokens if self.attention_width is None else round(tokens * (1 + tokens / (6 * self.attention_width)))
 
-    def _tokens(self, index: int, size: Size) -> int:
+    def _check_fits(self, index: int, size: Size) -> int:
+        """How many tokens a sample of this size has. Raises Unfit if no batch can hold it."""
         if size not in self._token_counts:
             latent = self.latent_size(size) if self.latent_size else size
             if any(length % patch for length, patch in zip(latent, self.patch_size, strict=True)):
                 what = f"{size}, as a latent {latent}," if self.latent_size else f"{size}"
-                raise ValueError(f"PackedSampler: sample {index} of size {what} does not divide by patch_size {self.patch_size}")
-            tokens = prod(latent) // prod(self.patch_size)
-            if (cost := self._cost(tokens)) > self.tokens_per_batch:
-                cost_of_it = "" if self.attention_width is None else f" that count as {cost}"
-                raise ValueError(
-                    f"PackedSampler: sample {index} of size (T, H, W) = {size} is {tokens} tokens{cost_of_it} at patch_size "
-                    f"{self.patch_size}, more than tokens_per_batch = {self.tokens_per_batch}; it takes a larger budget, or "
-                    "smaller or shorter samples"
-                )
-            self._token_counts[size] = tokens
-        return self._token_counts[size]
+                raise Unfit(f"{self._name(index)} of size {what} does not divide by patch_size {self.patch_size}")
+            self._token_counts[size] = prod(latent) // prod(self.patch_size)
+        tokens = self._token_counts[size]
+        if (cost := self._cost(tokens)) > self.tokens_per_batch:
+            cost_of_it = "" if self.attention_width is None else f" that count as {cost}"
+            raise Unfit(
+                f"{self._name(index)} of size (T, H, W) = {size} is {tokens} tokens{cost_of_it} at patch_size {self.patch_size}, "
+                f"more than tokens_per_batch = {self.tokens_per_batch}; it takes a larger budget, or smaller or shorter samples"
+            )
+        return tokens
+
+    def _name(self, index: int) -> str:
+        name = getattr(self.source, "name", None)
+        return f"sample {index}" if name is None else name(index)
 
 
 def _spread(index: int, ratio: int) -> float:

@@ -1,0 +1,75 @@
+"""Some of the damaged files of `mutated_media.py`, read as the commands do; the commands themselves, on files that are bombs."""
+
+import numpy as np
+import pytest
+from media_files import encode, numbered
+from mutated_media import make_mutants, make_seeds
+from PIL import Image
+from typer.testing import CliRunner
+
+from sora_model.cli import app
+from sora_model.data import FolderSource, MediaError, probe, read_video
+
+
+def test_seeds_can_be_read(tmp_path):
+    for path in make_seeds(tmp_path):
+        assert tuple(read_video(path)[0].shape[1:]) == probe(path), path
+
+
+def test_a_damaged_file_is_read_or_named(tmp_path, caplog):
+    """Nothing but MediaError, and a folder of them still has its sound file."""
+    read, refused = 0, {}
+    for path in make_mutants(tmp_path / "media", 42):
+        try:
+            video, _ = read_video(path, max_frames=32, max_pixels=2**16)
+            assert video.shape[2] * video.shape[3] <= 2**16
+            read += 1
+        except MediaError as error:
+            refused[str(path)] = str(error)
+    assert min(read, len(refused)) > 4
+    source = FolderSource(tmp_path / "media", captions=False, max_frames=32, max_pixels=2**16)
+    for index, path in enumerate(source.paths):
+        try:
+            assert source.load(index).video.shape[0] == 3
+        except MediaError as error:
+            refused[str(path)] = str(error)
+    assert all(path in message and "\n" not in message for path, message in refused.items())
+
+
+def make_bombs(folder) -> None:
+    """Small files of large frames: one that is decoded at a fraction of its size, and one that no limit lets through."""
+    Image.new("L", (8000, 6000)).save(folder / "large.jpg")
+    Image.new("1", (240, 200_000)).save(folder / "long.png")
+    encode(folder / "large.mp4", np.zeros((2, 1600, 1600, 3), np.uint8), options={"preset": "ultrafast"})
+
+
+def test_commands_scale_what_they_read(tmp_path):
+    """`sora caption`: frames of at most --max-pixels come to the captioner. `sora animate` says that it does so."""
+    make_bombs(tmp_path)
+    said = CliRunner().invoke(app, ["caption", str(tmp_path / "large.jpg"), str(tmp_path / "large.mp4")])
+    assert said.exit_code == 0, said.output
+    said = CliRunner().invoke(app, ["caption", str(tmp_path / "long.png")])
+    assert said.exit_code == 2
+    assert "long.png: its frames of 240x200000 (width x height)" in said.output
+    options = ["--steps", "1", "--frames", "5", "--max-pixels", "1200", "--out", str(tmp_path / "out")]
+    said = CliRunner().invoke(app, ["animate", str(tmp_path / "large.jpg"), "a cat", *options])
+    assert said.exit_code == 0, said.output
+    (made,) = (tmp_path / "out").glob("*.mp4")
+    assert probe(made) == (5, 30, 40)
+    assert "6000x8000 are scaled down to 30x40" in " ".join(said.output.split())
+
+
+@pytest.mark.parametrize("tokens", ["64", "512"])
+def test_training_goes_on_without_bombs(tmp_path, tokens):
+    """Left out by their size alone, or refused, as long as there is another file."""
+    make_bombs(tmp_path)
+    encode(tmp_path / "sound.mp4", numbered(2))
+    for path in list(tmp_path.iterdir()):
+        path.with_suffix(".txt").write_text(f"caption of {path.name}")
+    said = CliRunner().invoke(
+        app, ["train", str(tmp_path / "run"), "--data", str(tmp_path), "--steps", "1", "--model", "tiny", "--tokens", tokens]
+    )
+    assert said.exit_code == 0, said.output
+    text = "".join(said.output.split())
+    for name in ("large.jpg", "large.mp4", "long.png"):
+        assert name in text
