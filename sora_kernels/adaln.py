@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_boundaries, check_choice, check_cu_seqlens, check_tensor, fail
+from .checks import check_boundaries, check_choice, check_cu_seqlens, check_number, check_tensor, fail
 from .library import cotangent, register, rows
 from .memory import empty_like
 
@@ -46,7 +46,7 @@ def layer_norm_modulate(
         cu_seqlens: int32 [R+1], from 0, never falling, at most N. Tokens past its end give zeros.
         norm: "layer" subtracts the mean and divides by the standard deviation; "rms" divides by the root mean square.
         weight, bias: the norm's own, [D] in x's dtype, before the modulation. "rms" takes no bias.
-        eps: added to the variance or mean square.
+        eps: added to the variance or mean square, at least 0.
 
     Returns:
         [N, D] in x's dtype.
@@ -56,8 +56,8 @@ def layer_norm_modulate(
     """
     op = "layer_norm_modulate"
     _check(op, x, cu_seqlens, {"shift": shift, "scale": scale})
-    rms = _check_norm(op, x, norm, weight, bias)
-    return _modulate(x, shift, scale, cu_seqlens, rms, weight, bias, float(eps))[0]
+    options = _check_norm(op, x, norm, weight, bias, eps)
+    return _modulate(x, shift, scale, cu_seqlens, *options)[0]
 
 
 def gate_residual(residual: Tensor, x: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -103,8 +103,8 @@ def gate_residual_layer_norm_modulate(
     op = "gate_residual_layer_norm_modulate"
     _check(op, x, cu_seqlens, {"gate": gate, "shift": shift, "scale": scale})
     check_tensor(op, "residual", residual, tuple(x.shape), dtype=x.dtype, like=x)
-    rms = _check_norm(op, x, norm, weight, bias)
-    return _gate_modulate(residual, x, gate, shift, scale, cu_seqlens, rms, weight, bias, float(eps))[:2]
+    options = _check_norm(op, x, norm, weight, bias, eps)
+    return _gate_modulate(residual, x, gate, shift, scale, cu_seqlens, *options)[:2]
 
 
 def _check(op: str, x: Tensor, cu_seqlens: Tensor, rows: dict[str, Tensor]) -> None:
@@ -114,14 +114,17 @@ def _check(op: str, x: Tensor, cu_seqlens: Tensor, rows: dict[str, Tensor]) -> N
         check_tensor(op, name, row, (cu_seqlens.shape[0] - 1, x.shape[1]), dtype=x.dtype, like=x)
 
 
-def _check_norm(op: str, x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None) -> bool:
+def _check_norm(
+    op: str, x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[bool, Tensor | None, Tensor | None, float]:
+    """The norm as the registered ops take it: whether it is RMS, its weight and bias, eps."""
     check_choice(op, "norm", norm, ("layer", "rms"))
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             check_tensor(op, name, value, (x.shape[1],), dtype=x.dtype, like=x)
     if norm == "rms" and bias is not None:
         fail(op, "bias", 'None with norm="rms"', "a tensor")
-    return norm == "rms"
+    return norm == "rms", weight, bias, check_number(op, "eps", eps, at_least=0)
 
 
 def _empty(*tensors: Tensor) -> tuple[Tensor, ...]:

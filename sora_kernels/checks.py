@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
+from collections.abc import Callable
 from typing import NoReturn
 
 import numpy as np
@@ -24,7 +28,7 @@ def check_tensor(
     dtype: torch.dtype | tuple[torch.dtype, ...] = FLOATS,
     like: Tensor | None = None,
 ) -> None:
-    """Checks type, dtype, rank, sizes and device of one argument.
+    """Checks type, layout, dtype, rank, sizes and device of one argument.
 
     Args:
         shape: one entry per dimension: an int is a required size, a letter stands for any size.
@@ -33,6 +37,8 @@ def check_tensor(
     """
     if not isinstance(tensor, Tensor):
         fail(op, argument, "a torch.Tensor", type(tensor).__name__, TypeError)
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        fail(op, argument, "a dense tensor", "a nested one" if tensor.is_nested else f"layout {_name(tensor.layout)}", TypeError)
     actual = tensor.dtype
     if actual is not dtype and not (isinstance(dtype, tuple) and actual in dtype):
         allowed = dtype if isinstance(dtype, tuple) else (dtype,)
@@ -92,16 +98,61 @@ def check_choice(op: str, argument: str, value: object, choices: tuple) -> None:
         fail(op, argument, "one of " + ", ".join(map(repr, choices)), repr(value))
 
 
-def triple(op: str, argument: str, value: object, kind: type) -> list:
-    """`value` as three numbers of `kind`, for T, H and W."""
+def check_int(op: str, argument: str, value: object, at_least: int | None = None, at_most: int | None = None) -> int:
+    """`value`, a whole number of any kind (Python's, NumPy's, an integer tensor's item), as an int."""
     try:
-        result = [kind(x) for x in value]  # type: ignore[attr-defined]
+        if isinstance(value, bool):
+            raise TypeError
+        # An int stays what it is, as it may stand for one while torch.compile traces.
+        number = value if isinstance(value, int) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        fail(op, argument, "an int", repr(value), TypeError)
+    if at_least is not None and number < at_least:
+        fail(op, argument, f"an int >= {at_least}", repr(value))
+    if at_most is not None and number > at_most:
+        fail(op, argument, f"an int <= {at_most}", repr(value))
+    return number
+
+
+def check_number(op: str, argument: str, value: object, at_least: float | None = None) -> float:
+    """`value`, a finite number of any kind (Python's or NumPy's; no bool, no tensor), as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real | torch.SymFloat | torch.SymInt):
+        fail(op, argument, "a number", repr(value), TypeError)
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond every float
+        number = math.inf
+    if not math.isfinite(number):
+        fail(op, argument, "a finite number", repr(value))
+    if at_least is not None and number < at_least:
+        fail(op, argument, f"a number >= {at_least}", repr(value))
+    return number
+
+
+def check_bool(op: str, argument: str, value: object) -> bool:
+    """`value`, Python's or NumPy's, as a bool: "no" and 2 are none."""
+    if not isinstance(value, bool | np.bool_):
+        fail(op, argument, "a bool", repr(value), TypeError)
+    return bool(value)
+
+
+_KINDS: dict[type, Callable[[str, str, object], object]] = {int: check_int, float: check_number, bool: check_bool}
+
+
+def triple(op: str, argument: str, value: object, kind: type) -> list:
+    """`value` as three numbers of `kind`, for T, H and W: any three that a list can be made of, but no text."""
+    expected = f"three {kind.__name__}s (T, H, W)"
+    try:
+        items = [] if isinstance(value, str) else list(value)  # type: ignore[call-overload]
+    except TypeError:
+        items = []
+    if len(items) != 3:
+        fail(op, argument, expected, repr(value))
+    try:
+        return [_KINDS[kind](op, argument, item) for item in items]
     except (TypeError, ValueError):
-        result = []
-    if len(result) != 3:
-        fail(op, argument, f"three {kind.__name__}s (T, H, W)", repr(value))
-    return result
+        fail(op, argument, expected, repr(value))
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(value: torch.dtype | torch.layout) -> str:
+    return str(value).removeprefix("torch.")

@@ -11,13 +11,13 @@ a continuation in time is an `origin`, a change of resolution a `step`, and a to
 
 from __future__ import annotations
 
-import math
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_boundaries, check_cu_seqlens, check_tensor, fail, triple
+from .checks import check_bool, check_boundaries, check_cu_seqlens, check_number, check_tensor, fail, triple
 from .layout import PackedLayout
 from .library import cotangent, register, rows
 from .memory import empty_like
@@ -66,7 +66,8 @@ def rope_3d(
     op = "rope_3d"
     check_tensor(op, "x", x, ("N", "H", "d"))
     tables = _check_layout(op, layout, x)
-    return _rope(x, *tables, *_check_angles(op, x.shape[-1], theta, axes_dim), interleaved, False)
+    angles = _check_angles(op, x.shape[-1], theta, axes_dim)
+    return _rope(x, *tables, *angles, check_bool(op, "interleaved", interleaved), False)
 
 
 def qk_norm_rope_3d(
@@ -96,7 +97,7 @@ def qk_norm_rope_3d(
         q_weight, k_weight: scale after the norm, [d], or [H*d] and [Hk*d] with `across_heads`, in q's dtype; None is 1.
         layout: of the N tokens.
         across_heads: take the mean over all heads of a token (Wan) instead of each head's d channels (most others).
-        eps: added to the mean square.
+        eps: added to the mean square, at least 0.
 
     The others are `rope_3d`'s.
 
@@ -104,6 +105,7 @@ def qk_norm_rope_3d(
         q and k in their shapes and dtype.
     """
     op = "qk_norm_rope_3d"
+    across_heads = check_bool(op, "across_heads", across_heads)
     check_tensor(op, "q", q, ("N", "H", "d"))
     check_tensor(op, "k", k, (q.shape[0], "Hk", q.shape[2]), dtype=q.dtype, like=q)
     for name, weight, x in (("q_weight", q_weight, q), ("k_weight", k_weight, k)):
@@ -112,7 +114,8 @@ def qk_norm_rope_3d(
             check_tensor(op, name, weight, (size,), dtype=q.dtype, like=q)
     tables = _check_layout(op, layout, q)
     angles = _check_angles(op, q.shape[-1], theta, axes_dim)
-    return _norm_rope(q, k, q_weight, k_weight, *tables, *angles, interleaved, across_heads, float(eps))[:2]
+    rest = check_bool(op, "interleaved", interleaved), across_heads, check_number(op, "eps", eps, at_least=0)
+    return _norm_rope(q, k, q_weight, k_weight, *tables, *angles, *rest)[:2]
 
 
 def _check_layout(op: str, layout: PackedLayout, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -130,8 +133,8 @@ def _check_angles(op: str, d: int, theta: Theta, axes_dim: tuple[int, int, int] 
     axes = triple(op, "axes_dim", default_axes_dim(d) if axes_dim is None else axes_dim, int)
     if sum(axes) != d or any(n < 0 or n % 2 for n in axes):
         fail(op, "axes_dim", f"three even sizes that add up to {d}", repr(axes_dim))
-    thetas = triple(op, "theta", (theta,) * 3 if isinstance(theta, int | float) else theta, float)
-    if not all(math.isfinite(t) and t > 0 for t in thetas):
+    thetas = triple(op, "theta", (theta,) * 3 if isinstance(theta, Real) else theta, float)
+    if not all(t > 0 for t in thetas):
         fail(op, "theta", "positive numbers", repr(theta))
     return thetas, axes
 
