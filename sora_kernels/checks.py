@@ -25,14 +25,14 @@ def check_tensor(
     tensor: Tensor,
     shape: tuple[int | str, ...] | None = None,
     *,
-    dtype: torch.dtype | tuple[torch.dtype, ...] = FLOATS,
+    dtype: torch.dtype | tuple[torch.dtype, ...] | None = FLOATS,
     like: Tensor | None = None,
 ) -> None:
     """Checks type, layout, dtype, rank, sizes and device of one argument.
 
     Args:
         shape: one entry per dimension: an int is a required size, a letter stands for any size.
-        dtype: the dtype, or dtypes, allowed.
+        dtype: the dtype, or dtypes, allowed; None: any.
         like: a tensor whose device must be shared.
     """
     if not isinstance(tensor, Tensor):
@@ -40,7 +40,7 @@ def check_tensor(
     if tensor.layout is not torch.strided or tensor.is_nested:
         fail(op, argument, "a dense tensor", "a nested one" if tensor.is_nested else f"layout {_name(tensor.layout)}", TypeError)
     actual = tensor.dtype
-    if actual is not dtype and not (isinstance(dtype, tuple) and actual in dtype):
+    if actual is not dtype and dtype is not None and not (isinstance(dtype, tuple) and actual in dtype):
         allowed = dtype if isinstance(dtype, tuple) else (dtype,)
         fail(op, argument, "dtype " + " or ".join(map(_name, allowed)), _name(actual), TypeError)
     if shape is not None:

@@ -128,6 +128,8 @@ def _check_videos(op: str, videos: Videos, patch: list[int], weight: Tensor | No
             fail(op, name, "at least one channel", "none")
         if any(n % p for n, p in zip(clip.shape[1:], patch, strict=True)):
             fail(op, name, f"(T, H, W) divisible by patch_size {tuple(patch)}", f"{tuple(clip.shape[1:])}")
+    if (tokens := _num_tokens(clips, patch)) >= 2**31:
+        fail(op, "videos", "fewer than 2**31 tokens", str(tokens))
     grids = [[n // p for n, p in zip(clip.shape[1:], patch, strict=True)] for clip in clips]
     # Nothing of pageable memory can be copied to a GPU while a graph is captured.
     capturing = first.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
