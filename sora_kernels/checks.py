@@ -80,6 +80,20 @@ def check_boundaries(op: str, argument: str, boundaries: Tensor, num_tokens: int
         fail(op, argument, "entries that never fall", f"{values[i]} then {values[i + 1]} at entry {i + 1}")
 
 
+def check_tables(op: str, like: Tensor, cu_spans: Tensor, grid: Tensor, *others: Tensor) -> None:
+    """Checks a layout's tables: int32 grids [S, 3], and float32 rows [S, 3] such as origins, contiguous, on the device of `like`.
+
+    A layout makes them so, but its attributes can be replaced. Not on the host, where the compiled kernels check them for less.
+    """
+    if like.is_cpu:
+        return
+    for table in (grid, *others):
+        name = "layout.grid" if table is grid else "layout's origin or step"
+        check_tensor(op, name, table, (cu_spans.shape[0] - 1, 3), dtype=torch.int32 if table is grid else torch.float32, like=like)
+        if not table.is_contiguous():
+            fail(op, name, "a contiguous tensor", f"strides {table.stride()}")
+
+
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float | None) -> float:
     """Checks k and v against q ([..., H, d], already checked) and returns the softmax scale."""
     check_tensor(op, "k", k, (*q.shape[:-3], "Nk", "Hk", q.shape[-1]), dtype=q.dtype, like=q)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_bool, check_boundaries, check_cu_seqlens, check_number, check_tensor, fail, triple
+from .checks import check_bool, check_boundaries, check_cu_seqlens, check_number, check_tables, check_tensor, fail, triple
 from .layout import PackedLayout
 from .library import cotangent, register, rows
 from .memory import empty_like
@@ -141,6 +141,7 @@ def _check_angles(op: str, d: int, theta: Theta, axes_dim: tuple[int, int, int] 
 
 def _run_rope(x, cu_spans, grid, origin, step, theta, axes_dim, interleaved, inverse):
     check_boundaries("rope_3d", "layout.cu_spans", cu_spans, x.shape[0])
+    check_tables("rope_3d", x, cu_spans, grid, origin, step)
     (x,) = rows(x)
     out = empty_like(x)
     backends.call("rope_3d", x, x, cu_spans, grid, origin, step, theta, axes_dim, interleaved, inverse, out)
@@ -170,6 +171,7 @@ _rope = register(
 
 def _run_norm_rope(q, k, q_weight, k_weight, *rest):
     check_boundaries("qk_norm_rope_3d", "layout.cu_spans", rest[0], q.shape[0])
+    check_tables("qk_norm_rope_3d", q, *rest[:4])
     q, k, q_weight, k_weight = rows(q, k, q_weight, k_weight)
     outputs = _fake_norm_rope(q, k, q_weight, k_weight, *rest)
     backends.call("qk_norm_rope_3d_forward", q, q, k, q_weight, k_weight, *rest, *outputs)

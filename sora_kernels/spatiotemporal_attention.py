@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import backends
-from .checks import check_cu_seqlens, check_qkv, check_tensor, fail, triple
+from .checks import check_cu_seqlens, check_qkv, check_tables, check_tensor, fail, triple
 from .layout import PackedLayout
 from .library import cotangent, lse_like, register, rows
 from .memory import empty_like
@@ -75,6 +75,7 @@ def spatiotemporal_attention(
 
 
 def _run_forward(q, k, v, *rest):
+    check_tables("spatiotemporal_attention", q, *rest[1:4])
     q, k, v = rows(q, k, v)
     out, lse = _fake_forward(q)
     backends.call("spatiotemporal_attention_forward", q, q, k, v, *rest, out, lse)
