@@ -25,7 +25,16 @@ def register(
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+
+    def body(*args: Any) -> Any:
+        try:
+            return run(*args)
+        except MemoryError as error:  # of an output, which knows no op
+            if name in str(error):
+                raise
+            raise MemoryError(f"{name}: {error}") from None
+
+    _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     qualified = f"sora_kernels::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     op = getattr(torch.ops.sora_kernels, name).default

@@ -58,6 +58,11 @@ def test_outputs_that_no_memory_holds(size, dtype):
             call()
 
 
+def test_an_output_that_cannot_be_had_names_its_op():
+    with pytest.raises(MemoryError, match=r"^bias_gelu_forward: .*: no memory for an output of shape \[9007199254740992, 64\]$"):
+        bias_gelu(huge(2**53, 64))
+
+
 def test_videos_of_more_tokens_than_are_counted():
     video = huge(1, 2**20, 2**20, 2**18)
     weight = torch.zeros(4, 1, 1, 1, 1)
@@ -82,7 +87,7 @@ def test_allocation_says_what_it_cannot_have(cpu):
     assert cpu.empty(x, []).shape == ()
 
 
-def test_an_allocation_that_failed_changes_no_limit():
+def test_an_allocation_that_failed_counts_for_nothing():
     """Otherwise all memory would be kept from then on, as if that much were in use."""
     memory.empty_cache()
     kept = [memory.empty(torch.zeros(1), (rows, 1 << 20)) for rows in (2, 3, 5, 7)]
