@@ -81,8 +81,10 @@ class Graph:
 def cpu_graph(output: Path, objects: Path) -> Graph:
     """Module _cpu: bindings once, every kernel source once per tier."""
     cxx = os.environ.get("CXX", "c++")
-    sanitize = os.environ.get("SORA_KERNELS_SANITIZE") == "1"
-    extra, link = (f" {SANITIZE_FLAGS}", SANITIZE_FLAGS) if sanitize else ("", "-s")
+    sanitize = os.environ.get("SORA_KERNELS_SANITIZE", "")
+    if sanitize not in ("", "0", "1"):
+        sys.exit(f"SORA_KERNELS_SANITIZE: expected 0 or 1, got {sanitize!r}")
+    extra, link = (f" {SANITIZE_FLAGS}", SANITIZE_FLAGS) if sanitize == "1" else ("", "-s")
     graph = Graph(output, objects, f"{cxx} {CPU_FLAGS}{extra}", f"{cxx} -shared -fopenmp {link}")
     for tier, width, flags, kernels in reversed(TIERS):
         for kernel in kernels:
