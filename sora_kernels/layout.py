@@ -47,14 +47,14 @@ class Span:
 
     def __post_init__(self) -> None:
         for name, kind in (("grid", int), ("origin", float), ("step", float)):
-            object.__setattr__(self, name, tuple(triple("Span", name, getattr(self, name), kind)))
+            numbers = triple("Span", name, getattr(self, name), kind)
+            object.__setattr__(self, name, tuple(numbers))
+            if kind is float and (max(numbers) > _FLOAT32_MAX or min(numbers) < -_FLOAT32_MAX):
+                fail("Span", name, "numbers that float32 has", repr(getattr(self, name)))
         if min(self.grid) < 0:
             fail("Span", "grid", "sizes >= 0", repr(self.grid))
         if max(self.grid) > _MOST:
             fail("Span", "grid", "sizes below 2**31", repr(self.grid))
-        for name in ("origin", "step"):
-            if any(abs(x) > _FLOAT32_MAX for x in getattr(self, name)):
-                fail("Span", name, "numbers that float32 has", repr(getattr(self, name)))
 
     @property
     def num_tokens(self) -> int:

@@ -133,7 +133,7 @@ def _check_angles(op: str, d: int, theta: Theta, axes_dim: tuple[int, int, int] 
     axes = triple(op, "axes_dim", default_axes_dim(d) if axes_dim is None else axes_dim, int)
     if sum(axes) != d or any(n < 0 or n % 2 for n in axes):
         fail(op, "axes_dim", f"three even sizes that add up to {d}", repr(axes_dim))
-    thetas = triple(op, "theta", (theta,) * 3 if isinstance(theta, Real) else theta, float)
+    thetas = triple(op, "theta", (theta,) * 3 if isinstance(theta, (float, Real)) else theta, float)
     if not all(t > 0 for t in thetas):
         fail(op, "theta", "positive numbers", repr(theta))
     return thetas, axes
