@@ -1,5 +1,6 @@
 # make demo    everything from nothing: environment, install, build, videos
 # make test    environment, ruff, mypy, clang-format, tests
+# make sanitize  the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer: their tests, and random bad calls
 # make bench   the benchmarks; make bench-report also writes their table and plot to docs/benchmarks, make bench-gate fails if a
 #              ratio has fallen since
 PYTHON ?= python3
@@ -10,7 +11,7 @@ CSRC := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu
 
 # make checkpoint   the checkpoint that comes with the package, from nothing: VAE, transformer with its text encoder, captioner
 # make gallery      contact sheets of every task in docs/gallery; make eval, the figures in docs/eval.json
-.PHONY: demo test lint format bench bench-report bench-gate checkpoint gallery eval clean
+.PHONY: demo test lint format sanitize bench bench-report bench-gate checkpoint gallery eval clean
 
 # Reinstalled when what it is made from changes; ninja recompiles only what has to be.
 $(READY): pyproject.toml setup.py constraints.txt $(CSRC)
@@ -36,6 +37,23 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
+
+# In a copy of the tree, so that the module in use stays as it is. Every tier this processor has. Python itself leaks, and it lacks
+# the C++ library whose exceptions AddressSanitizer wants to see from the start.
+SANITIZED := build/sanitize
+SANITIZED_TESTS := $(addprefix tests/test_,attention.py spatiotemporal_attention.py rope.py adaln.py bias_gelu.py patch_embed.py \
+  patchify.py memory.py bad_calls.py)
+TIERS = $(shell $(BIN)/python -c 'import torch; from sora_kernels import _cpu; print(*(name for name, has in _cpu.isa_tiers() if has))')
+SANITIZER_OPTIONS = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1
+
+sanitize: $(READY)
+	mkdir -p $(SANITIZED)
+	git ls-files -z csrc sora_kernels tests benchmarks docs setup.py pyproject.toml README.md | xargs -0 cp -p --parents -t $(SANITIZED)
+	cd $(SANITIZED) && SORA_KERNELS_CUDA=0 SORA_KERNELS_SANITIZE=1 $(abspath $(BIN))/python setup.py build_ext --inplace
+	set -e; cd $(SANITIZED); export $(SANITIZER_OPTIONS); for tier in $(TIERS); do export SORA_KERNELS_ISA=$$tier; echo $$tier; \
+	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m 'not emulated' -k 'not compiled and not limit and not scratch' $(SANITIZED_TESTS); \
+	  $(abspath $(BIN))/python -m tests.bad_calls 5000; done
 
 checkpoint: $(READY)
 	$(BIN)/sora train-vae outputs/vae --minutes 40

@@ -83,23 +83,32 @@ struct type_caster<sora::Tensor> {
     const dlpack::ExchangeApi* api = dlpack::exchange_api(Py_TYPE(source.ptr()));
     if (api == nullptr) return false;
     dlpack::Tensor view;
-    if (api->tensor_from_object(source.ptr(), &view) != 0) throw error_already_set();
+    if (api->tensor_from_object(source.ptr(), &view) != 0) {  // of a sparse tensor, or one without memory
+      PyErr_Clear();
+      return false;
+    }
     if (view.ndim < 1 || view.ndim > sora::Tensor::kMaxDims) return false;
     value.data = static_cast<char*>(view.data) + view.byte_offset;
     value.device_type = view.device.type, value.device_id = view.device.id;
     value.ndim = view.ndim;
     value.dtype = dtype_of(view.dtype);
-    int64_t contiguous = 1;
+    value.item_bytes = (view.dtype.bits * view.dtype.lanes + 7) / 8;
     for (int i = view.ndim - 1; i >= 0; --i) {
       value.size[i] = view.sizes[i];
-      value.stride[i] = view.strides ? view.strides[i] : contiguous;
-      contiguous *= view.sizes[i];
+      // Without strides it is contiguous. Sizes whose product is too large are refused before anything reads a stride.
+      value.stride[i] = view.strides ? view.strides[i] : i + 1 == view.ndim ? 1 : wrapped(value.stride[i + 1], view.sizes[i + 1]);
     }
     return true;
   }
 
  private:
+  static int64_t wrapped(int64_t a, int64_t b) {
+    int64_t product;
+    (void)__builtin_mul_overflow(a, b, &product);
+    return product;
+  }
   static sora::DType dtype_of(dlpack::DataType type) {
+    if (type.lanes != 1) return sora::DType::kOther;
     if (type.code == dlpack::kFloat && type.bits == 32) return sora::DType::kFloat32;
     if (type.code == dlpack::kFloat && type.bits == 16) return sora::DType::kFloat16;
     if (type.code == dlpack::kFloat && type.bits == 64) return sora::DType::kFloat64;

@@ -15,6 +15,8 @@ struct Tensor {
   int ndim = 0;
   int64_t size[kMaxDims] = {};
   int64_t stride[kMaxDims] = {};  // in elements
+  int32_t item_bytes = 0;
+  const char* name = "";  // of the argument
 
   // Inlined always: were they left as functions, the linker would share one tier's copy among all tiers.
   __attribute__((always_inline)) explicit operator bool() const { return ndim > 0; }

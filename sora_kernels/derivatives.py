@@ -40,7 +40,7 @@ def through(formula: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[.
             tensors = dict(enumerate(saved)) | dict(zip(moving, given, strict=True))
             return tuple(_flat(formula(*_map(lambda x: tensors[x.index], ctx.arguments))))
 
-        results, pullback = torch.func.vjp(of_moving, *(saved[i] for i in moving))
+        results, pullback, *_ = torch.func.vjp(of_moving, *(saved[i] for i in moving))
         given = zip(results, _flat(cotangents), strict=True)
         grads = dict(zip(moving, pullback(tuple(torch.zeros_like(r) if c is None else c for r, c in given)), strict=True))
         return tuple(_map(lambda x: grads.get(x.index), x) if isinstance(x, _Saved | list) else None for x in ctx.arguments)

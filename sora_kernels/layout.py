@@ -15,10 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import fail
+from .checks import check_int, check_tensor, fail, triple
 
 Grid = tuple[int, int, int]
 Position = tuple[float, float, float]
+
+_MOST = 2**31 - 1  # int32's
+_FLOAT32_MAX = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,9 @@ class Span:
     >>> Span.text(77)                                         # text in a joint sequence: no rotation
 
     Args:
-        grid: tokens along T, H and W; zero is allowed.
-        origin: position of token (0, 0, 0) along T, H and W, in tokens. Negative and fractional values are fine.
+        grid: tokens along T, H and W, each below 2**31; zero is allowed.
+        origin: position of token (0, 0, 0) along T, H and W, in tokens. Negative and fractional values are fine, as long as float32
+            has them.
         step: distance between neighbours along T, H and W. An axis of step 0 and origin 0 is not rotated.
     """
 
@@ -43,21 +47,24 @@ class Span:
 
     def __post_init__(self) -> None:
         for name, kind in (("grid", int), ("origin", float), ("step", float)):
-            value = getattr(self, name)
-            try:
-                triple = tuple(kind(x) for x in value)
-            except (TypeError, ValueError):
-                triple = ()
-            if len(triple) != 3 or any(a != b for a, b in zip(triple, value, strict=True)):
-                fail("Span", name, f"three {kind.__name__}s (T, H, W)", repr(value))
-            object.__setattr__(self, name, triple)
+            numbers = triple("Span", name, getattr(self, name), kind)
+            object.__setattr__(self, name, tuple(numbers))
+            if kind is float and (max(numbers) > _FLOAT32_MAX or min(numbers) < -_FLOAT32_MAX):
+                fail("Span", name, "numbers that float32 has", repr(getattr(self, name)))
         if min(self.grid) < 0:
             fail("Span", "grid", "sizes >= 0", repr(self.grid))
+        if max(self.grid) > _MOST:
+            fail("Span", "grid", "sizes below 2**31", repr(self.grid))
 
     @property
     def num_tokens(self) -> int:
         t, h, w = self.grid
         return t * h * w
+
+    @property
+    def num_frames(self) -> int:
+        """Latent frames: T, or none where they hold no tokens."""
+        return self.grid[0] if self.num_tokens else 0
 
     @staticmethod
     def text(length: int, origin: Position = (0.0, 0.0, 0.0)) -> Span:
@@ -80,7 +87,8 @@ class PackedLayout:
     Attributes:
         cu_seqlens: int32 [B+1], sample boundaries.
         cu_spans: int32 [S+1], span boundaries.
-        cu_frames: int32 [F+1], boundaries of the latent frames: the H*W tokens that share one t of one span.
+        cu_frames: int32 [F+1], boundaries of the latent frames: the H*W tokens that share one t of one span. A span without tokens
+            has no frames, so that their number is at most that of the tokens.
         grid: int32 [S, 3], tokens along T, H, W of each span.
         origin, step: float32 [S, 3], position of token (t, h, w) of a span = origin + step * (t, h, w).
         max_seqlen: tokens of the longest sample.
@@ -96,7 +104,10 @@ class PackedLayout:
     _tensors = ("cu_seqlens", "cu_spans", "cu_frames", "grid", "origin", "step")
 
     def __init__(self, spans: Iterable[Iterable[Span]], device: torch.device | str | None = None) -> None:
-        self.spans: tuple[tuple[Span, ...], ...] = tuple(tuple(sample) for sample in spans)
+        try:
+            self.spans: tuple[tuple[Span, ...], ...] = tuple(tuple(sample) for sample in spans)
+        except TypeError:
+            fail("PackedLayout", "spans", "a list of Spans for each sample", repr(spans), TypeError)
         flat = [span for sample in self.spans for span in sample]
         for span in flat:
             if not isinstance(span, Span):
@@ -112,14 +123,16 @@ class PackedLayout:
         self.grid = _rows([span.grid for span in flat], np.int32)
         self.origin = _rows([span.origin for span in flat], np.float32)
         self.step = _rows([span.step for span in flat], np.float32)
-        self.cu_frames = _boundaries([h * w for t, h, w in (span.grid for span in flat) for _ in range(t)])
+        self.cu_frames = _boundaries([span.grid[1] * span.grid[2] for span in flat for _ in range(span.num_frames)])
         if device is not None:
             self._move(device)
 
     @classmethod
     def from_grids(cls, grids: Iterable[Sequence[int]], device: torch.device | str | None = None) -> PackedLayout:
         """One sample per (T, H, W) grid, positions counted from zero."""
-        return cls([[Span(tuple(grid))] for grid in grids], device)  # type: ignore[arg-type]
+        if not isinstance(grids, Iterable):
+            fail("PackedLayout.from_grids", "grids", "a list of (T, H, W)", repr(grids), TypeError)
+        return cls([[Span(grid)] for grid in grids], device)  # type: ignore[arg-type]
 
     @classmethod
     def from_spans(cls, spans: Iterable[Iterable[Span]], device: torch.device | str | None = None) -> PackedLayout:
@@ -131,6 +144,9 @@ class PackedLayout:
         """The samples of several layouts, one after the other, on the first one's device."""
         if not layouts:
             fail("PackedLayout.concat", "layouts", "at least one layout", "none")
+        for layout in layouts:
+            if not isinstance(layout, PackedLayout):
+                fail("PackedLayout.concat", "layouts", "PackedLayouts", type(layout).__name__, TypeError)
         return cls(itertools.chain.from_iterable(layout.spans for layout in layouts), layouts[0].device)
 
     @property
@@ -162,13 +178,18 @@ class PackedLayout:
 
     def select(self, samples: Sequence[int]) -> PackedLayout:
         """The layout of some samples, in the order given; an index may be negative or repeated."""
-        for index in samples:
+        indices = [check_int("PackedLayout.select", "samples", index) for index in samples]
+        for index in indices:
             if not -self.num_samples <= index < self.num_samples:
                 fail("PackedLayout.select", "samples", f"indices of {self.num_samples} samples", str(index), IndexError)
-        return PackedLayout([self.spans[index] for index in samples], self.device)
+        return PackedLayout([self.spans[index] for index in indices], self.device)
 
     def pack(self, samples: Sequence[Tensor]) -> Tensor:
         """Lays samples [n_i, ...] end to end -> [N, ...]."""
+        for i, sample in enumerate(samples):
+            check_tensor("PackedLayout.pack", f"samples[{i}]", sample, dtype=None)
+            if sample.ndim < 1:
+                fail("PackedLayout.pack", f"samples[{i}]", "at least one axis", "none")
         lengths = tuple(sample.shape[0] for sample in samples)
         if lengths != self.seqlens:
             fail("PackedLayout.pack", "samples", f"lengths {list(self.seqlens)}", str(list(lengths)))
@@ -176,6 +197,7 @@ class PackedLayout:
 
     def unpack(self, tokens: Tensor) -> list[Tensor]:
         """Cuts [N, ...] into one view [n_i, ...] per sample; tokens past the last boundary are left out."""
+        check_tensor("PackedLayout.unpack", "tokens", tokens, dtype=None)
         if tokens.ndim < 1 or tokens.shape[0] < self.num_tokens:
             fail("PackedLayout.unpack", "tokens", f"at least {self.num_tokens} rows", f"shape {tuple(tokens.shape)}")
         return list(tokens[: self.num_tokens].split(list(self.seqlens)))

@@ -32,7 +32,18 @@ def register(
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+
+    def body(*args: Any) -> Any:
+        try:
+            return run(*args)
+        except (MemoryError, RuntimeError) as error:
+            # Of an output or a copy, which know no op. torch's own error on a CPU is a RuntimeError.
+            text = str(error)
+            if name in text or (isinstance(error, RuntimeError) and "can't allocate memory" not in text):
+                raise
+            raise MemoryError(f"{name}: {text}") from None
+
+    _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     qualified = f"sora_kernels::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     op = getattr(torch.ops.sora_kernels, name).default
@@ -40,6 +51,8 @@ def register(
     if backward is None or setup_context is None:
         backward, setup_context = through(in_plain_torch)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    eager: Callable[..., Any]
+    transformed: Callable[..., Any]
     if "Tensor[]" in schema:  # a Function does not look for tensors inside lists
         eager, transformed = op, in_plain_torch
     else:
@@ -97,7 +110,7 @@ def _function(op: Any, generate_vmap_rule: bool = False, **members: Callable[...
 
 
 def autocast(*tensors: Any) -> tuple:
-    """The tensors as torch's autocast, where it is on, hands them to products of matrices: floats in its dtype, but float64 ones."""
+    """The tensors as torch's autocast, where it is on, hands them to products of matrices: in its dtype, but float64 ones."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors

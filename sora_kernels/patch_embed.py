@@ -43,8 +43,8 @@ def patch_embed_3d(
         patch_size: (pt, ph, pw); must divide each video's (T, H, W).
 
     Returns:
-        tokens [N, D] in the videos' dtype (under autocast in its lower one, as of a Conv3d), and the layout of the N = sum of T/pt * H/ph * W/pw tokens, on their device; while a
-        CUDA graph is captured it stays on the host, so build the layout that other ops in the graph use beforehand.
+        tokens [N, D] in the videos' dtype (under autocast in its lower one, as of a Conv3d), and the layout of the
+        N = sum of T/pt * H/ph * W/pw tokens, on their device; while a CUDA graph is captured it stays on the host, so build the layout that other ops in the graph use beforehand.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -133,6 +133,8 @@ def _check_videos(op: str, clips: list[Tensor], patch: list[int], weight: Tensor
             fail(op, name, "at least one channel", "none")
         if any(n % p for n, p in zip(clip.shape[1:], patch, strict=True)):
             fail(op, name, f"(T, H, W) divisible by patch_size {tuple(patch)}", f"{tuple(clip.shape[1:])}")
+    if (tokens := _num_tokens(clips, patch)) >= 2**31:
+        fail(op, "videos", "fewer than 2**31 tokens", str(tokens))
     grids = [[n // p for n, p in zip(clip.shape[1:], patch, strict=True)] for clip in clips]
     # Nothing of pageable memory can be copied to a GPU while a graph is captured.
     capturing = first.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()

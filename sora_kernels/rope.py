@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_bool, check_boundaries, check_cu_seqlens, check_number, check_tensor, fail, triple
+from .checks import check_bool, check_boundaries, check_cu_seqlens, check_number, check_tables, check_tensor, fail, triple
 from .layout import PackedLayout
 from .library import cotangent, register, rows
 from .memory import empty_like
@@ -133,7 +133,7 @@ def _check_angles(op: str, d: int, theta: Theta, axes_dim: tuple[int, int, int] 
     axes = triple(op, "axes_dim", default_axes_dim(d) if axes_dim is None else axes_dim, int)
     if sum(axes) != d or any(n < 0 or n % 2 for n in axes):
         fail(op, "axes_dim", f"three even sizes that add up to {d}", repr(axes_dim))
-    thetas = triple(op, "theta", (theta,) * 3 if isinstance(theta, Real) else theta, float)
+    thetas = triple(op, "theta", (theta,) * 3 if isinstance(theta, (float, Real)) else theta, float)
     if not all(t > 0 for t in thetas):
         fail(op, "theta", "positive numbers", repr(theta))
     return thetas, axes
@@ -141,6 +141,7 @@ def _check_angles(op: str, d: int, theta: Theta, axes_dim: tuple[int, int, int] 
 
 def _run_rope(x, cu_spans, grid, origin, step, theta, axes_dim, interleaved, inverse):
     check_boundaries("rope_3d", "layout.cu_spans", cu_spans, x.shape[0])
+    check_tables("rope_3d", x, cu_spans, grid, origin, step)
     (x,) = rows(x)
     out = empty_like(x)
     backends.call("rope_3d", x, x, cu_spans, grid, origin, step, theta, axes_dim, interleaved, inverse, out)
@@ -170,6 +171,7 @@ _rope = register(
 
 def _run_norm_rope(q, k, q_weight, k_weight, *rest):
     check_boundaries("qk_norm_rope_3d", "layout.cu_spans", rest[0], q.shape[0])
+    check_tables("qk_norm_rope_3d", q, *rest[:4])
     q, k, q_weight, k_weight = rows(q, k, q_weight, k_weight)
     outputs = _fake_norm_rope(q, k, q_weight, k_weight, *rest)
     backends.call("qk_norm_rope_3d_forward", q, q, k, q_weight, k_weight, *rest, *outputs)

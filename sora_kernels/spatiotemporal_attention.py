@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import backends
-from .checks import check_cu_seqlens, check_qkv, check_tensor, fail, side, triple
+from .checks import check_cu_seqlens, check_qkv, check_tables, check_tensor, fail, side, triple
 from .layout import PackedLayout
 from .library import autocast, cotangent, register, rows, statistics_like
 from .memory import empty_like
@@ -76,6 +76,7 @@ def spatiotemporal_attention(
 
 
 def _run_forward(q, k, v, *rest):
+    check_tables("spatiotemporal_attention", q, *rest[1:4])
     q, k, v = rows(q, k, v)
     out, statistics = _fake_forward(q)
     backends.call("spatiotemporal_attention_forward", q, q, k, v, *rest, out, statistics)

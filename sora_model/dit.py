@@ -279,7 +279,7 @@ class DiT(nn.Module):
         if timesteps.shape[0] == samples:
             return F.silu(c if per_sample is None else c + per_sample), layout.cu_seqlens
         if per_sample is not None:
-            frames = torch.tensor([sample[0].grid[0] for sample in layout.spans], device=c.device)
+            frames = torch.tensor([sample[0].num_frames for sample in layout.spans], device=c.device)
             c = c + per_sample.repeat_interleave(frames, dim=0, output_size=layout.num_frames)
         return F.silu(c), layout.cu_frames
 

@@ -8,7 +8,7 @@ import torch
 
 from sora_kernels.adaln import gate_residual_layer_norm_modulate, layer_norm_modulate
 from sora_kernels.bias_gelu import bias_gelu
-from sora_kernels.checks import check_bool, check_int, check_number, triple
+from sora_kernels.checks import check_bool, check_int, check_number, check_tables, triple
 from sora_kernels.layout import PackedLayout
 from sora_kernels.patch_embed import patch_embed_3d, patchify_3d, unpatchify_3d
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
@@ -72,6 +72,24 @@ def test_triples():
     ):
         with pytest.raises(ValueError, match=rf"^op: x: expected three {kind.__name__}s \(T, H, W\), got "):
             triple("op", "x", value, kind)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"grid": torch.zeros(1, 3, device="meta")}, "layout.grid: expected dtype int32, got float32"),
+        ({"step": torch.zeros(2, 3, device="meta")}, r"layout's origin or step: expected shape \[1, 3\], got \[2, 3\]"),
+        ({"step": torch.zeros(1, 6, device="meta")[:, ::2]}, "layout's origin or step: expected a contiguous tensor"),
+        ({"step": torch.zeros(1, 3)}, "layout's origin or step: expected a tensor on meta, got one on cpu"),
+    ],
+)
+def test_tables_that_a_caller_replaced(wrong, message):
+    """As on a GPU, whose kernels cannot check them."""
+    layout = LAYOUT.to("meta")
+    tables = {name: getattr(layout, name) for name in ("cu_spans", "grid", "origin", "step")}
+    check_tables("op", layout.grid, *tables.values())
+    with pytest.raises((TypeError, ValueError), match=f"^op: {message}"):
+        check_tables("op", layout.grid, *{**tables, **wrong}.values())
 
 
 X, ROW, CU = torch.zeros(4, 8), torch.zeros(1, 8), LAYOUT.cu_seqlens

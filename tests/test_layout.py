@@ -25,6 +25,15 @@ def test_boundaries(layout):
         assert getattr(layout, name).dtype == torch.float32
 
 
+def test_spans_without_tokens_cost_nothing():
+    """Whatever their other sides: no frames, and no tables for them."""
+    layout = PackedLayout.from_grids([(2**31 - 1, 0, 0), (2, 1, 2), (2**31 - 1, 0, 2**31 - 1)])
+    assert layout.cu_frames.tolist() == [0, 2, 4]
+    assert layout.cu_seqlens.tolist() == [0, 0, 4, 4]
+    assert [sample[0].num_frames for sample in layout.spans] == [0, 2, 0]
+    assert layout.positions().tolist() == [[t, 0, w] for t in range(2) for w in range(2)]
+
+
 def test_positions_follow_origin_and_step(layout):
     expected = [(0.0, 0.0, 0.0)] * 3
     expected += [(4.0 + t, 0.5 * h, -1.0 + 2 * w) for t in range(2) for h in range(2) for w in range(3)]
@@ -82,9 +91,33 @@ def test_repr_is_readable(layout):
     [
         (lambda: Span((1, 2)), ValueError, r"Span: grid: expected three ints \(T, H, W\), got \(1, 2\)"),
         (lambda: Span((1, 2, 2.5)), ValueError, r"Span: grid: expected three ints .* got \(1, 2, 2.5\)"),
+        (lambda: Span((True, 1, 1)), ValueError, r"Span: grid: expected three ints .* got \(True, 1, 1\)"),
+        (lambda: Span((2**31, 0, 0)), ValueError, r"Span: grid: expected sizes below 2\*\*31, got \(2147483648, 0, 0\)"),
+        (lambda: Span((1, 1, 1), origin=(1e39, 0, 0)), ValueError, "Span: origin: expected numbers that float32 has"),
+        (lambda: Span((1, 1, 1), step=(0, -1e39, 0)), ValueError, "Span: step: expected numbers that float32 has"),
+        (lambda: Span((1, 1, 1), origin=(0, float("inf"), 0)), ValueError, "Span: origin: expected three floats"),
         (lambda: Span((1, -2, 2)), ValueError, r"Span: grid: expected sizes >= 0, got \(1, -2, 2\)"),
         (lambda: Span((1, 1, 1), origin="abc"), ValueError, "Span: origin: expected three floats"),
         (lambda: Span((1, 1, 1), step=(1, float("nan"), 1)), ValueError, "Span: step: expected three floats"),
+        (lambda: PackedLayout([Span((1, 1, 1))]), TypeError, "PackedLayout: spans: expected a list of Spans for each sample, got"),
+        (lambda: PackedLayout.from_grids(5), TypeError, r"PackedLayout.from_grids: grids: expected a list of \(T, H, W\), got 5"),
+        (lambda: PackedLayout.from_grids([5]), ValueError, r"Span: grid: expected three ints \(T, H, W\), got 5"),
+        (lambda: PackedLayout.concat([1]), TypeError, "PackedLayout.concat: layouts: expected PackedLayouts, got int"),
+        (
+            lambda: PackedLayout.from_grids([(1, 1, 2)]).select([0.0]),
+            TypeError,
+            "PackedLayout.select: samples: expected an int, got 0.0",
+        ),
+        (
+            lambda: PackedLayout.from_grids([(1, 1, 2)]).pack([2]),
+            TypeError,
+            r"PackedLayout.pack: samples\[0\]: expected a torch.Tensor",
+        ),
+        (
+            lambda: PackedLayout.from_grids([(1, 1, 2)]).unpack([2]),
+            TypeError,
+            "PackedLayout.unpack: tokens: expected a torch.Tensor",
+        ),
         (lambda: PackedLayout.from_spans([[(1, 2, 3)]]), TypeError, "PackedLayout: spans: expected Span objects, got tuple"),
         (lambda: PackedLayout.from_grids([(2**15, 2**15, 2)]), ValueError, r"fewer than 2\*\*31 tokens, got 2147483648"),
         (lambda: PackedLayout.concat([]), ValueError, "PackedLayout.concat: layouts: expected at least one layout, got none"),

@@ -264,7 +264,7 @@ def test_missing_tensor(name: str) -> None:
     """The compiled functions may lack the norm's weights, and no other tensor."""
     others = {"theta": (1e4,) * 3, "axes_dim": (4, 2, 2), "interleaved": True, "inverse": False, "across_heads": False, "eps": 1e-6}
     others |= {key: getattr(LAYOUT, key) for key in ("cu_spans", "grid", "origin", "step")}
-    others |= dict.fromkeys(["q_rstd", "k_rstd"], torch.ones(6, 2))
+    others |= {key: torch.ones(6, 2) for key in ("q_rstd", "k_rstd")}
     names = inspect.signature(getattr(reference, name)).parameters
     good = {key: others[key] if key in others else (W if "weight" in key else X).clone() for key in names}
     function = getattr(backends.BACKENDS["cpu"].load(), name)

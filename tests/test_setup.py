@@ -68,3 +68,16 @@ def test_unknown_wish(tmp_path):
     done = build(tmp_path, SORA_KERNELS_CUDA="yes")
     assert done.returncode == 1
     assert "SORA_KERNELS_CUDA: expected 0 or 1, got 'yes'" in done.stderr
+
+
+@pytest.mark.parametrize(("value", "sanitized"), [("", False), ("0", False), ("1", True)])
+def test_sanitizers_are_asked_for(tmp_path, value, sanitized):
+    code = "import sys; sys.argv = ['setup.py', '--name']; exec(open('setup.py').read()); print(cpu_graph(ROOT / 'o', ROOT).text())"
+    done = build(tmp_path, command=("-c", f"__file__ = 'setup.py'; {code}"), SORA_KERNELS_SANITIZE=value)
+    assert ("-fsanitize=address,undefined" in done.stdout) == sanitized, done.stderr
+
+
+def test_another_word_for_sanitizers_is_named(tmp_path):
+    code = "import sys; sys.argv = ['setup.py', '--name']; exec(open('setup.py').read()); cpu_graph(ROOT / 'o', ROOT)"
+    done = build(tmp_path, command=("-c", f"__file__ = 'setup.py'; {code}"), SORA_KERNELS_SANITIZE="yes")
+    assert "SORA_KERNELS_SANITIZE: expected 0 or 1, got 'yes'" in done.stderr

@@ -1,11 +1,10 @@
 // Checks of a call's tensors, of every compiled module. The story files have validated every argument; this keeps a wrong call from
-// touching memory that is not there.
+// touching memory that is not there. define.h checks what holds for all tensors, the files of the ops what their kernels rely on.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
-#include <stdexcept>
 #include <string>
 
 #include "../tensor.h"
@@ -20,67 +19,117 @@ struct Module {
 };
 inline Module this_module;
 
-inline void require(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(std::string(this_module.name) + ": " + what);
+// Becomes a ValueError that names the module and the op, too.
+struct BadArgument {
+  std::string text;
+};
+
+[[noreturn]] inline void fail(const char* argument, const std::string& expected, const std::string& actual) {
+  throw BadArgument{std::string(argument) + ": expected " + expected + ", got " + actual};
+}
+[[noreturn]] inline void fail(const Tensor& t, const std::string& expected, const std::string& actual) {
+  fail(t.name, expected, actual);
 }
 
-inline void on_device(const Tensor& t) { require(t.device_type == this_module.device_type, "a tensor is on another device"); }
+inline std::string listed(const int64_t* begin, const int64_t* end) {
+  std::string text;
+  for (const int64_t* n = begin; n != end; ++n) text += (text.empty() ? "" : ", ") + std::to_string(*n);
+  return "[" + text + "]";
+}
+inline std::string shape_of(const Tensor& t) { return t ? "shape " + listed(t.size, t.size + t.ndim) : "None"; }
 
-// For the tensors that are not optional: None arrives as one without axes, which the checks below pass over.
-inline void present(std::initializer_list<const Tensor*> tensors) {
-  for (const Tensor* t : tensors) require(static_cast<bool>(*t), "a tensor is missing");
+inline const char* name_of(DType dtype) {
+  constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "float64", "int32", "another dtype"};
+  return kNames[static_cast<int>(dtype)];
 }
 
-inline void same_storage(std::initializer_list<const Tensor*> tensors) {
-  DType dtype = DType::kOther;
-  for (const Tensor* t : tensors) {
-    if (!*t) continue;
-    on_device(*t);
-    if (dtype == DType::kOther) dtype = t->dtype;
-    require(t->dtype == dtype && dtype <= DType::kFloat16, "float tensors of one dtype expected");
-    const bool empty = std::find(t->size, t->size + t->ndim, 0) != t->size + t->ndim;  // then its strides may be anything
-    require(empty || t->size[t->ndim - 1] == 1 || t->stride[t->ndim - 1] == 1, "the last axis must be contiguous");
-  }
+// What kernels count in 32 bits: heads, and the elements of a row.
+constexpr int64_t kMaxAxis = int64_t{1} << 30;
+
+inline void at_most(const Tensor& t, int axis, int64_t limit = kMaxAxis) {
+  if (t.size[axis] > limit) fail(t, "at most " + std::to_string(limit) + " along axis " + std::to_string(axis), shape_of(t));
 }
 
-inline void same_shape(const Tensor& a, const Tensor& b) {
-  require(a.ndim == b.ndim && std::equal(a.size, a.size + a.ndim, b.size), "tensors of one shape expected");
+inline void rank(const Tensor& t, int ndim, const char* letters) {
+  if (t.ndim != ndim) fail(t, std::string("shape ") + letters, shape_of(t));
 }
 
 inline void shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
-  require(t.ndim == static_cast<int>(sizes.size()) && std::equal(sizes.begin(), sizes.end(), t.size), "unexpected shape");
+  if (t.ndim != static_cast<int>(sizes.size()) || !std::equal(sizes.begin(), sizes.end(), t.size))
+    fail(t, "shape " + listed(sizes.begin(), sizes.end()), shape_of(t));
 }
 
-inline void statistics(const Tensor& t) {
-  on_device(t);
-  int64_t stride = 1;
-  for (int i = t.ndim - 1; i >= 0; stride *= std::max<int64_t>(t.size[i--], 1))
-    require(t.dtype == DType::kFloat32 && (t.size[i] <= 1 || t.stride[i] == stride), "statistics must be float32 and contiguous");
+inline void same_shape(const Tensor& t, const Tensor& as) {
+  if (t.ndim != as.ndim || !std::equal(t.size, t.size + t.ndim, as.size)) fail(t, shape_of(as), shape_of(t));
 }
-inline void statistics(const Tensor& t, std::initializer_list<int64_t> sizes) { shape(t, sizes), statistics(t); }
+
+inline void dtype(const Tensor& t, DType expected) {
+  if (t.dtype != expected) fail(t, name_of(expected), name_of(t.dtype));
+}
+
+inline bool is_empty(const Tensor& t) { return std::find(t.size, t.size + t.ndim, 0) != t.size + t.ndim; }
+
+// An axis of one element, or of an empty tensor, may have any stride.
+inline void contiguous_rows(const Tensor& t) {
+  const int last = t.ndim - 1;
+  if (t.size[last] > 1 && t.stride[last] != 1 && !is_empty(t))
+    fail(t, "a contiguous last axis", "stride " + std::to_string(t.stride[last]));
+}
+
+inline void contiguous(const Tensor& t) {
+  if (is_empty(t)) return;
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; stride *= t.size[i--])
+    if (t.size[i] > 1 && t.stride[i] != stride) fail(t, "a contiguous tensor", "strides " + listed(t.stride, t.stride + t.ndim));
+}
+
+// Those of them that are present: floats of one dtype that kernels store, whose rows are contiguous.
+inline void same_storage(std::initializer_list<const Tensor*> tensors) {
+  const Tensor* first = nullptr;
+  for (const Tensor* t : tensors) {
+    if (!*t) continue;
+    if (first == nullptr && t->dtype > DType::kFloat16) fail(*t, "float32, bfloat16 or float16", name_of(t->dtype));
+    if (first == nullptr) first = t;
+    dtype(*t, first->dtype);
+    contiguous_rows(*t);
+  }
+}
+
+inline void statistics(const Tensor& t, std::initializer_list<int64_t> sizes) {
+  shape(t, sizes);
+  dtype(t, DType::kFloat32);
+  contiguous(t);
+}
 
 inline void boundaries(const Tensor& cu, int64_t total) {
-  require(cu.ndim == 1 && cu.dtype == DType::kInt32 && cu.size[0] >= 1 && (cu.size[0] == 1 || cu.stride[0] == 1),
-          "boundaries must be int32 and contiguous");
-  on_device(cu);
+  rank(cu, 1, "[entries]");
+  dtype(cu, DType::kInt32);
+  contiguous(cu);
+  if (cu.size[0] < 1) fail(cu, "at least one entry, the leading 0", "none");
   if (!this_module.reads_values) return;
-  const int32_t* x = cu.ints();
-  require(x[0] == 0 && x[cu.size[0] - 1] <= total && std::is_sorted(x, x + cu.size[0]),
-          "boundaries must rise from 0 to at most the number of tokens");
+  const int32_t *x = cu.ints(), *end = x + cu.size[0];
+  if (x[0] != 0) fail(cu, "a first entry of 0", std::to_string(x[0]));
+  if (end[-1] > total) fail(cu, "a last entry of at most " + std::to_string(total), std::to_string(end[-1]));
+  if (const int32_t* fall = std::is_sorted_until(x, end); fall != end)
+    fail(cu, "entries that never fall", std::to_string(fall[-1]) + " then " + std::to_string(fall[0]));
 }
 
-inline void spans(const Tensor& cu_spans, const Tensor& grid, int64_t total) {
+// The tables of a layout: a grid for each span, whose tokens it holds; `others` are float32 rows for each, such as origins.
+inline void spans(const Tensor& cu_spans, const Tensor& grid, std::initializer_list<const Tensor*> others, int64_t total) {
   boundaries(cu_spans, total);
   const int64_t count = cu_spans.size[0] - 1;
-  require(grid.dtype == DType::kInt32 && grid.ndim == 2 && grid.size[0] == count && grid.size[1] == 3 &&
-              (count == 0 || (grid.stride[0] == 3 && grid.stride[1] == 1)),
-          "grid must be int32 [S, 3]");
-  on_device(grid);
+  shape(grid, {count, 3});
+  dtype(grid, DType::kInt32);
+  contiguous(grid);
+  for (const Tensor* t : others) statistics(*t, {count, 3});
   if (!this_module.reads_values) return;
   for (int64_t i = 0; i < count; ++i) {
-    const int32_t* g = grid.ints() + 3 * i;
-    require(g[0] >= 0 && g[1] >= 0 && g[2] >= 0 && int64_t(g[0]) * g[1] * g[2] == cu_spans.ints()[i + 1] - cu_spans.ints()[i],
-            "each grid must hold its span's tokens");
+    const int32_t *g = grid.ints() + 3 * i, tokens = cu_spans.ints()[i + 1] - cu_spans.ints()[i];
+    int64_t held = int64_t{g[0]} * g[1];  // below 2^62
+    const bool overflow = __builtin_mul_overflow(held, int64_t{g[2]}, &held);
+    if (g[0] < 0 || g[1] < 0 || g[2] < 0 || overflow || held != tokens)
+      fail(grid, "sizes >= 0 that hold the " + std::to_string(tokens) + " tokens of span " + std::to_string(i),
+           "(" + std::to_string(g[0]) + ", " + std::to_string(g[1]) + ", " + std::to_string(g[2]) + ")");
   }
 }
 

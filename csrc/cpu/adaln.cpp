@@ -200,11 +200,10 @@ template <class T>
 void backward(const AdaLn& a) {
   const int64_t rows = num_rows(a), d = a.x.size[1], stride = kSums * d;
   const int32_t* cu = a.cu_seqlens.ints();
-  int64_t* first = static_cast<int64_t*>(malloc((rows + 1) * sizeof(int64_t)));  // first item of each row
-  if (first == nullptr) abort();
+  const Memory<int64_t> first(rows + 1);  // first item of each row
   first[0] = 0;
   for (int64_t r = 0; r < rows; ++r) first[r + 1] = first[r] + (cu[r + 1] - cu[r] + kTokens - 1) / kTokens;
-  const Zeros partial(first[rows] * stride);
+  const Zeros partial(first[rows], stride);
 
   parallel_for(first[rows], [&](int64_t item) {
     int64_t r = 0;
@@ -247,7 +246,6 @@ void backward(const AdaLn& a) {
     if (a.dweight) store_lanes(static_cast<T*>(a.dweight.data) + i, dweight.value(), lanes);
     if (a.dbias) store_lanes(static_cast<T*>(a.dbias.data) + i, dbias.value(), lanes);
   });
-  free(first);
 }
 
 }  // namespace

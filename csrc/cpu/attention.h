@@ -128,7 +128,7 @@ inline void complete_pairs(float* scores, float* dp, int num_keys, int ld, int b
 // Zeroes the rows of a packed tensor [N, H, d] past the last boundary.
 template <class T>
 void zero_slack(const Tensor& x, int64_t used) {
-  if (x.ndim == 4) return;
+  if (x.ndim == 4 || x.size[1] == 0) return;  // without heads there may be any number of tokens
   for (int64_t n = used; n < x.size[0]; ++n)
     for (int64_t h = 0; h < x.size[1]; ++h) memset(Rows<T>(x, 0, n, h).data, 0, x.size[2] * sizeof(T));
 }

@@ -65,7 +65,7 @@ template <class T>
 void backward(const BiasGelu& a) {
   const int64_t tokens = a.x.size[0], d = a.x.size[1], items = (tokens + kTokens - 1) / kTokens;
   const bool stream = streams(a.dx), biased = static_cast<bool>(a.dbias);
-  const Zeros partial(biased ? items * d : 0);
+  const Zeros partial(biased ? items : 0, d);
   each_item<T>(a, d, [&](int64_t item, int64_t begin, int64_t end, const float* bias, float* group) {
     for (int64_t first = begin; first < end; first += kGroup) {
       memset(group, 0, d * sizeof(float));

@@ -14,6 +14,7 @@
 #include <unistd.h>
 #endif
 
+#include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -99,6 +100,13 @@ static const Kernels kernels = [] {
 #endif
 
 namespace sora {
+
+NoMemory::NoMemory(int64_t bytes) : bytes(bytes) {
+  std::snprintf(text_, sizeof text_, "no %lld bytes of memory to work in", static_cast<long long>(bytes));
+}
+const char* NoMemory::what() const noexcept { return text_; }
+void no_memory(int64_t bytes) { throw NoMemory(bytes); }
+
 namespace {
 
 struct Tier {
@@ -179,6 +187,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "multiply_adds",
       [=](int64_t items, double operations) {
+        if (!(items >= 0 && items < INT32_MAX && operations >= 0 && operations < 1e15))
+          throw py::value_error(
+              "sora_kernels._cpu: multiply_adds: expected items below 2**31 and operations below 1e15, both >= 0");
         py::gil_scoped_release release;
         return kernels->multiply_adds(items, operations);
       },

@@ -2,10 +2,27 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 
 #include "../arguments.h"
 
 namespace sora {
+
+// That a kernel cannot have memory for what it needs besides its outputs; Python's MemoryError. Tiers throw it by no_memory, whose
+// code the bindings have, so that none of it is in a tier.
+class NoMemory : public std::bad_alloc {
+ public:
+  explicit NoMemory(int64_t bytes);
+  const char* what() const noexcept override;
+  const int64_t bytes;
+
+ private:
+  char text_[80];
+};
+[[noreturn]] void no_memory(int64_t bytes);
+
+// What a matrix product may have of rows, columns or depth: kernels count them times those of a block in 32 bits.
+constexpr int64_t kMaxProduct = int64_t{1} << 22;
 
 // Where the queries and keys of one sample are, in a packed tensor or a dense one.
 struct Sample {

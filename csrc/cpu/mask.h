@@ -17,7 +17,7 @@ struct BandMask {
     const int64_t diagonal = s.k_size - s.q_size;
     q_begin = q_begin_, count = count_;
     first = q_begin + diagonal - a.left, last = q_begin + diagonal + a.right;
-    k_begin = first < 0 ? 0 : first;
+    k_begin = first < 0 ? 0 : first < s.k_size ? first : s.k_size;
     k_end = last + count < s.k_size ? last + count : s.k_size;
     if (k_end < k_begin) k_end = k_begin;
   }

@@ -12,11 +12,21 @@
 
 namespace sora::SORA_TIER {
 
-// body(i) for i in 0..count, in any order, on all threads; the pieces may differ in size.
+// body(i) for i in 0..count, in any order, on all threads; the pieces may differ in size. A thread that cannot have its memory ends
+// the loop, and the caller learns of it: an exception must not leave a parallel region.
 template <class Body>
 void parallel_for(int64_t count, Body body) {
+  int64_t missing = 0;  // bytes
 #pragma omp parallel for schedule(dynamic, 1) if (count > 1)
-  for (int64_t i = 0; i < count; ++i) body(i);
+  for (int64_t i = 0; i < count; ++i) {
+    if (__atomic_load_n(&missing, __ATOMIC_RELAXED) != 0) continue;
+    try {
+      body(i);
+    } catch (const NoMemory& failure) {
+      __atomic_store_n(&missing, failure.bytes, __ATOMIC_RELAXED);
+    }
+  }
+  if (missing != 0) no_memory(missing);
 }
 
 // body(i, lanes) for the vectors of a row of `length` elements, on all threads.
@@ -29,6 +39,49 @@ void parallel_vectors(int64_t length, Body body) {
   });
 }
 
+// The bytes of rows * columns elements of `size` bytes, in whole cache lines, and one at least.
+inline size_t memory_bytes(int64_t rows, int64_t columns, int64_t size) {
+  int64_t bytes;
+  if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, size, &bytes) ||
+      __builtin_add_overflow(bytes, 64, &bytes))
+    no_memory(INT64_MAX);
+  return static_cast<size_t>(bytes) / 64 * 64;
+}
+
+// rows * columns elements, 64-byte aligned, contents undefined.
+template <class T>
+class Memory {
+ public:
+  explicit Memory(int64_t rows, int64_t columns = 1) {
+    const size_t bytes = memory_bytes(rows, columns, sizeof(T));
+    data_ = static_cast<T*>(aligned_alloc(64, bytes));
+    if (data_ == nullptr) no_memory(static_cast<int64_t>(bytes));
+  }
+  Memory(const Memory&) = delete;
+  ~Memory() { free(data_); }
+  T* data() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
+// rows * columns zeros for sums of all threads.
+class Zeros {
+ public:
+  Zeros(int64_t rows, int64_t columns) {
+    const size_t bytes = memory_bytes(rows, columns, sizeof(float));
+    data_ = static_cast<float*>(calloc(bytes, 1));
+    if (data_ == nullptr) no_memory(static_cast<int64_t>(bytes));
+  }
+  Zeros(const Zeros&) = delete;
+  ~Zeros() { free(data_); }
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
 // One block of floats per thread that only ever grows, so that a call allocates nothing once warm.
 class Scratch {
  public:
@@ -38,10 +91,11 @@ class Scratch {
   static float* get(int64_t count) {
     static thread_local Scratch scratch;
     if (count > scratch.count_) {
+      const size_t bytes = memory_bytes(count, 1, sizeof(float));
       free(scratch.data_);
-      scratch.count_ = (count + 15) / 16 * 16;
-      scratch.data_ = static_cast<float*>(aligned_alloc(64, scratch.count_ * sizeof(float)));
-      if (scratch.data_ == nullptr) abort();  // an exception must not leave a parallel region
+      scratch.data_ = static_cast<float*>(aligned_alloc(64, bytes));
+      scratch.count_ = scratch.data_ == nullptr ? 0 : count;
+      if (scratch.data_ == nullptr) no_memory(static_cast<int64_t>(bytes));
     }
     return scratch.data_;
   }
@@ -49,20 +103,6 @@ class Scratch {
  private:
   float* data_ = nullptr;
   int64_t count_ = 0;
-};
-
-// `count` zeros for sums of all threads.
-class Zeros {
- public:
-  explicit Zeros(int64_t count) : data_(static_cast<float*>(calloc(count + 1, sizeof(float)))) {
-    if (data_ == nullptr) abort();
-  }
-  Zeros(const Zeros&) = delete;
-  ~Zeros() { free(data_); }
-  float* data() const { return data_; }
-
- private:
-  float* data_;
 };
 
 constexpr int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }

@@ -24,35 +24,35 @@ class Runs {
   struct Run {
     int64_t video, begin, count;  // tokens within the video
   };
-  Runs(const PatchEmbed& a, const Tensor* videos) {
-    grids_ = static_cast<Grid*>(malloc((a.num_videos + 1) * sizeof(Grid)));
-    int64_t first = 0;
-    for (int64_t i = 0; i < a.num_videos; ++i) {
-      Grid& g = grids_[i];
-      g = {videos[i].size[1] / a.patch[0], videos[i].size[2] / a.patch[1], videos[i].size[3] / a.patch[2], first};
-      first += g.tokens();
-      count += (g.tokens() + kRows - 1) / kRows;
-    }
-    num_tokens = first;
-    runs_ = static_cast<Run*>(malloc((count + 1) * sizeof(Run)));
-    if (grids_ == nullptr || runs_ == nullptr) abort();
-    Run* run = runs_;
+  explicit Runs(const PatchEmbed& a) : grids_(a.num_videos), count_(make_grids(a)), runs_(count_) {
+    int64_t at = 0;
     for (int64_t i = 0; i < a.num_videos; ++i)
       for (int64_t begin = 0; begin < grids_[i].tokens(); begin += kRows) {
         const int64_t rest = grids_[i].tokens() - begin;
-        *run++ = {i, begin, rest < kRows ? rest : kRows};
+        runs_[at++] = {i, begin, rest < kRows ? rest : kRows};
       }
   }
-  Runs(const Runs&) = delete;
-  ~Runs() { free(grids_), free(runs_); }
 
   const Grid& grid(int64_t video) const { return grids_[video]; }
   const Run& operator[](int64_t i) const { return runs_[i]; }
-  int64_t count = 0, num_tokens = 0;
+  int64_t count() const { return count_; }
 
  private:
-  Grid* grids_;
-  Run* runs_;
+  // Makes the grids and returns how many runs there are.
+  int64_t make_grids(const PatchEmbed& a) const {
+    int64_t first = 0, runs = 0;
+    for (int64_t i = 0; i < a.num_videos; ++i) {
+      const Tensor& video = a.videos[i];
+      grids_[i] = {video.size[1] / a.patch[0], video.size[2] / a.patch[1], video.size[3] / a.patch[2], first};
+      first += grids_[i].tokens();
+      runs += (grids_[i].tokens() + kRows - 1) / kRows;
+    }
+    return runs;
+  }
+
+  const Memory<Grid> grids_;
+  const int64_t count_;
+  const Memory<Run> runs_;
 };
 
 // Calls body(row, width, c, i, j, line) for each stretch of a video's line that the patches of a run hold: of channel c, row (i, j)
@@ -109,17 +109,6 @@ struct Sizes {
   explicit Sizes(const Tensor& weight) : d(weight.size[0]), k(weight.size[1] * weight.size[2] * weight.size[3] * weight.size[4]) {}
 };
 
-// Memory for operands that all threads read; contents undefined.
-class Shared {
- public:
-  explicit Shared(int64_t count) : data(static_cast<float*>(aligned_alloc(64, padded(count + 1) * sizeof(float)))) {
-    if (data == nullptr) abort();
-  }
-  ~Shared() { free(data); }
-  Shared(const Shared&) = delete;
-  float* const data;
-};
-
 // The operand A = x [rows, k], contiguous; made in `room` unless x serves as it is.
 template <class T>
 typename Multiplier<T>::Left left_of(T* x, int rows, int k, float* room) {
@@ -157,21 +146,21 @@ template <class T>
 void embed_forward(const PatchEmbed& a) {
   using M = Multiplier<T>;
   const Sizes size(a.weight);
-  const Runs runs(a, a.videos);
+  const Runs runs(a);
   const int d = static_cast<int>(size.d), k = static_cast<int>(size.k), blocks = (d + kColumns - 1) / kColumns;
   const T* weight = static_cast<const T*>(a.weight.data);
   const int64_t weight_size = M::right_size(k, kColumns);
-  const Shared weights(blocks * weight_size);  // column block b of the transposed weight, an operand [k, kColumns]
-  const Shared bias(blocks * kColumns);
+  const Memory<float> weights(blocks, weight_size);  // column block b of the transposed weight, an operand [k, kColumns]
+  const Memory<float> bias(blocks, kColumns);
   each_vector(d, [&](int64_t i, int lanes) {
-    store(bias.data + i, a.bias ? load_lanes(static_cast<const T*>(a.bias.data) + i, lanes) : vf{});
+    store(bias.data() + i, a.bias ? load_lanes(static_cast<const T*>(a.bias.data) + i, lanes) : vf{});
   });
   const auto columns_of = [=](int64_t b) { return static_cast<int>(d - b * kColumns < kColumns ? d - b * kColumns : kColumns); };
   parallel_for(blocks, [&](int64_t b) {
-    M::right_transposed(weight + b * kColumns * k, k, columns_of(b), k, weights.data + b * weight_size);
+    M::right_transposed(weight + b * kColumns * k, k, columns_of(b), k, weights.data() + b * weight_size);
   });
   const bool stream = streams(a.tokens);
-  parallel_for(runs.count, [&](int64_t item) {
+  parallel_for(runs.count(), [&](int64_t item) {
     const typename M::Session session;
     const Runs::Run& run = runs[item];
     const Grid& g = runs.grid(run.video);
@@ -181,9 +170,9 @@ void embed_forward(const PatchEmbed& a) {
     const typename M::Left patches = left_of(room.patches, rows, k, room.left);
     for (int64_t b = 0; b < blocks; ++b) {
       const int columns = columns_of(b);
-      const typename M::Right right = M::right_room(weights.data + b * weight_size, k, columns);
+      const typename M::Right right = M::right_room(weights.data() + b * weight_size, k, columns);
       T* tokens = static_cast<T*>(a.tokens.data) + (g.first + run.begin) * d + b * kColumns;
-      M::multiply_to(ToTokens<T>{tokens, d, bias.data + b * kColumns, columns, stream}, rows, columns, k, patches, right,
+      M::multiply_to(ToTokens<T>{tokens, d, bias.data() + b * kColumns, columns, stream}, rows, columns, k, patches, right,
                      room.product);
     }
     if (stream) finish_streams();
@@ -195,12 +184,12 @@ template <class T>
 struct Operands {
   const int d, k;
   const int64_t patches_size;
-  const Shared patches, weight;
+  const Memory<float> patches, weight;
   Operands(const Sizes& size, int64_t runs, bool with_weight)
       : d(static_cast<int>(size.d)),
         k(static_cast<int>(size.k)),
         patches_size(Multiplier<T>::left_size(k, kRows)),
-        patches(runs * patches_size),
+        patches(runs, patches_size),
         weight(with_weight ? Multiplier<T>::right_size(d, k) : 0) {}
 };
 
@@ -223,7 +212,7 @@ void weight_gradient(const PatchEmbed& a, const Operands<T>& operands, const Run
   const auto room = on_scratch<WeightRoom<T>>(k);
   memset(room.gradient, 0, k * kColumns * sizeof(float));
   memset(room.bias, 0, kColumns * sizeof(float));
-  for (int64_t i = 0; i < runs.count; ++i) {
+  for (int64_t i = 0; i < runs.count(); ++i) {
     const int rows = static_cast<int>(runs[i].count);
     const int64_t stride = a.dtokens.stride[0], first = runs.grid(runs[i].video).first + runs[i].begin;
     const T* from = static_cast<const T*>(a.dtokens.data) + first * stride + begin;
@@ -232,7 +221,7 @@ void weight_gradient(const PatchEmbed& a, const Operands<T>& operands, const Run
         store(room.bias + c, load(room.bias + c) + load_lanes(from + row * stride + c, lanes));
       });
     const typename M::Right dtokens = M::right(from, stride, rows, columns, room.dtokens);
-    const typename M::Left patches = M::left_transposed_at(operands.patches.data + i * operands.patches_size, k, rows);
+    const typename M::Left patches = M::left_transposed_at(operands.patches.data() + i * operands.patches_size, k, rows);
     M::template multiply<Init::kAdd>(k, columns, rows, patches, dtokens, room.gradient, kColumns);
   }
   T *dweight = static_cast<T*>(a.dweight.data), *dbias = static_cast<T*>(a.dbias.data);
@@ -261,7 +250,7 @@ void video_gradient(const PatchEmbed& a, const Operands<T>& operands, const Runs
   const auto room = on_scratch<VideoRoom<T>>(d, width);
   const T* from = static_cast<const T*>(a.dtokens.data) + (g.first + run.begin) * stride;
   const typename M::Left dtokens = M::left(from, stride, rows, d, room.dtokens);
-  M::template multiply<Init::kZero>(rows, k, d, dtokens, M::right_room(operands.weight.data, d, k), room.dpatches, width);
+  M::template multiply<Init::kZero>(rows, k, d, dtokens, M::right_room(operands.weight.data(), d, k), room.dpatches, width);
   const int pt = a.patch[0], ph = a.patch[1], pw = a.patch[2];
   const float* dpatches = room.dpatches;
   const Tensor& video = a.dvideos[run.video];
@@ -275,26 +264,26 @@ void video_gradient(const PatchEmbed& a, const Operands<T>& operands, const Runs
 template <class T>
 void embed_backward(const PatchEmbed& a) {
   using M = Multiplier<T>;
-  const Runs runs(a, a.videos);
-  const Operands<T> operands(Sizes(a.weight), runs.count, a.dvideos != nullptr);
+  const Runs runs(a);
+  const Operands<T> operands(Sizes(a.weight), runs.count(), a.dvideos != nullptr);
   const int d = operands.d, k = operands.k;
-  parallel_for(runs.count, [&](int64_t i) {
+  parallel_for(runs.count(), [&](int64_t i) {
     T* patches = reinterpret_cast<T*>(Scratch::get(kRows * k));
     gather<T>(a, a.videos[runs[i].video], runs.grid(runs[i].video), runs[i], patches, k);
-    M::left_transposed(patches, k, static_cast<int>(runs[i].count), k, operands.patches.data + i * operands.patches_size);
+    M::left_transposed(patches, k, static_cast<int>(runs[i].count), k, operands.patches.data() + i * operands.patches_size);
   });
   parallel_for((d + kColumns - 1) / kColumns, [&](int64_t block) { weight_gradient<T>(a, operands, runs, block); });
   if (a.dvideos == nullptr) return;
-  M::right(static_cast<const T*>(a.weight.data), k, d, k, operands.weight.data);
-  parallel_for(runs.count, [&](int64_t i) { video_gradient<T>(a, operands, runs, runs[i]); });
+  M::right(static_cast<const T*>(a.weight.data), k, d, k, operands.weight.data());
+  parallel_for(runs.count(), [&](int64_t i) { video_gradient<T>(a, operands, runs, runs[i]); });
 }
 
 // Copies between a video and its tokens [N, pt ph pw C]; both directions visit the same elements.
 template <class T, bool to_tokens>
 void rearrange(const PatchEmbed& a) {
-  const Runs runs(a, a.videos);
+  const Runs runs(a);
   const int ph = a.patch[1], pw = a.patch[2];
-  parallel_for(runs.count, [&](int64_t item) {
+  parallel_for(runs.count(), [&](int64_t item) {
     const Runs::Run& run = runs[item];
     const Tensor& video = a.videos[run.video];
     const Grid& g = runs.grid(run.video);

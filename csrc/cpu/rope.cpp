@@ -19,39 +19,45 @@ constexpr int64_t kGroup = 4;  // tokens whose weight gradients are summed befor
 
 class AngleTables {
  public:
-  explicit AngleTables(const Rope& rope) : rope_(rope), spans_(rope.grid.size[0]) {
-    int64_t floats = 0;
-    offset_ = static_cast<int64_t*>(malloc((3 * spans_ + 1) * sizeof(int64_t)));
-    for (int axis = 0; axis < 3; ++axis) width_[axis] = rope.interleaved ? rope.axes_dim[axis] : rope.axes_dim[axis] / 2;
-    for (int64_t i = 0; i < 3 * spans_; ++i) {
-      offset_[i] = floats;
-      floats += static_cast<int64_t>(rope.grid.ints()[i]) * 2 * width_[i % 3];
-    }
-    data_ = static_cast<float*>(malloc((floats + W) * sizeof(float)));
-    if (offset_ == nullptr || data_ == nullptr) abort();
+  explicit AngleTables(const Rope& rope) : rope_(rope), spans_(rope.grid.size[0]), offset_(3 * spans_), data_(make_offsets() + W) {
     parallel_for(3 * spans_, [&](int64_t i) { fill(i / 3, i % 3); });
   }
-  AngleTables(const AngleTables&) = delete;
-  ~AngleTables() { free(offset_), free(data_); }
 
   int width(int axis) const { return width_[axis]; }
   // width(axis) cosines, then as many sines.
   const float* row(int64_t span, int axis, int64_t index) const {
-    return data_ + offset_[3 * span + axis] + index * 2 * width_[axis];
+    return data_.data() + offset_[3 * span + axis] + index * 2 * width_[axis];
   }
 
  private:
+  // Indices along an axis of a span; none of a span without tokens, whose other sides may be of any length.
+  int64_t length(int64_t span, int64_t axis) const {
+    const int32_t* cu = rope_.cu_spans.ints() + span;
+    return cu[1] > cu[0] ? rope_.grid.ints()[3 * span + axis] : 0;
+  }
+
+  // Where each axis of each span begins; returns the floats of all.
+  int64_t make_offsets() {
+    int64_t floats = 0;
+    for (int axis = 0; axis < 3; ++axis) width_[axis] = rope_.interleaved ? rope_.axes_dim[axis] : rope_.axes_dim[axis] / 2;
+    for (int64_t i = 0; i < 3 * spans_; ++i) {
+      offset_[i] = floats;
+      floats += length(i / 3, i % 3) * 2 * width_[i % 3];
+    }
+    return floats;
+  }
+
   void fill(int64_t span, int axis) {
     const double origin = static_cast<const float*>(rope_.origin.data)[3 * span + axis];
     const double step = static_cast<const float*>(rope_.step.data)[3 * span + axis];
     const int pairs = rope_.axes_dim[axis] / 2;
     for (int p = 0; p < pairs; ++p) {
       const double frequency = std::pow(rope_.theta[axis], -static_cast<double>(p) / pairs);
-      for (int64_t index = 0; index < rope_.grid.ints()[3 * span + axis]; ++index) {
+      for (int64_t index = 0; index < length(span, axis); ++index) {
         const double angle = (origin + step * index) * frequency;
         const float c = static_cast<float>(std::cos(angle)),
                     s = static_cast<float>(rope_.inverse ? -std::sin(angle) : std::sin(angle));
-        float *cosines = data_ + offset_[3 * span + axis] + index * 2 * width_[axis], *sines = cosines + width_[axis];
+        float *cosines = data_.data() + offset_[3 * span + axis] + index * 2 * width_[axis], *sines = cosines + width_[axis];
         if (rope_.interleaved) {
           cosines[2 * p] = cosines[2 * p + 1] = c;
           sines[2 * p] = -s, sines[2 * p + 1] = s;
@@ -65,8 +71,8 @@ class AngleTables {
   const Rope& rope_;
   int64_t spans_;
   int width_[3];
-  int64_t* offset_;
-  float* data_;
+  Memory<int64_t> offset_;
+  Memory<float> data_;
 };
 
 // Copies length floats and up to W - 1 more, so that there is no tail to take care of.
@@ -290,7 +296,7 @@ void norm_rope_backward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across
   const int64_t sizes[2] = {weight_size(parts[0], across_heads), weight_size(parts[1], across_heads)};
   const int64_t both = sizes[0] + sizes[1];
   const int64_t heads = parts[0].x.size[1] > parts[1].x.size[1] ? parts[0].x.size[1] : parts[1].x.size[1];
-  const Zeros partial(pieces * both);
+  const Zeros partial(pieces, both);
   each_piece(
       used_tokens(rope), tokens,
       [&](int64_t begin, int64_t end) {

@@ -91,7 +91,7 @@ def pull_back(function: Callable[..., Sequence[Tensor]], inputs: Tensors, cotang
         rest = iter(given)
         return tuple(function(*(None if x is None else next(rest) for x in inputs)))
 
-    results, pullback = torch.func.vjp(of_present, *(x for x in inputs if x is not None))
+    results, pullback, *_ = torch.func.vjp(of_present, *(x for x in inputs if x is not None))
     found = iter(
         pullback(tuple(torch.zeros_like(r) if c is None else c.to(r.dtype) for r, c in zip(results, cotangents, strict=True)))
     )

@@ -152,7 +152,7 @@ def cut(x: Tensor, cu: Tensor) -> list[Tensor]:
     return [x[first:last] for first, last in boundaries(cu)]
 
 
-def join(results: list[tuple[Tensor, ...]], q: Tensor) -> tuple[Tensor, ...]:
+def join(results: Sequence[tuple[Tensor, ...]], q: Tensor) -> tuple[Tensor, ...]:
     """Packed out [N,H,d], lse, maximum and sum [H,N] of the samples' results; past the last boundary as of queries without keys."""
     slack = len(q) - sum(len(out) for out, *_ in results)
     none = q.new_full((q.shape[1], slack), -torch.inf)

@@ -2,20 +2,15 @@
 #pragma once
 
 #include <omp.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
 #include <vector>
 
-#include "../../bindings/checks.h"
-#include "../../dlpack.h"
+#include "../../bindings/define.h"
 #include "../kernels.h"
 
 namespace sora {
-
-namespace py = pybind11;
 
 struct AttentionCall : Attention {
   std::vector<Sample> sample_list;
@@ -32,30 +27,43 @@ inline Tensor part(const Tensor& x, int64_t i) {
   return y;
 }
 
-inline void add_samples(AttentionCall& a, const Tensor& statistics_, const Tensor& cu_q, const Tensor& cu_k) {
+inline void check_attention(AttentionCall& a, const Tensor& of_softmax, const Tensor& cu_q, const Tensor& cu_k) {
   same_storage({&a.q, &a.k, &a.v, &a.out});
-  same_shape(a.q, a.out);
-  same_shape(a.k, a.v);
+  same_shape(a.out, a.q);
+  same_shape(a.v, a.k);
   const int n = a.q.ndim;
-  require(a.k.ndim == n && (cu_q ? n == 3 && cu_k : n == 4), "packed [N, H, d] with boundaries or dense [B, S, H, d] expected");
-  require(a.k.size[n - 1] == a.q.size[n - 1] && (a.k.size[n - 2] > 0 ? a.q.size[n - 2] % a.k.size[n - 2] : a.q.size[n - 2]) == 0,
-          "heads do not match");
+  if (cu_q)
+    rank(a.q, 3, "[N, H, d], as there are boundaries");
+  else
+    rank(a.q, 4, "[B, S, H, d], as there are no boundaries");
+  rank(a.k, n, n == 3 ? "[Nk, Hk, d]" : "[B, Sk, Hk, d]");
+  if (a.k.size[n - 1] != a.q.size[n - 1]) fail(a.k, "q's head dim " + std::to_string(a.q.size[n - 1]), shape_of(a.k));
+  if (a.q.size[n - 1] < 1) fail(a.q, "a head dim of at least 1", shape_of(a.q));
+  at_most(a.q, n - 1, kMaxProduct), at_most(a.q, n - 2);
+  if ((a.k.size[n - 2] > 0 ? a.q.size[n - 2] % a.k.size[n - 2] : a.q.size[n - 2]) != 0)
+    fail(a.k, "a head count that divides q's " + std::to_string(a.q.size[n - 2]), shape_of(a.k));
   if (cu_q) {
+    if (!cu_k) fail(cu_k, "a tensor, as q has boundaries", "None");
     boundaries(cu_q, a.q.size[0]);
     boundaries(cu_k, a.k.size[0]);
-    require(cu_q.size[0] == cu_k.size[0], "as many key samples as query samples expected");
+    same_shape(cu_k, cu_q);
+    statistics(of_softmax, {2, a.q.size[1], a.q.size[0]});
+  } else {
+    if (a.k.size[0] != a.q.size[0]) fail(a.k, "q's batch size " + std::to_string(a.q.size[0]), shape_of(a.k));
+    statistics(of_softmax, {2, a.q.size[0], a.q.size[2], a.q.size[1]});
+  }
+  a.maximum = part(of_softmax, 0), a.sum = part(of_softmax, 1);
+}
+
+inline void add_samples(AttentionCall& a, const Tensor& cu_q, const Tensor& cu_k) {
+  if (cu_q) {
     const int32_t *q = cu_q.ints(), *k = cu_k.ints();
     for (int64_t b = 0; b + 1 < cu_q.size[0]; ++b) a.sample_list.push_back({q[b], k[b], 0, 0, q[b + 1] - q[b], k[b + 1] - k[b]});
     a.q_used = q[cu_q.size[0] - 1], a.k_used = k[cu_q.size[0] - 1];
-    shape(statistics_, {2, a.q.size[1], a.q.size[0]});
   } else {
-    require(a.k.size[0] == a.q.size[0], "batch sizes differ");
     for (int64_t b = 0; b < a.q.size[0]; ++b) a.sample_list.push_back({0, 0, b, b, a.q.size[1], a.k.size[1]});
     a.q_used = a.k_used = 0;
-    shape(statistics_, {2, a.q.size[0], a.q.size[2], a.q.size[1]});
   }
-  statistics(statistics_);
-  a.maximum = part(statistics_, 0), a.sum = part(statistics_, 1);
   a.samples = a.sample_list.data();
 }
 
@@ -136,7 +144,6 @@ void longest_first(std::vector<Item>& list, const Item*& items, int64_t& num_ite
 
 inline void run(AttentionCall& a, void (*kernel)(const Attention&)) {
   longest_first(a.item_list, a.items, a.num_items);
-  py::gil_scoped_release release;
   kernel(a);
 }
 
@@ -144,45 +151,54 @@ inline void add_gradients(AttentionCall& a, Tensor dout, Tensor dlse, Tensor dq,
   a.dout = dout, a.dlse = dlse, a.dq = dq, a.dk = dk, a.dv = dv;
   same_storage({&a.q, &dout, &dq, &dk, &dv});
   same_shape(dout, a.q), same_shape(dq, a.q), same_shape(dk, a.k), same_shape(dv, a.k);
-  if (dlse) {
-    same_shape(dlse, a.sum);
-    const int last = dlse.ndim - 1;
-    require(dlse.dtype == DType::kFloat32 && (dlse.size[last] <= 1 || dlse.stride[last] == 1),
-            "dlse must be float32, its last axis contiguous");
-  }
+  if (dlse) same_shape(dlse, a.sum), dtype(dlse, DType::kFloat32), contiguous_rows(dlse);
 }
 
-inline AttentionCall attention_call(Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics_, Tensor cu_q, Tensor cu_k,
+inline AttentionCall attention_call(Tensor q, Tensor k, Tensor v, Tensor out, Tensor of_softmax, Tensor cu_q, Tensor cu_k,
                                     Tensor bias, Tensor alibi, float scale, int64_t left, int64_t right, float softcap) {
+  constexpr int64_t kUnbounded = int64_t{1} << 60;  // more than there are tokens, and far from overflowing
   AttentionCall a{};
   a.q = q, a.k = k, a.v = v, a.out = out, a.bias = bias, a.alibi = alibi;
-  a.scale = scale, a.left = left, a.right = right, a.softcap = softcap;
-  add_samples(a, statistics_, cu_q, cu_k);
-  const int64_t batch = static_cast<int64_t>(a.sample_list.size()), num_heads = q.size[q.ndim - 2];
-  if (bias)
-    shape(bias, {batch, num_heads, q.size[1], k.size[1]}),
-        require(!cu_q && bias.dtype == DType::kFloat32, "bias must be float32, its batch dense");
-  if (alibi) shape(alibi, {batch, num_heads}), require(alibi.dtype == DType::kFloat32, "alibi must be float32");
+  a.scale = scale, a.softcap = softcap;
+  a.left = std::clamp(left, -kUnbounded, kUnbounded), a.right = std::clamp(right, -kUnbounded, kUnbounded);
+  check_attention(a, of_softmax, cu_q, cu_k);
+  const int64_t batch = cu_q ? cu_q.size[0] - 1 : q.size[0], num_heads = q.size[q.ndim - 2];
+  if (bias) {
+    if (cu_q) fail(bias, "None, as there are boundaries", "a tensor");
+    shape(bias, {batch, num_heads, q.size[1], k.size[1]});
+    dtype(bias, DType::kFloat32);
+  }
+  if (alibi) shape(alibi, {batch, num_heads}), dtype(alibi, DType::kFloat32);
   return a;
 }
 
 inline void bind_attention(py::module_& m, const Kernels* kernels) {
-  m.def("attention_forward", [=](Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, Tensor bias, Tensor alibi, float scale,
-                                 int64_t left, int64_t right, float softcap, Tensor out, Tensor lse, Tensor statistics_) {
-    AttentionCall a = attention_call(q, k, v, out, statistics_, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
-    same_shape(lse, a.sum), statistics(lse);
-    a.lse = lse;
-    forward_items(a);
-    run(a, kernels->attention_forward);
-  });
-  m.def("attention_backward",
-        [=](Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics_, Tensor cu_q, Tensor cu_k,
-            Tensor bias, Tensor alibi, float scale, int64_t left, int64_t right, float softcap, Tensor dq, Tensor dk, Tensor dv) {
-          AttentionCall a = attention_call(q, k, v, out, statistics_, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
-          add_gradients(a, dout, dlse, dq, dk, dv);
-          backward_items(a);
-          run(a, kernels->attention_backward);
-        });
+  define(m, "attention_forward(q, k, v, cu_q?, cu_k?, bias?, alibi?, scale, left, right, softcap) -> out, lse, statistics",
+         [=](const Call& call, Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, Tensor bias, Tensor alibi, float scale,
+             int64_t left, int64_t right, float softcap, Tensor out, Tensor lse, Tensor of_softmax) {
+           AttentionCall a = attention_call(q, k, v, out, of_softmax, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
+           same_shape(lse, a.sum), dtype(lse, DType::kFloat32), contiguous(lse);
+           a.lse = lse;
+           call.run([&] {
+             add_samples(a, cu_q, cu_k);
+             forward_items(a);
+             run(a, kernels->attention_forward);
+           });
+         });
+  define(m,
+         "attention_backward(dout, dlse?, q, k, v, out, statistics, cu_q?, cu_k?, bias?, alibi?, scale, left, right, softcap) -> "
+         "dq, dk, dv",
+         [=](const Call& call, Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor of_softmax, Tensor cu_q,
+             Tensor cu_k, Tensor bias, Tensor alibi, float scale, int64_t left, int64_t right, float softcap, Tensor dq, Tensor dk,
+             Tensor dv) {
+           AttentionCall a = attention_call(q, k, v, out, of_softmax, cu_q, cu_k, bias, alibi, scale, left, right, softcap);
+           add_gradients(a, dout, dlse, dq, dk, dv);
+           call.run([&] {
+             add_samples(a, cu_q, cu_k);
+             backward_items(a);
+             run(a, kernels->attention_backward);
+           });
+         });
 }
 
 }  // namespace sora

@@ -17,9 +17,10 @@
 #include <deque>
 #include <memory>
 #include <mutex>
-#include <new>
+#include <string>
 #include <vector>
 
+#include "../../bindings/checks.h"
 #include "../../dlpack.h"
 
 namespace sora {
@@ -39,7 +40,7 @@ class Pool {
     size_t bytes;
   };
 
-  // A block of at least `bytes`, contents undefined.
+  // A block of at least `bytes`, contents undefined; none if there is no such memory.
   Block take(size_t bytes) {
     bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     {
@@ -55,22 +56,19 @@ class Pool {
         use(block.bytes);
         return block;
       }
-      use(bytes);
-      trim(limit_);
     }
     void* data = aligned_alloc(kHugePage, bytes);
     if (data == nullptr) {
       shrink(0);
       data = aligned_alloc(kHugePage, bytes);
     }
-    if (data == nullptr) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      used_ -= bytes;
-      throw std::bad_alloc();
-    }
+    if (data == nullptr) return {nullptr, 0};
 #if defined(__linux__)
     madvise(data, bytes, MADV_HUGEPAGE);
 #endif
+    std::lock_guard<std::mutex> lock(mutex_);
+    use(bytes);
+    trim(limit_);
     return {data, bytes};
   }
 
@@ -125,15 +123,33 @@ inline pybind11::object empty(pybind11::object like, const std::vector<int64_t>&
     Pool::Block block;
     std::vector<int64_t> sizes, strides;
   };
+  const auto message = [&](const char* text) { return std::string(this_module.name) + ": empty: " + text; };
+  const auto shape = [&] { return listed(sizes.data(), sizes.data() + sizes.size()); };
   const dlpack::ExchangeApi* api = dlpack::exchange_api(Py_TYPE(like.ptr()));
   dlpack::Tensor view;
-  if (api == nullptr) throw pybind11::type_error("sora_kernels._cpu.empty: like: expected a torch.Tensor");
-  if (api->tensor_from_object(like.ptr(), &view) != 0) throw pybind11::error_already_set();
+  if (api == nullptr || api->tensor_from_object(like.ptr(), &view) != 0 || view.device.type != dlpack::kCpu) {
+    PyErr_Clear();
+    throw pybind11::type_error(message("like: expected a dense torch.Tensor on the CPU"));
+  }
+  constexpr int64_t kMost = int64_t{1} << 62;
   auto owned = std::make_unique<Owned>();
   owned->sizes = sizes, owned->strides.resize(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) owned->strides[i] = stride;
-  owned->block = Pool::instance().take(static_cast<size_t>(stride) * view.dtype.bits / 8);
+  // Elements, an axis of none counted as one: strides are products, too.
+  int64_t elements = 1, bytes = 0;
+  bool fits = true;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    if (sizes[i] < 0) throw pybind11::value_error(message("shape: expected sizes >= 0, got ") + shape());
+    owned->strides[i] = elements;
+    fits = fits && !__builtin_mul_overflow(elements, std::max<int64_t>(sizes[i], 1), &elements);
+  }
+  fits = fits && !__builtin_mul_overflow(elements, int64_t{view.dtype.bits} * view.dtype.lanes, &bytes) && bytes <= kMost;
+  bytes = (bytes + 7) / 8;
+  if (fits) owned->block = Pool::instance().take(static_cast<size_t>(bytes));
+  if (!fits || owned->block.data == nullptr) {
+    const std::string text = message("no memory for an output of shape ") + shape();
+    PyErr_SetString(PyExc_MemoryError, text.c_str());
+    throw pybind11::error_already_set();
+  }
   owned->managed.version = {1, 0};
   owned->managed.context = owned.get();
   owned->managed.deleter = [](dlpack::ManagedTensor* self) {  // may run in any thread, without the GIL

@@ -131,49 +131,73 @@ inline void run(WindowCall& w, void (*dense)(const Attention&), void (*windows)(
   run(w.dense, dense);
   SpatiotemporalAttention a{w.dense, w.grids.data(), nullptr, 0};
   longest_first(w.items, a.items, a.num_items);
-  py::gil_scoped_release release;
   windows(a);
 }
 
-inline WindowCall window_call(Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics_, Tensor cu, Tensor cu_spans, Tensor grid,
-                              Tensor step, std::array<int32_t, 3> window, std::array<bool, 3> causal, float scale) {
+// The tables of a layout and the windows.
+struct Windows {
+  Tensor cu_seqlens, cu_spans, grid, step;
+  std::array<int32_t, 3> window;
+  std::array<bool, 3> causal;
+};
+
+inline WindowCall window_call(Tensor q, Tensor k, Tensor v, Tensor out, Tensor of_softmax, const Windows& to, float scale) {
   constexpr int64_t kUnbounded = 1 << 30;
-  require(static_cast<bool>(cu), "boundaries expected");
-  require(q.size[0] == k.size[0], "as many keys as queries expected");
-  WindowCall w{attention_call(q, k, v, out, statistics_, cu, cu, Tensor{}, Tensor{}, scale, kUnbounded, kUnbounded, 0), {}, {}, {}};
-  spans(cu_spans, grid, q.size[0]);
-  shape(step, {grid.size[0], 3});
-  const int32_t* bounds = cu_spans.ints();
-  const int32_t count = static_cast<int32_t>(grid.size[0]);
+  const Tensor& cu = to.cu_seqlens;
+  WindowCall w{attention_call(q, k, v, out, of_softmax, cu, cu, Tensor{}, Tensor{}, scale, kUnbounded, kUnbounded, 0), {}, {}, {}};
+  if (k.size[0] != q.size[0]) fail(k, "as many tokens as q's " + std::to_string(q.size[0]), shape_of(k));
+  at_most(q, 0);  // along an axis, indices of tokens are added to sizes of windows
+  spans(to.cu_spans, to.grid, {&to.step}, q.size[0]);
+  const int64_t sizes[3] = {to.window[0], to.window[1], to.window[2]};
+  if (*std::min_element(sizes, sizes + 3) < 0) fail("window", "sizes >= 0", listed(sizes, sizes + 3));
+  return w;
+}
+
+inline void add_grids(WindowCall& w, const Windows& to) {
+  const int32_t* bounds = to.cu_spans.ints();
+  const int32_t count = static_cast<int32_t>(to.grid.size[0]);
   int32_t span = 0;
   for (const Sample& s : w.dense.sample_list) {
     const int64_t end = s.q_start + s.q_size;
     const int32_t first = span;
     for (; span < count && bounds[span + 1] <= end; ++span)
-      w.grids.push_back(grid_of(grid.ints() + 3 * span, static_cast<const float*>(step.data) + 3 * span, window, causal,
+      w.grids.push_back(grid_of(to.grid.ints() + 3 * span, static_cast<const float*>(to.step.data) + 3 * span, to.window, to.causal,
                                 bounds[span] - s.q_start, bounds[span + 1] - s.q_start));
-    require(bounds[span] == end, "spans must end where samples end");
+    if (bounds[span] != end) fail(to.cu_spans, "a span that ends where a sample does, at " + std::to_string(end), "none");
     w.spans.emplace_back(first, span);
   }
-  return w;
 }
 
 inline void bind_spatiotemporal_attention(py::module_& m, const Kernels* kernels) {
-  m.def("spatiotemporal_attention_forward",
-        [=](Tensor q, Tensor k, Tensor v, Tensor cu, Tensor cu_spans, Tensor grid, Tensor step, std::array<int32_t, 3> window,
-            std::array<bool, 3> causal, float scale, Tensor out, Tensor statistics_) {
-          WindowCall w = window_call(q, k, v, out, statistics_, cu, cu_spans, grid, step, window, causal, scale);
-          window_forward_items(w);
-          run(w, kernels->attention_forward, kernels->spatiotemporal_attention_forward);
-        });
-  m.def("spatiotemporal_attention_backward",
-        [=](Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics_, Tensor cu, Tensor cu_spans, Tensor grid,
-            Tensor step, std::array<int32_t, 3> window, std::array<bool, 3> causal, float scale, Tensor dq, Tensor dk, Tensor dv) {
-          WindowCall w = window_call(q, k, v, out, statistics_, cu, cu_spans, grid, step, window, causal, scale);
-          add_gradients(w.dense, dout, Tensor{}, dq, dk, dv);
-          window_backward_items(w);
-          run(w, kernels->attention_backward, kernels->spatiotemporal_attention_backward);
-        });
+  define(m, "spatiotemporal_attention_forward(q, k, v, cu_seqlens, cu_spans, grid, step, window, causal, scale) -> out, statistics",
+         [=](const Call& call, Tensor q, Tensor k, Tensor v, Tensor cu, Tensor cu_spans, Tensor grid, Tensor step,
+             std::array<int32_t, 3> window, std::array<bool, 3> causal, float scale, Tensor out, Tensor of_softmax) {
+           const Windows windows{cu, cu_spans, grid, step, window, causal};
+           WindowCall w = window_call(q, k, v, out, of_softmax, windows, scale);
+           call.run([&] {
+             add_samples(w.dense, cu, cu);
+             add_grids(w, windows);
+             window_forward_items(w);
+             run(w, kernels->attention_forward, kernels->spatiotemporal_attention_forward);
+           });
+         });
+  define(m,
+         "spatiotemporal_attention_backward(dout, q, k, v, out, statistics, cu_seqlens, cu_spans, grid, step, window, causal, "
+         "scale) -> "
+         "dq, dk, dv",
+         [=](const Call& call, Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor of_softmax, Tensor cu, Tensor cu_spans,
+             Tensor grid, Tensor step, std::array<int32_t, 3> window, std::array<bool, 3> causal, float scale, Tensor dq, Tensor dk,
+             Tensor dv) {
+           const Windows windows{cu, cu_spans, grid, step, window, causal};
+           WindowCall w = window_call(q, k, v, out, of_softmax, windows, scale);
+           add_gradients(w.dense, dout, Tensor{}, dq, dk, dv);
+           call.run([&] {
+             add_samples(w.dense, cu, cu);
+             add_grids(w, windows);
+             window_backward_items(w);
+             run(w, kernels->attention_backward, kernels->spatiotemporal_attention_backward);
+           });
+         });
 }
 
 }  // namespace sora
