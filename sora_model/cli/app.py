@@ -6,7 +6,10 @@ import contextlib
 import functools
 import inspect
 import logging
+import math
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -57,10 +60,14 @@ class Loaded:
     ] = None
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
 
-    def pipeline(self) -> SoraPipeline:
-        from ..pipeline import EMBEDDED, SoraPipeline
+    def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
+        """The pipeline; captioner: one without a captioner is an error, before its weights are read."""
+        from ..pipeline import EMBEDDED, SoraPipeline, read_index
 
-        return SoraPipeline.from_pretrained(self.checkpoint or EMBEDDED, device=known_device(self.device))
+        device, folder = known_device(self.device), self.checkpoint or EMBEDDED
+        if captioner and not read_index(folder)["captioner"]:
+            raise ValueError(f"captioner: expected a checkpoint with a captioner, got one without: {folder}")
+        return SoraPipeline.from_pretrained(folder, device=device)
 
 
 @dataclass(frozen=True)
@@ -77,15 +84,23 @@ class Call(Loaded):
     guidance_from: Annotated[
         float, typer.Option(min=0, max=1, help="Noise level, from 0 to 1, below which there is no guidance.")
     ] = 0.6
-    seed: Annotated[int, typer.Option(help="Of everything random; several videos count up from it.")] = 0
+    seed: Annotated[int, typer.Option(min=0, max=2**63, help="Of everything random; several videos count up from it.")] = 0
     fps: Annotated[float | None, typer.Option(min=0.1, help="Frames per second. Default: those of the input, or 8.")] = None
     scale: Annotated[int, typer.Option(min=1, help="Whole factor by which pixels are enlarged in the files.")] = 1
     format: Annotated[Format, typer.Option(help="Of videos; images are PNG.")] = Format.mp4
     precision: Annotated[Precision, typer.Option(help="bf16: the transformer computes in bfloat16.")] = Precision.no
 
-    def pipeline(self) -> SoraPipeline:
+    def __post_init__(self) -> None:
         check_folder(self.out)
-        pipeline = super().pipeline()
+        if self.negative and self.guidance == 1:
+            raise ValueError(f"--negative: expected none with --guidance 1, which has no use for it, got {self.negative!r}")
+
+    def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
+        from ..schedulers import FLOW
+
+        if self.scheduler not in (None, *FLOW):
+            raise ValueError(f"--scheduler: expected one of {', '.join(FLOW)}, got {self.scheduler!r}")
+        pipeline = super().pipeline(captioner=captioner)
         if self.scheduler is not None:
             from ..schedulers import flow_scheduler
 
@@ -146,6 +161,7 @@ def command(options: type, name: str | None = None, **defaults: Any) -> Callable
         @functools.wraps(function)
         def run(**given: Any) -> None:
             with one_line_errors():
+                check_finite(given)
                 chosen = options(**{field.name: given.pop(field.name) for field in fields(options)})
                 function(**given, **{last.name: chosen})
 
@@ -180,13 +196,22 @@ def say(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def parse_size(text: str) -> Size:
+def parse_size(text: str, option: str = "--size") -> Size:
     """'8x32x48' -> (8, 32, 48)."""
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})", text)
     if match is None:
-        raise typer.BadParameter(f"expected TxHxW, such as 8x32x48, got {text!r}")
+        raise ValueError(f"{option}: expected TxHxW, such as 8x32x48, got {text!r}")
     t, h, w = (int(n) for n in match.groups())
+    if min(t, h, w) < 1:
+        raise ValueError(f"{option}: expected (T, H, W), each at least 1, got {(t, h, w)}")
     return t, h, w
+
+
+def check_finite(given: dict[str, Any]) -> None:
+    """Raises ValueError for options that are NaN or infinite, which every range lets through."""
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')}: expected a finite number, got {value}")
 
 
 def known_device(device: str) -> str:
@@ -202,10 +227,25 @@ def known_device(device: str) -> str:
     return device
 
 
-def check_folder(path: Path) -> None:
-    """Before the work is done: files can go there."""
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--out: expected a folder, got the file {path}")
+def check_folder(path: Path, option: str = "--out") -> None:
+    """Before the work is done: files can go there. Leaves no trace."""
+    there = next(one for one in (path, *path.parents) if os.path.lexists(one))
+    if not there.is_dir():
+        raise ValueError(f"{option}: expected a folder, got the file {there}")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # names that are too long, folders that may not be entered
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option}: expected a folder that can be written to, got {path}: {error.strerror}") from None
+
+
+def check_file(path: Path, suffix: str, option: str = "--out") -> None:
+    """Before the work is done: a file of that kind can be written there."""
+    if path.suffix != suffix or path.is_dir():
+        raise ValueError(f"{option}: expected a file that ends in {suffix}, got {path}")
+    check_folder(path.parent, option)
 
 
 def read_clip(path: Path, max_frames: int | None = None) -> tuple[Tensor, float]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import Loaded, command, read_clip, say
+from .app import Loaded, check_folder, command, read_clip, say
 
 
 @command(Loaded)
@@ -20,7 +20,7 @@ def caption(
 ) -> None:
     """Say what is seen in videos and images."""
     clips = [read_clip(file, max_frames)[0] for file in files]
-    pipeline = loaded.pipeline()
+    pipeline = loaded.pipeline(captioner=True)
     for file, text in zip(files, pipeline.caption(clips, detailed=detailed), strict=True):
         say(f"{file}: {text}")
 
@@ -29,16 +29,19 @@ def caption(
 def recaption(
     folder: Annotated[Path, typer.Argument(help="Folder of videos and images, and all folders in it.")],
     overwrite: Annotated[bool, typer.Option(help="Write captions anew where there are some.")] = False,
-    max_frames: Annotated[int | None, typer.Option(help="Frames looked at, a clip drawn from the file.")] = 32,
-    max_pixels: Annotated[int | None, typer.Option(help="Larger frames are scaled down.")] = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Frames looked at, a clip drawn from the file.")] = 32,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Larger frames are scaled down.")] = None,
     *,
     loaded: Loaded,
 ) -> None:
     """Caption a training folder: a detailed caption beside each file, and a short one where there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"FOLDER: expected a folder of videos and images, got {folder}")
+    check_folder(folder, "FOLDER")
     from ..checkpoint import whole_file
     from ..data import FolderSource, MediaError
 
-    pipeline = loaded.pipeline()
+    pipeline = loaded.pipeline(captioner=True)
     source: Any = FolderSource(
         folder, multiple_of=pipeline.unit, lead=pipeline.timing.lead, max_frames=max_frames, max_pixels=max_pixels,
         captions=False,
@@ -73,5 +76,5 @@ def expand(
     loaded: Loaded,
 ) -> None:
     """Make short prompts long and detailed."""
-    for text in loaded.pipeline().expand(prompts):
+    for text in loaded.pipeline(captioner=True).expand(prompts):
         say(text)
