@@ -27,7 +27,7 @@ from .dit import PLACES, Mlp, SelfAttention, places
 from .patches import embed_patches
 from .pretrained_text import load_tokenizer
 from .text import WordEncoder
-from .weights import built, open_module, read_json
+from .weights import open_module, read_json
 
 PAD, END, SHORT, DETAILED = "<pad>", "<end>", "<short>", "<detailed>"
 
@@ -169,8 +169,8 @@ class Captioner(nn.Module):
         folder, owner = Path(folder), "Captioner.from_pretrained"
         settle(folder)
         values = read_json(folder / "config.json", owner)
-        parts = {"config": built(CaptionerConfig, values, owner), "tokenizer": load_tokenizer(folder, owner)}
-        return open_module(lambda: built(cls, parts, owner), values, folder, owner).float().eval()
+        tokenizer = load_tokenizer(folder, owner)
+        return open_module(lambda: cls(CaptionerConfig(**values), tokenizer), values, folder, owner).float().eval()
 
 
 class VideoLayer(nn.Module):

@@ -122,9 +122,8 @@ def _encoder(name: str, values: dict[str, Any], folder: Path, owner: str) -> Any
         asked = sum(p.numel() for p in built(kind, {"config": config}, owner).parameters())
     held = sum(math.prod(shape) for shape in shapes.values())
     if asked > held:
-        raise ValueError(
-            f"{owner}: {folder / 'config.json'}: expected a model of the {held:,} weights beside it, got one of {asked:,}"
-        )
+        expected = f"a model of at most {held:,} weights, as many as lie beside it"
+        raise ValueError(f"{owner}: {folder / 'config.json'}: expected {expected}, got one of {asked:,}")
     weights = read_tensors(files, owner)
     dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
     options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": dtype}
@@ -133,9 +132,8 @@ def _encoder(name: str, values: dict[str, Any], folder: Path, owner: str) -> Any
     except RuntimeError as error:  # weights of another shape
         raise ValueError(f"{owner}: {files[0]}: {error}") from None
     if told["missing_keys"]:
-        raise ValueError(
-            f"{owner}: {files[0]}: expected the weights {', '.join(sorted(told['missing_keys']))}, which are not there"
-        )
+        missing = ", ".join(sorted(told["missing_keys"]))
+        raise ValueError(f"{owner}: {files[0]}: expected the weights {missing}, which are not there")
     return model
 
 
@@ -176,4 +174,4 @@ def load_text_encoder(folder: str | Path) -> TextEncoder:
     config = read_json(folder / "config.json", owner)
     if "model_type" in config:
         return PretrainedEncoder.from_pretrained(folder)
-    return open_module(lambda: built(WordEncoder, config, owner), config, folder, owner)
+    return open_module(lambda: WordEncoder(**config), config, folder, owner)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoint import settle
 from .config import Size
-from .weights import built, open_module, read_json
+from .weights import open_module, read_json
 
 # Causal video VAEs of diffusers. Each is used as it is; what differs is where its config says how much it compresses. The norms of
 # CogVideoX's and HunyuanVideo's run over a whole clip, so latents of a start change a little when the clip goes on.
@@ -167,7 +167,7 @@ class VideoVAE(nn.Module):
         if name not in CLASSES:
             raise ValueError(f"{owner}: {folder / 'config.json'}: expected _class_name out of {', '.join(CLASSES)}, got {name}")
         kind = getattr(diffusers, name)
-        model = open_module(lambda: built(kind.from_config, {"config": config}, owner), config, folder, owner, WEIGHTS)
+        model = open_module(lambda: kind.from_config(config), config, folder, owner, WEIGHTS)
         return cls(model.eval(), tile=tile)
 
     @classmethod

@@ -34,10 +34,12 @@ def read_json(path: Path, owner: str) -> dict[str, Any]:
 
 
 def built(kind: Callable[..., Any], config: dict[str, Any], owner: str, **more: Any) -> Any:
-    """kind(**config); keys that it does not take are an error that says so."""
+    """kind(**config); keys and values that it does not take are an error that says so."""
     try:
         return kind(**config, **more)
-    except (TypeError, RuntimeError, OverflowError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # libraries have kinds of their own
         raise ValueError(f"{owner}: config.json: {error}") from None
 
 
@@ -56,7 +58,7 @@ def open_module(build: Callable[[], Module], config: Mapping[str, Any], folder: 
     shapes, where = read_shapes(files, owner), f"{owner}: {files[0]}"
     check_depth(config, shapes, owner)
     with torch.device("meta"):  # sizes without memory
-        check_shapes(build(), shapes, where)
+        check_shapes(built(build, {}, owner), shapes, where)
     module = build()
     load_distinct(module, read_tensors(files, owner), where)
     return module

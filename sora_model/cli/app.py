@@ -241,6 +241,13 @@ def check_folder(path: Path, option: str = "--out") -> None:
         raise ValueError(f"{option}: expected a folder that can be written to, got {path}: {error.strerror}") from None
 
 
+def check_media(path: Path, option: str) -> None:
+    """Before the work is done: there is a folder to look for videos and images in."""
+    if not path.is_dir():
+        there = "which is a file" if path.exists() else "there is no such folder"
+        raise ValueError(f"{option}: expected a folder of videos and images, got {path} ({there})")
+
+
 def check_file(path: Path, suffix: str, option: str = "--out") -> None:
     """Before the work is done: a file of that kind can be written there."""
     if path.suffix != suffix or path.is_dir():

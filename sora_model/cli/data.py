@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import Loaded, check_folder, command, read_clip, say
+from .app import Loaded, check_folder, check_media, command, read_clip, say
 
 
 @command(Loaded)
@@ -35,8 +35,7 @@ def recaption(
     loaded: Loaded,
 ) -> None:
     """Caption a training folder: a detailed caption beside each file, and a short one where there is none."""
-    if not folder.is_dir():
-        raise ValueError(f"FOLDER: expected a folder of videos and images, got {folder}")
+    check_media(folder, "FOLDER")
     check_folder(folder, "FOLDER")
     from ..checkpoint import whole_file
     from ..data import FolderSource, MediaError

@@ -11,7 +11,7 @@ import typer
 
 from ..config import Size
 from ..terminal import run_training
-from .app import Precision, check_folder, console, known_device, parse_size
+from .app import Precision, check_folder, check_media, console, known_device, parse_size
 
 if TYPE_CHECKING:
     from ..data import Source
@@ -102,12 +102,10 @@ class Run:
             refuse("a world, whose clips have their own sizes", {"max-pixels": self.max_pixels})
         else:
             refuse("--data, whose files have their own", {"size": self.size})
+            check_media(self.data, "--data")
         self.config()
         for text in self.size or []:
             parse_size(text)
-        if self.data is not None and not self.data.is_dir():
-            there = "a file" if self.data.exists() else "there is no such folder"
-            raise ValueError(f"--data: expected a folder of videos and images, got {self.data} ({there})")
         _ = self.own_device  # makes the state of the processes
         if PartialState().is_main_process:
             check_folder(out, "OUT")
