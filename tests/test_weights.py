@@ -47,6 +47,11 @@ def change(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    """Copies: what was read may lie in the file itself, which is written over here."""
+    return {name: value.clone() for name, value in load_file(path).items()}
+
+
 class Evil:
     """What a pickle runs when it is read."""
 
@@ -176,7 +181,7 @@ def test_a_tokenizer_is_one_of_a_list(encoder, tmp_path) -> None:
 
 def test_shards_lie_in_their_folder(encoder, tmp_path) -> None:
     whole = load_text_encoder(encoder)(["a red circle"])
-    weights = load_file(encoder / "model.safetensors")
+    weights = weights_of(encoder / "model.safetensors")
     (encoder / "model.safetensors").rename(tmp_path / "outside.safetensors")
     names = sorted(weights)
     halves = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
@@ -214,7 +219,7 @@ PARTS = [("dit", "model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", 
 @pytest.mark.parametrize(("part", "file"), PARTS)
 def test_weights_that_are_no_numbers_are_named(part, file, value, folder) -> None:
     path = folder / part / f"{file}.safetensors"
-    weights = load_file(path)
+    weights = weights_of(path)
     name = sorted(weights)[-1]
     weights[name].flatten()[-1:].fill_(value)
     save_file(weights, path)
@@ -237,7 +242,7 @@ def test_every_kind_of_weight_is_looked_at(dtype) -> None:
 
 
 def test_a_text_encoder_that_is_no_numbers_is_named(encoder) -> None:
-    weights = load_file(encoder / "model.safetensors")
+    weights = weights_of(encoder / "model.safetensors")
     weights["shared.weight"][3, 3] = float("nan")
     save_file(weights, encoder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"model\.safetensors: shared\.weight: expected finite numbers, got NaN"):
@@ -247,7 +252,7 @@ def test_a_text_encoder_that_is_no_numbers_is_named(encoder) -> None:
 @pytest.mark.parametrize(("part", "file"), PARTS)
 def test_weights_that_are_missing_or_left_over_are_named(part, file, folder) -> None:
     path = folder / part / f"{file}.safetensors"
-    weights = load_file(path)
+    weights = weights_of(path)
     name = sorted(weights)[-1]
     kept = weights.pop(name)
     save_file(weights, path)
@@ -258,7 +263,7 @@ def test_weights_that_are_missing_or_left_over_are_named(part, file, folder) -> 
 
 def test_weights_that_a_text_encoder_misses_are_named(encoder) -> None:
     """They were made up, with a warning."""
-    weights = load_file(encoder / "model.safetensors")
+    weights = weights_of(encoder / "model.safetensors")
     del weights["encoder.block.0.layer.0.SelfAttention.q.weight"]
     weights["decoder.unused"] = torch.zeros(2000)  # a whole T5 has weights that the encoder does not need
     save_file(weights, encoder / "model.safetensors", {"format": "pt"})
