@@ -58,7 +58,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     with writing(path), _workspace(target) as space:
-        temporary = space / "new" / target.name
+        temporary = space / "new" / f".{target.name}"  # hidden from what looks for videos and images meanwhile
         yield temporary
         _finish(space / "new")
         temporary.replace(target)
@@ -95,7 +95,8 @@ def settle(path: str | Path) -> None:
         if lock is None:
             continue
         try:
-            _end(space, target)
+            if {path.name for path in space.iterdir()} <= {"new", "old", "gone"}:  # whatever else is in there is a user's
+                _end(space, target)
         finally:
             os.close(lock)
 

@@ -26,7 +26,7 @@ from .request import Request, Timing
 from .schedulers import load_scheduler
 from .text import WordEncoder
 from .vae import Codec, PixelCodec, VideoVAE, held, latent_frames, latent_size
-from .weights import open_module, read_json
+from .weights import open_module, read_index, read_json
 
 Seeds = int | torch.Generator | Sequence[int | torch.Generator] | None
 EMBEDDED = Path(__file__).parent / "pretrained"  # the checkpoint that comes with the package
@@ -350,7 +350,8 @@ class SoraPipeline:
             FileNotFoundError: a folder without a pipeline in it. ValueError: files that are broken or do not fit together.
         """
         folder, owner = Path(directory), "SoraPipeline.from_pretrained"
-        index = read_index(folder)
+        settle(folder)
+        index = read_index(folder, owner)
         config = read_json(folder / "dit" / "config.json", owner)
         dit = open_module(lambda: DiT(DiTConfig.from_dict(config)), config, folder / "dit", owner)
         scheduler = load_scheduler(folder / "scheduler", owner)
@@ -373,22 +374,6 @@ class SoraPipeline:
 
     def _modules(self) -> list[torch.nn.Module]:
         return [part for part in (self.dit, self.text_encoder, self.codec, self.captioner) if isinstance(part, torch.nn.Module)]
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """What model_index.json says there is in a checkpoint: "size", and whether there is a "vae" and a "captioner"."""
-    owner = "SoraPipeline.from_pretrained"
-    settle(folder)
-    index = read_json(folder / "model_index.json", owner)
-    if set(index) != {"_class_name", "size", "vae", "captioner"} or index["_class_name"] != "SoraPipeline":
-        raise ValueError(f"{owner}: model_index.json: expected a pipeline of this package, got {sorted(index)}")
-    size = index["size"]
-    if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and n >= 1 for n in size):
-        raise ValueError(f"{owner}: model_index.json: size: expected [T, H, W], each at least 1, got {size!r}")
-    for part in ("vae", "captioner"):
-        if not isinstance(index[part], bool):
-            raise ValueError(f"{owner}: model_index.json: {part}: expected true or false, got {index[part]!r}")
-    return index
 
 
 def _pad(video: Tensor, size: Size) -> Tensor:

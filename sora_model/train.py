@@ -35,7 +35,7 @@ from torch.optim.swa_utils import AveragedModel
 from .checkpoint import check_replaceable, settle, whole_file
 from .data import Batch, PackedSampler
 from .train_log import TrainLog
-from .weights import distinct_state, load_distinct
+from .weights import check_finite, distinct_state, load_distinct
 
 STATE = "training.safetensors"
 
@@ -245,6 +245,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
+        for name, value in distinct_state(self.model).items():  # a good state is not replaced by one that is lost
+            check_finite(value, f"Trainer: save: {name}")
         first = not (self.folder / STATE).exists()
         for write in (self._save_checkpoint, self._save_state) if first else (self._save_state, self._save_checkpoint):
             write()

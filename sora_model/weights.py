@@ -33,6 +33,20 @@ def read_json(path: Path, owner: str) -> dict[str, Any]:
     return values
 
 
+def read_index(folder: Path, owner: str) -> dict[str, Any]:
+    """What model_index.json says there is in a checkpoint: "size", and whether there is a "vae" and a "captioner"."""
+    index = read_json(folder / "model_index.json", owner)
+    if set(index) != {"_class_name", "size", "vae", "captioner"} or index["_class_name"] != "SoraPipeline":
+        raise ValueError(f"{owner}: model_index.json: expected a pipeline of this package, got {sorted(index)}")
+    size = index["size"]
+    if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and n >= 1 for n in size):
+        raise ValueError(f"{owner}: model_index.json: size: expected [T, H, W], each at least 1, got {size!r}")
+    for part in ("vae", "captioner"):
+        if not isinstance(index[part], bool):
+            raise ValueError(f"{owner}: model_index.json: {part}: expected true or false, got {index[part]!r}")
+    return index
+
+
 def built(kind: Callable[..., Any], config: dict[str, Any], owner: str, **more: Any) -> Any:
     """kind(**config); keys and values that it does not take are an error that says so."""
     try:

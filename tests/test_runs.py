@@ -1,6 +1,7 @@
 """A run and a checkpoint survive whatever happens while they are written: killed at every operation, and on a full disk."""
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from sora_model.diffusion import TaskMix  # noqa: F401
 from sora_model.dit import DiT
 from sora_model.pipeline import SoraPipeline
 from sora_model.text import WordEncoder
+from sora_model.train import Trainer
 from sora_model.vae import VideoVAE
 
 ROOT = Path(__file__).parent.parent
@@ -333,6 +335,35 @@ def test_a_captioner_goes_on_without_its_checkpoint(small, tmp_path) -> None:
     assert re.search("words learned from the captions: expected .*, as the run began with, got", result.output.replace("\n", " "))
 
 
+def test_a_good_state_is_not_replaced_by_one_that_is_lost(small, tmp_path, monkeypatch) -> None:
+    """The last step may be the one that makes a weight infinite, which the loss does not see."""
+    run = tmp_path / "run"
+    assert train(run, small, 1).exit_code == 0
+    step = Trainer._train_step
+
+    def broken(self, batches):
+        result = step(self, batches)
+        self.model["dit"].final.weight.data[0, 0] = float("inf")
+        return result
+
+    monkeypatch.setattr(Trainer, "_train_step", broken)
+    result = train(run, small, 2, "--resume")
+    assert result.exit_code == 2
+    assert "error: Trainer: save: dit.final.weight: expected finite numbers, got infinity" in result.output.replace("\n", "")
+    assert state(run)[0] == 1
+    SoraPipeline.from_pretrained(run / "checkpoint")
+
+
+def test_tensorboard_reads_what_was_written(whole) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(whole / "tensorboard")).Reload()
+    assert sorted(read.Tags()["scalars"]) == ["learning_rate", "loss", "tokens_per_second"]
+    with open(whole / "loss.csv", newline="") as file:
+        rows = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
+    assert {one.step: pytest.approx(one.value, abs=1e-6) for one in read.Scalars("loss")} == rows
+
+
 def test_a_broken_state_is_told_as_it_is(small, tmp_path) -> None:
     """A folder whose state cannot be read does not hold a run that could be resumed."""
     run = tmp_path / "run"
@@ -363,8 +394,12 @@ def test_only_what_a_dead_process_left_is_removed(tmp_path) -> None:
     dead = tmp_path / ".notes.txt.abcd1234.part" / "new"
     dead.mkdir(parents=True)
     (dead / "notes.txt").write_text("ha")
+    also = tmp_path / ".notes.txt.my_notes.part"
+    also.mkdir()
+    (also / "thesis.txt").write_text("years of work")
     settle(target)
     assert not dead.parent.exists()
+    assert (also / "thesis.txt").exists()
     assert all(path.is_dir() for path in theirs)
 
 

@@ -62,10 +62,13 @@ class Loaded:
 
     def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
         """The pipeline; captioner: one without a captioner is an error, before its weights are read."""
-        from ..pipeline import EMBEDDED, SoraPipeline, read_index
+        from ..checkpoint import settle
+        from ..pipeline import EMBEDDED, SoraPipeline
+        from ..weights import read_index
 
         device, folder = known_device(self.device), self.checkpoint or EMBEDDED
-        if captioner and not read_index(folder)["captioner"]:
+        settle(folder)
+        if captioner and not read_index(folder, "--checkpoint")["captioner"]:
             raise ValueError(f"captioner: expected a checkpoint with a captioner, got one without: {folder}")
         return SoraPipeline.from_pretrained(folder, device=device)
 
