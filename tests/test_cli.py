@@ -113,6 +113,24 @@ def test_a_folder_without_permission_is_refused(tmp_path) -> None:
         os.seteuid(user)
 
 
+@pytest.mark.parametrize("name", ["00-x.mp4", "contact_sheet.png"])
+def test_a_folder_in_the_place_of_a_file_is_refused(name, tmp_path, unloaded) -> None:
+    (tmp_path / name).mkdir()
+    assert f"--out: expected a folder for files, got one with the folder {tmp_path / name}" in refused(
+        "generate", "x", "--out", tmp_path
+    )
+    (tmp_path / "eval.md").mkdir()
+    assert f"--out: expected a file, got the folder {tmp_path}/eval.md" in refused("eval", "--out", tmp_path / "eval.json")
+    (tmp_path / "first").write_text("mine")
+    assert f"--out: expected a folder, got the file {tmp_path}/first" in refused("demo", "--out", tmp_path)
+
+
+def test_a_study_looks_for_runs_before_the_first(small, tmp_path, unloaded) -> None:  # noqa: F811
+    (tmp_path / "run-6x256").mkdir()
+    (tmp_path / "run-6x256" / "training.safetensors").write_bytes(b"of someone")
+    assert "run-6x256/training.safetensors: expected the state of a run" in refused("scaling", tmp_path)
+
+
 def test_checking_a_folder_leaves_no_trace(tmp_path) -> None:
     check_folder(tmp_path / "a" / "b")
     check_folder(tmp_path)

@@ -177,17 +177,56 @@ def test_a_full_disk_is_one_line_and_loses_nothing(small, whole, tmp_path) -> No
     assert at > 20
 
 
-@pytest.mark.parametrize("limit", [0, 200, 2000, 20_000, 60_000])
-def test_the_kernel_says_so_too(limit, small, tmp_path) -> None:
-    """Writes that really fail, those of safetensors in Rust among them: no file may be larger than `limit`."""
-    run = tmp_path / "run"
-    assert train(run, small, 1).exit_code == 0
+@contextlib.contextmanager
+def no_file_larger_than(limit: int):
+    """Writes really fail then, in C and Rust too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        result = train(run, small, 2, "--resume")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("00-x.mp4", ["generate", "x", "--checkpoint", "{small}", "--out", "{tmp}/out", "--steps", 1]),
+        (
+            "00-x.gif",
+            [
+                "generate",
+                "x",
+                "--checkpoint",
+                "{small}",
+                "--out",
+                "{tmp}/out",
+                "--steps",
+                1,
+                "--format",
+                "gif",
+                "--size",
+                "2x64x64",
+            ],
+        ),
+        ("00-x.png", ["generate", "x", "--checkpoint", "{small}", "--out", "{tmp}/out", "--steps", 1, "--size", "1x64x64"]),
+        ("exported", ["export", "{small}", "{tmp}/exported"]),
+    ],
+)
+def test_whatever_cannot_be_written_is_named(name, args, small, tmp_path) -> None:
+    with no_file_larger_than(100):
+        result = sora(*(str(arg).format(small=small, tmp=tmp_path) for arg in args))
+    assert result.exit_code == 2, result.output
+    assert re.search(f"error: cannot write .*{name}: .*file too large", result.output, re.IGNORECASE | re.DOTALL), result.output
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing half-written"
+
+
+@pytest.mark.parametrize("limit", [0, 200, 2000, 20_000, 60_000])
+def test_the_kernel_says_so_too(limit, small, tmp_path) -> None:
+    run = tmp_path / "run"
+    assert train(run, small, 1).exit_code == 0
+    with no_file_larger_than(limit):
+        result = train(run, small, 2, "--resume")
     assert result.exit_code == 2, result.output
     assert re.search(r"error: cannot write .*: .*file too large", result.output, re.IGNORECASE | re.DOTALL), result.output
     assert state(run)[0] == 1

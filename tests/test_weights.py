@@ -212,6 +212,16 @@ def test_shards_lie_in_their_folder(encoder, tmp_path) -> None:
         load_text_encoder(encoder)
 
 
+def test_a_folder_of_links_is_opened(folder, tmp_path) -> None:
+    """As the cache of a hub has them: the user's own links are no names in a config."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        blob = tmp_path / "blobs" / path.relative_to(folder).as_posix().replace("/", "-")
+        blob.parent.mkdir(exist_ok=True)
+        path.rename(blob)
+        path.symlink_to(blob)
+    SoraPipeline.from_pretrained(folder)
+
+
 PARTS = [("dit", "model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model"), ("captioner", "model")]
 
 

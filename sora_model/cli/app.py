@@ -95,6 +95,11 @@ class Call(Loaded):
 
     def __post_init__(self) -> None:
         check_folder(self.out)
+        for path in self.out.glob("*"):
+            if path.is_dir() and re.fullmatch(r"(\d{2,}-.*|contact_sheet)\.(mp4|gif|png)", path.name):
+                raise ValueError(
+                    f"--out: expected a folder for files, got one with the folder {path}, which has the name of a file"
+                )
         if self.negative and self.guidance == 1:
             raise ValueError(f"--negative: expected none with --guidance 1, which has no use for it, got {self.negative!r}")
 
@@ -253,8 +258,10 @@ def check_media(path: Path, option: str) -> None:
 
 def check_file(path: Path, suffix: str, option: str = "--out") -> None:
     """Before the work is done: a file of that kind can be written there."""
-    if path.suffix != suffix or path.is_dir():
+    if path.suffix != suffix:
         raise ValueError(f"{option}: expected a file that ends in {suffix}, got {path}")
+    if path.is_dir():
+        raise ValueError(f"{option}: expected a file, got the folder {path}")
     check_folder(path.parent, option)
 
 

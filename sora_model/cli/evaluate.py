@@ -59,6 +59,7 @@ def evaluate(
     """Judge what a checkpoint generates by the ground truth of the procedural world, task by task."""
     if out is not None:
         check_file(out, ".json")
+        check_file(out.with_suffix(".md"), ".md")
     from ..evaluate import MEASUREMENTS, Judge
 
     pipeline = measuring.pipeline()
@@ -97,7 +98,8 @@ def demo(
     loaded: Loaded,
 ) -> None:
     """Generate videos with the checkpoint that comes with the package, every task once, and compare the kernels with torch."""
-    check_folder(out)
+    for folder in (out, out / "first", out / "videos"):
+        check_folder(folder)
     from ..demo import run
 
     run(loaded.pipeline(), out, seed, console)
