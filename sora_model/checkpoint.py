@@ -10,6 +10,7 @@ A checkpoint is a folder in the manner of diffusers: model_index.json says what 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import glob
@@ -18,7 +19,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class WriteError(OSError):
     """Something could not be written; the message names it and the reason."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Whatever keeps `path` from being written becomes a WriteError."""
     try:
@@ -50,7 +50,7 @@ def writing(path: Path) -> Iterator[None]:
         raise WriteError(f"cannot write {path}: {reason}") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A file to write, which then takes the name `path`; if anything fails, `path` stays as it was.
 
@@ -65,7 +65,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         _flush(target.parent)
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_folder(directory: str | Path) -> Iterator[Path]:
     """A folder to fill, which takes the place of `directory` at the end; if anything fails, `directory` stays as it was.
 
@@ -109,7 +109,7 @@ def _end(space: Path, target: Path) -> None:
     shutil.rmtree(space, ignore_errors=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _workspace(target: Path) -> Iterator[Path]:
     """A locked folder beside `target` with a folder "new" in it."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,8 @@ def _finish(folder: Path) -> None:
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(mode)
+            with contextlib.suppress(PermissionError):  # of a file system that has no permissions
+                path.chmod(mode)
         _flush(path)
     _flush(folder)
 
