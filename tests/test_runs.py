@@ -403,6 +403,25 @@ def test_tensorboard_reads_what_was_written(whole) -> None:
     assert {one.step: pytest.approx(one.value, abs=1e-6) for one in read.Scalars("loss")} == rows
 
 
+def test_a_captioner_leaves_a_pipeline_that_was_trained_meanwhile(small, tmp_path, monkeypatch) -> None:
+    pipeline, save = tmp_path / "pipeline", Trainer.save
+    shutil.copytree(small, pipeline)
+
+    def meanwhile(self) -> None:
+        save(self)
+        trained = SoraPipeline.from_pretrained(pipeline)
+        trained.dit.final.weight.data.fill_(0.25)
+        trained.save_pretrained(pipeline)
+
+    monkeypatch.setattr(Trainer, "save", meanwhile)
+    options = ["--size", "2x16x16", "--tokens", 32, "--steps", 1, "--vocabulary", 280]
+    result = sora("train-captioner", tmp_path / "run", "--checkpoint", pipeline, *options)
+    assert result.exit_code == 0, result.output
+    after = SoraPipeline.from_pretrained(pipeline)
+    assert after.captioner is not None
+    assert (after.dit.final.weight == 0.25).all()
+
+
 def test_a_broken_state_is_told_as_it_is(small, tmp_path) -> None:
     """A folder whose state cannot be read does not hold a run that could be resumed."""
     run = tmp_path / "run"

@@ -229,8 +229,8 @@ def train_captioner(
     )
     if not trainer.accelerator.is_main_process:
         return
-    pipeline.captioner = Captioner.from_pretrained(out / "checkpoint").to(device)
-    pipeline.save_pretrained(checkpoint)
+    latest = SoraPipeline.from_pretrained(checkpoint)  # it may have been trained further meanwhile
+    latest.replaced(captioner=Captioner.from_pretrained(out / "checkpoint")).save_pretrained(checkpoint)
     _end(trainer, checkpoint)
 
 
