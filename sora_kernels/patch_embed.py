@@ -44,7 +44,8 @@ def patch_embed_3d(
 
     Returns:
         tokens [N, D] in the videos' dtype (under autocast in its lower one, as of a Conv3d), and the layout of the
-        N = sum of T/pt * H/ph * W/pw tokens, on their device; while a CUDA graph is captured it stays on the host, so build the layout that other ops in the graph use beforehand.
+        N = sum of T/pt * H/ph * W/pw tokens, on their device; while a CUDA graph is captured it stays on the host, so build the
+        layout that other ops in the graph use beforehand.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.

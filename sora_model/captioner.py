@@ -20,12 +20,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sora_kernels.layout import PackedLayout
 
-from .checkpoint import built, load_weights, read_json, save_module
+from .checkpoint import save_module, settle
 from .conditioning import PackedText
 from .config import DiTConfig
 from .dit import PLACES, Mlp, SelfAttention, places
 from .patches import embed_patches
+from .pretrained_text import load_tokenizer
 from .text import WordEncoder
+from .weights import open_module, read_json
 
 PAD, END, SHORT, DETAILED = "<pad>", "<end>", "<short>", "<detailed>"
 
@@ -164,13 +166,11 @@ class Captioner(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Captioner:
         """Reads what `save_pretrained` wrote, in float32."""
-        from transformers import PreTrainedTokenizerFast
-
         folder, owner = Path(folder), "Captioner.from_pretrained"
-        config = read_json(folder / "config.json", owner)
-        captioner = cls(built(CaptionerConfig, config, owner), PreTrainedTokenizerFast.from_pretrained(folder))
-        load_weights(captioner, folder, owner)
-        return captioner.float().eval()
+        settle(folder)
+        values = read_json(folder / "config.json", owner)
+        tokenizer = load_tokenizer(folder, owner)
+        return open_module(lambda: cls(CaptionerConfig(**values), tokenizer), values, folder, owner).float().eval()
 
 
 class VideoLayer(nn.Module):

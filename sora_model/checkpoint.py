@@ -1,39 +1,174 @@
-"""Folders that are written whole or not at all, and the components in them.
+"""Files and folders that are written whole or not at all, whenever a process is killed or a disk is full.
+
+What is new is written into a folder beside its target, `.NAME.XXXXXXXX.part`, flushed to the disk, and then renamed. A file takes
+the place of another in one step. A folder cannot: the old one first moves into the .part folder, then the new one takes its name.
+Between these two renames there is no target, and `settle` moves the old one back. A .part folder is locked while its process lives,
+so that `settle` can tell what a killed one left behind and removes it.
 
 A checkpoint is a folder in the manner of diffusers: model_index.json says what there is, and each part has a folder of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
+
+from .weights import distinct_state
 
 CONFIGS = ("model_index.json", "config.json")
 # What files of a checkpoint are called, those of tokenizers included.
 SUFFIXES, NAMES = {".json", ".safetensors", ".model", ".jinja"}, {"merges.txt", "vocab.txt"}
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which then takes its name; if anything fails, `path` stays as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+class WriteError(OSError):
+    """Something could not be written; the message names it and the reason."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever keeps `path` from being written becomes a WriteError."""
     try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise WriteError(f"cannot write {path}: {reason}") from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the name `path`; if anything fails, `path` stays as it was.
+
+    Where `path` is a symbolic link, what it leads to is written, and the link stays.
+    """
+    target = Path(os.path.realpath(path))
+    with writing(path), _workspace(target) as space:
+        temporary = space / "new" / f".{target.name}"  # hidden from what looks for videos and images meanwhile
         yield temporary
-        temporary.replace(path)
+        _finish(space / "new")
+        temporary.replace(target)
+        _flush(target.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(directory: str | Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `directory` at the end; if anything fails, `directory` stays as it was.
+
+    Raises ValueError as `check_replaceable` does.
+    """
+    target = Path(os.path.realpath(directory))
+    with writing(Path(directory)):
+        settle(target)
+        check_replaceable(directory)
+        with _workspace(target) as space:
+            new, old = space / "new", space / "old"
+            yield new
+            _finish(new)
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+            _flush(target.parent)
+            if old.exists():
+                old.rename(space / "gone")  # a half-removed folder must not be taken for a whole one
+
+
+def settle(path: str | Path) -> None:
+    """Brings to an end what killed processes left of a write of `path`: moves an old folder back, removes what was half-written."""
+    target = Path(os.path.realpath(path))
+    for space in target.parent.glob(f".{glob.escape(target.name)}.????????.part"):
+        lock = _lock(space, wait=False)
+        if lock is None:
+            continue
+        try:
+            if {path.name for path in space.iterdir()} <= {"new", "old", "gone"}:  # whatever else is in there is a user's
+                _end(space, target)
+        finally:
+            os.close(lock)
+
+
+def _end(space: Path, target: Path) -> None:
+    """Removes a folder of `_workspace`, after moving back an old folder whose place was not taken."""
+    old = space / "old"
+    if old.is_dir() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(space, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _workspace(target: Path) -> Iterator[Path]:
+    """A locked folder beside `target` with a folder "new" in it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    settle(target)
+    while True:
+        space = Path(tempfile.mkdtemp(".part", f".{target.name}.", target.parent))
+        lock = _lock(space, wait=True)
+        if space.exists():
+            break
+        if lock is not None:  # `settle` of another process came first and removed what was not yet locked
+            os.close(lock)
+    try:
+        (space / "new").mkdir()
+        yield space
     finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            _end(space, target)
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def _lock(folder: Path, wait: bool) -> int | None:
+    """Locks a folder until what is returned is closed or the process ends.
+
+    None where another process holds it, or the file system has no locks: there nothing is ever taken for abandoned.
+    """
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _finish(folder: Path) -> None:
+    """Gives what was written into a folder the permissions of ordinary files, and flushes it: libraries make private ones."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with contextlib.suppress(PermissionError):  # of a file system that has no permissions
+                path.chmod(mode)
+        _flush(path)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    """Waits until the disk has a file or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems cannot flush folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def check_replaceable(directory: str | Path) -> None:
@@ -53,42 +188,6 @@ def check_replaceable(directory: str | Path) -> None:
     raise ValueError(f"checkpoint: expected an empty folder or one with a checkpoint to replace, got {directory}{held}")
 
 
-@contextmanager
-def whole_folder(directory: str | Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `directory` at the end; if anything fails, `directory` stays as it was.
-
-    Raises ValueError as `check_replaceable` does.
-    """
-    target = Path(directory).absolute()
-    check_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)  # mkdtemp's folders are private
-        if target.exists():
-            _replace(target, folder)
-        else:
-            folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _replace(target: Path, folder: Path) -> None:
-    """folder takes the place of target, which is lost only when that is done."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    old = aside / target.name
-    try:
-        target.rename(old)
-        folder.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside)
-
-
 def save_whole(model: Any, folder: Path) -> None:
     """model.save_pretrained(folder), all or nothing."""
     with whole_folder(folder) as partial:
@@ -100,54 +199,4 @@ def save_module(module: nn.Module, config: dict[str, Any], folder: Path, dtype: 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.to(dtype if value.is_floating_point() else None) for name, value in distinct_state(module).items()}
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def read_json(path: Path, owner: str) -> dict[str, Any]:
-    """A JSON file of a checkpoint; `owner` is named in the error if it is not there or broken."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{owner}: expected a folder with {path.name}, got {path.parent}")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{owner}: {path}: expected JSON, got {error}") from None
-
-
-def built(kind: Callable[..., Any], config: dict[str, Any], owner: str, **more: Any) -> Any:
-    """kind(**config); keys that it does not take are an error that says so."""
-    try:
-        return kind(**config, **more)
-    except TypeError as error:
-        raise ValueError(f"{owner}: config.json: {error}") from None
-
-
-def load_weights(module: nn.Module, folder: Path, owner: str) -> None:
-    """Reads model.safetensors into a module, whose weights keep their dtype.
-
-    Raises:
-        ValueError: a broken file; weights that are missing, left over or of another shape.
-    """
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{owner}: expected a folder with model.safetensors, got {folder}")
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{owner}: {path}: expected safetensors, got {error}") from None
-    load_distinct(module, weights, f"{owner}: {path}")
-
-
-def load_distinct(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Takes what `distinct_state` gave into a module; raises ValueError for weights missing, left over or of another shape."""
-    expected = {name: tuple(value.shape) for name, value in distinct_state(module).items()}
-    got = {name: tuple(value.shape) for name, value in weights.items()}
-    for name in {**expected, **got}:
-        if expected.get(name) != got.get(name):
-            raise ValueError(f"{where}: {name}: expected shape {expected.get(name)}, got {got.get(name)}")
-    module.load_state_dict(weights, strict=False)
-
-
-def distinct_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module without second names of one tensor (tied embeddings)."""
-    names = {value.data_ptr(): name for name, value in reversed(module.state_dict().items())}
-    return {name: value for name, value in module.state_dict().items() if names[value.data_ptr()] == name}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

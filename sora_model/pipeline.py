@@ -16,15 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 from .captioner import Captioner
-from .checkpoint import load_weights, read_json, save_module, whole_folder
+from .checkpoint import save_module, settle, whole_folder
 from .conditioning import TextEncoder
 from .config import DiTConfig, Size
 from .diffusion import Callback, guided, prediction_type, sample
 from .dit import TIMESTEPS, DiT
 from .pretrained_text import load_text_encoder
 from .request import Request, Timing
+from .schedulers import load_scheduler
 from .text import WordEncoder
 from .vae import Codec, PixelCodec, VideoVAE, held, latent_frames, latent_size
+from .weights import open_module, read_index, read_json
 
 Seeds = int | torch.Generator | Sequence[int | torch.Generator] | None
 EMBEDDED = Path(__file__).parent / "pretrained"  # the checkpoint that comes with the package
@@ -147,6 +149,11 @@ class SoraPipeline:
         if output_type not in OUTPUTS:
             raise ValueError(f"SoraPipeline: output_type: expected one of {', '.join(OUTPUTS)}, got {output_type!r}")
         wanted = self._requests([requests] if isinstance(requests, str | Request) else list(requests), size)
+        unused = next((request.negative_prompt for request in wanted if request.negative_prompt), "")
+        if guidance_scale == 1 and unused:
+            raise ValueError(
+                f"SoraPipeline: negative_prompt: expected none with guidance_scale 1, which has no use for it, got {unused!r}"
+            )
         shapes = [self._latent_shape(request) for request in wanted]
         generators = self._generators(generator, wanted)
         device = self.dit.final.weight.device
@@ -280,7 +287,7 @@ class SoraPipeline:
                 self.captioner.save_pretrained(folder / "captioner", dtype=dtype)
             parts = {"vae": isinstance(self.codec, VideoVAE), "captioner": self.captioner is not None}
             index = {"_class_name": "SoraPipeline", "size": list(self.size), **parts}
-            (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+            (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_preset(
@@ -343,16 +350,11 @@ class SoraPipeline:
             FileNotFoundError: a folder without a pipeline in it. ValueError: files that are broken or do not fit together.
         """
         folder, owner = Path(directory), "SoraPipeline.from_pretrained"
-        index = read_json(folder / "model_index.json", owner)
-        if set(index) != {"_class_name", "size", "vae", "captioner"}:
-            raise ValueError(f"{owner}: model_index.json: expected a pipeline of this package, got {sorted(index)}")
-        dit = DiT(DiTConfig.from_dict(read_json(folder / "dit" / "config.json", owner)))
-        load_weights(dit, folder / "dit", owner)
-        scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json", owner)
-        name = str(scheduler_config.get("_class_name"))
-        if not hasattr(diffusers, name):
-            raise ValueError(f"{owner}: scheduler_config.json: expected a scheduler of diffusers, got {name}")
-        scheduler = getattr(diffusers, name).from_pretrained(folder / "scheduler")
+        settle(folder)
+        index = read_index(folder, owner)
+        config = read_json(folder / "dit" / "config.json", owner)
+        dit = open_module(lambda: DiT(DiTConfig.from_dict(config)), config, folder / "dit", owner)
+        scheduler = load_scheduler(folder / "scheduler", owner)
         codec = VideoVAE.from_pretrained(folder / "vae") if index["vae"] else None
         captioner = Captioner.from_pretrained(folder / "captioner") if index["captioner"] else None
         text_encoder = load_text_encoder(folder / "text_encoder")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import built, load_weights, read_json
 from .conditioning import PackedText, TextEncoder
 from .text import WordEncoder
+from .weights import built, check_depth, open_module, read_json, read_shapes, read_tensors, weight_files
 
 # What a config says it is -> the class that holds the encoder alone.
 CLASSES = {
@@ -20,6 +24,19 @@ CLASSES = {
     "clip": "CLIPTextModel",
     "clip_text_model": "CLIPTextModel",
 }
+# What a checkpoint's tokenizer may be; "TokenizersBackend" is what PreTrainedTokenizerFast is called since transformers 5.
+TOKENIZERS = (
+    "T5Tokenizer",
+    "T5TokenizerFast",
+    "CLIPTokenizer",
+    "CLIPTokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)
+TOKENIZER_OF = {"t5": "T5Tokenizer", "umt5": "T5Tokenizer", "clip": "CLIPTokenizer", "clip_text_model": "CLIPTokenizer"}
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+# Entries of a config by which transformers would run code of a folder or of the hub, or open another folder.
+FOREIGN = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "_name_or_path")
 
 
 class PretrainedEncoder(nn.Module):
@@ -75,15 +92,80 @@ class PretrainedEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> PretrainedEncoder:
-        """Reads a checkpoint of transformers from a local folder, in the dtype of its weights."""
-        import transformers
+        """Reads a checkpoint of transformers from a local folder, in the dtype of its weights.
 
-        owner = "PretrainedEncoder.from_pretrained"
-        kind = read_json(Path(folder) / "config.json", owner).get("model_type")
+        Raises:
+            FileNotFoundError: no config.json or no safetensors there.
+            ValueError: another kind of model; weights that are broken, missing, of another shape or not finite.
+        """
+        folder, owner = Path(folder), "PretrainedEncoder.from_pretrained"
+        config = read_json(folder / "config.json", owner)
+        kind = config.get("model_type")
         if kind not in CLASSES:
             raise ValueError(f"{owner}: {folder}: expected model_type out of {', '.join(CLASSES)}, got {kind}")
-        model = getattr(transformers, CLASSES[kind]).from_pretrained(folder, local_files_only=True)
-        return cls(model, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        tokenizer = load_tokenizer(folder, owner, kind)
+        if isinstance(config.get("text_config"), dict):  # a whole CLIP
+            config = config["text_config"]
+        return cls(_encoder(CLASSES[kind], config, folder, owner), tokenizer)
+
+
+def _encoder(name: str, values: dict[str, Any], folder: Path, owner: str) -> Any:
+    """A model of transformers from its config and the safetensors of a folder, which transformers itself never opens."""
+    import transformers
+
+    kind, files = getattr(transformers, name), weight_files(folder, "model", owner)
+    shapes = read_shapes(files, owner)
+    check_depth(values, shapes, owner)
+    values = {key: value for key, value in values.items() if key not in FOREIGN}
+    config = built(kind.config_class.from_dict, {"config_dict": values}, owner)
+    with torch.device("meta"):
+        asked = sum(p.numel() for p in built(kind, {"config": config}, owner).parameters())
+    held = sum(math.prod(shape) for shape in shapes.values())
+    if asked > held:
+        expected = f"a model of at most {held:,} weights, as many as lie beside it"
+        raise ValueError(f"{owner}: {folder / 'config.json'}: expected {expected}, got one of {asked:,}")
+    weights = read_tensors(files, owner)
+    dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
+    options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": dtype}
+    try:
+        model, told = kind.from_pretrained(None, output_loading_info=True, **options)
+    except RuntimeError as error:  # weights of another shape
+        raise ValueError(f"{owner}: {files[0]}: {error}") from None
+    if told["missing_keys"]:
+        missing = ", ".join(sorted(told["missing_keys"]))
+        raise ValueError(f"{owner}: {files[0]}: expected the weights {missing}, which are not there")
+    return model
+
+
+def load_tokenizer(folder: Path, owner: str, kind: str | None = None) -> Any:
+    """The tokenizer of a checkpoint; kind: of its model, where tokenizer_config.json does not name a class.
+
+    transformers looks at a folder that has nothing but the files of `TOKENIZER_FILES` and a config without paths and code.
+
+    Raises:
+        ValueError: a class that is not in `TOKENIZERS`, or files that are broken or not there.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = folder / "tokenizer_config.json"
+    config = read_json(path, owner) if path.is_file() else {}
+    name = config.get("tokenizer_class", TOKENIZER_OF.get(kind or ""))
+    if name not in TOKENIZERS:
+        raise ValueError(f"{owner}: {path}: expected tokenizer_class out of {', '.join(TOKENIZERS)}, got {name}")
+    config = {key: value for key, value in config.items() if key not in FOREIGN and not key.endswith(("_file", "_files"))}
+    plain = name in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    with tempfile.TemporaryDirectory() as shown:
+        for file in TOKENIZER_FILES:
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, Path(shown, file))
+        Path(shown, "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}), encoding="utf-8")
+        if kind is not None:
+            Path(shown, "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
+        reader = PreTrainedTokenizerFast if plain else AutoTokenizer
+        try:
+            return reader.from_pretrained(shown, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises plain ones
+            raise ValueError(f"{owner}: {folder}: expected a tokenizer, got {error}") from None
 
 
 def load_text_encoder(folder: str | Path) -> TextEncoder:
@@ -92,6 +174,4 @@ def load_text_encoder(folder: str | Path) -> TextEncoder:
     config = read_json(folder / "config.json", owner)
     if "model_type" in config:
         return PretrainedEncoder.from_pretrained(folder)
-    encoder = built(WordEncoder, config, owner)
-    load_weights(encoder, folder, owner)
-    return encoder
+    return open_module(lambda: WordEncoder(**config), config, folder, owner)

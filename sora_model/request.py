@@ -192,8 +192,7 @@ def join(prompt: str, first: Clip, last: Clip, frames: int, timing: Timing, *, o
     first, last = as_video(first), as_video(last)
     _check_video("join", "first", first)
     _check_video("join", "last", last)
-    if first.shape[2:] != last.shape[2:]:
-        raise ValueError(f"join: last: expected frames of {list(first.shape[2:])} as in first, got {list(last.shape[2:])}")
+    check_joined(first, last)
     if frames < 1 or frames % timing.grain:
         raise ValueError(f"join: frames: expected a multiple of {timing.grain}, got {frames}")
     height, width = first.shape[2:]
@@ -201,6 +200,11 @@ def join(prompt: str, first: Clip, last: Clip, frames: int, timing: Timing, *, o
     given = {0: first[:, -start:], start + frames: last[:, :end]}
     size = (start + frames + end, height, width)
     return Request(prompt, size, given=given, before=first, after=last, cut=(start, end), **options)  # type: ignore[arg-type]
+
+
+def check_joined(first: Tensor, last: Tensor) -> None:
+    if first.shape[2:] != last.shape[2:]:
+        raise ValueError(f"join: last: expected frames of {list(first.shape[2:])} as in first, got {list(last.shape[2:])}")
 
 
 def _start(video: Tensor, timing: Timing, overlap: int, argument: str) -> int:

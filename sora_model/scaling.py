@@ -21,7 +21,7 @@ from .data import Batch, PackedSampler, World, WorldConfig, WorldSource
 from .diffusion import TaskMix, add_noise, diffusion_loss
 from .dit import DiT
 from .pipeline import SoraPipeline
-from .train import TrainConfig, Trainer
+from .train import TrainConfig, Trainer, check_run
 from .train_dit import DiffusionObjective
 
 MODELS = {"1 x 32": (1, 32), "2 x 64": (2, 64), "4 x 128": (4, 128), "6 x 256": (6, 256)}  # depth and width
@@ -44,8 +44,11 @@ class Point:
 def study(out: Path, compute: float, seed: int = 0, progress: Callable[[Point], None] | None = None) -> list[Point]:
     """Trains every model with `compute` operations in at most `MOST_STEPS` steps; writes scaling.json and scaling.png to `out`."""
     points: list[Point] = []
+    folders = {name: out / f"run-{name.replace(' ', '')}" for name in MODELS}
+    for folder in folders.values():
+        check_run(folder, resume=False, settings={})
     for name, (depth, width) in MODELS.items():
-        for point in _train(out / f"run-{name.replace(' ', '')}", name, depth, width, compute, seed):
+        for point in _train(folders[name], name, depth, width, compute, seed):
             points.append(point)
             if progress is not None:
                 progress(point)

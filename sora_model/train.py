@@ -8,16 +8,17 @@ accelerate's: `torchrun --nproc_per_node 8 -m sora_model.cli train ...`, or `acc
 In the run's folder:
 
     checkpoint/              the averaged (EMA) weights, as the objective saves them
-    training.safetensors     weights, averages, optimizer moments and the step, to resume from
-    loss.csv, tensorboard/   loss, learning rate and tokens per second of every step
+    training.safetensors     weights, averages, optimizer moments and the step: all that a run is resumed from, in one file
+    loss.csv, tensorboard/   loss, learning rate and tokens per second of every step; see train_log.py
+
+Whatever ends a process or fills a disk while these are written, the run can be resumed from the last save that is whole.
 """
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -31,8 +32,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .checkpoint import check_replaceable, distinct_state, load_distinct, whole_file
+from .checkpoint import check_replaceable, settle, whole_file
 from .data import Batch, PackedSampler
+from .train_log import TrainLog
+from .weights import check_finite, distinct_state, load_distinct
+
+STATE = "training.safetensors"
 
 
 class Objective(Protocol):
@@ -156,11 +161,9 @@ class Trainer:
         self.step, self.seconds, self.stopped, self._stopping = 0, 0.0, False, False
         batches = config.accumulation * self.accelerator.num_processes
         self.settings = {**(settings or {}), "seed": config.seed, "accumulation x processes": batches}
-        check_replaceable(self.folder / "checkpoint")
+        check_run(self.folder, resume=resume, settings=self.settings)
         if resume:
             self._load()
-        elif (self.folder / "training.safetensors").exists():
-            raise ValueError(f"Trainer: folder: {self.folder} already holds a run; resume it or choose another folder")
 
     @property
     def progress(self) -> float:
@@ -174,18 +177,8 @@ class Trainer:
 
     def train(self) -> Iterator[Step]:
         """Trains to the end, or until `stop` is called, yielding after every step, and saves."""
-        from torch.utils.tensorboard import SummaryWriter  # a second to import
-
-        main = self.accelerator.is_main_process
-        self.folder.mkdir(parents=True, exist_ok=True)
-        log, before, saved = self.folder / "loss.csv", self.seconds, self.seconds
-        rows = _rows_before(log, self.step) if main else []
-        with (
-            open(log if main else os.devnull, "w", newline="", buffering=1) as file,
-            SummaryWriter(str(self.folder / "tensorboard")) as board,
-        ):
-            writer = csv.writer(file)
-            writer.writerows(rows or [["step", "loss", "learning_rate", "tokens_per_second", "seconds"]])
+        before, saved = self.seconds, self.seconds
+        with TrainLog(self.folder, self.step) if self.accelerator.is_main_process else contextlib.nullcontext() as log:
             began = time.perf_counter()
             # On a CPU a second thread takes from the step more than it gives.
             prefetch = 0 if self.accelerator.device.type == "cpu" else 2
@@ -200,9 +193,8 @@ class Trainer:
                 speed = tokens / (time.perf_counter() - start)
                 sizes = [tuple(video.shape[1:]) for batch in drawn for video in batch.videos]
                 done = Step(self.step, loss, rate, tokens, speed, self.seconds, sizes)
-                writer.writerow([done.step, f"{loss:.6f}", f"{rate:.6g}", f"{speed:.1f}", f"{self.seconds:.2f}"])
-                for name in ("loss", "learning_rate", "tokens_per_second") if main else ():
-                    board.add_scalar(name, getattr(done, name), done.step)
+                if log is not None:
+                    log.add(done)
                 if self.seconds - saved > 60 * self.config.save_minutes:
                     self.save()
                     saved = self.seconds
@@ -245,29 +237,38 @@ class Trainer:
         return self.average.module.eval()
 
     def save(self) -> None:
-        """Writes checkpoint/ and training.safetensors, each complete or not at all."""
+        """Writes training.safetensors and checkpoint/, each complete or not at all.
+
+        First the state, which is what matters if the second fails. Only a run's first save is the other way round: a state that
+        is there has a checkpoint beside it, whose parts the run is resumed with.
+        """
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
+        for name, value in distinct_state(self.model).items():  # a good state is not replaced by one that is lost
+            check_finite(value, f"Trainer: save: {name}")
+        first = not (self.folder / STATE).exists()
+        for write in (self._save_checkpoint, self._save_state) if first else (self._save_state, self._save_checkpoint):
+            write()
+
+    def _save_checkpoint(self) -> None:
+        self.objective.save(self.averaged_model(), self.folder / "checkpoint")
+
+    def _save_state(self) -> None:
         tensors = {f"model.{name}": value for name, value in distinct_state(self.model).items()}
         tensors |= {f"average.{name}": value for name, value in distinct_state(self.average).items()}
         for name, optimizer, parameter in self._moments:
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config), "settings": self.settings}
-        with whole_file(self.folder / "training.safetensors") as temporary:
+        with whole_file(self.folder / STATE) as temporary:
             save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, {"state": json.dumps(state)})
-        self.objective.save(self.averaged_model(), self.folder / "checkpoint")
 
     def _load(self) -> None:
-        check_resumed(self.folder, self.settings)
-        path = self.folder / "training.safetensors"
-        try:
-            with safe_open(path, "pt") as file:
-                state = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"Trainer: resume: {path}: expected safetensors, got {error}") from None
+        path = self.folder / STATE
+        state = _state(path)
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -305,16 +306,27 @@ class Trainer:
         torch._foreach_lerp_(averages, parameters, 1 - decay)
 
 
-def check_resumed(folder: Path, settings: Mapping[str, str | int | None]) -> None:
-    """Raises ValueError for settings that are not those that a folder's run began with; see `Trainer`."""
-    path = folder / "training.safetensors"
+def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | None]) -> None:
+    """Brings to an end what a killed process left half-written in a run's folder, and says whether a run can begin or go on there.
+
+    Raises:
+        FileNotFoundError: nothing to resume.
+        ValueError: a fresh run where there is one already; settings that are not those that the run began with (see `Trainer`);
+            files of others in checkpoint/.
+    """
+    path = folder / STATE
+    for name in ("checkpoint", STATE, "loss.csv"):
+        settle(folder / name)
+    check_replaceable(folder / "checkpoint")
+    if not resume and path.exists():
+        raise ValueError(
+            f"Trainer: folder: {folder} already holds a run, at step {_state(path)['step']}; resume it or choose another folder"
+        )
+    if not resume:
+        return
     if not path.is_file():
         raise FileNotFoundError(f"Trainer: resume: expected {path}, which is not there")
-    try:
-        with safe_open(path, "pt") as file:
-            began = json.loads(file.metadata()["state"])["settings"]
-    except (SafetensorError, KeyError, TypeError):
-        raise ValueError(f"Trainer: resume: {path}: expected the state of a run of this package") from None
+    began = _state(path)["settings"]
     other = [
         f"{name}: expected {began[name]}, as the run began with, got {value}"
         for name, value in settings.items()
@@ -322,6 +334,16 @@ def check_resumed(folder: Path, settings: Mapping[str, str | int | None]) -> Non
     ]
     if other:
         raise ValueError(f"Trainer: resume: {'; '.join(other)}")
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """What a run's file says beside its tensors: step, seconds, config and settings."""
+    try:
+        with safe_open(path, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+            return {name: state[name] for name in ("step", "seconds", "config", "settings")}
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"Trainer: {path}: expected the state of a run of this package, got {error}") from None
 
 
 class _Loss(nn.Module):
@@ -373,13 +395,3 @@ def _schedule(step: int, warmup: int, progress: float, final: float) -> float:
     """The learning rate as a share of its highest."""
     fallen = (1 - math.cos(math.pi * min(progress, 1.0))) / 2  # 0 at the start, 1 at the end
     return min(1.0, (step + 1) / max(warmup, 1)) * (1 - (1 - final) * fallen)
-
-
-def _rows_before(log: Path, step: int) -> list[list[str]]:
-    """The log's header and rows up to `step`: a resumed run rewrites what a crash left after the last save."""
-    if step == 0 or not log.exists():
-        return []
-    with open(log, newline="") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
-    whole = [row for row in rows if len(row) == len(header) and int(row[0]) <= step]  # a killed run may leave half a row
-    return [header, *whole] if header else []

@@ -7,7 +7,6 @@ T' latent frames has 1 + ct (T' - 1) frames. Latents of a start do not change wh
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import settle
 from .config import Size
+from .weights import open_module, read_json
 
 # Causal video VAEs of diffusers. Each is used as it is; what differs is where its config says how much it compresses. The norms of
 # CogVideoX's and HunyuanVideo's run over a whole clip, so latents of a start change a little when the clip goes on.
@@ -27,6 +28,7 @@ CLASSES = (
     "AutoencoderKLLTXVideo",
     "AutoencoderKLWan",
 )
+WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the file
 AT_ONCE = 2**22  # numbers of pixels that are coded at once, unless one video has more
 TILE, OVERLAP = 512, 64  # pixels along a side of what is coded at once, and how many two neighbours share
 
@@ -153,17 +155,19 @@ class VideoVAE(nn.Module):
         """Reads a checkpoint of diffusers from a local folder, in float32.
 
         Raises:
-            FileNotFoundError: no config.json there. ValueError: a class that is not in `CLASSES`.
+            FileNotFoundError: no config.json or no safetensors there.
+            ValueError: a class that is not in `CLASSES`; weights that are broken, missing, left over or not finite.
         """
         import diffusers
 
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"VideoVAE.from_pretrained: expected a folder with config.json, got {folder}")
-        name = json.loads(path.read_text()).get("_class_name")
+        folder, owner = Path(folder), "VideoVAE.from_pretrained"
+        settle(folder)
+        config = read_json(folder / "config.json", owner)
+        name = config.get("_class_name")
         if name not in CLASSES:
-            raise ValueError(f"VideoVAE.from_pretrained: {path}: expected _class_name out of {', '.join(CLASSES)}, got {name}")
-        model = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+            raise ValueError(f"{owner}: {folder / 'config.json'}: expected _class_name out of {', '.join(CLASSES)}, got {name}")
+        kind = getattr(diffusers, name)
+        model = open_module(lambda: kind.from_config(config), config, folder, owner, WEIGHTS)
         return cls(model.eval(), tile=tile)
 
     @classmethod

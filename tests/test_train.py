@@ -249,9 +249,9 @@ def test_ddpm_trains_and_samples(prediction, tmp_path):
     [
         (
             ["train", "{tmp}/run", "--data", "{tmp}/none", "--steps", "1"],
-            "none (there is no such folder) must hold videos or images",
+            "--data: expected a folder of videos and images, got {tmp}/none (there is no such folder)",
         ),
-        (["train", "{tmp}/run", "--steps", "1", "--model", "XXL"], "name: expected one of tiny, XS, S, B, L, XL, got 'XXL'"),
+        (["train", "{tmp}/run", "--steps", "1", "--model", "XXL"], "--model: expected one of tiny, XS, S, B, L, XL, got 'XXL'"),
         (["train", "{tmp}/run", "--steps", "1", "--size", "3x20x20"], "(3, 20, 20)"),
         (["train", "{tmp}/run", "--steps", "1", "--detailed", "1.5"], "detailed: expected a share from 0 to 1, got 1.5"),
         (["train", "{tmp}/run", "--steps", "1", "--vae", "{tmp}/none"], "expected a folder with config.json, got {tmp}/none"),

@@ -6,7 +6,10 @@ import contextlib
 import functools
 import inspect
 import logging
+import math
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -59,10 +62,17 @@ class Loaded:
     ] = None
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
 
-    def pipeline(self) -> SoraPipeline:
+    def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
+        """The pipeline; captioner: one without a captioner is an error, before its weights are read."""
+        from ..checkpoint import settle
         from ..pipeline import EMBEDDED, SoraPipeline
+        from ..weights import read_index
 
-        return SoraPipeline.from_pretrained(self.checkpoint or EMBEDDED, device=known_device(self.device))
+        device, folder = known_device(self.device), self.checkpoint or EMBEDDED
+        settle(folder)
+        if captioner and not read_index(folder, "--checkpoint")["captioner"]:
+            raise ValueError(f"captioner: expected a checkpoint with a captioner, got one without: {folder}")
+        return SoraPipeline.from_pretrained(folder, device=device)
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class Call(Loaded):
     guidance_from: Annotated[
         float, typer.Option(min=0, max=1, help="Noise level, from 0 to 1, below which there is no guidance.")
     ] = 0.6
-    seed: Annotated[int, typer.Option(help="Of everything random; several videos count up from it.")] = 0
+    seed: Annotated[int, typer.Option(min=0, max=2**63, help="Of everything random; several videos count up from it.")] = 0
     fps: Annotated[float | None, typer.Option(min=0.1, help="Frames per second. Default: those of the input, or 8.")] = None
     scale: Annotated[int, typer.Option(min=1, help="Whole factor by which pixels are enlarged in the files.")] = 1
     format: Annotated[Format, typer.Option(help="Of videos; images are PNG.")] = Format.mp4
@@ -98,9 +108,22 @@ class Call(Loaded):
             logger.warning("%s: frames of %s are scaled down to %s, --max-pixels takes more", path, before, after)
         return clip, rate
 
-    def pipeline(self) -> SoraPipeline:
+    def __post_init__(self) -> None:
         check_folder(self.out)
-        pipeline = super().pipeline()
+        for path in self.out.glob("*"):
+            if path.is_dir() and re.fullmatch(r"(\d{2,}-.*|contact_sheet)\.(mp4|gif|png)", path.name):
+                raise ValueError(
+                    f"--out: expected a folder for files, got one with the folder {path}, which has the name of a file"
+                )
+        if self.negative and self.guidance == 1:
+            raise ValueError(f"--negative: expected none with --guidance 1, which has no use for it, got {self.negative!r}")
+
+    def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
+        from ..schedulers import FLOW
+
+        if self.scheduler not in (None, *FLOW):
+            raise ValueError(f"--scheduler: expected one of {', '.join(FLOW)}, got {self.scheduler!r}")
+        pipeline = super().pipeline(captioner=captioner)
         if self.scheduler is not None:
             from ..schedulers import flow_scheduler
 
@@ -161,6 +184,7 @@ def command(options: type, name: str | None = None, **defaults: Any) -> Callable
         @functools.wraps(function)
         def run(**given: Any) -> None:
             with one_line_errors():
+                check_finite(given)
                 chosen = options(**{field.name: given.pop(field.name) for field in fields(options)})
                 function(**given, **{last.name: chosen})
 
@@ -195,13 +219,22 @@ def say(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def parse_size(text: str) -> Size:
+def parse_size(text: str, option: str = "--size") -> Size:
     """'8x32x48' -> (8, 32, 48)."""
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})", text)
     if match is None:
-        raise typer.BadParameter(f"expected TxHxW, such as 8x32x48, got {text!r}")
+        raise ValueError(f"{option}: expected TxHxW, such as 8x32x48, got {text!r}")
     t, h, w = (int(n) for n in match.groups())
+    if min(t, h, w) < 1:
+        raise ValueError(f"{option}: expected (T, H, W), each at least 1, got {(t, h, w)}")
     return t, h, w
+
+
+def check_finite(given: dict[str, Any]) -> None:
+    """Raises ValueError for options that are NaN or infinite, which every range lets through."""
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')}: expected a finite number, got {value}")
 
 
 def known_device(device: str) -> str:
@@ -217,10 +250,34 @@ def known_device(device: str) -> str:
     return device
 
 
-def check_folder(path: Path) -> None:
-    """Before the work is done: files can go there."""
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--out: expected a folder, got the file {path}")
+def check_folder(path: Path, option: str = "--out") -> None:
+    """Before the work is done: files can go there. Leaves no trace."""
+    there = next(one for one in (path, *path.parents) if os.path.lexists(one))
+    if not there.is_dir():
+        raise ValueError(f"{option}: expected a folder, got the file {there}")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # names that are too long, folders that may not be entered
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option}: expected a folder that can be written to, got {path}: {error.strerror}") from None
+
+
+def check_media(path: Path, option: str) -> None:
+    """Before the work is done: there is a folder to look for videos and images in."""
+    if not path.is_dir():
+        there = "which is a file" if path.exists() else "there is no such folder"
+        raise ValueError(f"{option}: expected a folder of videos and images, got {path} ({there})")
+
+
+def check_file(path: Path, suffix: str, option: str = "--out") -> None:
+    """Before the work is done: a file of that kind can be written there."""
+    if path.suffix != suffix:
+        raise ValueError(f"{option}: expected a file that ends in {suffix}, got {path}")
+    if path.is_dir():
+        raise ValueError(f"{option}: expected a file, got the folder {path}")
+    check_folder(path.parent, option)
 
 
 def read_clip(path: Path, max_frames: int | None = None, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, float]:

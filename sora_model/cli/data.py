@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import MAX_PIXELS, Loaded, command, read_clip, say
+from .app import MAX_PIXELS, Loaded, check_folder, check_media, command, read_clip, say
 
 
 @command(Loaded)
@@ -21,7 +21,7 @@ def caption(
 ) -> None:
     """Say what is seen in videos and images."""
     clips = [read_clip(file, max_frames, max_pixels)[0] for file in files]
-    pipeline = loaded.pipeline()
+    pipeline = loaded.pipeline(captioner=True)
     for file, text in zip(files, pipeline.caption(clips, detailed=detailed), strict=True):
         say(f"{file}: {text}")
 
@@ -30,16 +30,18 @@ def caption(
 def recaption(
     folder: Annotated[Path, typer.Argument(help="Folder of videos and images, and all folders in it.")],
     overwrite: Annotated[bool, typer.Option(help="Write captions anew where there are some.")] = False,
-    max_frames: Annotated[int | None, typer.Option(help="Frames looked at, a clip drawn from the file.")] = 32,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Frames looked at, a clip drawn from the file.")] = 32,
     max_pixels: Annotated[int, typer.Option(min=1, help="Larger frames are scaled down to so many pixels.")] = MAX_PIXELS,
     *,
     loaded: Loaded,
 ) -> None:
     """Caption a training folder: a detailed caption beside each file, and a short one where there is none."""
+    check_media(folder, "FOLDER")
+    check_folder(folder, "FOLDER")
     from ..checkpoint import whole_file
     from ..data import FolderSource, MediaError
 
-    pipeline = loaded.pipeline()
+    pipeline = loaded.pipeline(captioner=True)
     source: Any = FolderSource(
         folder, multiple_of=pipeline.unit, lead=pipeline.timing.lead, max_frames=max_frames, max_pixels=max_pixels,
         captions=False,
@@ -74,5 +76,5 @@ def expand(
     loaded: Loaded,
 ) -> None:
     """Make short prompts long and detailed."""
-    for text in loaded.pipeline().expand(prompts):
+    for text in loaded.pipeline(captioner=True).expand(prompts):
         say(text)

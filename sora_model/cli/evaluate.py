@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .app import Loaded, check_folder, command, console, say
+from .app import Loaded, check_file, check_folder, command, console, say
 
 if TYPE_CHECKING:
     from ..evaluate import Judge, Measurement
@@ -27,14 +27,20 @@ class Measuring(Loaded):
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 3.0
     seed: Annotated[int, typer.Option(help="Of scenes and noise.")] = 2026
 
+    def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
+        from ..evaluate import MEASUREMENTS
+
+        for name in self.task or []:
+            if name not in MEASUREMENTS:
+                raise ValueError(f"--task: expected names out of {', '.join(MEASUREMENTS)}, got {name}")
+        return super().pipeline(captioner=captioner)
+
     def tasks(self, pipeline: SoraPipeline) -> list[str]:
         """The measurements asked for, or all that the checkpoint can take part in; which it cannot is said."""
         from ..evaluate import MEASUREMENTS, possible
 
         able = possible(pipeline)
         for name in self.task or []:
-            if name not in MEASUREMENTS:
-                raise ValueError(f"--task: expected names out of {', '.join(MEASUREMENTS)}, got {name}")
             if name not in able:
                 raise ValueError(f"--task: expected tasks that this checkpoint can do, {', '.join(able)}, got {name}")
         left_out = [name for name in MEASUREMENTS if name not in able]
@@ -51,10 +57,11 @@ def evaluate(
     measuring: Measuring,
 ) -> None:
     """Judge what a checkpoint generates by the ground truth of the procedural world, task by task."""
+    if out is not None:
+        check_file(out, ".json")
+        check_file(out.with_suffix(".md"), ".md")
     from ..evaluate import MEASUREMENTS, Judge
 
-    if out is not None and (out.suffix != ".json" or out.is_dir()):
-        raise ValueError(f"--out: expected a file that ends in .json, got {out}")
     pipeline = measuring.pipeline()
     names = measuring.tasks(pipeline)
     judge = Judge(pipeline, count, measuring.steps, measuring.guidance, measuring.seed)
@@ -75,9 +82,9 @@ def gallery(
     measuring: Measuring,
 ) -> None:
     """Make a contact sheet of every task."""
+    check_folder(out)
     from ..gallery import make
 
-    check_folder(out)
     pipeline = measuring.pipeline()
     for path in make(pipeline, measuring.tasks(pipeline), out, measuring.steps, measuring.guidance, measuring.seed):
         say(str(path))
@@ -91,9 +98,10 @@ def demo(
     loaded: Loaded,
 ) -> None:
     """Generate videos with the checkpoint that comes with the package, every task once, and compare the kernels with torch."""
+    for folder in (out, out / "first", out / "videos"):
+        check_folder(folder)
     from ..demo import run
 
-    check_folder(out)
     run(loaded.pipeline(), out, seed, console)
 
 
@@ -119,4 +127,4 @@ def _write(path: Path, text: str) -> None:
     from ..checkpoint import whole_file
 
     with whole_file(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..config import Size
 from ..terminal import denoising, show_video
 from .app import Call, console, parse_size, say, task
+from .requests import read_requests
 
 if TYPE_CHECKING:
     from ..pipeline import SoraPipeline
-    from ..request import Request
 
 Prompt = Annotated[str, typer.Argument(help="What to show.")]
 Video = Annotated[Path, typer.Argument(help="A video file.")]
@@ -33,7 +31,9 @@ def generate(
     ] = None,
     draft: Annotated[
         int | None,
-        typer.Option(help="Make large frames by way of small ones, whose shorter side has so many pixels; 256 is a good number."),
+        typer.Option(
+            min=1, help="Make large frames by way of small ones, whose shorter side has so many pixels; 256 is a good number."
+        ),
     ] = None,
     expand: Annotated[bool, typer.Option(help="Let the captioner make the prompts long and detailed first.")] = False,
     *,
@@ -43,7 +43,11 @@ def generate(
     sizes = [parse_size(text) for text in size or []]
     if len(sizes) not in (0, 1, len(prompts)):
         raise ValueError(f"--size: expected 1 or {len(prompts)} (one per prompt), got {len(sizes)}")
-    pipeline = call.pipeline()
+    for _, *sides in sizes:
+        if draft is not None and draft >= min(sides):
+            expected = f"fewer pixels than the shorter side of --size, {min(sides)}"
+            raise ValueError(f"--draft: expected {expected}, got {draft}")
+    pipeline = call.pipeline(captioner=expand)
     from ..request import text_to_video
 
     sizes = sizes * len(prompts) if len(sizes) == 1 else sizes or [pipeline.size] * len(prompts)
@@ -87,11 +91,10 @@ def restyle(
 ) -> None:
     """Make a video anew after another prompt: other colours, another scene."""
     clip, rate = call.read(video)
-    pipeline = call.pipeline()
     from ..request import video_to_video
 
     request = video_to_video(prompt, clip, strength, negative_prompt=call.negative)
-    call.generate(pipeline, [request], [rate])
+    call.generate(call.pipeline(), [request], [rate])
 
 
 @task
@@ -129,6 +132,9 @@ def join(
     """Join two videos by a passage from the end of one to the start of the other."""
     (start, rate), (end, other) = call.read(first), call.read(last)
     rate = _common_rate(call, rate, other)
+    from ..request import check_joined
+
+    check_joined(start, end)
     pipeline = call.pipeline()
     from ..request import join as request_passage
 
@@ -169,6 +175,8 @@ def long(
 ) -> None:
     """Make a long video by extending a clip again and again."""
     shape, frames = parse_size(size) if size else None, round(seconds * call.rate())
+    if frames < 1:
+        raise ValueError(f"--seconds: expected at least one frame, which is {1 / call.rate():g}, got {seconds:g}")
     pipeline = call.pipeline()
     from ..tasks import long_video
 
@@ -220,55 +228,15 @@ def batch(
     call: Call,
 ) -> None:
     """Run requests of different tasks and sizes in one packed batch."""
-    if not requests.is_file():
-        raise FileNotFoundError(f"batch: expected a JSON file, got {requests}")
-    try:
-        wanted = json.loads(requests.read_text())
-    except ValueError as error:
-        raise ValueError(f"batch: {requests}: expected JSON, got {error}") from None
-    if not isinstance(wanted, list) or not all(isinstance(one, dict) for one in wanted):
-        raise ValueError(f"batch: {requests}: expected a list of objects with a task each")
+    asked = read_requests(requests, call.negative, call.read)
+    for one in asked:
+        if call.guidance == 1 and one.fields["negative_prompt"]:
+            raise ValueError(
+                f"batch: request {one.number}: negative_prompt: expected none with --guidance 1, which has no use for it"
+            )
+    rates = [_common_rate(call, *one.rates) for one in asked]
     pipeline = call.pipeline()
-    made = [_request(dict(one), i, requests.parent, call, pipeline) for i, one in enumerate(wanted)]
-    call.generate(pipeline, [request for request, _ in made], [rate for _, rate in made])
-
-
-# What a request of the batch file may say: the arguments of its function in request.py. Videos and images are paths.
-FIELDS = {
-    "text_to_video": {"prompt", "size"},
-    "text_to_image": {"prompt", "height", "width"},
-    "image_to_video": {"prompt", "image", "frames"},
-    "video_to_video": {"prompt", "video", "strength"},
-    "extend": {"prompt", "video", "frames", "overlap", "backward"},
-    "join": {"prompt", "first", "last", "frames", "overlap"},
-}
-
-
-def _request(fields: dict[str, Any], number: int, folder: Path, call: Call, pipeline: SoraPipeline) -> tuple[Request, float]:
-    """A request of the batch file, and the frames per second of its input."""
-    from .. import request
-
-    task, rates = fields.pop("task", "text_to_video"), []
-    if task not in FIELDS:
-        raise ValueError(f"batch: request {number}: task: expected one of {', '.join(FIELDS)}, got {task!r}")
-    known = FIELDS[task] | {"negative_prompt", "seed"}
-    for name in fields:
-        if name not in known:
-            raise ValueError(f"batch: request {number}: expected {', '.join(sorted(known))} for {task}, got {name}")
-    fields.setdefault("negative_prompt", call.negative)
-    try:
-        for name in ("image", "video", "first", "last"):
-            if name in fields:
-                fields[name], rate = call.read(folder / fields[name], max_frames=1 if name == "image" else None)
-                rates += [rate] if name != "image" else []
-        if task in ("image_to_video", "extend", "join"):
-            fields["timing"] = pipeline.timing
-        if task == "text_to_video":
-            size: Size | str = fields.get("size", pipeline.size)
-            fields["size"] = parse_size(size) if isinstance(size, str) else size
-        return getattr(request, task)(**fields), _common_rate(call, *rates)
-    except TypeError as error:
-        raise ValueError(f"batch: request {number}: {error}") from None
+    call.generate(pipeline, [one.request(pipeline) for one in asked], rates)
 
 
 def _common_rate(call: Call, *rates: float) -> float:

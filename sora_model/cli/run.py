@@ -11,11 +11,11 @@ import typer
 
 from ..config import Size
 from ..terminal import run_training
-from .app import Precision, console, known_device, parse_size
+from .app import Precision, check_folder, check_media, console, known_device, parse_size
 
 if TYPE_CHECKING:
     from ..data import Source
-    from ..train import Objective, Trainer
+    from ..train import Objective, TrainConfig, Trainer
 
 
 class WorldName(str, Enum):
@@ -34,10 +34,10 @@ class Run:
     ] = None
     world: Annotated[WorldName, typer.Option(help="Which procedural world: how much it holds.")] = WorldName.studio
     size: Annotated[list[str] | None, typer.Option(help="Sizes TxHxW of the world's clips; repeat for several.")] = None
-    max_frames: Annotated[int | None, typer.Option(help="Longest clip drawn from a file.")] = 32
-    max_pixels: Annotated[int | None, typer.Option(help="Larger frames of files are scaled down.")] = None
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Longest clip drawn from a file.")] = 32
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Larger frames of files are scaled down.")] = None
     tokens: Annotated[
-        int, typer.Option(help="Tokens in a packed batch, as a batch of short samples; long ones count for more.")
+        int, typer.Option(min=1, help="Tokens in a packed batch, as a batch of short samples; long ones count for more.")
     ] = 2048
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None
     minutes: Annotated[float | None, typer.Option(help="Wall-clock limit.")] = None
@@ -46,7 +46,7 @@ class Run:
     precision: Annotated[Precision, typer.Option(help="bf16 multiplies matrices in bfloat16.")] = Precision.no
     ema: Annotated[float, typer.Option(help="Decay of the averaged weights.")] = 0.995
     resume: Annotated[bool, typer.Option(help="Go on with the run in OUT.")] = False
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0
+    seed: Annotated[int, typer.Option(min=0, max=2**32, help="Of everything random.")] = 0
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
 
     @property
@@ -82,28 +82,50 @@ class Run:
         from ..data import FolderSource, Repeated, World, WorldConfig, WorldSource
 
         if self.data is not None:
-            refuse("--data, whose files have their own", {"size": self.size})
             limits = {"max_frames": self.max_frames, "max_pixels": self.max_pixels, "seed": self.seed}
             return FolderSource(self.data, multiple_of=unit, lead=lead, captions=captions, **limits)  # type: ignore[arg-type]
-        refuse("a world, whose clips have their own sizes", {"max-pixels": self.max_pixels})
         config = getattr(WorldConfig, self.world.value)(self.seed)
         split = "training" if self.world is WorldName.studio else None
         source = WorldSource(World(config, split=split), sizes, **options)
         return source if clips is None else Repeated(source, clips)
 
     def settings(self, out: Path, **own: Any) -> dict[str, str | int | None]:
-        """What must be the same where the run is resumed: these options and the command's own; if it is, they are compared."""
-        from ..train import check_resumed
+        """What must be the same where the run is resumed: these options and the command's own; if it is, they are compared.
 
+        Everything that can be refused before the work begins is refused here.
+        """
+        from accelerate import PartialState
+
+        from ..train import check_run
+
+        if self.data is None:
+            refuse("a world, whose clips have their own sizes", {"max-pixels": self.max_pixels})
+        else:
+            refuse("--data, whose files have their own", {"size": self.size})
+            check_media(self.data, "--data")
+        self.config()
+        for text in self.size or []:
+            parse_size(text)
+        _ = self.own_device  # makes the state of the processes
+        if PartialState().is_main_process:
+            check_folder(out, "OUT")
         names = ("data", "size", "tokens", "max_frames", "max_pixels") if self.data else ("world", "size", "tokens")
         chosen = {**{name: getattr(self, name) for name in names}, **own}
         told: dict[str, str | int | None] = {}
         for name, value in chosen.items():
             value = value.resolve() if isinstance(value, Path) else getattr(value, "value", value)
             told[f"--{name.replace('_', '-')}"] = str(value) if value else None
-        if self.resume:
-            check_resumed(out, told)
+        with PartialState().main_process_first():
+            check_run(out, resume=self.resume, settings=told)
         return told
+
+    def parts(self, out: Path, start: Path | None = None) -> Path | None:
+        """The checkpoint that the model's parts come from: the run's own where it goes on, else the one that it starts from.
+
+        A run's state may be there without a checkpoint. Its parts are then made as they were at first, and filled from the state.
+        """
+        own = out / "checkpoint"
+        return own if self.resume and own.is_dir() else start
 
     def train(
         self, out: Path, objective: Objective, source: Source, patch: Size, settings: dict[str, str | int | None], **packing: Any
@@ -112,14 +134,21 @@ class Run:
         from accelerate import PartialState
 
         from ..data import PackedSampler, WorldSource
-        from ..train import TrainConfig, Trainer
+        from ..train import Trainer
 
         if isinstance(source, WorldSource):
             packing["min_sizes"] = min(len(set(source.sizes)), 4)
         state = PartialState()
         packing |= {"seed": self.seed, "rank": state.process_index, "num_ranks": state.num_processes}
         sampler = PackedSampler(source, patch, self.tokens, **packing)
-        config = TrainConfig(
+        trainer = Trainer(objective, sampler, self.config(), out, resume=self.resume, settings=settings)
+        run_training(trainer, console)
+        return trainer
+
+    def config(self) -> TrainConfig:
+        from ..train import TrainConfig
+
+        return TrainConfig(
             steps=1000 if self.steps is None and self.minutes is None else self.steps,
             minutes=self.minutes,
             learning_rate=self.learning_rate,
@@ -128,9 +157,6 @@ class Run:
             ema_decay=self.ema,
             seed=self.seed,
         )
-        trainer = Trainer(objective, sampler, config, out, resume=self.resume, settings=settings)
-        run_training(trainer, console)
-        return trainer
 
 
 def refuse(because: str, options: dict[str, Any]) -> None:

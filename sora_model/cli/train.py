@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
@@ -11,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..config import Size
-from .app import Precision, app, check_folder, command, console, one_line_errors, parse_size, say
+from ..config import PRESETS, Size
+from .app import Precision, app, check_finite, check_folder, command, console, one_line_errors, parse_size, say
 from .run import Run, WorldName, refuse
 
 if TYPE_CHECKING:
@@ -57,11 +59,11 @@ def train(
         Path | None, typer.Option(help="Folder of a T5, UMT5 or CLIP of transformers. Default: words, learned with the model.")
     ] = None,
     patch: Annotated[str | None, typer.Option(help="Patch size TxHxW. Default: 1x8x8 of pixels, 1x2x2 of latents.")] = None,
-    clips: Annotated[int | None, typer.Option(help="Clips of the world, seen again and again. Default: endless.")] = None,
+    clips: Annotated[int | None, typer.Option(min=1, help="Clips of the world, seen again and again. Default: endless.")] = None,
     prediction: Annotated[Prediction | None, typer.Option(help="Flow matching, or DDPM's epsilon or v. Default: flow.")] = None,
     detailed: Annotated[float, typer.Option(help="Share of the samples with their long caption.")] = 0.5,
     lessons: Annotated[bool, typer.Option(help="Clips of the world that teach to go on, to obey and to join.")] = False,
-    frames: Annotated[int | None, typer.Option(help="Latent frames seen of a clip, evenly spread. Default: all.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Latent frames seen of a clip, evenly spread. Default: all.")] = None,
     per_frame: Annotated[float, typer.Option(help="Share of the samples with a noise level for each frame.")] = 0.0,
     large: Annotated[bool, typer.Option(help="Frames of up to 512x512 among the world's, too.")] = False,
     checkpointing: Annotated[bool, typer.Option(help="Compute activations again in the backward instead of keeping them.")] = False,
@@ -80,14 +82,19 @@ def train(
     refuse("--data, which has its own clips", worldly if run.data else {})
     refuse("--size, which says all sizes", {"large": large} if run.size else {})
     kind, name = prediction or Prediction.flow, model or "tiny"
+    if name not in PRESETS:
+        raise ValueError(f"--model: expected one of {', '.join(PRESETS)}, got {name!r}")
+    if not 0 <= detailed <= 1:
+        raise ValueError(f"--detailed: expected a share from 0 to 1, got {detailed}")
+    cut, mix = parse_size(patch, "--patch") if patch else None, TaskMix(per_frame=per_frame)
     if start is None:
         parts |= {"model": name, "prediction": kind}
     settings = run.settings(out, start=start, frames=frames, **parts, **worldly)
-    device, before = run.own_device, out / "checkpoint" if run.resume else start
+    device, before = run.own_device, run.parts(out, start)
     if before is not None:
         pipeline = SoraPipeline.from_pretrained(before, device=device)
     else:
-        pipeline = _untrained(name, patch, vae, text_encoder, kind.value, run.seed, device)
+        pipeline = _untrained(name, cut, vae, text_encoder, kind.value, run.seed, device)
     pipeline.dit.gradient_checkpointing = checkpointing
     timing, default = pipeline.timing, [*WORLD_SIZES[run.world.value], *(LARGEST if large else [])]
     sizes = run.sizes(pipeline.unit, timing.lead, default)
@@ -95,7 +102,7 @@ def train(
     if before is None:
         pipeline.size = sizes[0] if run.data is None else _common_size(source)
     objective = DiffusionObjective(
-        pipeline, tasks=TaskMix(per_frame=per_frame), detailed=detailed, num_frames=frames,
+        pipeline, tasks=mix, detailed=detailed, num_frames=frames,
         keep_latents=clips is not None and run.data is None,
     )  # fmt: skip
     trainer = run.train(
@@ -107,7 +114,7 @@ def train(
 
 
 def _untrained(
-    model: str, patch: str | None, vae: Path | None, text_encoder: Path | None, prediction: str, seed: int, device: str
+    model: str, patch: Size | None, vae: Path | None, text_encoder: Path | None, prediction: str, seed: int, device: str
 ) -> SoraPipeline:
     """A pipeline whose transformer is to be trained, its VAE and text encoder from folders, if any are given."""
     from ..pipeline import SoraPipeline
@@ -116,7 +123,7 @@ def _untrained(
 
     codec = None if vae is None else VideoVAE.from_pretrained(vae).to(device)
     encoder = None if text_encoder is None else PretrainedEncoder.from_pretrained(text_encoder).to(device)
-    cut = parse_size(patch) if patch else (1, 8, 8) if vae is None else (1, 2, 2)
+    cut = patch or ((1, 8, 8) if vae is None else (1, 2, 2))
     return SoraPipeline.from_preset(
         model, patch=cut, codec=codec, text_encoder=encoder, prediction=prediction, seed=seed, device=device
     )
@@ -127,7 +134,7 @@ def train_vae(
     out: OutFolder,
     start: Annotated[Path | None, typer.Option(help="Folder of a VAE to start from.")] = None,
     decoder_only: Annotated[bool, typer.Option("--decoder-only", help="Leave the latents as they are.")] = False,
-    channels: Annotated[int | None, typer.Option(help="Of a latent. Default: 16.")] = None,
+    channels: Annotated[int | None, typer.Option(min=1, help="Of a latent. Default: 16.")] = None,
     temporal: Annotated[int | None, typer.Option(help="Frames per latent frame, after the first: 4, the default, or 8.")] = None,
     spatial: Annotated[
         int | None, typer.Option(help="Pixels per latent position along height and width: 8, the default, or 16.")
@@ -146,7 +153,7 @@ def train_vae(
     if start is None:
         parts = {"channels": channels or 16, "temporal": temporal or 4, "spatial": spatial or 8}
     settings = run.settings(out, start=start, decoder_only=decoder_only, **parts)
-    device, before = run.own_device, out / "checkpoint" if run.resume else start
+    device, before = run.own_device, run.parts(out, start)
     torch.manual_seed(run.seed)
     if before is not None:
         made = VideoVAE.from_pretrained(before)
@@ -174,9 +181,9 @@ def train_vae(
 def train_captioner(
     out: OutFolder,
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint of a pipeline, which gets the captioner.")],
-    frames: Annotated[int, typer.Option(help="Latent frames seen of a clip, evenly spread; 0 sees tubelets of all.")] = 4,
-    vocabulary: Annotated[int, typer.Option(help="Tokens that captions are written in, learned from them.")] = 512,
-    longest: Annotated[int, typer.Option(help="Tokens of the longest caption.")] = 128,
+    frames: Annotated[int, typer.Option(min=0, help="Latent frames seen of a clip, evenly spread; 0 sees tubelets of all.")] = 4,
+    vocabulary: Annotated[int, typer.Option(min=1, help="Tokens that captions are written in, learned from them.")] = 512,
+    longest: Annotated[int, typer.Option(min=2, help="Tokens of the longest caption.")] = 128,
     *,
     run: Run,
 ) -> None:
@@ -189,15 +196,17 @@ def train_captioner(
     from ..train_captioner import CaptionObjective
     from ..vae import latent_size
 
-    settings = run.settings(out, checkpoint=checkpoint, frames=frames, vocabulary=vocabulary, longest=longest)
     check_replaceable(checkpoint)
+    check_folder(checkpoint.absolute().parent, "--checkpoint")
+    settings = run.settings(out, checkpoint=checkpoint, frames=frames, vocabulary=vocabulary, longest=longest)
     device = run.own_device
     pipeline = SoraPipeline.from_pretrained(checkpoint, device=device)
     patch = pipeline.dit.config.patch_size
     sizes = run.sizes(pipeline.unit, pipeline.timing.lead, CAPTION_SIZES)
     source = run.source(sizes, pipeline.unit, pipeline.timing.lead)
-    if run.resume:
-        captioner = Captioner.from_pretrained(out / "checkpoint")
+    before = run.parts(out)
+    if before is not None:
+        captioner = Captioner.from_pretrained(before)
     else:
         torch.manual_seed(run.seed)
         count = len(source) if run.data is not None else 4096  # type: ignore[arg-type]
@@ -211,14 +220,17 @@ def train_captioner(
         )
         captioner = Captioner(config, tokenizer)
     captioner.to(device)
+    # Words learned anew from captions that have changed since would give the weights another meaning.
+    words = json.dumps(captioner.tokenizer.get_vocab(), sort_keys=True)
+    settings["words learned from the captions"] = f"{zlib.crc32(words.encode()):08x}"
     objective = CaptionObjective(captioner, pipeline.codec)
     trainer = run.train(
         out, objective, source, patch, settings, latent_size=lambda one: _seen(latent_size(pipeline.codec, one), frames)
     )
     if not trainer.accelerator.is_main_process:
         return
-    pipeline.captioner = Captioner.from_pretrained(out / "checkpoint").to(device)
-    pipeline.save_pretrained(checkpoint)
+    latest = SoraPipeline.from_pretrained(checkpoint)  # it may have been trained further meanwhile
+    latest.replaced(captioner=Captioner.from_pretrained(out / "checkpoint")).save_pretrained(checkpoint)
     _end(trainer, checkpoint)
 
 
@@ -229,6 +241,10 @@ def export(
 ) -> None:
     """Write a checkpoint with weights in float16, half as large; a text encoder of transformers keeps its own."""
     with one_line_errors():
+        from ..checkpoint import check_replaceable
+
+        check_replaceable(out)
+        check_folder(out.absolute().parent, "OUT")
         import torch
 
         from ..pipeline import SoraPipeline
@@ -241,14 +257,15 @@ def export(
 @app.command()
 def scaling(
     out: OutFolder,
-    compute: Annotated[float, typer.Option(help="Floating-point operations that each model is trained with.")] = 2e13,
+    compute: Annotated[float, typer.Option(min=1, help="Floating-point operations that each model is trained with.")] = 2e13,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
     """Train models of four sizes with the same compute, in at most 15,000 steps, and plot their losses against it."""
     with one_line_errors():
+        check_finite({"compute": compute})
+        check_folder(out, "OUT")
         from ..scaling import study
 
-        check_folder(out)
         out.mkdir(parents=True, exist_ok=True)
         study(
             out, compute, seed, lambda p: console.print(f"{p.model}  step {p.step}  {p.compute:.2e} operations  loss {p.loss:.4f}")

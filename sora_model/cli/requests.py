@@ -1,0 +1,147 @@
+"""The file of `sora batch`: a JSON list of requests, each checked field by field before any work begins."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .app import parse_size, read_clip
+
+if TYPE_CHECKING:
+    from ..pipeline import SoraPipeline
+    from ..request import Request
+
+Reader = Callable[..., tuple[Any, float]]  # as `read_clip`
+
+
+class Kind(NamedTuple):
+    """What a field may hold, in words and as a test. JSON's true and false are no numbers, though Python's are."""
+
+    expected: str
+    fits: Callable[[Any], bool]
+
+
+def _whole(first: int) -> Kind:
+    return Kind(f"a whole number of at least {first}", lambda value: type(value) is int and value >= first)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and len(value) == 3 and all(COUNT.fits(n) for n in value))
+
+
+TEXT = Kind("text", lambda value: isinstance(value, str))
+FILE = Kind("the name of a file", lambda value: isinstance(value, str) and value != "")
+COUNT = _whole(1)
+SEED = Kind(f"a whole number from 0 to {2**63}", lambda value: type(value) is int and 0 <= value <= 2**63)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+SHARE = Kind("a number above 0 and up to 1", lambda value: type(value) in (int, float) and 0 < value <= 1)
+SIZE = Kind("TxHxW, such as 8x32x48, or [T, H, W], each at least 1", _is_size)
+
+# What a request may say: the arguments of its function in request.py. Videos and images are paths, from the file's folder.
+COMMON = {"prompt": TEXT, "negative_prompt": TEXT, "seed": SEED}
+TASKS: dict[str, dict[str, Kind]] = {
+    "text_to_video": {"size": SIZE},
+    "text_to_image": {"height": COUNT, "width": COUNT},
+    "image_to_video": {"image": FILE, "frames": COUNT},
+    "video_to_video": {"video": FILE, "strength": SHARE},
+    "extend": {"video": FILE, "frames": COUNT, "overlap": _whole(0), "backward": FLAG},
+    "join": {"first": FILE, "last": FILE, "frames": COUNT, "overlap": _whole(0)},
+}
+OPTIONAL = ("negative_prompt", "seed", "size", "strength", "overlap", "backward")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request of the file, its videos and images read, before it is known what the pipeline's timing and size are.
+
+    rates: frames per second of its videos.
+    """
+
+    number: int
+    task: str
+    fields: dict[str, Any]
+    rates: list[float]
+
+    def request(self, pipeline: SoraPipeline) -> Request:
+        from .. import request
+
+        fields = dict(self.fields)
+        if self.task in ("image_to_video", "extend", "join"):
+            fields["timing"] = pipeline.timing
+        if self.task == "text_to_video":
+            fields.setdefault("size", pipeline.size)
+        try:
+            return getattr(request, self.task)(**fields)
+        except ValueError as error:
+            raise ValueError(f"batch: request {self.number}: {error}") from None
+
+
+def read_requests(path: Path, negative: str, read: Reader = read_clip) -> list[Asked]:
+    """The requests of a file in UTF-8; negative: the negative prompt of those that have none.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: what is not JSON; tasks, fields and values that cannot be, named with the number of their request.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"batch: expected a JSON file, got {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        wanted = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"batch: {path}: expected JSON, got {error}") from None
+    if not isinstance(wanted, list) or not wanted or not all(isinstance(one, dict) for one in wanted):
+        raise ValueError(f"batch: {path}: expected a list of objects with a task each")
+    checked = [_checked(one, i) for i, one in enumerate(wanted)]
+    return [_read(task, fields, i, path.parent, negative, read) for i, (task, fields) in enumerate(checked)]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are all different: of two values for one, either may have been meant."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} twice in one request")
+    return dict(pairs)
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name}, which is no number of JSON")
+
+
+def _checked(one: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
+    """The task of a request and its fields, each of the kind that it must be."""
+    where, fields = f"batch: request {number}", dict(one)
+    task = fields.pop("task", "text_to_video")
+    if not isinstance(task, str) or task not in TASKS:
+        raise ValueError(f"{where}: task: expected one of {', '.join(TASKS)}, got {task!r}")
+    kinds = {**COMMON, **TASKS[task]}
+    for name, value in fields.items():
+        if name not in kinds:
+            raise ValueError(f"{where}: expected {', '.join(sorted(kinds))} for {task}, got {name}")
+        if not kinds[name].fits(value) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{where}: {name}: expected {kinds[name].expected}, got {json.dumps(value)}")
+        if name == "size" and isinstance(value, str):
+            fields[name] = parse_size(value, f"{where}: size")
+    for name in kinds:
+        if name not in fields and name not in OPTIONAL:
+            raise ValueError(f"{where}: {name}: expected {kinds[name].expected} for {task}, got none")
+    return task, fields
+
+
+def _read(task: str, fields: dict[str, Any], number: int, folder: Path, negative: str, read: Reader) -> Asked:
+    """A request with its videos and images in place of their names."""
+    fields, rates = {"negative_prompt": negative, **fields}, []
+    for name in ("image", "video", "first", "last"):
+        if name not in fields:
+            continue
+        try:
+            fields[name], rate = read(folder / fields[name], max_frames=1 if name == "image" else None)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"batch: request {number}: {name}: {error}") from None
+        rates += [rate] if name != "image" else []
+    return Asked(number, task, fields, rates)

@@ -1,0 +1,164 @@
+"""Opening what others may have written: configs and weights from a local folder.
+
+Weights are read from safetensors files of that folder alone, which cannot run code, by names that stay inside it. Their headers, a
+few kilobytes, say what a config may ask for before any memory is taken. Weights that are not finite are an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+Shapes = dict[str, tuple[int, ...]]
+
+
+def read_json(path: Path, owner: str) -> dict[str, Any]:
+    """An object in a JSON file of a checkpoint; `owner` is named in the error if it is not there or broken."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{owner}: expected a folder with {path.name}, got {path.parent}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{owner}: {path}: expected JSON, got {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{owner}: {path}: expected an object, got {type(values).__name__}")
+    return values
+
+
+def read_index(folder: Path, owner: str) -> dict[str, Any]:
+    """What model_index.json says there is in a checkpoint: "size", and whether there is a "vae" and a "captioner"."""
+    index = read_json(folder / "model_index.json", owner)
+    if set(index) != {"_class_name", "size", "vae", "captioner"} or index["_class_name"] != "SoraPipeline":
+        raise ValueError(f"{owner}: model_index.json: expected a pipeline of this package, got {sorted(index)}")
+    size = index["size"]
+    if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and n >= 1 for n in size):
+        raise ValueError(f"{owner}: model_index.json: size: expected [T, H, W], each at least 1, got {size!r}")
+    for part in ("vae", "captioner"):
+        if not isinstance(index[part], bool):
+            raise ValueError(f"{owner}: model_index.json: {part}: expected true or false, got {index[part]!r}")
+    return index
+
+
+def built(kind: Callable[..., Any], config: dict[str, Any], owner: str, **more: Any) -> Any:
+    """kind(**config); keys and values that it does not take are an error that says so."""
+    try:
+        return kind(**config, **more)
+    except ValueError:
+        raise
+    except Exception as error:  # libraries have kinds of their own
+        raise ValueError(f"{owner}: config.json: {error}") from None
+
+
+def open_module(build: Callable[[], Module], config: Mapping[str, Any], folder: Path, owner: str, stem: str = "model") -> Module:
+    """build() with the weights of a folder, in the dtype that it builds them in.
+
+    Args:
+        build: makes the module that `config` describes.
+        stem: of the weights' files, `stem`.safetensors or shards with an index.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: a broken file; weights that are missing, left over, of another shape or not finite; a config that asks for more.
+    """
+    files = weight_files(folder, stem, owner)
+    shapes, where = read_shapes(files, owner), f"{owner}: {files[0]}"
+    check_depth(config, shapes, owner)
+    with torch.device("meta"):  # sizes without memory
+        check_shapes(built(build, {}, owner), shapes, where)
+    module = build()
+    load_distinct(module, read_tensors(files, owner), where)
+    return module
+
+
+def weight_files(folder: Path, stem: str, owner: str) -> list[Path]:
+    """`stem`.safetensors of a folder, or the files that `stem`.safetensors.index.json names, all in that folder."""
+    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        if not whole.is_file():
+            raise FileNotFoundError(f"{owner}: expected a folder with {whole.name}, got {folder}")
+        return [whole]
+    places = read_json(index, owner).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{owner}: {index}: weight_map: expected names of tensors and their files, got {places!r}")
+    for name in places.values():
+        if not isinstance(name, str) or "/" in name or "\\" in name or not name.endswith(".safetensors"):
+            raise ValueError(f"{owner}: {index}: weight_map: expected names of safetensors files in this folder, got {name!r}")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{owner}: {index}: weight_map: expected {folder / name}, which is not there")
+    return [folder / name for name in sorted(set(places.values()))]
+
+
+def read_shapes(files: Sequence[Path], owner: str) -> Shapes:
+    """The shapes of all tensors in safetensors files, from their headers."""
+    shapes: Shapes = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{owner}: {path}: expected safetensors, got {error}") from None
+    return shapes
+
+
+def read_tensors(files: Sequence[Path], owner: str) -> dict[str, Tensor]:
+    """All tensors in safetensors files; one that is not finite is an error, which costs 0.05 s per GB."""
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            read = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{owner}: {path}: expected safetensors, got {error}") from None
+        for name, value in read.items():
+            check_finite(value, f"{owner}: {path}: {name}")
+        tensors |= read
+    return tensors
+
+
+def check_finite(value: Tensor, where: str) -> None:
+    """Raises ValueError for NaN and infinity."""
+    if not value.is_floating_point() or not value.numel():
+        return
+    # One pass without a mask in memory, which NaN passes through. Types of 8 bits have no such function.
+    ends = torch.stack((value if value.element_size() > 1 else value.float()).aminmax())
+    if not ends.isfinite().all():
+        raise ValueError(f"{where}: expected finite numbers, got {'NaN' if ends.isnan().any() else 'infinity'}")
+
+
+def check_depth(config: Mapping[str, Any], shapes: Shapes, owner: str) -> None:
+    """Raises ValueError for more layers than there are weights: even without memory they would take time to build."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            check_depth(value, shapes, owner)
+        for count in value if isinstance(value, list) else [value]:
+            if ("depth" in name or "layers" in name) and isinstance(count, int | float) and count > len(shapes):
+                expected = f"at most {len(shapes)}, the number of tensors beside it"
+                raise ValueError(f"{owner}: config.json: {name}: expected {expected}, got {value}")
+
+
+def check_shapes(module: nn.Module, shapes: Shapes, where: str) -> None:
+    """Raises ValueError for weights that are missing, left over or of another shape."""
+    expected = {name: tuple(value.shape) for name, value in distinct_state(module).items()}
+    for name in {**expected, **shapes}:
+        if expected.get(name) != shapes.get(name):
+            raise ValueError(f"{where}: {name}: expected shape {expected.get(name)}, got {shapes.get(name)}")
+
+
+def load_distinct(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Takes what `distinct_state` gave into a module; raises ValueError for weights missing, left over or of another shape."""
+    check_shapes(module, {name: tuple(value.shape) for name, value in weights.items()}, where)
+    module.load_state_dict(weights, strict=False)
+
+
+def distinct_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module without second names of one tensor (tied embeddings)."""
+    state = module.state_dict(keep_vars=True)
+    names = {id(value): name for name, value in reversed(state.items())}
+    return {name: value.detach() for name, value in state.items() if names[id(value)] == name}

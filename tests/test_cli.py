@@ -1,0 +1,313 @@
+"""What the command line refuses: everything that can be, in one line that names the option, before a model is loaded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_runs import small  # noqa: F401 (a fixture)
+from typer.testing import CliRunner
+
+from sora_model.cli import app
+from sora_model.cli.app import check_folder
+from sora_model.data import read_video, write_video
+from sora_model.pipeline import SoraPipeline
+
+ROOT = Path(__file__).parent.parent
+
+
+def sora(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("media")
+    write_video(folder / "a.mp4", torch.zeros(3, 4, 16, 16))
+    write_video(folder / "b.mp4", torch.zeros(3, 4, 16, 24))
+    write_video(folder / "a.png", torch.zeros(3, 1, 16, 16))
+    (folder / "a.txt").write_text("a red circle")
+    (folder / "file").write_text("mine")
+    return folder
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Nothing is loaded, nothing is made."""
+
+    def loaded(*_, **__):
+        raise AssertionError("a model was loaded before everything was checked")
+
+    monkeypatch.setattr(SoraPipeline, "from_pretrained", loaded)
+    monkeypatch.setattr(SoraPipeline, "from_preset", loaded)
+    monkeypatch.setattr("sora_model.vae.VideoVAE.from_pretrained", loaded)
+    monkeypatch.setattr("sora_model.vae.VideoVAE.small", loaded)
+    monkeypatch.setattr("sora_model.captioner.Captioner.from_pretrained", loaded)
+
+
+def refused(*args) -> str:
+    """The one line that a command ends with."""
+    result = sora(*args)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+TASKS = {
+    "generate": ["x"],
+    "animate": ["{media}/a.png", "x"],
+    "restyle": ["{media}/a.mp4", "x"],
+    "extend": ["{media}/a.mp4", "x"],
+    "join": ["{media}/a.mp4", "{media}/a.mp4"],
+    "loop": ["x"],
+    "long": ["x"],
+    "simulate": ["x", "--action", "y"],
+    "batch": ["{media}/requests.json"],
+    "gallery": [],
+    "demo": [],
+}
+RUNS = {"train": [], "train-vae": [], "train-captioner": ["--checkpoint", "{media}/model"], "scaling": []}
+
+
+def filled(args, media: Path) -> list[str]:
+    return [str(arg).replace("{media}", str(media)) for arg in args]
+
+
+@pytest.mark.parametrize("command", [*TASKS, *RUNS])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("{media}/file", "expected a folder, got the file {media}/file"),
+        ("{media}/file/sub/deep", "expected a folder, got the file {media}/file"),
+        ("{media}/link", "expected a folder, got the file {media}/link"),
+        ("/proc/nothing", "expected a folder that can be written to, got /proc/nothing: "),
+        ("{media}/" + 300 * "x", "xxx: File name too long"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_at_once(command, place, message, media, unloaded) -> None:
+    if not (media / "link").is_symlink():
+        (media / "link").symlink_to("nowhere/at/all")
+    (media / "requests.json").write_text('[{"prompt": "x"}]')
+    before = sorted(media.iterdir())
+    option = [place] if command in RUNS else ["--out", place]
+    text = refused(command, *filled([*option, *{**TASKS, **RUNS}[command]], media))
+    assert f"error: {'OUT' if command in RUNS else '--out'}: " in text
+    assert message.replace("{media}", str(media)) in text
+    assert sorted(media.iterdir()) == before
+    assert (media / "file").read_text() == "mine"
+
+
+def test_a_folder_without_permission_is_refused(tmp_path) -> None:
+    """As another user than root, who may do everything."""
+    (tmp_path / "locked").mkdir(mode=0o500)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(ValueError, match=r"--out: expected a folder that can be written to, got .*new: Permission denied"):
+            check_folder(tmp_path / "locked" / "new")
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("name", ["00-x.mp4", "contact_sheet.png"])
+def test_a_folder_in_the_place_of_a_file_is_refused(name, tmp_path, unloaded) -> None:
+    (tmp_path / name).mkdir()
+    assert f"--out: expected a folder for files, got one with the folder {tmp_path / name}" in refused(
+        "generate", "x", "--out", tmp_path
+    )
+    (tmp_path / "eval.md").mkdir()
+    assert f"--out: expected a file, got the folder {tmp_path}/eval.md" in refused("eval", "--out", tmp_path / "eval.json")
+    (tmp_path / "first").write_text("mine")
+    assert f"--out: expected a folder, got the file {tmp_path}/first" in refused("demo", "--out", tmp_path)
+
+
+def test_a_study_looks_for_runs_before_the_first(small, tmp_path, unloaded) -> None:  # noqa: F811
+    (tmp_path / "run-6x256").mkdir()
+    (tmp_path / "run-6x256" / "training.safetensors").write_bytes(b"of someone")
+    assert "run-6x256/training.safetensors: expected the state of a run" in refused("scaling", tmp_path)
+
+
+def test_checking_a_folder_leaves_no_trace(tmp_path) -> None:
+    check_folder(tmp_path / "a" / "b")
+    check_folder(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+NO_CAPTIONER = "captioner: expected a checkpoint with a captioner, got one without"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate", "x", "--size", "big"], "--size: expected TxHxW, such as 8x32x48, got 'big'"),
+        (["generate", "x", "--size", "1x0x8"], "--size: expected (T, H, W), each at least 1, got (1, 0, 8)"),
+        (
+            ["generate", "x", "--size", "9x32x32", "--draft", "32"],
+            "--draft: expected fewer pixels than the shorter side",
+        ),
+        (["generate", "x", "--scheduler", "magic"], "--scheduler: expected one of euler, heun, unipc, dpm++, got 'magic'"),
+        (["generate", "x", "--guidance", "nan"], "--guidance: expected a finite number, got nan"),
+        (["generate", "x", "--fps", "inf"], "--fps: expected a finite number, got inf"),
+        (["generate", "x", "--seed", "99999999999999999999"], "9223372036854775808"),
+        (["generate", "x", "--negative", "y", "--guidance", "1"], "--negative: expected none with --guidance 1, which has no use"),
+        (["animate", "{media}/none.png", "x"], "none.png: it does not exist"),
+        (["restyle", "{media}/a.mp4", "x", "--strength", "0"], "strength: expected a number above 0 and up to 1, got 0"),
+        (["join", "{media}/a.mp4", "{media}/b.mp4"], "join: last: expected frames of [16, 16] as in first, got [16, 24]"),
+        (["loop", "x", "--size", "6x16"], "--size: expected TxHxW"),
+        (["long", "x", "--seconds", "0"], "--seconds: expected at least one frame"),
+        (["long", "x", "--seconds", "nan"], "--seconds: expected a finite number, got nan"),
+        (["simulate", "x", "--size", "6x16"], "--size: expected TxHxW"),
+        (["caption", "{media}/none.mp4"], "none.mp4: it does not exist"),
+        (
+            ["generate", "x", "--expand", "--checkpoint", "{media}/words"],
+            NO_CAPTIONER,
+        ),
+        (
+            ["caption", "{media}/a.mp4", "--checkpoint", "{media}/words"],
+            NO_CAPTIONER,
+        ),
+        (
+            ["recaption", "{media}", "--checkpoint", "{media}/words"],
+            NO_CAPTIONER,
+        ),
+        (
+            ["recaption", "{media}/none"],
+            "FOLDER: expected a folder of videos and images, got {media}/none (there",
+        ),
+        (["expand", "x", "--checkpoint", "{media}/words"], NO_CAPTIONER),
+        (
+            ["train", "{media}/new", "--data", "{media}/file"],
+            "--data: expected a folder of videos and images, got {media}/file",
+        ),
+        (["train", "{media}/new", "--model", "XXL"], "--model: expected one of tiny, XS, S, B, L, XL, got 'XXL'"),
+        (["train", "{media}/new", "--patch", "8x8"], "--patch: expected TxHxW, such as 8x32x48, got '8x8'"),
+        (["train", "{media}/new", "--size", "8x8"], "--size: expected TxHxW"),
+        (["train", "{media}/new", "--detailed", "2"], "--detailed: expected a share from 0 to 1, got 2"),
+        (["train", "{media}/new", "--per-frame", "2"], "per_frame"),
+        (["train", "{media}/new", "--learning-rate", "nan"], "--learning-rate: expected a finite number, got nan"),
+        (["train", "{media}/new", "--steps", "0"], "steps: expected a number above 0, got 0"),
+        (["train", "{media}/new", "--resume"], "training.safetensors, which is not there"),
+        (["train-vae", "{media}/new", "--ema", "2"], "ema_decay: expected a number from 0 to 1, got 2"),
+        (
+            ["train-captioner", "{media}/new", "--checkpoint", "{media}"],
+            "expected an empty folder or one with a checkpoint to replace",
+        ),
+        (["export", "{media}/words", "{media}"], "expected an empty folder or one with a checkpoint to replace, got {media}"),
+        (["export", "{media}/words", "{media}/file/x"], "OUT: expected a folder, got the file {media}/file"),
+        (["eval", "--out", "{media}/figures.txt"], "--out: expected a file that ends in .json, got {media}/figures.txt"),
+        (["eval", "--out", "{media}/file/x.json"], "--out: expected a folder, got the file {media}/file"),
+        (["eval", "--task", "dance"], "--task: expected names out of "),
+        (["gallery", "--task", "dance", "--out", "{media}/new"], "--task: expected names out of "),
+        (["scaling", "{media}/new", "--compute", "inf"], "--compute: expected a finite number, got inf"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_a_model_is_loaded(args, message, media, unloaded) -> None:
+    (media / "words").mkdir(exist_ok=True)
+    index = {"_class_name": "SoraPipeline", "size": [4, 16, 16], "vae": False, "captioner": False}
+    (media / "words" / "model_index.json").write_text(json.dumps(index))
+    out = [] if "--out" in args or args[0] not in TASKS else ["--out", media / "new"]
+    assert message.replace("{media}", str(media)) in refused(*filled(args, media), *out)
+    assert not (media / "new").exists()
+
+
+def test_names_with_a_colon(small, media, tmp_path) -> None:  # noqa: F811
+    """Which libraries of videos take for a protocol."""
+    out = tmp_path / "run:1"
+    result = sora("generate", "clip: 1", "--checkpoint", small, "--out", out, "--steps", 1)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in out.iterdir()) == ["00-clip-1.mp4", "contact_sheet.png"]
+    assert read_video(out / "00-clip-1.mp4")[0].shape[1] == 2
+    run = tmp_path / "train:1"
+    assert sora("train", run, "--start", small, "--size", "2x16x16", "--tokens", 32, "--steps", 1).exit_code == 0
+    again = sora("generate", "x", "--checkpoint", run / "checkpoint", "--out", out, "--steps", 1)
+    assert again.exit_code == 0, again.output
+
+
+def extend(more: str) -> str:
+    return f'[{{"task": "extend", "prompt": "x", "video": "a.mp4", {more}}}]'
+
+
+def restyle(strength: str) -> str:
+    return f'[{{"task": "video_to_video", "prompt": "x", "video": "a.mp4", "strength": {strength}}}]'
+
+
+COUNT = "a whole number of at least 1"
+SIZE = "TxHxW, such as 8x32x48, or [T, H, W], each at least 1"
+SHARE = "a number above 0 and up to 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (extend('"frames": 2, "backward": "false"'), 'request 0: backward: expected true or false, got "false"'),
+        (extend('"frames": 2, "backward": 0'), "request 0: backward: expected true or false, got 0"),
+        ('[{"prompt": "x"}, {"task": ["extend"], "prompt": "x"}]', "request 1: task: expected one of text_to_video, "),
+        ('[{"task": null, "prompt": "x"}]', "request 0: task: expected one of text_to_video, "),
+        (extend('"frames": "8"'), f'request 0: frames: expected {COUNT}, got "8"'),
+        (extend('"frames": true'), f"request 0: frames: expected {COUNT}, got true"),
+        (extend('"frames": 2.0'), f"request 0: frames: expected {COUNT}, got 2.0"),
+        (extend('"frames": 0'), f"request 0: frames: expected {COUNT}, got 0"),
+        (extend('"frames": 2, "overlap": -1'), "request 0: overlap: expected a whole number of at least 0, got -1"),
+        (extend('"overlap": 1'), f"request 0: frames: expected {COUNT} for extend, got none"),
+        (extend('"frames": 2, "video": "none.mp4"'), "expected JSON, got video twice in one request"),
+        (extend('"frames": 2').replace("a.mp4", "none.mp4"), "request 0: video: "),
+        (extend('"frames": 2').replace('"a.mp4"', '["a.mp4"]'), 'request 0: video: expected the name of a file, got ["a.mp4"]'),
+        (restyle('"0.5"'), f'request 0: strength: expected {SHARE}, got "0.5"'),
+        (restyle("1.5"), f"request 0: strength: expected {SHARE}, got 1.5"),
+        (restyle("true"), f"request 0: strength: expected {SHARE}, got true"),
+        (restyle("NaN"), "expected JSON, got NaN, which is no number of JSON"),
+        (restyle("-Infinity"), "expected JSON, got -Infinity, which is no number of JSON"),
+        ('[{"prompt": 5}]', "request 0: prompt: expected text, got 5"),
+        ("[{}]", "request 0: prompt: expected text for text_to_video, got none"),
+        ('[{"prompt": "x", "sise": 1}]', "request 0: expected negative_prompt, prompt, seed, size for text_to_video, got sise"),
+        ('[{"prompt": "x", "size": [1, 8, 8.0]}]', f"request 0: size: expected {SIZE}, got [1, 8, 8.0]"),
+        ('[{"prompt": "x", "size": "1x8"}]', "request 0: size: expected TxHxW, such as 8x32x48, got '1x8'"),
+        ('[{"prompt": "x", "seed": 1e999}]', "request 0: seed: expected a whole number from 0 to "),
+        ('[{"prompt": "x", "seed": 99999999999999999999}]', "request 0: seed: expected a whole number from 0 to "),
+        ('[{"prompt": "x", "negative_prompt": null}]', "request 0: negative_prompt: expected text, got null"),
+        ("[]", "expected a list of objects with a task each"),
+        ("5", "expected a list of objects with a task each"),
+        ("[5]", "expected a list of objects with a task each"),
+        ("[" * 100_000, "expected JSON, got"),
+        ("", "expected JSON, got"),
+    ],
+)
+def test_requests_are_checked_field_by_field(text, message, media, unloaded) -> None:
+    path = media / "requests.json"
+    path.write_text(text)
+    assert f"error: batch: {message if message.startswith('request') else f'{path}: {message}'}" in refused(
+        "batch", path, "--out", media / "new"
+    )
+
+
+def test_requests_are_read_as_utf_8(media, tmp_path) -> None:
+    """With or without a mark of it, whatever the locale says."""
+    path = tmp_path / "requests.json"
+    code = "import sys, pathlib\nfrom sora_model.cli.requests import read_requests\n"
+    code += "print(ascii(read_requests(pathlib.Path(sys.argv[1]), '')[0].fields['prompt']))"
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_text('[{"prompt": "ein Kätzchen"}]', encoding=encoding)
+        environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        command = [sys.executable, "-c", code, str(path)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout == ascii("ein Kätzchen") + "\n", done.stderr
+    path.write_bytes('[{"prompt": "ein Kätzchen"}]'.encode("latin-1"))
+    assert "expected JSON, got 'utf-8' codec can't decode" in refused("batch", path, "--out", media / "new")
+
+
+def test_a_negative_prompt_needs_guidance(small, media, tmp_path) -> None:  # noqa: F811
+    path = media / "requests.json"
+    path.write_text('[{"prompt": "x"}, {"prompt": "x", "negative_prompt": "y"}]')
+    text = refused("batch", path, "--guidance", 1, "--out", tmp_path / "out", "--checkpoint", small)
+    assert "batch: request 1: negative_prompt: expected none with --guidance 1, which has no use for it" in text
+    pipeline = SoraPipeline.from_pretrained(small)
+    from sora_model.request import text_to_video
+
+    request = text_to_video("x", (2, 16, 16), negative_prompt="y")
+    with pytest.raises(ValueError, match="negative_prompt: expected none with guidance_scale 1, which has no use for it, got 'y'"):
+        pipeline([request], guidance_scale=1, num_inference_steps=1)
+    pipeline([request], guidance_scale=2, num_inference_steps=1)

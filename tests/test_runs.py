@@ -1,0 +1,488 @@
+"""A run and a checkpoint survive whatever happens while they are written: killed at every operation, and on a full disk."""
+
+import contextlib
+import csv
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from dying import Dying, Killed
+from safetensors import safe_open
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from sora_model.captioner import Captioner, CaptionerConfig, train_tokenizer
+from sora_model.checkpoint import save_whole, settle, whole_file, whole_folder
+from sora_model.cli import app
+from sora_model.config import DiTConfig
+from sora_model.data import write_video
+from sora_model.diffusion import TaskMix  # noqa: F401
+from sora_model.dit import DiT
+from sora_model.pipeline import SoraPipeline
+from sora_model.text import WordEncoder
+from sora_model.train import Trainer
+from sora_model.vae import VideoVAE
+
+ROOT = Path(__file__).parent.parent
+
+
+def sora(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Hundreds of tiny steps, which waiting for other threads makes slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A checkpoint of a pipeline that is trained in no time."""
+    torch.manual_seed(0)
+    text = WordEncoder(dim=16, num_heads=2, buckets=32)
+    base = SoraPipeline.from_preset("tiny", patch=(1, 8, 8), text_encoder=text)
+    config = {**base.dit.config.to_dict(), "depth": 1, "hidden_size": 32, "num_heads": 2}
+    folder = tmp_path_factory.mktemp("small") / "pipeline"
+    base.replaced(dit=DiT(DiTConfig.from_dict(config)), size=(2, 16, 16)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _rates(monkeypatch):
+    monkeypatch.setattr("sora_model.train._schedule", lambda *_: 1.0)  # it follows the number of steps
+
+
+def train(out: Path, small: Path, steps: int, *more: object):
+    return sora("train", out, "--start", small, "--size", "2x16x16", "--tokens", 32, "--steps", steps, *more)
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory) -> Path:
+    """A run of three steps that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sora_model.train._schedule", lambda *_: 1.0)
+        result = train(out, small, 3)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def state(run: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    with safe_open(run / "training.safetensors", "pt") as file:
+        return json.loads(file.metadata()["state"])["step"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Weights, averages, moments, the step, the checkpoint and the log, bit for bit; nothing left over."""
+    (step, tensors), (other_step, others) = state(run), state(other)
+    assert step == other_step
+    assert tensors.keys() == others.keys()
+    assert any(name.startswith("optimizer.") for name in tensors)
+    for name, value in tensors.items():
+        assert torch.equal(value, others[name]), name
+    for path in (other / "checkpoint").rglob("*.safetensors"):
+        ours, theirs = load_file(run / path.relative_to(other)), load_file(path)
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint", "loss.csv", "tensorboard", "training.safetensors"]
+    steps, losses = zip(*(line.split(",")[:2] for line in (run / "loss.csv").read_text().splitlines()), strict=True)
+    assert steps == ("step", "1", "2", "3")
+    assert losses == tuple(line.split(",")[1] for line in (other / "loss.csv").read_text().splitlines())
+
+
+def test_a_first_save_is_whole_at_every_instant(small, whole, tmp_path) -> None:
+    """Killed before there is anything to resume, a run begins anew; afterwards it goes on."""
+    begun = resumed = 0
+    for at in count(1):
+        run = tmp_path / f"run{at}"
+        with contextlib.suppress(Killed), Dying(tmp_path, at) as dying:
+            train(run, small, 1)
+        if (run / "training.safetensors").exists():
+            resumed += 1
+            fresh = train(run, small, 3)
+            assert fresh.exit_code == 2
+            assert "already holds a run, at step 1" in fresh.output.replace("\n", "")
+            result = train(run, small, 3, "--resume")
+        else:
+            begun += 1
+            nothing = train(run, small, 3, "--resume")
+            assert nothing.exit_code == 2
+            assert "training.safetensors, which is not there" in nothing.output.replace("\n", "")
+            result = train(run, small, 3)
+        assert result.exit_code == 0, (dying.done[-1], result.output)
+        assert_same_run(run, whole)
+        shutil.rmtree(run)
+        if not dying.reached:
+            break
+    print(f"first save: {at - 1} points, {begun} begun anew, {resumed} resumed")
+    assert begun > 10
+    assert resumed >= 3
+
+
+def test_a_later_save_is_whole_at_every_instant(small, whole, tmp_path) -> None:
+    base = tmp_path / "base"
+    assert train(base, small, 1).exit_code == 0
+    for at in count(1):
+        run = tmp_path / f"run{at}"
+        shutil.copytree(base, run)
+        with contextlib.suppress(Killed), Dying(tmp_path, at) as dying:
+            train(run, small, 2, "--resume")
+        result = train(run, small, 3, "--resume")
+        assert result.exit_code == 0, (dying.done[-1], result.output)
+        assert_same_run(run, whole)
+        shutil.rmtree(run)
+        if not dying.reached:
+            break
+    print(f"later save: {at - 1} points")
+    assert at > 30
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(small, whole, tmp_path) -> None:
+    base = tmp_path / "base"
+    assert train(base, small, 1).exit_code == 0
+    before = state(base)
+    for at in count(1):
+        run = tmp_path / f"run{at}"
+        shutil.copytree(base, run)
+        with Dying(tmp_path, at, full=True) as dying:
+            result = train(run, small, 2, "--resume")
+        if not dying.reached:
+            break
+        assert result.exit_code == 2, (dying.done[-1], result.output)
+        (line,) = [line for line in result.output.splitlines() if "error: " in line]
+        assert str(run) in line
+        assert "No space left on device" in line
+        assert "Traceback" not in result.output
+        step, tensors = state(run)
+        if step == 1:
+            assert all(torch.equal(value, before[1][name]) for name, value in tensors.items())
+        assert not list(run.glob(".*")), "nothing half-written is kept"
+        result = train(run, small, 3, "--resume")
+        assert result.exit_code == 0, (dying.done[-1], result.output)
+        assert_same_run(run, whole)
+        shutil.rmtree(run)
+    print(f"full disk: {at - 1} points")
+    assert at > 20
+
+
+@contextlib.contextmanager
+def no_file_larger_than(limit: int):
+    """Writes really fail then, in C and Rust too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("00-x.mp4", ["generate", "x", "--checkpoint", "{small}", "--out", "{tmp}/out", "--steps", 1]),
+        (
+            "00-x.gif",
+            [
+                "generate",
+                "x",
+                "--checkpoint",
+                "{small}",
+                "--out",
+                "{tmp}/out",
+                "--steps",
+                1,
+                "--format",
+                "gif",
+                "--size",
+                "2x64x64",
+            ],
+        ),
+        ("00-x.png", ["generate", "x", "--checkpoint", "{small}", "--out", "{tmp}/out", "--steps", 1, "--size", "1x64x64"]),
+        ("exported", ["export", "{small}", "{tmp}/exported"]),
+    ],
+)
+def test_whatever_cannot_be_written_is_named(name, args, small, tmp_path) -> None:
+    with no_file_larger_than(100):
+        result = sora(*(str(arg).format(small=small, tmp=tmp_path) for arg in args))
+    assert result.exit_code == 2, result.output
+    assert re.search(f"error: cannot write .*{name}: .*file too large", result.output, re.IGNORECASE | re.DOTALL), result.output
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing half-written"
+
+
+@pytest.mark.parametrize("limit", [0, 200, 2000, 20_000, 60_000])
+def test_the_kernel_says_so_too(limit, small, tmp_path) -> None:
+    run = tmp_path / "run"
+    assert train(run, small, 1).exit_code == 0
+    with no_file_larger_than(limit):
+        result = train(run, small, 2, "--resume")
+    assert result.exit_code == 2, result.output
+    assert re.search(r"error: cannot write .*: .*file too large", result.output, re.IGNORECASE | re.DOTALL), result.output
+    assert state(run)[0] == 1
+    assert train(run, small, 2, "--resume").exit_code == 0
+
+
+def module(kind: str, seed: int):
+    """A part that is saved as a folder; the seed says its weights."""
+    torch.manual_seed(seed)
+    if kind == "vae":
+        return VideoVAE.small(latent_channels=4, channels=(8, 8, 8))
+    tokenizer = train_tokenizer(["a red circle"], 280)
+    return Captioner(
+        CaptionerConfig(in_channels=3, hidden_size=16, num_heads=2, depth=1, decoder_depth=1, vocabulary=280), tokenizer
+    )
+
+
+@pytest.mark.parametrize(("kind", "fresh"), [("vae", False), ("vae", True), ("captioner", False)])
+def test_a_folder_is_the_old_or_the_new_one_at_every_instant(kind, fresh, tmp_path) -> None:
+    """What `train-vae` and `train-captioner` save. Read after a kill, it is whole."""
+    old, new = module(kind, 0), module(kind, 1)
+    first, second = (next(p for p in m.parameters() if p.ndim > 2).detach() for m in (old, new))
+    folder, seen = tmp_path / "model", set()
+    for at in count(1):
+        if not fresh:
+            save_whole(old, folder)
+        with contextlib.suppress(Killed), Dying(tmp_path, at) as dying:
+            save_whole(new, folder)
+        settle(folder)
+        if folder.exists():
+            read = type(new).from_pretrained(folder)
+            value = next(p for p in read.parameters() if p.ndim > 2)
+            assert torch.equal(value, second if torch.equal(value, second) else first)
+            seen.add("new" if torch.equal(value, second) else "old")
+        else:
+            assert fresh
+            seen.add("none")
+        assert not list(tmp_path.glob(".*"))
+        shutil.rmtree(folder, ignore_errors=True)
+        if not dying.reached:
+            break
+    print(f"folder of a {kind}: {at - 1} points")
+    assert seen == ({"none", "new"} if fresh else {"old", "new"})
+
+
+def test_a_captioner_is_put_into_a_checkpoint_or_not(small, tmp_path) -> None:
+    """Whenever it is killed, what was a pipeline opens as one."""
+    pipeline = SoraPipeline.from_pretrained(small)
+    with_captioner = pipeline.replaced(captioner=module("captioner", 0))
+    folder, seen = tmp_path / "pipeline", set()
+    for at in count(1):
+        pipeline.save_pretrained(folder)
+        with contextlib.suppress(Killed), Dying(tmp_path, at) as dying:
+            with_captioner.save_pretrained(folder)
+        opened = SoraPipeline.from_pretrained(folder)  # which brings it back
+        assert torch.equal(opened.dit.final.weight, pipeline.dit.final.weight)
+        seen.add(opened.captioner is not None)
+        if not dying.reached:
+            break
+    print(f"captioner into a checkpoint: {at - 1} points")
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize(("call", "at"), [("rename", 2), ("replace", 1), ("fsync", 3)])
+def test_a_process_that_is_really_killed(call, at, small, whole, tmp_path) -> None:
+    """By SIGKILL, just before its call number `at` in the save of step 2."""
+    run = tmp_path / "run"
+    assert train(run, small, 1).exit_code == 0
+    code = f"""
+import os, signal, sys
+import sora_model.train
+sora_model.train._schedule = lambda *_: 1.0
+save = sora_model.train.Trainer.save
+def dying(trainer):
+    calls, made = [], os.{call}
+    def killed(*args, **options):
+        calls.append(args)
+        if len(calls) == {at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made(*args, **options)
+    os.{call} = killed
+    save(trainer)
+sora_model.train.Trainer.save = dying
+from sora_model.cli import app
+app()
+"""
+    command = ["train", run, "--start", small, "--size", "2x16x16", "--tokens", 32, "--steps", 2, "--resume"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(run.glob(".*.part")), "it died in the middle"
+    result = train(run, small, 3, "--resume")
+    assert result.exit_code == 0, result.output
+    assert_same_run(run, whole)
+
+
+def test_a_run_goes_on_without_its_checkpoint(small, whole, tmp_path) -> None:
+    run = tmp_path / "run"
+    assert train(run, small, 1).exit_code == 0
+    shutil.rmtree(run / "checkpoint")
+    assert train(run, small, 2, "--resume").exit_code == 0
+    shutil.rmtree(run / "checkpoint")
+    result = train(run, small, 3, "--resume")
+    assert result.exit_code == 0, result.output
+    assert_same_run(run, whole)
+
+
+def test_a_vae_goes_on_without_its_checkpoint(tmp_path) -> None:
+    options = ["--size", "1x16x16", "--size", "5x16x16", "--tokens", 16, "--channels", 4]
+    for name in ("whole", "parts"):
+        for steps in (1, 2):
+            if name == "parts" and steps == 2:
+                shutil.rmtree(tmp_path / "parts" / "checkpoint")
+            result = sora("train-vae", tmp_path / name, "--steps", steps, *options, *(["--resume"] if steps == 2 else []))
+            assert result.exit_code == 0, result.output
+    (_, one), (_, other) = (state(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], value) for name, value in other.items())
+
+
+def test_a_captioner_goes_on_without_its_checkpoint(small, tmp_path) -> None:
+    """With the same words; if the captions have changed since, it says so."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for i, caption in enumerate(("a red circle", "a blue star that moves")):
+        write_video(clips / f"{i}.png", torch.zeros(3, 1, 16, 16))
+        (clips / f"{i}.txt").write_text(caption)
+    for name in ("whole", "parts"):
+        shutil.copytree(small, tmp_path / f"{name}-pipeline")
+        for steps in (1, 2):
+            run = tmp_path / name
+            if name == "parts" and steps == 2:
+                shutil.rmtree(run / "checkpoint")
+            command = ["train-captioner", run, "--checkpoint", tmp_path / f"{name}-pipeline", "--data", clips, "--tokens", 32]
+            command += ["--steps", steps, "--vocabulary", 280, *(["--resume"] if steps == 2 else [])]
+            result = sora(*command)
+            assert result.exit_code == 0, result.output
+    (_, one), (_, other) = (state(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], value) for name, value in other.items())
+    shutil.rmtree(tmp_path / "parts" / "checkpoint")
+    (clips / "0.txt").write_text("xyzzy xyzzy xyzzy plugh plugh plugh")
+    result = sora(*command)
+    assert result.exit_code == 2
+    assert re.search("words learned from the captions: expected .*, as the run began with, got", result.output.replace("\n", " "))
+
+
+def test_a_good_state_is_not_replaced_by_one_that_is_lost(small, tmp_path, monkeypatch) -> None:
+    """The last step may be the one that makes a weight infinite, which the loss does not see."""
+    run = tmp_path / "run"
+    assert train(run, small, 1).exit_code == 0
+    step = Trainer._train_step
+
+    def broken(self, batches):
+        result = step(self, batches)
+        self.model["dit"].final.weight.data[0, 0] = float("inf")
+        return result
+
+    monkeypatch.setattr(Trainer, "_train_step", broken)
+    result = train(run, small, 2, "--resume")
+    assert result.exit_code == 2
+    assert "error: Trainer: save: dit.final.weight: expected finite numbers, got infinity" in result.output.replace("\n", "")
+    assert state(run)[0] == 1
+    SoraPipeline.from_pretrained(run / "checkpoint")
+
+
+def test_tensorboard_reads_what_was_written(whole) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(whole / "tensorboard")).Reload()
+    assert sorted(read.Tags()["scalars"]) == ["learning_rate", "loss", "tokens_per_second"]
+    with open(whole / "loss.csv", newline="") as file:
+        rows = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
+    assert {one.step: pytest.approx(one.value, abs=1e-6) for one in read.Scalars("loss")} == rows
+
+
+def test_a_captioner_leaves_a_pipeline_that_was_trained_meanwhile(small, tmp_path, monkeypatch) -> None:
+    pipeline, save = tmp_path / "pipeline", Trainer.save
+    shutil.copytree(small, pipeline)
+
+    def meanwhile(self) -> None:
+        save(self)
+        trained = SoraPipeline.from_pretrained(pipeline)
+        trained.dit.final.weight.data.fill_(0.25)
+        trained.save_pretrained(pipeline)
+
+    monkeypatch.setattr(Trainer, "save", meanwhile)
+    options = ["--size", "2x16x16", "--tokens", 32, "--steps", 1, "--vocabulary", 280]
+    result = sora("train-captioner", tmp_path / "run", "--checkpoint", pipeline, *options)
+    assert result.exit_code == 0, result.output
+    after = SoraPipeline.from_pretrained(pipeline)
+    assert after.captioner is not None
+    assert (after.dit.final.weight == 0.25).all()
+
+
+def test_a_broken_state_is_told_as_it_is(small, tmp_path) -> None:
+    """A folder whose state cannot be read does not hold a run that could be resumed."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "training.safetensors").write_bytes(b"half a fi")
+    for more in ([], ["--resume"]):
+        result = train(run, small, 1, *more)
+        assert result.exit_code == 2
+        text = result.output.replace("\n", "")
+        assert "training.safetensors: expected the state of a run of this package, got" in text
+        assert "already" not in text
+
+
+def test_only_what_a_dead_process_left_is_removed(tmp_path) -> None:
+    target = tmp_path / "notes.txt"
+    theirs = [
+        tmp_path / name for name in (".notes.txt.part", ".notes.txt.backup.part", ".notes.txt.old", ".notes.txt.1234567.part")
+    ]
+    for path in theirs:
+        path.mkdir()
+    with whole_file(target) as alive:
+        alive.write_text("of a process that lives")
+        with whole_file(target) as other:
+            other.write_text("of another")
+        assert alive.exists()
+        assert target.read_text() == "of another"
+    assert target.read_text() == "of a process that lives"
+    dead = tmp_path / ".notes.txt.abcd1234.part" / "new"
+    dead.mkdir(parents=True)
+    (dead / "notes.txt").write_text("ha")
+    also = tmp_path / ".notes.txt.my_notes.part"
+    also.mkdir()
+    (also / "thesis.txt").write_text("years of work")
+    settle(target)
+    assert not dead.parent.exists()
+    assert (also / "thesis.txt").exists()
+    assert all(path.is_dir() for path in theirs)
+
+
+def test_writing_through_a_link_keeps_it(tmp_path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "here").mkdir()
+    file, folder, nowhere = (tmp_path / "here" / name for name in ("captions.txt", "checkpoint", "new.txt"))
+    (tmp_path / "disk" / "captions.txt").write_text("old")
+    (tmp_path / "disk" / "checkpoint").mkdir()
+    file.symlink_to("../disk/captions.txt")
+    folder.symlink_to(tmp_path / "disk" / "checkpoint")
+    nowhere.symlink_to(tmp_path / "disk" / "new.txt")
+    for path in (file, nowhere):
+        with whole_file(path) as partial:
+            partial.write_text("new")
+    with whole_folder(folder) as partial:
+        (partial / "config.json").write_text("{}")
+    assert all(path.is_symlink() for path in (file, folder, nowhere))
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["captions.txt", "checkpoint", "new.txt"]
+    assert (tmp_path / "disk" / "captions.txt").read_text() == (tmp_path / "disk" / "new.txt").read_text() == "new"
+    assert (tmp_path / "disk" / "checkpoint" / "config.json").read_text() == "{}"
+
+
+def test_others_may_read_what_was_saved(small, tmp_path) -> None:
+    """As they may read any file that this user makes; safetensors makes private ones."""
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert {path.stat().st_mode & 0o777 for path in small.rglob("*") if path.is_file()} == {plain.stat().st_mode & 0o777}
