@@ -286,7 +286,8 @@ def key_grads(
     D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, RULE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of keys j by the queries from begin to end. Those past the last one have probabilities of 0 without a mask."""
-    p_q, s_q, p_dout, s_dout, p_statistics, num_rows, p_delta, num_q, num_k, added, rule = queries
+    p_q, s_q, p_dout, s_dout, of_rows, num_q, num_k, added, rule = queries
+    p_statistics, num_rows, p_delta = of_rows
     BLOCK_D: tl.constexpr = k.shape[1]
     for first in tl.range(begin, end, BLOCK_M, num_stages=1 if MASKED and not RULE[0] else None):
         q = load_rows(p_q, s_q, first, num_q, BLOCK_M, D, BLOCK_D, True)
@@ -330,7 +331,7 @@ def dkdv_kernel(
         offset = statistics_offset(work, b, begin_q, head, num_heads * GROUP, total_q)
         num_rows = num_statistics(work, num_samples, num_heads * GROUP, total_q)
         of_rows = (p_statistics + offset, num_rows, p_delta + offset)
-        queries = (p_q, q[1][1], p_dout, dout[1][1], *of_rows, num_q, num_k, (bias, alibi, b, head), rule)
+        queries = (p_q, q[1][1], p_dout, dout[1][1], of_rows, num_q, num_k, (bias, alibi, b, head), rule)
         if RULE[0]:
             dk, dv = key_grads(dk, dv, k_block, v_block, j, queries, begin, end, D, BLOCK_M, True, RULE, PRECISION)
         else:
