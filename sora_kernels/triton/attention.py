@@ -293,13 +293,13 @@ def key_grads(
         q = load_rows(p_q, s_q, first, num_q, BLOCK_M, D, BLOCK_D, True)
         dout = load_rows(p_dout, s_dout, first, num_q, BLOCK_M, D, BLOCK_D, True)
         row = first + tl.arange(0, BLOCK_M)
-        maximum, inverse = load_softmax(p_statistics, num_rows, row, row < num_q)
-        delta = tl.load(p_delta + row, mask=row < num_q, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # keys x queries
         s, t = finish_scores(s, row[None, :], j, num_q, num_k, added, rule, MASKED, RULE)
+        maximum, inverse = load_softmax(p_statistics, num_rows, row, row < num_q)
         p = probabilities(s, score_factor(rule, RULE), maximum[None, :], inverse[None, :])
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        delta = tl.load(p_delta + row, mask=row < num_q, other=0.0)
         ds = dscores(p, dp, delta[None, :], t, RULE[2])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
