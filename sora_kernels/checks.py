@@ -70,7 +70,8 @@ def check_boundaries(op: str, argument: str, boundaries: Tensor, num_tokens: int
     """
     if not boundaries.is_cpu:
         return
-    values = boundaries.numpy()
+    # Where torch.func transforms, not even tensors that it leaves alone can lend NumPy their memory.
+    values = np.array(boundaries.tolist()) if torch._C._are_functorch_transforms_active() else boundaries.numpy()
     if values[0] != 0:
         fail(op, argument, "a first entry of 0", str(values[0]))
     if values[-1] > num_tokens:

@@ -43,7 +43,7 @@ def through(formula: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[.
         results, pullback, *_ = torch.func.vjp(of_moving, *(saved[i] for i in moving))
         given = zip(results, _flat(cotangents), strict=True)
         grads = dict(zip(moving, pullback(tuple(torch.zeros_like(r) if c is None else c for r, c in given)), strict=True))
-        return tuple(_map(lambda x: grads.get(x.index), x) if isinstance(x, _Saved | list) else None for x in ctx.arguments)
+        return tuple(_map(lambda x: grads.get(x.index), x) if _has_saved(x) else None for x in ctx.arguments)
 
     return backward, setup_context
 
@@ -53,6 +53,10 @@ class _Saved:
 
     def __init__(self, index: int) -> None:
         self.index = index
+
+
+def _has_saved(x: Any) -> bool:
+    return any(isinstance(item, _Saved) for item in _flat(x))
 
 
 def _map(function: Callable[[Any], Any], x: Any) -> Any:
