@@ -1,7 +1,7 @@
 """Forward-mode derivatives and derivatives of gradients, of every op: right, or an error, and never zero in silence.
 
-In float64 the oracle is finite differences (`gradcheck`, `gradgradcheck`). Kernels of less precision, which have no formulas of their
-own for these, are held to the same derivatives in float64.
+In float64 the oracle is finite differences (`gradcheck`, `gradgradcheck`). Kernels of less precision, which have no formulas of
+their own for these, are held to the same derivatives in float64.
 """
 
 from collections.abc import Callable
