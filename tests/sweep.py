@@ -32,7 +32,7 @@ MODERATE = 100.0  # masks up to here leave float32 scores precise enough to be c
 MAGNITUDES = (1e-3, 1.0, MODERATE, 1e4, 1e9, 5e9, 1e10, 9e15, 1e20, 1e30, torch.finfo(torch.float32).min)
 HEAD_DIMS = (1, 2, 7, 8, 16, 17, 24, 32, 40, 64, 72, 80, 128, 136)
 # Largest error, of the largest number of a result.
-TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 1e-1, torch.float16: 1.5e-2}
+TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 
 
 def block_sizes() -> list[int]:
@@ -261,6 +261,10 @@ def exact(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+def largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
 def failure(case: Case) -> str | None:
     """What is wrong with outputs or gradients; None if nothing is."""
     leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
@@ -270,10 +274,13 @@ def failure(case: Case) -> str | None:
     options = {"allow_unused": True, "materialize_grads": True}
     grads = torch.autograd.grad(out, leaves, cotangent.to(out.dtype), **options)
     expected = torch.autograd.grad(right, doubles, cotangent.double(), **options)
-    # A gradient of scores this steep is as large as its factors.
+    # What gradients of scores are differences of: with an output of 16 bits, they keep its rounding.
     steep = max(case.scale, 1.0)
+    if case.dtype != torch.float32:
+        q, k, v = (largest(x.double()) for x in (case.q, case.k, case.v))
+        steep = max(case.scale * case.q.shape[-1] ** 0.5 * v * max(q, k), 1.0)
     for name, got, wanted in zip(("out", "dq", "dk", "dv"), (out, *grads), (right, *expected), strict=True):
-        unit = max(wanted.abs().max().item() if wanted.numel() else 0.0, steep if name in ("dq", "dk") else 1.0)
+        unit = max(largest(wanted), steep if name in ("dq", "dk") else 1.0)
         if unit > torch.finfo(case.dtype).max:
             continue  # more than float16 holds
         wrong = ((got.double() - wanted).abs() / unit).nan_to_num(nan=torch.inf)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from sora_kernels import backends
 from sora_kernels.attention import flash_attn_func
 from sora_kernels.backends import record, use_backend
+from sora_kernels.bias_gelu import bias_gelu
 from sora_kernels.info import report
 from sora_kernels.layout import PackedLayout
 from sora_kernels.rope import rope_3d
@@ -127,6 +129,28 @@ TIERS = [name for name, supported in backends.BACKENDS["cpu"].load().isa_tiers()
 @pytest.mark.parametrize("tier", TIERS)
 def test_forced_tier_runs(tier):
     assert run("import torch; from sora_kernels import _cpu; print(_cpu.isa())", SORA_KERNELS_ISA=tier).stdout == f"{tier}\n"
+
+
+def test_uses_in_several_threads_end_when_they_end():
+    first, second = backends.use_backend("cpu"), backends.use_backend("reference")
+    before = backends.forced_backend()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert backends.forced_backend() == "reference"
+    second.__exit__(None, None, None)
+    assert backends.forced_backend() == before
+
+
+def test_a_backend_forced_here_is_not_forced_in_other_threads():
+    found = []
+    x = torch.zeros(3, 4)
+    with backends.record() as calls, backends.only_here("reference"):
+        thread = threading.Thread(target=lambda: found.append(bias_gelu(x)))
+        thread.start()
+        thread.join()
+        bias_gelu(x)
+    assert [name for _, name in calls] == [backends.forced_backend() or "cpu", "reference"]
 
 
 # A little of everything that is compiled once per tier.

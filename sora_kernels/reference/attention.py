@@ -27,7 +27,7 @@ def attend(
     gradients.
     """
     q, k, v = widen(q), widen(k), widen(v)
-    k, v = (repeat(x, "j hk d -> j (hk g) d", g=q.shape[1] // x.shape[1]) for x in (k, v))
+    k, v = (repeat(x, "j hk d -> j (hk g) d", g=q.shape[1] // max(x.shape[1], 1)) for x in (k, v))
     scores = scale * einsum(q, k, "i h d, j h d -> h i j")
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
