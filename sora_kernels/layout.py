@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_int, check_tensor, fail, triple
+from .library import define
 
 Grid = tuple[int, int, int]
 Position = tuple[float, float, float]
@@ -115,15 +116,14 @@ class PackedLayout:
         seqlens = [sum(span.num_tokens for span in sample) for sample in self.spans]
         self.seqlens: tuple[int, ...] = tuple(seqlens)
         self.num_tokens = sum(seqlens)
-        self.max_seqlen = max(seqlens, default=0)
+        self.max_seqlen = max(seqlens) if seqlens else 0  # torch.compile takes no default
         if self.num_tokens >= 2**31:
             fail("PackedLayout", "spans", "fewer than 2**31 tokens", str(self.num_tokens))
-        self.cu_seqlens = _boundaries(seqlens)
-        self.cu_spans = _boundaries([span.num_tokens for span in flat])
-        self.grid = _rows([span.grid for span in flat], np.int32)
-        self.origin = _rows([span.origin for span in flat], np.float32)
-        self.step = _rows([span.step for span in flat], np.float32)
-        self.cu_frames = _boundaries([span.grid[1] * span.grid[2] for span in flat for _ in range(span.num_frames)])
+        grids = [n for span in flat for n in span.grid]
+        positions = [x for span in flat for x in (*span.origin, *span.step)]
+        make = torch.ops.sora_kernels.layout_tables.default if torch.compiler.is_compiling() else _tables
+        tables = make(seqlens, grids, positions)
+        self.cu_seqlens, self.cu_spans, self.cu_frames, self.grid, self.origin, self.step = tables
         if device is not None:
             self._move(device)
 
@@ -228,12 +228,33 @@ class PackedLayout:
         )
 
 
-def _boundaries(lengths: Iterable[int]) -> Tensor:
-    return torch.from_numpy(np.array([*itertools.accumulate(lengths, initial=0)], np.int32))
+def _tables(seqlens: Sequence[int], grids: Sequence[int], positions: Sequence[float]) -> tuple[Tensor, ...]:
+    """cu_seqlens, cu_spans, cu_frames, grid, origin and step, of samples' lengths, and of three sizes and six numbers for each span."""
+    grid = np.array(grids, np.int32).reshape(-1, 3)
+    tokens = grid.prod(axis=1, dtype=np.int64)
+    frames = np.repeat(grid[:, 1] * grid[:, 2], np.where(tokens > 0, grid[:, 0], 0))
+    origin, step = np.array(positions, np.float32).reshape(-1, 2, 3).transpose(1, 0, 2)
+    rows = (torch.from_numpy(np.ascontiguousarray(x)) for x in (grid, origin, step))
+    return _boundaries(np.array(seqlens, np.int64)), _boundaries(tokens), _boundaries(frames), *rows
 
 
-def _rows(rows: list, dtype: type) -> Tensor:
-    return torch.from_numpy(np.array(rows, dtype).reshape(len(rows), 3))
+def _boundaries(lengths: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+
+
+def _fake_tables(seqlens: Sequence[int], grids: Sequence[int], positions: Sequence[float]) -> tuple[Tensor, ...]:
+    spans = len(grids) // 3
+    frames = sum(t if t * h * w else 0 for t, h, w in zip(grids[::3], grids[1::3], grids[2::3], strict=True))
+    boundaries = (torch.empty(n + 1, dtype=torch.int32) for n in (len(seqlens), spans, frames))
+    return *boundaries, torch.empty(spans, 3, dtype=torch.int32), *(torch.empty(spans, 3) for _ in range(2))
+
+
+# Opaque to torch.compile, so that sizes that change are numbers of its graph and not of its code.
+define(
+    "layout_tables(SymInt[] seqlens, SymInt[] grids, float[] positions) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _tables,
+    _fake_tables,
+)
 
 
 def _describe(span: Span) -> str:
