@@ -138,6 +138,11 @@ def check_int(op: str, argument: str, value: object, at_least: int | None = None
     return number
 
 
+def _is_finite(x: float) -> bool:
+    """math.isfinite, also of what stands for a float while torch.compile traces."""
+    return x - x == 0
+
+
 _NUMBERS = (int, float, numbers.Real, torch.SymFloat, torch.SymInt)
 
 
@@ -150,7 +155,7 @@ def check_number(op: str, argument: str, value: object, at_least: float | None =
         number = float(value)  # type: ignore[arg-type]
     except OverflowError:  # an int beyond every float
         number = math.inf
-    if not math.isfinite(number):
+    if not _is_finite(number):
         fail(op, argument, "a finite number", repr(value))
     if at_least is not None and number < at_least:
         fail(op, argument, f"a number >= {at_least}", repr(value))
@@ -171,7 +176,7 @@ def triple(op: str, argument: str, value: object, kind: type) -> list:
     """`value` as three numbers of `kind`, for T, H and W: any three that a list can be made of, but no text."""
     if type(value) is tuple and len(value) == 3:  # what most calls pass, in a fifth of the time
         a, b, c = value
-        if type(a) is kind and type(b) is kind and type(c) is kind and (kind is not float or math.isfinite(a + b + c)):
+        if type(a) is kind and type(b) is kind and type(c) is kind and (kind is not float or _is_finite(a + b + c)):
             return [a, b, c]
     expected = f"three {kind.__name__}s (T, H, W)"
     try:

@@ -119,11 +119,16 @@ class PackedLayout:
         self.max_seqlen = max(seqlens) if seqlens else 0  # torch.compile takes no default
         if self.num_tokens >= 2**31:
             fail("PackedLayout", "spans", "fewer than 2**31 tokens", str(self.num_tokens))
-        grids = [n for span in flat for n in span.grid]
+        sizes = [n for span in flat for n in span.grid]
         positions = [x for span in flat for x in (*span.origin, *span.step)]
-        make = torch.ops.sora_kernels.layout_tables.default if torch.compiler.is_compiling() else _tables
-        tables = make(seqlens, grids, positions)
-        self.cu_seqlens, self.cu_spans, self.cu_frames, self.grid, self.origin, self.step = tables
+        if torch.compiler.is_compiling():
+            tables = torch.ops.sora_kernels.layout_tables.default(seqlens, sizes)
+            origin, step = torch.tensor(positions, dtype=torch.float32).reshape(-1, 2, 3).unbind(1)
+        else:
+            tables = _tables(seqlens, sizes)
+            origin, step = torch.from_numpy(np.array(positions, np.float32).reshape(-1, 2, 3)).unbind(1)
+        self.cu_seqlens, self.cu_spans, self.cu_frames, self.grid = tables
+        self.origin, self.step = origin.contiguous(), step.contiguous()
         if device is not None:
             self._move(device)
 
@@ -228,33 +233,28 @@ class PackedLayout:
         )
 
 
-def _tables(seqlens: Sequence[int], grids: Sequence[int], positions: Sequence[float]) -> tuple[Tensor, ...]:
-    """cu_seqlens, cu_spans, cu_frames, grid, origin and step, of samples' lengths, and of three sizes and six numbers for each span."""
-    grid = np.array(grids, np.int32).reshape(-1, 3)
+def _tables(seqlens: Sequence[int], sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """cu_seqlens, cu_spans, cu_frames and grid, of the samples' lengths and of three sizes for each span."""
+    grid = np.array(sizes, np.int32).reshape(-1, 3)
     tokens = grid.prod(axis=1, dtype=np.int64)
     frames = np.repeat(grid[:, 1] * grid[:, 2], np.where(tokens > 0, grid[:, 0], 0))
-    origin, step = np.array(positions, np.float32).reshape(-1, 2, 3).transpose(1, 0, 2)
-    rows = (torch.from_numpy(np.ascontiguousarray(x)) for x in (grid, origin, step))
-    return _boundaries(np.array(seqlens, np.int64)), _boundaries(tokens), _boundaries(frames), *rows
+    boundaries = (_boundaries(lengths) for lengths in (np.array(seqlens, np.int64), tokens, frames))
+    return *boundaries, torch.from_numpy(grid)  # type: ignore[return-value]
 
 
 def _boundaries(lengths: np.ndarray) -> Tensor:
     return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
 
 
-def _fake_tables(seqlens: Sequence[int], grids: Sequence[int], positions: Sequence[float]) -> tuple[Tensor, ...]:
-    spans = len(grids) // 3
-    frames = sum(t if t * h * w else 0 for t, h, w in zip(grids[::3], grids[1::3], grids[2::3], strict=True))
+def _fake_tables(seqlens: Sequence[int], sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    spans = len(sizes) // 3
+    frames = sum(t if t * h * w else 0 for t, h, w in zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
     boundaries = (torch.empty(n + 1, dtype=torch.int32) for n in (len(seqlens), spans, frames))
-    return *boundaries, torch.empty(spans, 3, dtype=torch.int32), *(torch.empty(spans, 3) for _ in range(2))
+    return *boundaries, torch.empty(spans, 3, dtype=torch.int32)  # type: ignore[return-value]
 
 
 # Opaque to torch.compile, so that sizes that change are numbers of its graph and not of its code.
-define(
-    "layout_tables(SymInt[] seqlens, SymInt[] grids, float[] positions) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _tables,
-    _fake_tables,
-)
+define("layout_tables(SymInt[] seqlens, SymInt[] sizes) -> (Tensor, Tensor, Tensor, Tensor)", _tables, _fake_tables)
 
 
 def _describe(span: Span) -> str:
