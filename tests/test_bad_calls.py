@@ -150,7 +150,8 @@ def test_nothing_to_write_takes_no_time(cpu):
     cpu.bias_gelu_forward(x, None, x.clone())
     cpu.gate_residual_forward(x, x, torch.zeros(1, 0), cu, x.clone())
     q = torch.zeros(2**53, 0, 1, 8)
-    cpu.attention_forward(q, q, q, None, None, None, None, 1.0, 0, 0, 0.0, q.clone(), torch.zeros(2**53, 1, 0, dtype=torch.float64))
+    lse, statistics = torch.zeros(2**53, 1, 0), torch.zeros(2, 2**53, 1, 0)
+    cpu.attention_forward(q, q, q, None, None, None, None, 1.0, 0, 0, 0.0, q.clone(), lse, statistics)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def windowed(cpu, window, out=None, step=LAYOUT.step):
     tables = LAYOUT.cu_seqlens, LAYOUT.cu_spans, LAYOUT.grid, step
     out = torch.empty_like(q) if out is None else out
     cpu.spatiotemporal_attention_forward(
-        q, q, q, *tables, window, [False] * 3, 1.0, out, torch.empty(1, 16, dtype=torch.float64)
+        q, q, q, *tables, window, [False] * 3, 1.0, out, torch.empty(2, 1, 16)
     )  # fmt: skip
 
 
@@ -203,10 +204,12 @@ def test_axes_beyond_int32(cpu):
 def test_window_sides_of_any_size(cpu, left, right):
     """A side far below zero leaves nothing to see, one far above everything."""
     q, k = torch.randn(1, 40, 1, 8), torch.randn(1, 30, 1, 8)
-    out, lse = torch.empty_like(q), torch.empty(1, 1, 40, dtype=torch.float64)
-    cpu.attention_forward(q, k, k, None, None, None, None, 1.0, left, right, 0.0, out, lse)
+    out, lse, statistics = torch.empty_like(q), torch.empty(1, 1, 40), torch.empty(2, 1, 1, 40)
+    cpu.attention_forward(q, k, k, None, None, None, None, 1.0, left, right, 0.0, out, lse, statistics)
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
-    cpu.attention_backward(torch.ones_like(q), None, q, k, k, out, lse, None, None, None, None, 1.0, left, right, 0.0, *grads)
+    cpu.attention_backward(
+        torch.ones_like(q), None, q, k, k, out, statistics, None, None, None, None, 1.0, left, right, 0.0, *grads
+    )
     if left < 0 or right < -40:
         assert not out.any()
         assert lse.eq(-torch.inf).all()
@@ -234,10 +237,9 @@ def test_outputs_keep_to_memory_of_their_own(cpu):
         cpu.gate_residual_forward(
             x, x.clone(), torch.zeros(1, 8), everything[:2].view(torch.int32), everything.as_strided((16, 8), (8, 1), 1)
         )
+    outputs = torch.empty_like(q), torch.zeros(1, 1).expand(1, 16), torch.empty(2, 1, 16)
     with pytest.raises(ValueError, match="lse: expected elements that do not overlap"):
-        cpu.attention_forward(
-            q, q, q, cu, cu, None, None, 1.0, 9, 9, 0.0, torch.empty_like(q), torch.zeros(1, 1, dtype=torch.float64).expand(1, 16)
-        )  # fmt: skip
+        cpu.attention_forward(q, q, q, cu, cu, None, None, 1.0, 9, 9, 0.0, *outputs)
 
 
 def test_patch_embed_writes_rows_one_behind_the_other(cpu):
