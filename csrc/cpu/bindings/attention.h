@@ -22,7 +22,7 @@ inline int32_t heads(const Tensor& x) { return static_cast<int32_t>(x.size[x.ndi
 // x[i] of a contiguous x.
 inline Tensor part(const Tensor& x, int64_t i) {
   Tensor y = x;
-  y.data = static_cast<float*>(x.data) + i * x.stride[0], y.ndim = x.ndim - 1;
+  y.data = x.data == nullptr ? nullptr : static_cast<float*>(x.data) + i * x.stride[0], y.ndim = x.ndim - 1;
   std::copy_n(x.size + 1, y.ndim, y.size), std::copy_n(x.stride + 1, y.ndim, y.stride);
   return y;
 }
