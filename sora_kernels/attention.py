@@ -318,6 +318,8 @@ def _flash(
         check_tensor(op, "alibi_slopes", alibi_slopes, dtype=torch.float32, like=q)
         if alibi_slopes.shape not in ((heads,), (batch, heads)):
             fail(op, "alibi_slopes", f"shape [{heads}] or [{batch}, {heads}]", str(list(alibi_slopes.shape)))
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            fail(op, "alibi_slopes", "slopes that need no gradient", "requires_grad=True")
         alibi = alibi_slopes.expand(batch, heads)
     out, lse, _ = _forward(q, k, v, cu_q, cu_k, None, alibi, scale, left, right, softcap)
     return (out, lse, out.new_empty(0)) if return_attn_probs else out
