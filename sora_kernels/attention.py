@@ -21,7 +21,18 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import UNBOUNDED, check_bool, check_boundaries, check_cu_seqlens, check_number, check_qkv, check_tensor, fail, side
+from .checks import (
+    FLOATS,
+    UNBOUNDED,
+    check_bool,
+    check_boundaries,
+    check_cu_seqlens,
+    check_number,
+    check_qkv,
+    check_tensor,
+    fail,
+    side,
+)
 from .library import autocast, cotangent, lse_like, register, rows, statistics_like
 from .memory import empty_like
 from .spatiotemporal_attention import spatiotemporal_attention as spatiotemporal_attention
@@ -311,7 +322,8 @@ def _flash(
         check_cu_seqlens(op, "cu_seqlens_q", cu_q, q)  # type: ignore[arg-type]
         check_cu_seqlens(op, "cu_seqlens_k", cu_k, q, cu_q.shape[0])  # type: ignore[arg-type,union-attr]
     left, right = _decode_window(op, window_size, causal)
-    softcap = max(check_number(op, "softcap", softcap), 0.0)
+    softcap = check_number(op, "softcap", softcap)
+    softcap = max(softcap, torch.finfo(torch.float32).tiny) if softcap > 0 else 0.0  # kernels divide by it
     alibi = None
     if alibi_slopes is not None:
         batch, heads = (q.shape[0] if dense else cu_q.shape[0] - 1), q.shape[-2]  # type: ignore[union-attr]
@@ -335,10 +347,10 @@ def _decode_window(op: str, window_size: tuple[int, int], causal: bool) -> tuple
 
 def _bias(op: str, mask: Tensor, scores: tuple[int, ...], is_causal: bool, q: Tensor) -> Tensor:
     """The mask as numbers to add to the scores, expanded to their shape without copying."""
-    check_tensor(op, "attn_mask", mask, dtype=(torch.bool, torch.float32, q.dtype), like=q)
+    check_tensor(op, "attn_mask", mask, dtype=(torch.bool, *FLOATS), like=q)
     if is_causal:
         fail(op, "attn_mask", "None with is_causal=True", "a mask")
-    if mask.requires_grad:
+    if mask.requires_grad and torch.is_grad_enabled():
         fail(op, "attn_mask", "a mask that needs no gradient", "requires_grad=True")
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     if mask.dtype == torch.bool:

@@ -6,7 +6,8 @@ in silence: `python -m sora_kernels.info` prints the list, `record()` tells whic
 run raises with the reason.
 
 Force one with the environment variable `SORA_KERNELS_BACKEND` or `with use_backend("reference"):`. Both hold for the whole
-process, so that autograd's own threads, which run the backward passes, obey too.
+process, so that autograd's own threads, which run the backward passes, obey too. Derivatives that no kernel computes
+(derivatives.py) are the reference's all the same: there is no other.
 """
 
 from __future__ import annotations
@@ -143,9 +144,13 @@ def call(function: str, like: Tensor, *args: object) -> None:
         with torch.cuda.device(like.device):  # before a backend is asked, too, as it answers for the present GPU
             return call(function, like, *args)
     name, run = _select(function, like.device, like.dtype, like.shape[-1], _here.forced or _forced)
-    for record_ in _records:
+    for record_ in list(_records):
         record_.append((function, name))
-    run(*args)
+    if name == "reference":
+        with without_autocast(like.device.type):
+            run(*args)
+    else:
+        run(*args)
 
 
 @contextlib.contextmanager
@@ -177,7 +182,19 @@ def _update_uses(change: Callable[[list[str]], None], use: list[str]) -> None:
 
 
 def _remove_use(use: list[str]) -> None:
-    del _uses[next(i for i, other in enumerate(_uses) if other is use)]
+    _remove(_uses, use)
+
+
+def _remove(items: list, item: object) -> None:
+    """Removes the very object: lists that are equal are others."""
+    del items[next(i for i, other in enumerate(items) if other is item)]
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Inside, the products of plain torch keep their dtype."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -209,7 +226,8 @@ def record() -> Iterator[list[tuple[str, str]]]:
     try:
         yield calls
     finally:
-        _records.remove(calls)
+        with _lock:
+            _remove(_records, calls)
 
 
 def _from_environment() -> str | None:

@@ -109,7 +109,7 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softma
     return q.shape[-1] ** -0.5 if softmax_scale is None else check_number(op, "softmax_scale", softmax_scale)
 
 
-UNBOUNDED = 2**30  # a side of a window without a limit: no batch has as many tokens
+UNBOUNDED = 2**30  # a side of a window without a limit: no sample that fits into memory is as long
 
 
 def side(size: int) -> int:
@@ -163,8 +163,8 @@ def check_number(op: str, argument: str, value: object, at_least: float | None =
 
 
 def check_bool(op: str, argument: str, value: object) -> bool:
-    """`value`, Python's or NumPy's, as a bool: "no" and 2 are none."""
-    if not isinstance(value, bool | np.bool_):
+    """`value`, Python's or NumPy's, or a 0 or 1, as a bool: "no" and 2 are none."""
+    if not isinstance(value, bool | np.bool_) and not (isinstance(value, int) and value in (0, 1)):
         fail(op, argument, "a bool", repr(value), TypeError)
     return bool(value)
 

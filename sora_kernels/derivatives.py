@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends
 
@@ -21,6 +22,15 @@ def composed(run: Callable[..., Any], *args: Any) -> Any:
     with backends.only_here("reference"), backends.BACKENDS["reference"].load().collecting(values):
         outputs = run(*args)
     return _map(lambda x: values[id(x)][1] if id(x) in values else x, outputs)  # what is empty as it is not wanted stays
+
+
+def carry_tangents(args: Any) -> bool:
+    """Whether forward-mode differentiation is going on and goes through these arguments of an op."""
+    if forward_ad._current_level < 0:
+        return False
+    if torch._C._are_functorch_transforms_active():  # then a tangent may lie below what can be seen of a tensor
+        return True
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in _flat(args))
 
 
 def through(formula: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., None]]:
@@ -40,9 +50,10 @@ def through(formula: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[.
             tensors = dict(enumerate(saved)) | dict(zip(moving, given, strict=True))
             return tuple(_flat(formula(*_map(lambda x: tensors[x.index], ctx.arguments))))
 
-        results, pullback, *_ = torch.func.vjp(of_moving, *(saved[i] for i in moving))
-        given = zip(results, _flat(cotangents), strict=True)
-        grads = dict(zip(moving, pullback(tuple(torch.zeros_like(r) if c is None else c for r, c in given)), strict=True))
+        with backends.without_autocast(saved[0].device.type):
+            results, pullback, *_ = torch.func.vjp(of_moving, *(saved[i] for i in moving))
+            given = zip(results, _flat(cotangents), strict=True)
+            grads = dict(zip(moving, pullback(tuple(torch.zeros_like(r) if c is None else c for r, c in given)), strict=True))
         return tuple(_map(lambda x: grads.get(x.index), x) if _has_saved(x) else None for x in ctx.arguments)
 
     return backward, setup_context

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .derivatives import composed, through
+from .derivatives import carry_tangents, composed, through
 
 _LIBRARY = torch.library.Library("sora_kernels", "DEF")
 
@@ -65,7 +65,7 @@ def register(
 
     def call(*args: Any) -> Any:
         # Torch takes tangents of forward-mode differentiation for zeros where an op has no formula for them.
-        if forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0 and carry_tangents(args):
             return in_plain_torch(*args)
         if torch.compiler.is_compiling():
             return op(*args)
@@ -146,6 +146,7 @@ def lse_like(q: Tensor, *lead: int) -> Tensor:
 def statistics_like(q: Tensor) -> Tensor:
     """Uninitialised maximum and sum of each query's softmax, from which the backward computes the probabilities again.
 
-    The maximum is of the products q.k where they are multiplied by a positive scale and nothing else, or else of the scores.
+    The maximum is of the products q.k where they are multiplied by a positive scale and nothing else, or else of the scores. It may
+    be any number near it, as kernels do not raise it for every key; the sum is of exponentials less that very number.
     """
     return lse_like(q, 2)

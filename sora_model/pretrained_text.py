@@ -149,7 +149,7 @@ def load_tokenizer(folder: Path, owner: str, kind: str | None = None) -> Any:
 
     path = folder / "tokenizer_config.json"
     config = read_json(path, owner) if path.is_file() else {}
-    name = config.get("tokenizer_class", TOKENIZER_OF.get(kind or ""))
+    name = config.get("tokenizer_class") or TOKENIZER_OF.get(kind or "")
     if name not in TOKENIZERS:
         raise ValueError(f"{owner}: {path}: expected tokenizer_class out of {', '.join(TOKENIZERS)}, got {name}")
     config = {key: value for key, value in config.items() if key not in FOREIGN and not key.endswith(("_file", "_files"))}

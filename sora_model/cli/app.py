@@ -208,7 +208,7 @@ def one_line_errors() -> Iterator[None]:
     """Ends the command with one clear line and exit code 2 for what a user can mend."""
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         errors.print("[bold red]error:[/]", end=" ")
         errors.print(str(error), highlight=False, soft_wrap=True, markup=False)
         raise typer.Exit(2) from None

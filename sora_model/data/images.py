@@ -72,7 +72,7 @@ def is_moving(image: Image.Image) -> bool:
 
 def _scales(image: Image.Image) -> bool:
     """Whether it can be decoded at a fraction of its size. A progressive JPEG needs all its coefficients in memory."""
-    return image.format == "JPEG" and "progressive" not in image.info
+    return image.format in ("JPEG", "MPO") and "progressive" not in image.info
 
 
 def _geometry(image: Image.Image) -> Geometry:
