@@ -156,7 +156,7 @@ def test_a_backend_forced_here_is_not_forced_in_other_threads():
 # A little of everything that is compiled once per tier.
 SAMPLE = (
     "test_long or see_all or cpu-cpu and "
-    "(d72 or gqa or everything or test_spatiotemporal or test_patch_embed or qk_norm_rope or layer_norm_modulate "
+    "(d72 or d256 or gqa or everything or test_spatiotemporal or test_patch_embed or qk_norm_rope or layer_norm_modulate "
     "or test_gate_residual or test_bias_gelu or masked or large_logits or test_sizes)"
 )
 

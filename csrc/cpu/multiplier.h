@@ -98,12 +98,14 @@ struct Multiplier {
   static void multiply_to(Out out, int rows, int columns, int depth, Left a, Right b, float*) {
     gemm<MultiplyAdd>(rows, columns, depth, a, b.data, b.row, out);
   }
-  // Where the caller will subtract numbers close to C: in two sums of half the length, which round less.
+  // Where the caller will subtract numbers close to C: in two sums or more, of about 64 numbers at most, which round less than one.
   static void multiply_precisely(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
-    const int half = depth / 2;
-    multiply<Init::kZero>(rows, columns, half, a, b, c, ldc);
-    a.data += half * a.column, b.data += half * b.row;
-    multiply<Init::kAdd>(rows, columns, depth - half, a, b, c, ldc);
+    const int parts = depth > 128 ? (depth + 63) / 64 : 2;
+    multiply<Init::kZero>(rows, columns, depth / parts, a, b, c, ldc);
+    for (int i = 1; i < parts; ++i) {
+      const int begin = static_cast<int>(int64_t{depth} * i / parts), end = static_cast<int>(int64_t{depth} * (i + 1) / parts);
+      multiply<Init::kAdd>(rows, columns, end - begin, from_depth(a, begin), {b.data + begin * b.row, b.row}, c, ldc);
+    }
   }
 
  private:
