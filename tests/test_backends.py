@@ -142,6 +142,16 @@ def test_uses_in_several_threads_end_when_they_end():
     assert backends.forced_backend() == before
 
 
+def test_records_end_each_for_its_own_list():
+    x = torch.zeros(3, 4)
+    with record() as outer:
+        with record() as inner:
+            pass
+        bias_gelu(x)
+    assert len(outer) == 1
+    assert inner == []
+
+
 def test_a_backend_forced_here_is_not_forced_in_other_threads():
     found = []
     x = torch.zeros(3, 4)

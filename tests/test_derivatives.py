@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from sora_kernels import backends
 from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
 from sora_kernels.attention import flash_attn_func, flash_attn_varlen_func, scaled_dot_product_attention, spatiotemporal_attention
 from sora_kernels.bias_gelu import bias_gelu
@@ -130,3 +131,25 @@ def test_dual_tensors_keep_their_tangents() -> None:
     (expected,) = tangents(lambda q: flash_attn_varlen_func(q, k, v, CU, CU), [q])
     assert torch.equal(tangent, expected)
     assert tangent.any()
+
+
+def test_ops_without_tangents_keep_their_backend() -> None:
+    q, k, v = (x.detach() for x in inputs([HEADS] * 3, torch.float32))
+    with torch.autograd.forward_ad.dual_level(), backends.record() as calls:
+        flash_attn_varlen_func(q, k, v, CU, CU)
+        flash_attn_varlen_func(torch.autograd.forward_ad.make_dual(q, q), k, v, CU, CU)
+    usual = backends.candidates("attention_forward", "cpu", torch.float32)[0][0]
+    assert [name for _, name in calls] == [backends.forced_backend() or usual, "reference"]
+
+
+@pytest.mark.parametrize("derivative", [tangents, penalty])
+@pytest.mark.parametrize("name", ["scaled_dot_product_attention", "patch_embed_3d"])
+def test_of_the_reference_are_not_in_the_dtype_of_autocast(name: str, derivative: Callable) -> None:
+    """Inputs are; what is computed from them is float32, whose numbers float16 would not hold."""
+    function, shapes = CASES[name]
+    tensors = [(100 * x).detach().half().requires_grad_() for x in inputs(shapes, torch.float32)]
+    expected = derivative(function, tensors)
+    with torch.autocast("cpu", torch.float16):
+        actual = derivative(function, tensors)
+    for got, right in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, right, equal_nan=True)
