@@ -128,7 +128,8 @@ class PackedLayout:
             tables = _tables(seqlens, sizes)
             origin, step = torch.from_numpy(np.array(positions, np.float32).reshape(-1, 2, 3)).unbind(1)
         self.cu_seqlens, self.cu_spans, self.cu_frames, self.grid = tables
-        self.origin, self.step = origin.contiguous(), step.contiguous()
+        # Copies, even of one span's rows, which are contiguous as they are: Triton compiles anew for other alignments.
+        self.origin, self.step = (rows.clone(memory_format=torch.contiguous_format) for rows in (origin, step))
         if device is not None:
             self._move(device)
 

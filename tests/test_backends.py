@@ -50,7 +50,7 @@ def test_cuda_module_loads_without_a_gpu_and_says_why_it_cannot_run():
     assert (reason is None) == torch.cuda.is_available()
     assert reason is None or "GPU" in reason
     x, tables = torch.ones(24, 2, 8), (LAYOUT.cu_spans, LAYOUT.grid, LAYOUT.origin, LAYOUT.step)
-    with pytest.raises(ValueError, match=r"sora_kernels\._cuda: a tensor is on another device"):
+    with pytest.raises(ValueError, match=r"rope_3d: x: expected a tensor on the device of sora_kernels\._cuda"):
         module.rope_3d(x, *tables, [1e4] * 3, [4, 2, 2], True, False, torch.empty_like(x))
 
 

@@ -53,8 +53,9 @@ def test_numbers_are_finite(value):
 
 
 def test_bools():
-    assert check_bool("op", "x", np.bool_(True)) is True
-    for value in ("no", 0, None):
+    for value in (np.bool_(True), 1):
+        assert check_bool("op", "x", value) is True
+    for value in ("no", 2, 1.0, None):
         with pytest.raises(TypeError, match=r"^op: x: expected a bool, got "):
             check_bool("op", "x", value)
 
@@ -62,12 +63,13 @@ def test_bools():
 def test_triples():
     assert triple("op", "x", np.array([1, 2, 3]), int) == [1, 2, 3]
     assert triple("op", "x", (1, np.float32(0.5), 2.0), float) == [1.0, 0.5, 2.0]
+    assert triple("op", "x", (1, 0, False), bool) == [True, False, False]
     for value, kind in (
         ("123", int),
         ((1.9, 2, 2), int),
         ((True, 2, 2), int),
         ((1, math.nan, 1), float),
-        ((1, 0, 0), bool),
+        ((1, 2, 0), bool),
         (1, int),
     ):
         with pytest.raises(ValueError, match=rf"^op: x: expected three {kind.__name__}s \(T, H, W\), got "):
