@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -32,6 +33,8 @@ from .weights import distinct_state
 CONFIGS = ("model_index.json", "config.json")
 # What files of a checkpoint are called, those of tokenizers included.
 SUFFIXES, NAMES = {".json", ".safetensors", ".model", ".jinja"}, {"merges.txt", "vocab.txt"}
+OF_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # files that file managers leave behind: no loss
+NAME_BYTES = 255  # the longest name of a file
 
 
 class WriteError(OSError):
@@ -58,7 +61,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     with writing(path), _workspace(target) as space:
-        temporary = space / "new" / f".{target.name}"  # hidden from what looks for videos and images meanwhile
+        temporary = space / "new" / f".file{target.suffix}"  # hidden from what looks for videos and images meanwhile
         yield temporary
         _finish(space / "new")
         temporary.replace(target)
@@ -90,7 +93,7 @@ def whole_folder(directory: str | Path) -> Iterator[Path]:
 def settle(path: str | Path) -> None:
     """Brings to an end what killed processes left of a write of `path`: moves an old folder back, removes what was half-written."""
     target = Path(os.path.realpath(path))
-    for space in target.parent.glob(f".{glob.escape(target.name)}.????????.part"):
+    for space in target.parent.glob(f"{glob.escape(_prefix(target))}????????.part"):
         lock = _lock(space, wait=False)
         if lock is None:
             continue
@@ -115,7 +118,7 @@ def _workspace(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     settle(target)
     while True:
-        space = Path(tempfile.mkdtemp(".part", f".{target.name}.", target.parent))
+        space = Path(tempfile.mkdtemp(".part", _prefix(target), target.parent))
         lock = _lock(space, wait=True)
         if space.exists():
             break
@@ -130,6 +133,12 @@ def _workspace(target: Path) -> Iterator[Path]:
         finally:
             if lock is not None:
                 os.close(lock)
+
+
+def _prefix(target: Path) -> str:
+    """What the names of the folders of `_workspace` begin with: the target's name, or where that leaves no room its hash."""
+    name = os.fsencode(target.name)
+    return f".{target.name}." if len(name) <= NAME_BYTES - len("..12345678.part") else f".{hashlib.sha256(name).hexdigest()}."
 
 
 def _lock(folder: Path, wait: bool) -> int | None:
@@ -176,16 +185,14 @@ def check_replaceable(directory: str | Path) -> None:
     target = Path(directory)
     if target.exists() and not target.is_dir():
         raise ValueError(f"checkpoint: expected a folder, got the file {directory}")
-    if not target.is_dir() or not any(target.iterdir()):
-        return
-    other = None
+    files = (path for path in target.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = (path.relative_to(target) for path in files if path.name not in OF_SYSTEMS)
     if any((target / name).is_file() for name in CONFIGS):
-        files = (path for path in target.rglob("*") if path.is_file())
-        other = next((path for path in files if path.suffix not in SUFFIXES and path.name not in NAMES), None)
-        if other is None:
-            return
-    held = f", which holds {other.name}" if other else ""
-    raise ValueError(f"checkpoint: expected an empty folder or one with a checkpoint to replace, got {directory}{held}")
+        names = (name for name in names if name.suffix not in SUFFIXES and name.name not in NAMES)
+    other = next(names, None) if target.is_dir() else None
+    if other is not None:
+        expected = "an empty folder or one with a checkpoint to replace"
+        raise ValueError(f"checkpoint: expected {expected}, got {directory}, which holds {other}")
 
 
 def save_whole(model: Any, folder: Path) -> None:

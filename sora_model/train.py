@@ -159,9 +159,9 @@ class Trainer:
         self._moments: list[tuple[str, torch.optim.Optimizer, nn.Parameter]] = []  # whose state each weight's moments are
         self._make_optimizers()
         self.step, self.seconds, self.stopped, self._stopping = 0, 0.0, False, False
-        batches = config.accumulation * self.accelerator.num_processes
-        self.settings = {**(settings or {}), "seed": config.seed, "accumulation x processes": batches}
-        check_run(self.folder, resume=resume, settings=self.settings)
+        self.settings = all_settings(settings or {}, config, self.accelerator.num_processes)
+        with self.accelerator.main_process_first():
+            check_run(self.folder, resume=resume, settings=self.settings)
         if resume:
             self._load()
 
@@ -304,6 +304,11 @@ class Trainer:
     def _move_average(self, averages: Any, parameters: Any, updates: Any) -> None:
         decay = min(self.config.ema_decay, (1 + int(updates)) / (10 + int(updates)))
         torch._foreach_lerp_(averages, parameters, 1 - decay)
+
+
+def all_settings(settings: Mapping[str, str | int | None], config: TrainConfig, processes: int) -> dict[str, str | int | None]:
+    """What must be the same where a run is resumed: what its caller names, and what of its config the batches depend on."""
+    return {**settings, "seed": config.seed, "accumulation x processes": config.accumulation * processes}
 
 
 def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | None]) -> None:

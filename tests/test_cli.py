@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import small  # noqa: F401 (a fixture)
 from typer.testing import CliRunner
 
 from sora_model.cli import app
@@ -125,7 +124,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(name, tmp_path, unloaded) ->
     assert f"--out: expected a folder, got the file {tmp_path}/first" in refused("demo", "--out", tmp_path)
 
 
-def test_a_study_looks_for_runs_before_the_first(small, tmp_path, unloaded) -> None:  # noqa: F811
+def test_a_study_looks_for_runs_before_the_first(small, tmp_path, unloaded) -> None:
     (tmp_path / "run-6x256").mkdir()
     (tmp_path / "run-6x256" / "training.safetensors").write_bytes(b"of someone")
     assert "run-6x256/training.safetensors: expected the state of a run" in refused("scaling", tmp_path)
@@ -214,7 +213,26 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(args, message, 
     assert not (media / "new").exists()
 
 
-def test_names_with_a_colon(small, media, tmp_path) -> None:  # noqa: F811
+def test_a_run_with_another_seed_is_not_gone_on_with(small, tmp_path, monkeypatch) -> None:
+    """Which is found before a model is loaded."""
+    options = [tmp_path / "run", "--size", "2x16x16", "--tokens", 32]
+    assert sora("train", *options, "--start", small, "--steps", 1).exit_code == 0
+
+    def loaded(*_, **__):
+        raise AssertionError("a model was loaded before everything was checked")
+
+    monkeypatch.setattr(SoraPipeline, "from_pretrained", loaded)
+    for more, message in ((["--seed", 1], "seed: expected 0"), (["--accumulation", 2], "accumulation x processes: expected 1")):
+        assert f"{message}, as the run began with, got" in refused("train", *options, "--steps", 2, "--resume", *more)
+
+
+def test_a_clip_that_is_too_long_to_be_held_is_refused(media, unloaded, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules["sora_model.cli.app"], "CLIP_PIXELS", 3 * 16 * 16)
+    message = "a.mp4: expected at most 3 frames of 16x16, got 4; cut it, or take a smaller --max-pixels"
+    assert message in refused("restyle", media / "a.mp4", "x", "--out", media / "new")
+
+
+def test_names_with_a_colon(small, media, tmp_path) -> None:
     """Which libraries of videos take for a protocol."""
     out = tmp_path / "run:1"
     result = sora("generate", "clip: 1", "--checkpoint", small, "--out", out, "--steps", 1)
@@ -299,7 +317,7 @@ def test_requests_are_read_as_utf_8(media, tmp_path) -> None:
     assert "expected JSON, got 'utf-8' codec can't decode" in refused("batch", path, "--out", media / "new")
 
 
-def test_a_negative_prompt_needs_guidance(small, media, tmp_path) -> None:  # noqa: F811
+def test_a_negative_prompt_needs_guidance(small, media, tmp_path) -> None:
     path = media / "requests.json"
     path.write_text('[{"prompt": "x"}, {"prompt": "x", "negative_prompt": "y"}]')
     text = refused("batch", path, "--guidance", 1, "--out", tmp_path / "out", "--checkpoint", small)

@@ -20,17 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from sora_model.captioner import Captioner, CaptionerConfig, train_tokenizer
-from sora_model.checkpoint import save_whole, settle, whole_file, whole_folder
 from sora_model.cli import app
-from sora_model.config import DiTConfig
 from sora_model.data import write_video
 from sora_model.diffusion import TaskMix  # noqa: F401
-from sora_model.dit import DiT
 from sora_model.pipeline import SoraPipeline
-from sora_model.text import WordEncoder
 from sora_model.train import Trainer
-from sora_model.vae import VideoVAE
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,18 +40,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Path:
-    """A checkpoint of a pipeline that is trained in no time."""
-    torch.manual_seed(0)
-    text = WordEncoder(dim=16, num_heads=2, buckets=32)
-    base = SoraPipeline.from_preset("tiny", patch=(1, 8, 8), text_encoder=text)
-    config = {**base.dit.config.to_dict(), "depth": 1, "hidden_size": 32, "num_heads": 2}
-    folder = tmp_path_factory.mktemp("small") / "pipeline"
-    base.replaced(dit=DiT(DiTConfig.from_dict(config)), size=(2, 16, 16)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -233,63 +215,6 @@ def test_the_kernel_says_so_too(limit, small, tmp_path) -> None:
     assert train(run, small, 2, "--resume").exit_code == 0
 
 
-def module(kind: str, seed: int):
-    """A part that is saved as a folder; the seed says its weights."""
-    torch.manual_seed(seed)
-    if kind == "vae":
-        return VideoVAE.small(latent_channels=4, channels=(8, 8, 8))
-    tokenizer = train_tokenizer(["a red circle"], 280)
-    return Captioner(
-        CaptionerConfig(in_channels=3, hidden_size=16, num_heads=2, depth=1, decoder_depth=1, vocabulary=280), tokenizer
-    )
-
-
-@pytest.mark.parametrize(("kind", "fresh"), [("vae", False), ("vae", True), ("captioner", False)])
-def test_a_folder_is_the_old_or_the_new_one_at_every_instant(kind, fresh, tmp_path) -> None:
-    """What `train-vae` and `train-captioner` save. Read after a kill, it is whole."""
-    old, new = module(kind, 0), module(kind, 1)
-    first, second = (next(p for p in m.parameters() if p.ndim > 2).detach() for m in (old, new))
-    folder, seen = tmp_path / "model", set()
-    for at in count(1):
-        if not fresh:
-            save_whole(old, folder)
-        with contextlib.suppress(Killed), Dying(tmp_path, at) as dying:
-            save_whole(new, folder)
-        settle(folder)
-        if folder.exists():
-            read = type(new).from_pretrained(folder)
-            value = next(p for p in read.parameters() if p.ndim > 2)
-            assert torch.equal(value, second if torch.equal(value, second) else first)
-            seen.add("new" if torch.equal(value, second) else "old")
-        else:
-            assert fresh
-            seen.add("none")
-        assert not list(tmp_path.glob(".*"))
-        shutil.rmtree(folder, ignore_errors=True)
-        if not dying.reached:
-            break
-    print(f"folder of a {kind}: {at - 1} points")
-    assert seen == ({"none", "new"} if fresh else {"old", "new"})
-
-
-def test_a_captioner_is_put_into_a_checkpoint_or_not(small, tmp_path) -> None:
-    """Whenever it is killed, what was a pipeline opens as one."""
-    pipeline = SoraPipeline.from_pretrained(small)
-    with_captioner = pipeline.replaced(captioner=module("captioner", 0))
-    folder, seen = tmp_path / "pipeline", set()
-    for at in count(1):
-        pipeline.save_pretrained(folder)
-        with contextlib.suppress(Killed), Dying(tmp_path, at) as dying:
-            with_captioner.save_pretrained(folder)
-        opened = SoraPipeline.from_pretrained(folder)  # which brings it back
-        assert torch.equal(opened.dit.final.weight, pipeline.dit.final.weight)
-        seen.add(opened.captioner is not None)
-        if not dying.reached:
-            break
-    print(f"captioner into a checkpoint: {at - 1} points")
-    assert seen == {True, False}
-
-
 @pytest.mark.parametrize(("call", "at"), [("rename", 2), ("replace", 1), ("fsync", 3)])
 def test_a_process_that_is_really_killed(call, at, small, whole, tmp_path) -> None:
     """By SIGKILL, just before its call number `at` in the save of step 2."""
@@ -433,56 +358,3 @@ def test_a_broken_state_is_told_as_it_is(small, tmp_path) -> None:
         text = result.output.replace("\n", "")
         assert "training.safetensors: expected the state of a run of this package, got" in text
         assert "already" not in text
-
-
-def test_only_what_a_dead_process_left_is_removed(tmp_path) -> None:
-    target = tmp_path / "notes.txt"
-    theirs = [
-        tmp_path / name for name in (".notes.txt.part", ".notes.txt.backup.part", ".notes.txt.old", ".notes.txt.1234567.part")
-    ]
-    for path in theirs:
-        path.mkdir()
-    with whole_file(target) as alive:
-        alive.write_text("of a process that lives")
-        with whole_file(target) as other:
-            other.write_text("of another")
-        assert alive.exists()
-        assert target.read_text() == "of another"
-    assert target.read_text() == "of a process that lives"
-    dead = tmp_path / ".notes.txt.abcd1234.part" / "new"
-    dead.mkdir(parents=True)
-    (dead / "notes.txt").write_text("ha")
-    also = tmp_path / ".notes.txt.my_notes.part"
-    also.mkdir()
-    (also / "thesis.txt").write_text("years of work")
-    settle(target)
-    assert not dead.parent.exists()
-    assert (also / "thesis.txt").exists()
-    assert all(path.is_dir() for path in theirs)
-
-
-def test_writing_through_a_link_keeps_it(tmp_path) -> None:
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "here").mkdir()
-    file, folder, nowhere = (tmp_path / "here" / name for name in ("captions.txt", "checkpoint", "new.txt"))
-    (tmp_path / "disk" / "captions.txt").write_text("old")
-    (tmp_path / "disk" / "checkpoint").mkdir()
-    file.symlink_to("../disk/captions.txt")
-    folder.symlink_to(tmp_path / "disk" / "checkpoint")
-    nowhere.symlink_to(tmp_path / "disk" / "new.txt")
-    for path in (file, nowhere):
-        with whole_file(path) as partial:
-            partial.write_text("new")
-    with whole_folder(folder) as partial:
-        (partial / "config.json").write_text("{}")
-    assert all(path.is_symlink() for path in (file, folder, nowhere))
-    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["captions.txt", "checkpoint", "new.txt"]
-    assert (tmp_path / "disk" / "captions.txt").read_text() == (tmp_path / "disk" / "new.txt").read_text() == "new"
-    assert (tmp_path / "disk" / "checkpoint" / "config.json").read_text() == "{}"
-
-
-def test_others_may_read_what_was_saved(small, tmp_path) -> None:
-    """As they may read any file that this user makes; safetensors makes private ones."""
-    plain = tmp_path / "plain"
-    plain.write_text("")
-    assert {path.stat().st_mode & 0o777 for path in small.rglob("*") if path.is_file()} == {plain.stat().st_mode & 0o777}

@@ -20,7 +20,7 @@ inline void check_adaln(const AdaLn& a) {
   for (const Tensor* t : {&a.weight, &a.bias, &a.dweight, &a.dbias})
     if (*t) shape(*t, {d});
   for (const Tensor* t : {&a.mean, &a.rstd})
-    if (*t) statistics(*t, {n});
+    if (*t) float_table(*t, {n});
 }
 
 inline void run_adaln(const Call& call, const AdaLn& a, void (*kernel)(const AdaLn&)) {

@@ -95,7 +95,8 @@ inline void same_storage(std::initializer_list<const Tensor*> tensors) {
   }
 }
 
-inline void statistics(const Tensor& t, std::initializer_list<int64_t> sizes) {
+// Numbers of the kernels' own, such as statistics of rows.
+inline void float_table(const Tensor& t, std::initializer_list<int64_t> sizes) {
   shape(t, sizes);
   dtype(t, DType::kFloat32);
   contiguous(t);
@@ -121,7 +122,7 @@ inline void spans(const Tensor& cu_spans, const Tensor& grid, std::initializer_l
   shape(grid, {count, 3});
   dtype(grid, DType::kInt32);
   contiguous(grid);
-  for (const Tensor* t : others) statistics(*t, {count, 3});
+  for (const Tensor* t : others) float_table(*t, {count, 3});
   if (!this_module.reads_values) return;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t *g = grid.ints() + 3 * i, tokens = cu_spans.ints()[i + 1] - cu_spans.ints()[i];

@@ -29,7 +29,7 @@ inline void check_part(const QkNorm& p, bool across_heads, const Tensor& q) {
   at_most(p.x, 1);
   shape(p.x, {q.size[0], p.x.size[1], q.size[2]});
   same_storage({&q, &p.x, &p.weight, &p.out, &p.dout, &p.dx, &p.dweight});
-  statistics(p.rstd, {q.size[0], across_heads ? 1 : p.x.size[1]});
+  float_table(p.rstd, {q.size[0], across_heads ? 1 : p.x.size[1]});
   for (const Tensor* t : {&p.out, &p.dout, &p.dx})
     if (*t) same_shape(*t, p.x);
   for (const Tensor* t : {&p.weight, &p.dweight})

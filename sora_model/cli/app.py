@@ -38,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 MAX_PIXELS = 2**16  # of frames that commands read from files, unless they are told otherwise
+CLIP_PIXELS = 2**28  # of all frames read from one file, which are held at once: 4 GB
 logger = logging.getLogger(__name__)
 console = Console()
 errors = Console(stderr=True)
@@ -282,6 +283,14 @@ def check_file(path: Path, suffix: str, option: str = "--out") -> None:
 
 def read_clip(path: Path, max_frames: int | None = None, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, float]:
     """A video or image file as [3, T, H, W] in [-1, 1], and its frames per second; an image has 0. Larger frames are scaled."""
-    from ..data import read_video
+    from ..data import probe, read_video
+    from ..data.media import scaled_size
 
+    frames, *size = probe(path)
+    frames, (height, width) = min(frames, max_frames or frames), scaled_size(*size, max_pixels)
+    if frames * height * width > CLIP_PIXELS:
+        raise ValueError(
+            f"{path}: expected at most {CLIP_PIXELS // (height * width)} frames of {height}x{width}, got {frames}; "
+            "cut it, or take a smaller --max-pixels"
+        )
     return read_video(path, max_frames=max_frames, max_pixels=max_pixels, normalize=True)

@@ -96,14 +96,14 @@ class Run:
         """
         from accelerate import PartialState
 
-        from ..train import check_run
+        from ..train import all_settings, check_run
 
         if self.data is None:
             refuse("a world, whose clips have their own sizes", {"max-pixels": self.max_pixels})
         else:
             refuse("--data, whose files have their own", {"size": self.size})
             check_media(self.data, "--data")
-        self.config()
+        config = self.config()
         for text in self.size or []:
             parse_size(text)
         _ = self.own_device  # makes the state of the processes
@@ -116,7 +116,7 @@ class Run:
             value = value.resolve() if isinstance(value, Path) else getattr(value, "value", value)
             told[f"--{name.replace('_', '-')}"] = str(value) if value else None
         with PartialState().main_process_first():
-            check_run(out, resume=self.resume, settings=told)
+            check_run(out, resume=self.resume, settings=all_settings(told, config, PartialState().num_processes))
         return told
 
     def parts(self, out: Path, start: Path | None = None) -> Path | None:

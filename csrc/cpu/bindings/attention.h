@@ -47,10 +47,10 @@ inline void check_attention(AttentionCall& a, const Tensor& of_softmax, const Te
     boundaries(cu_q, a.q.size[0]);
     boundaries(cu_k, a.k.size[0]);
     same_shape(cu_k, cu_q);
-    statistics(of_softmax, {2, a.q.size[1], a.q.size[0]});
+    float_table(of_softmax, {2, a.q.size[1], a.q.size[0]});
   } else {
     if (a.k.size[0] != a.q.size[0]) fail(a.k, "q's batch size " + std::to_string(a.q.size[0]), shape_of(a.k));
-    statistics(of_softmax, {2, a.q.size[0], a.q.size[2], a.q.size[1]});
+    float_table(of_softmax, {2, a.q.size[0], a.q.size[2], a.q.size[1]});
   }
   a.maximum = part(of_softmax, 0), a.sum = part(of_softmax, 1);
 }
