@@ -165,7 +165,7 @@ class Captioner(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Captioner:
-        """Reads what `save_pretrained` wrote, in float32; first it ends a write that was killed (`checkpoint.settle`)."""
+        """Reads what `save_pretrained` wrote, in float32; a write that was killed is first ended (`settle`)."""
         folder, owner = Path(folder), "Captioner.from_pretrained"
         settle(folder)
         values = read_json(folder / "config.json", owner)

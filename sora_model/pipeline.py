@@ -344,7 +344,7 @@ class SoraPipeline:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: torch.device | str = "cpu") -> SoraPipeline:
-        """Reads what `save_pretrained` wrote, in float32; first it ends a write that was killed (`checkpoint.settle`).
+        """Reads what `save_pretrained` wrote, in float32; a write that was killed is first ended (`settle`).
 
         Raises:
             FileNotFoundError: a folder without a pipeline in it. ValueError: files that are broken or do not fit together.

@@ -152,7 +152,7 @@ class VideoVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, tile: int = TILE) -> VideoVAE:
-        """Reads a checkpoint of diffusers from a local folder, in float32; first it ends a write that was killed (`checkpoint.settle`).
+        """Reads a checkpoint of diffusers from a local folder, in float32; a write that was killed is first ended (`settle`).
 
         Raises:
             FileNotFoundError: no config.json or no safetensors there.
