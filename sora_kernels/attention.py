@@ -37,6 +37,9 @@ from .library import autocast, cotangent, lse_like, register, rows, statistics_l
 from .memory import empty_like
 from .spatiotemporal_attention import spatiotemporal_attention as spatiotemporal_attention
 
+# Of softcap, which kernels divide and multiply by in float32.
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 8
+
 
 def flash_attn_func(
     q: Tensor,
@@ -249,9 +252,11 @@ def varlen_attn(
     op = "varlen_attn"
     check_tensor(op, "query", query, ("Nq", "H", "d"))
     check_tensor(op, "key", key, ("Nk", "Hk", "d"))
-    if not enable_gqa and query.shape[1] != key.shape[1]:
+    if not check_bool(op, "enable_gqa", enable_gqa) and query.shape[1] != key.shape[1]:
         fail(op, "key", f"{query.shape[1]} heads (or enable_gqa=True)", f"{key.shape[1]}")
     cu_seq_k = cu_seq_q if cu_seq_k is None else cu_seq_k
+    if return_aux is not None and not hasattr(return_aux, "lse"):
+        fail(op, "return_aux", "None or torch's AuxRequest", repr(return_aux), TypeError)
     want_lse = return_aux is not None and return_aux.lse
     result = _flash(op, query, key, value, cu_seq_q, cu_seq_k, 0.0, scale, False, window_size, 0.0, None, want_lse)
     return result[:2] if want_lse else result
@@ -276,7 +281,8 @@ def scaled_dot_product_attention(
     Args:
         query: [..., H, S, d].
         key, value: [..., Hk, Sk, d]; Hk may differ from H only with `enable_gqa`.
-        attn_mask: broadcastable to [..., H, S, Sk]: bool (True is seen) or float (added to the scores); not differentiable here.
+        attn_mask: broadcastable to [..., H, S, Sk]: bool (True is seen) or float (added to the scores, as it
+            is: autocast does not round it); not differentiable here.
         is_causal: key j is seen by query i iff j <= i (aligned to the top left); excludes `attn_mask`.
     """
     op = "scaled_dot_product_attention"
@@ -287,7 +293,7 @@ def scaled_dot_product_attention(
     lead = query.shape[:-3]
     for name, tensor in (("key", key), ("value", value)):
         check_tensor(op, name, tensor, (*lead, "Hk", "Sk", "d"), like=query)
-    if not enable_gqa and query.shape[-3] != key.shape[-3]:
+    if not check_bool(op, "enable_gqa", enable_gqa) and query.shape[-3] != key.shape[-3]:
         fail(op, "key", f"{query.shape[-3]} heads (or enable_gqa=True)", f"{key.shape[-3]}")
     batch = math.prod(lead)
     q, k, v = (x.reshape(batch, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value))
@@ -323,7 +329,8 @@ def _flash(
         check_cu_seqlens(op, "cu_seqlens_k", cu_k, q, cu_q.shape[0])  # type: ignore[arg-type,union-attr]
     left, right = _decode_window(op, window_size, causal)
     softcap = check_number(op, "softcap", softcap)
-    softcap = max(softcap, torch.finfo(torch.float32).tiny) if softcap > 0 else 0.0  # kernels divide by it
+    softcap = min(max(softcap, _SMALLEST), _LARGEST if q.dtype != torch.float64 else softcap) if softcap > 0 else 0.0
+    return_attn_probs = check_bool(op, "return_attn_probs", return_attn_probs)
     alibi = None
     if alibi_slopes is not None:
         batch, heads = (q.shape[0] if dense else cu_q.shape[0] - 1), q.shape[-2]  # type: ignore[union-attr]

@@ -78,6 +78,8 @@ class Backend:
         try:
             module = self.load()
         except ImportError as error:
+            if "SORA_KERNELS_" in str(error):  # a wrong setting, which another backend must not hide
+                raise ValueError(str(error)) from None
             return f"cannot be imported: {error}"
         if not hasattr(module, function):
             return f"has no {function}"

@@ -104,7 +104,7 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softma
         fail(op, "k", f"a head count that divides q's {q.shape[-2]}", f"{k.shape[-2]}")
     if q.shape[-1] == 0:
         fail(op, "q", "a head dim of at least 1", "0")
-    if dropout_p != 0.0:
+    if check_number(op, "dropout_p", dropout_p) != 0.0:
         fail(op, "dropout_p", "0 (attention dropout is not supported)", repr(dropout_p))
     return q.shape[-1] ** -0.5 if softmax_scale is None else check_number(op, "softmax_scale", softmax_scale)
 
@@ -117,8 +117,16 @@ def side(size: int) -> int:
     return min(size, UNBOUNDED)
 
 
-def check_choice(op: str, argument: str, value: object, choices: tuple) -> None:
-    if value not in choices:
+def check_list(op: str, argument: str, expected: str, value: object) -> list:
+    """What can be gone through, as a list."""
+    try:
+        return list(value)  # type: ignore[call-overload]
+    except TypeError:
+        fail(op, argument, expected, repr(value), TypeError)
+
+
+def check_choice(op: str, argument: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
         fail(op, argument, "one of " + ", ".join(map(repr, choices)), repr(value))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 from typing import Any
 
 import torch
@@ -76,4 +77,7 @@ def report() -> str:
 
 
 if __name__ == "__main__":
-    print(report())
+    try:
+        print(report())
+    except ValueError as error:  # a setting that is wrong
+        sys.exit(f"error: {error}")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_int, check_tensor, fail, triple
+from .checks import check_int, check_list, check_tensor, fail, triple
 from .library import define
 
 Grid = tuple[int, int, int]
@@ -38,7 +38,7 @@ class Span:
     Args:
         grid: tokens along T, H and W, each below 2**31; zero is allowed.
         origin: position of token (0, 0, 0) along T, H and W, in tokens. Negative and fractional values are fine, as long as float32
-            has them.
+            has them; from some 1e10 on, Triton's rotation loses digits, as angles are float64 there.
         step: distance between neighbours along T, H and W. An axis of step 0 and origin 0 is not rotated.
     """
 
@@ -148,6 +148,7 @@ class PackedLayout:
     @classmethod
     def concat(cls, layouts: Sequence[PackedLayout]) -> PackedLayout:
         """The samples of several layouts, one after the other, on the first one's device."""
+        layouts = check_list("PackedLayout.concat", "layouts", "a list of layouts", layouts)
         if not layouts:
             fail("PackedLayout.concat", "layouts", "at least one layout", "none")
         for layout in layouts:
@@ -179,12 +180,15 @@ class PackedLayout:
         return moved
 
     def _move(self, device: torch.device | str) -> None:
+        if not isinstance(device, torch.device | str | int):
+            fail("PackedLayout", "device", "a device", repr(device), TypeError)
         for name in self._tensors:
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
 
     def select(self, samples: Sequence[int]) -> PackedLayout:
         """The layout of some samples, in the order given; an index may be negative or repeated."""
-        indices = [check_int("PackedLayout.select", "samples", index) for index in samples]
+        wanted = check_list("PackedLayout.select", "samples", "a list of indices", samples)
+        indices = [check_int("PackedLayout.select", "samples", index) for index in wanted]
         for index in indices:
             if not -self.num_samples <= index < self.num_samples:
                 fail("PackedLayout.select", "samples", f"indices of {self.num_samples} samples", str(index), IndexError)
@@ -192,14 +196,19 @@ class PackedLayout:
 
     def pack(self, samples: Sequence[Tensor]) -> Tensor:
         """Lays samples [n_i, ...] end to end -> [N, ...]."""
+        samples = check_list("PackedLayout.pack", "samples", "a list of tensors", samples)
+        if not samples:
+            fail("PackedLayout.pack", "samples", "at least one sample", "none")
         for i, sample in enumerate(samples):
-            check_tensor("PackedLayout.pack", f"samples[{i}]", sample, dtype=None)
+            name, first = f"samples[{i}]", samples[0]
+            check_tensor("PackedLayout.pack", name, sample, dtype=None)
             if sample.ndim < 1:
-                fail("PackedLayout.pack", f"samples[{i}]", "at least one axis", "none")
+                fail("PackedLayout.pack", name, "at least one axis", "none")
+            check_tensor("PackedLayout.pack", name, sample, ("n", *first.shape[1:]), dtype=first.dtype, like=first)
         lengths = tuple(sample.shape[0] for sample in samples)
         if lengths != self.seqlens:
             fail("PackedLayout.pack", "samples", f"lengths {list(self.seqlens)}", str(list(lengths)))
-        return torch.cat(list(samples))
+        return torch.cat(samples)
 
     def unpack(self, tokens: Tensor) -> list[Tensor]:
         """Cuts [N, ...] into one view [n_i, ...] per sample; tokens past the last boundary are left out."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch._library.autograd import Info, make_autograd_impl
 
 from .derivatives import carry_tangents, composed, through
 
@@ -51,11 +51,17 @@ def register(
     38 with autograd). `run` must return fresh tensors, as neither mutation nor aliasing is declared.
     """
     op = define(schema, run, fake)
-    qualified = op.name()
     in_plain_torch = partial(composed, run)
     if backward is None or setup_context is None:
         backward, setup_context = through(in_plain_torch)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    in_reverse = make_autograd_impl(op, Info(backward, setup_context))
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        # What was traced or exported comes here without passing `call`.
+        return in_plain_torch(*args) if carry_tangents(args) else in_reverse(keyset, *args)
+
+    # As torch.library.register_autograd does, whose ops take the tangents of forward-mode differentiation for zeros.
+    _LIBRARY.impl(op._opname, autograd, "Autograd", with_keyset=True)
     eager: Callable[..., Any]
     transformed: Callable[..., Any]
     if "Tensor[]" in schema:  # a Function does not look for tensors inside lists
@@ -64,8 +70,7 @@ def register(
         eager, transformed = _eager(op, backward, setup_context), _transformed(op, backward, setup_context)
 
     def call(*args: Any) -> Any:
-        # Torch takes tangents of forward-mode differentiation for zeros where an op has no formula for them.
-        if forward_ad._current_level >= 0 and carry_tangents(args):
+        if carry_tangents(args):
             return in_plain_torch(*args)
         if torch.compiler.is_compiling():
             return op(*args)

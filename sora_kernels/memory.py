@@ -47,7 +47,7 @@ def cache_limit() -> int:
         return _machine_bytes() // 4
     if not text.isdecimal():
         raise ValueError(f"sora_kernels: SORA_KERNELS_CACHE_MB: expected a whole number of MiB of at least 0, got {text!r}")
-    return int(text) << 20
+    return min(int(text) << 20, _machine_bytes())
 
 
 def _machine_bytes() -> int:

@@ -110,12 +110,16 @@ def _check_patch(op: str, patch_size: tuple[int, int, int]) -> list[int]:
     patch = triple(op, "patch_size", patch_size, int)
     if min(patch) < 1:
         fail(op, "patch_size", "three sizes >= 1", repr(patch_size))
+    if max(patch) >= 2**31:
+        fail(op, "patch_size", "three sizes below 2**31", repr(patch_size))
     return patch
 
 
 def _clips(op: str, videos: Videos) -> list[Tensor]:
     if not isinstance(videos, Tensor | list | tuple):
         fail(op, "videos", "a list of tensors [C, T, H, W] or one [B, C, T, H, W]", type(videos).__name__, TypeError)
+    if isinstance(videos, Tensor) and videos.ndim == 0:
+        fail(op, "videos", "shape [B, C, T, H, W]", "[]")
     return list(videos)
 
 

@@ -207,11 +207,17 @@ class SoraPipeline:
     def _requests(self, requests: list[str | Request], size: Size | Sequence[Size] | None) -> list[Request]:
         if not requests:
             raise ValueError("SoraPipeline: requests: expected at least one, got none")
+        for request in requests:
+            if not isinstance(request, str | Request):
+                raise TypeError(f"SoraPipeline: requests: expected prompts and Requests, got {request!r}")
         sizes: list[Any] = [self.size if size is None else size] * len(requests)
         if size is not None and isinstance(size[0], Sequence):
             if len(size) != len(requests):
                 raise ValueError(f"SoraPipeline: size: expected one (T, H, W) or {len(requests)}, one per request, got {len(size)}")
             sizes = list(size)
+        for one in sizes:
+            if isinstance(one, str):
+                raise TypeError(f"SoraPipeline: size: expected (T, H, W), got {one!r}")
         pairs = zip(requests, sizes, strict=True)
         return [Request(request, tuple(one)) if isinstance(request, str) else request for request, one in pairs]
 
@@ -220,12 +226,14 @@ class SoraPipeline:
         sources: list[Any]
         if generator is None:
             generator = int(torch.randint(2**31, ()))
-        if isinstance(generator, Integral):
+        if isinstance(generator, Integral) and not isinstance(generator, bool):
             sources = [int(generator) + i for i in range(len(requests))]
         elif isinstance(generator, torch.Generator):
             sources = [generator] * len(requests)
+        elif isinstance(generator, Sequence) and all(isinstance(one, Integral | torch.Generator) for one in generator):
+            sources = list(generator)
         else:
-            sources = list(generator)  # type: ignore[arg-type]
+            raise TypeError(f"SoraPipeline: generator: expected a seed or a torch.Generator, or one per request, got {generator!r}")
         if len(sources) != len(requests):
             raise ValueError(f"SoraPipeline: generator: expected {len(requests)}, one per request, got {len(sources)}")
         drawn: list[Any] = [

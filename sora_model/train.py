@@ -330,7 +330,7 @@ def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | 
     if not resume:
         return
     if not path.is_file():
-        raise FileNotFoundError(f"Trainer: resume: expected {path}, which is not there")
+        raise FileNotFoundError(f"Trainer: resume: expected {path}, which is not there: nothing was saved; begin without resume")
     began = _state(path)["settings"]
     other = [
         f"{name}: expected {began[name]}, as the run began with, got {value}"

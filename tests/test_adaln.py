@@ -137,6 +137,15 @@ def test_gate_residual(target: Target, shape: str) -> None:
     check(target, (ops.gate_residual, plain_gate, reference.gate_residual), ["residual", "x"], ["gate"], **SHAPES[shape])
 
 
+@pytest.mark.parametrize("width", [72, 1152, 3000])
+def test_rows_of_one_value_are_zero(target: Target, width: int) -> None:
+    """However large it is: their mean is that very value."""
+    values = torch.tensor([1000.7, -300.3, 10.1, 3e4 + 0.3, 0.1])
+    x = values[:, None].expand(-1, width).to(target.device, target.dtype)
+    nothing = torch.zeros(1, width).to(x)
+    assert_zero(ops.layer_norm_modulate(x, nothing, nothing, target.boundaries(len(values))))
+
+
 @pytest.mark.parametrize("name", NORMS)
 def test_fused_equals_one_after_the_other(target: Target, name: str) -> None:
     """The norm is taken of the residual as stored, so fusing changes no bit of the forward."""

@@ -154,6 +154,7 @@ X = torch.zeros(2, 6, 4, 8)
         ({"softmax_scale": torch.nn.Parameter(torch.ones(()))}, "softmax_scale: expected a number, got a Parameter"),
         ({"alibi_slopes": torch.ones(4, requires_grad=True)}, "alibi_slopes: expected slopes that need no gradient, got ~"),
         ({"softmax_scale": float("nan")}, "softmax_scale: expected a finite number, got nan"),
+        ({"return_attn_probs": "no"}, "return_attn_probs: expected a bool, got 'no'"),
         ({"softcap": float("inf")}, "softcap: expected a finite number, got inf"),
         ({"causal": "no"}, "causal: expected a bool, got 'no'"),
         ({"window_size": (True, 0)}, "window_size: expected two sizes >= -1~, got (True, 0)"),

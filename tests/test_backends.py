@@ -191,6 +191,17 @@ def test_unknown_tier_is_named():
     assert "got 'sse9'" in failed.stderr
 
 
+def test_a_wrong_setting_is_not_hidden_by_the_next_backend():
+    code = "import torch; from sora_kernels.attention import flash_attn_func as f; q = torch.ones(1, 2, 1, 8); f(q, q, q)"
+    failed = run(code, SORA_KERNELS_ISA="sse9")
+    assert failed.stderr.endswith("got 'sse9'\n")
+    assert failed.returncode
+    command = [sys.executable, "-m", "sora_kernels.info"]
+    told = subprocess.run(command, env={**os.environ, "SORA_KERNELS_ISA": "sse9"}, capture_output=True, text=True, check=False)
+    assert told.stderr.startswith("error: SORA_KERNELS_ISA: expected one of")
+    assert told.returncode
+
+
 def test_threads_are_torchs():
     code = "import torch; torch.set_num_threads(1); from sora_kernels import _cpu; print(_cpu.num_threads())"
     assert run(code).stdout == "1\n"

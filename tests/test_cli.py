@@ -226,6 +226,17 @@ def test_a_run_with_another_seed_is_not_gone_on_with(small, tmp_path, monkeypatc
         assert f"{message}, as the run began with, got" in refused("train", *options, "--steps", 2, "--resume", *more)
 
 
+def test_a_run_goes_on_with_what_it_learns_from(small, media, tmp_path) -> None:
+    """Where it began with files, and they are not named again, it must not learn from a world."""
+    common = ["--start", small, "--tokens", 32]
+    for name, began, other, message in (
+        ("files", ["--data", media], ["--size", "2x16x16"], f"--data: expected {media}, as the run began with, got None"),
+        ("world", ["--size", "2x16x16"], ["--data", media], "--world: expected studio, as the run began with, got None"),
+    ):
+        assert sora("train", tmp_path / name, *common, *began, "--steps", 1).exit_code == 0
+        assert message in refused("train", tmp_path / name, *common, *other, "--steps", 2, "--resume")
+
+
 def test_a_clip_that_is_too_long_to_be_held_is_refused(media, unloaded, monkeypatch) -> None:
     monkeypatch.setattr(sys.modules["sora_model.cli.app"], "CLIP_PIXELS", 3 * 16 * 16)
     message = "a.mp4: expected at most 3 frames of 16x16, got 4; cut it, or take a smaller --max-pixels"

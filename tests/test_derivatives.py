@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sora_kernels import backends
 from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
@@ -131,6 +132,27 @@ def test_dual_tensors_keep_their_tangents() -> None:
     (expected,) = tangents(lambda q: flash_attn_varlen_func(q, k, v, CU, CU), [q])
     assert torch.equal(tangent, expected)
     assert tangent.any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_of_what_was_traced(name: str) -> None:
+    """Whose ops are torch.ops.sora_kernels.* themselves."""
+    function, shapes = CASES[name]
+    given = [x.detach() for x in inputs(shapes, torch.float32)]
+    traced = make_fx(lambda *x: function(*x))(*given)  # no optional ones, which it would want
+    for got, right in zip(tangents(traced, given), tangents(function, given), strict=True):
+        assert torch.equal(got, right)
+        assert got.any()
+
+
+def test_of_what_was_compiled() -> None:
+    function, shapes = CASES["flash_attn_varlen_func"]
+    given = [x.detach() for x in inputs(shapes, torch.float32)]
+    compiled = torch.compile(function, backend="aot_eager")
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(x, torch.cos(x)) for x in given]
+        tangent = torch.autograd.forward_ad.unpack_dual(compiled(*duals)).tangent.clone()
+    assert torch.equal(tangent, *tangents(function, given))
 
 
 def test_ops_without_tangents_keep_their_backend() -> None:

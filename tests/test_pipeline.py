@@ -183,6 +183,12 @@ def test_wrong_inputs_are_named(pipeline: SoraPipeline) -> None:
         pipeline([])
     with pytest.raises(ValueError, match=r"size: expected one \(T, H, W\) or 2, one per request, got 1"):
         pipeline(["x", "y"], [(4, 16, 16)])
+    with pytest.raises(TypeError, match="requests: expected prompts and Requests, got 3"):
+        pipeline(["x", 3])
+    with pytest.raises(TypeError, match=r"size: expected \(T, H, W\), got '1x16x16'"):
+        pipeline(["x"], ["1x16x16"])
+    with pytest.raises(TypeError, match=r"generator: expected a seed or a torch\.Generator, or one per request, got '0'"):
+        pipeline(["x"], generator="0")
     with pytest.raises(ValueError, match="generator: expected 1, one per request, got 2"):
         pipeline(["x"], (4, 16, 16), generator=[1, 2])
     for clips in ({0: torch.zeros(3, 2, 8, 8)}, {3: torch.zeros(3, 2, 16, 16)}, {0: torch.zeros(3, 16, 16)}):

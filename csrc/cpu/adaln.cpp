@@ -92,7 +92,16 @@ SORA_INLINE void norm_token(const AdaLn& a, const Modulation& m, int64_t n, cons
     variance = row_sum(d, [&](int64_t i, int lanes) { return square(x_at(i, lanes)); }) / d;
   } else {
     mean = row_sum(d, x_at) / d;
-    variance = row_sum(d, [&](int64_t i, int lanes) { return square(load_lanes(x + i, lanes) - mean); }) / d;
+    float sums[2];
+    row_sums(d, sums, [&](int64_t i, int lanes, vf(&values)[2]) {
+      values[0] = load_lanes(x + i, lanes) - mean;
+      values[1] = square(values[0]);
+    });
+    // The mean of what is left corrects the rounding of the sum: a row of one large value has that very mean, and gives zeros.
+    const float left = sums[0] / d;
+    mean += left;
+    variance = sums[1] / d - left * left;
+    if (variance < 0) variance = 0;
   }
   const float rstd = 1 / __builtin_sqrtf(variance + a.eps);
   static_cast<float*>(a.mean.data)[n] = mean;

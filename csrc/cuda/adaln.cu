@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(const __grid_con
       }
       return load<VEC>((GATE ? residual_out_row : x_row) + i * VEC);
     };
-    float* scratch = reinterpret_cast<float*>(shared_memory);  // two floats per warp
-    float mean[1] = {}, variance[1] = {};
+    float* scratch = reinterpret_cast<float*>(shared_memory);  // three floats per warp
+    float mean[1] = {}, sums[2] = {};                          // of x - mean and its square
     if (!a.rms) {
       each_vector<V>(count, [&](int j, int i) {
         const auto x = value(j, i);
@@ -99,12 +99,18 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(const __grid_con
     }
     each_vector<V>(count, [&](int j, int i) {
       const auto x = value(j, i);
-      float sum = 0;
-      for (int k = 0; k < VEC; ++k) sum = fmaf(x[k] - mean[0], x[k] - mean[0], sum);
-      variance[0] += sum;
+      float sum = 0, square = 0;
+      for (int k = 0; k < VEC; ++k) {
+        const float centred = x[k] - mean[0];
+        sum += centred, square = fmaf(centred, centred, square);
+      }
+      sums[0] += sum, sums[1] += square;
     });
-    row_sums(variance, scratch + blockDim.x * blockDim.y / kWarp);
-    const float rstd = 1 / sqrtf(variance[0] / a.width + a.eps);
+    row_sums(sums, scratch + blockDim.x * blockDim.y / kWarp);
+    // The mean of what is left corrects the rounding of the sum: a row of one large value has that very mean, and gives zeros.
+    const float left = a.rms ? 0 : sums[0] / a.width;
+    mean[0] += left;
+    const float rstd = 1 / sqrtf(fmaxf(sums[1] / a.width - left * left, 0) + a.eps);
     if (used && threadIdx.x == 0) a.mean[n] = mean[0], a.rstd[n] = rstd;
 
     each_vector<V>(count, [&](int j, int i) {
@@ -144,7 +150,7 @@ void run_forward(const char* op, const AdaLn& a) {
   const int vectors = f.width / (wide ? kWide : 1), warps = static_cast<int>(ceil_div(vectors, kWarp * kVectors));
   const dim3 block(std::clamp(warps * kWarp, kWarp, kMaxThreads), std::max(1, kBlockThreads / std::max(warps * kWarp, kWarp)));
   const dim3 grid(static_cast<unsigned>(ceil_div(f.tokens, block.y)));
-  const size_t shared = NORM ? 2 * block.x * block.y / kWarp * sizeof(float) : 0;
+  const size_t shared = NORM ? 3 * block.x * block.y / kWarp * sizeof(float) : 0;
   const bool held = static_cast<int>(block.x) * kVectors >= vectors;
   launch({op, current_stream(a.x)},
          wide && held && (a.weight || a.bias) ? adaln_forward<T, kWide, kVectors, GATE, NORM, NORM>

@@ -72,6 +72,8 @@ def forward_kernel(
             centred = h
         else:
             mean = tl.sum(h, axis=1) / D
+            # The mean of what is left corrects the rounding of the sum: a row of one large value has that very mean.
+            mean += tl.sum(tl.where(in_row, h - mean[:, None], 0.0), axis=1) / D
             centred = tl.where(in_row, h - mean[:, None], 0.0)
         rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / D + eps)
         y = centred * rstd[:, None] * _load_affine(p_weight, cols, D, 1.0) + _load_affine(p_bias, cols, D, 0.0)

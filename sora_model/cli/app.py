@@ -286,8 +286,8 @@ def read_clip(path: Path, max_frames: int | None = None, max_pixels: int = MAX_P
     from ..data import probe, read_video
     from ..data.media import scaled_size
 
-    frames, *size = probe(path)
-    frames, (height, width) = min(frames, max_frames or frames), scaled_size(*size, max_pixels)
+    frames, height, width = probe(path)
+    frames, (height, width) = min(frames, max_frames or frames), scaled_size(height, width, max_pixels)
     if frames * height * width > CLIP_PIXELS:
         raise ValueError(
             f"{path}: expected at most {CLIP_PIXELS // (height * width)} frames of {height}x{width}, got {frames}; "

@@ -45,6 +45,7 @@ class Run:
     accumulation: Annotated[int, typer.Option(help="Batches whose gradients make one step.")] = 1
     precision: Annotated[Precision, typer.Option(help="bf16 multiplies matrices in bfloat16.")] = Precision.no
     ema: Annotated[float, typer.Option(help="Decay of the averaged weights.")] = 0.995
+    save_minutes: Annotated[float, typer.Option(help="Between saves, to which a killed run goes back; the end is one, too.")] = 10.0
     resume: Annotated[bool, typer.Option(help="Go on with the run in OUT.")] = False
     seed: Annotated[int, typer.Option(min=0, max=2**32, help="Of everything random.")] = 0
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
@@ -109,8 +110,10 @@ class Run:
         _ = self.own_device  # makes the state of the processes
         if PartialState().is_main_process:
             check_folder(out, "OUT")
-        names = ("data", "size", "tokens", "max_frames", "max_pixels") if self.data else ("world", "size", "tokens")
-        chosen = {**{name: getattr(self, name) for name in names}, **own}
+        # What a run does not have is None, so that it cannot go on with it either.
+        ignored = {"world"} if self.data else {"max_frames", "max_pixels"}
+        names = ("data", "world", "size", "tokens", "max_frames", "max_pixels")
+        chosen = {**{name: None if name in ignored else getattr(self, name) for name in names}, **own}
         told: dict[str, str | int | None] = {}
         for name, value in chosen.items():
             value = value.resolve() if isinstance(value, Path) else getattr(value, "value", value)
@@ -155,6 +158,7 @@ class Run:
             accumulation=self.accumulation,
             mixed_precision=self.precision.value,
             ema_decay=self.ema,
+            save_minutes=self.save_minutes,
             seed=self.seed,
         )
 
