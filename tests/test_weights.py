@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_pretrained_text import MODELS, tokenizer
-from test_runs import module
+from test_checkpoint import module
 from typer.testing import CliRunner
 
 from sora_model import schedulers
