@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_pretrained_text import MODELS, tokenizer
 from test_checkpoint import module
+from test_pretrained_text import MODELS, tokenizer
 from typer.testing import CliRunner
 
 from sora_model import schedulers
