@@ -120,16 +120,15 @@ class PackedLayout:
         if self.num_tokens >= 2**31:
             fail("PackedLayout", "spans", "fewer than 2**31 tokens", str(self.num_tokens))
         sizes = [n for span in flat for n in span.grid]
-        positions = [x for span in flat for x in (*span.origin, *span.step)]
+        # Each a tensor of its own, not rows of another: Triton compiles anew for other alignments.
+        positions = [x for span in flat for x in span.origin], [x for span in flat for x in span.step]
         if torch.compiler.is_compiling():
             tables = torch.ops.sora_kernels.layout_tables.default(seqlens, sizes)
-            origin, step = torch.tensor(positions, dtype=torch.float32).reshape(-1, 2, 3).unbind(1)
+            self.origin, self.step = (torch.tensor(x, dtype=torch.float32).reshape(-1, 3) for x in positions)
         else:
             tables = _tables(seqlens, sizes)
-            origin, step = torch.from_numpy(np.array(positions, np.float32).reshape(-1, 2, 3)).unbind(1)
+            self.origin, self.step = (_rows(x, np.float32) for x in positions)
         self.cu_seqlens, self.cu_spans, self.cu_frames, self.grid = tables
-        # Copies, even of one span's rows, which are contiguous as they are: Triton compiles anew for other alignments.
-        self.origin, self.step = (rows.clone(memory_format=torch.contiguous_format) for rows in (origin, step))
         if device is not None:
             self._move(device)
 
@@ -245,15 +244,21 @@ class PackedLayout:
 
 def _tables(seqlens: Sequence[int], sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """cu_seqlens, cu_spans, cu_frames and grid, of the samples' lengths and of three sizes for each span."""
-    grid = np.array(sizes, np.int32).reshape(-1, 3)
-    tokens = grid.prod(axis=1, dtype=np.int64)
-    frames = np.repeat(grid[:, 1] * grid[:, 2], np.where(tokens > 0, grid[:, 0], 0))
-    boundaries = (_boundaries(lengths) for lengths in (np.array(seqlens, np.int64), tokens, frames))
-    return *boundaries, torch.from_numpy(grid)  # type: ignore[return-value]
+    areas = [h * w for h, w in zip(sizes[1::3], sizes[2::3], strict=True)]
+    frames = [t if area else 0 for t, area in zip(sizes[::3], areas, strict=True)]
+    cu_frames = np.zeros(sum(frames) + 1, np.int32)  # these may be many: in NumPy
+    np.array(areas, np.int64).repeat(frames).cumsum(out=cu_frames[1:])
+    cu_spans = _boundaries(t * area for t, area in zip(frames, areas, strict=True))
+    return _boundaries(seqlens), cu_spans, torch.from_numpy(cu_frames), _rows(sizes, np.int32)
 
 
-def _boundaries(lengths: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+def _boundaries(lengths: Iterable[int]) -> Tensor:
+    return torch.from_numpy(np.array([0, *itertools.accumulate(lengths)], np.int32))
+
+
+def _rows(numbers: Sequence[float], dtype: type) -> Tensor:
+    """Three for each span."""
+    return torch.from_numpy(np.array(numbers, dtype).reshape(-1, 3))
 
 
 def _fake_tables(seqlens: Sequence[int], sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

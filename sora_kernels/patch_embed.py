@@ -130,17 +130,18 @@ def _check_videos(op: str, clips: list[Tensor], patch: list[int], weight: Tensor
     first = clips[0]
     like = first if weight is None else weight
     channels: int | str = "C" if weight is None else weight.shape[1]
+    pt, ph, pw = patch
     for i, clip in enumerate(clips):
         name = f"videos[{i}]"
         check_tensor(op, name, clip, (channels, "T", "H", "W"), dtype=like.dtype, like=like)
-        channels = clip.shape[0]
+        channels, t, h, w = clip.shape
         if channels == 0:
             fail(op, name, "at least one channel", "none")
-        if any(n % p for n, p in zip(clip.shape[1:], patch, strict=True)):
+        if t % pt or h % ph or w % pw:
             fail(op, name, f"(T, H, W) divisible by patch_size {tuple(patch)}", f"{tuple(clip.shape[1:])}")
     if (tokens := _num_tokens(clips, patch)) >= 2**31:
         fail(op, "videos", "fewer than 2**31 tokens", str(tokens))
-    grids = [[n // p for n, p in zip(clip.shape[1:], patch, strict=True)] for clip in clips]
+    grids = [(clip.shape[1] // pt, clip.shape[2] // ph, clip.shape[3] // pw) for clip in clips]
     # Nothing of pageable memory can be copied to a GPU while a graph is captured.
     capturing = first.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
     return PackedLayout.from_grids(grids, device=None if capturing else first.device)
