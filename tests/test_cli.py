@@ -231,7 +231,7 @@ def test_a_run_goes_on_with_what_it_learns_from(small, media, tmp_path) -> None:
     common = ["--start", small, "--tokens", 32]
     for name, began, other, message in (
         ("files", ["--data", media], ["--size", "2x16x16"], f"--data: expected {media}, as the run began with, got None"),
-        ("world", ["--size", "2x16x16"], ["--data", media], "--world: expected studio, as the run began with, got None"),
+        ("world", ["--size", "2x16x16"], ["--data", media], "--world: expected simple, as the run began with, got None"),
     ):
         assert sora("train", tmp_path / name, *common, *began, "--steps", 1).exit_code == 0
         assert message in refused("train", tmp_path / name, *common, *other, "--steps", 2, "--resume")
