@@ -329,7 +329,8 @@ def _flash(
         check_cu_seqlens(op, "cu_seqlens_k", cu_k, q, cu_q.shape[0])  # type: ignore[arg-type,union-attr]
     left, right = _decode_window(op, window_size, causal)
     softcap = check_number(op, "softcap", softcap)
-    softcap = min(max(softcap, _SMALLEST), _LARGEST if q.dtype != torch.float64 else softcap) if softcap > 0 else 0.0
+    largest = math.inf if q.dtype == torch.float64 else _LARGEST
+    softcap = min(max(softcap, _SMALLEST), largest) if softcap > 0 else 0.0
     return_attn_probs = check_bool(op, "return_attn_probs", return_attn_probs)
     alibi = None
     if alibi_slopes is not None:

@@ -154,6 +154,7 @@ X = torch.zeros(2, 6, 4, 8)
         ({"softmax_scale": torch.nn.Parameter(torch.ones(()))}, "softmax_scale: expected a number, got a Parameter"),
         ({"alibi_slopes": torch.ones(4, requires_grad=True)}, "alibi_slopes: expected slopes that need no gradient, got ~"),
         ({"softmax_scale": float("nan")}, "softmax_scale: expected a finite number, got nan"),
+        ({"dropout_p": torch.zeros(2)}, "dropout_p: expected a number, got a Tensor"),
         ({"return_attn_probs": "no"}, "return_attn_probs: expected a bool, got 'no'"),
         ({"softcap": float("inf")}, "softcap: expected a finite number, got inf"),
         ({"causal": "no"}, "causal: expected a bool, got 'no'"),
@@ -162,3 +163,23 @@ X = torch.zeros(2, 6, 4, 8)
 )
 def test_bad_numbers(wrong: dict, message: str) -> None:
     check_rejected(flash_attn_func, {"q": X, "k": X, "v": X, **wrong}, f"flash_attn_func: {message}")
+
+
+def test_softcap_beyond_float32_caps_nothing() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 6, 4, 8)
+    expected = flash_attn_func(q, k, v)
+    for softcap in (1e38, 1e39, 1e300):
+        torch.testing.assert_close(flash_attn_func(q, k, v, softcap=softcap), expected)
+
+
+def test_bad_options_of_torchs_signatures() -> None:
+    cu = torch.tensor([0, 6], dtype=torch.int32)
+    for options, message in (
+        ({"return_aux": True}, "return_aux: expected None or torch's AuxRequest, got True"),
+        ({"enable_gqa": "no"}, "enable_gqa: expected a bool, got 'no'"),
+    ):
+        with pytest.raises(TypeError, match=f"varlen_attn: {message}"):
+            varlen_attn(X[0], X[0], X[0], cu, cu, **options)
+    with pytest.raises(TypeError, match="scaled_dot_product_attention: enable_gqa: expected a bool, got 'no'"):
+        scaled_dot_product_attention(X, X, X, enable_gqa="no")

@@ -105,7 +105,7 @@ def in_a_process(limit: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("limit", "kept"), [("0", "0"), ("7", "6"), ("100", "12"), ("", "12")])
+@pytest.mark.parametrize(("limit", "kept"), [("0", "0"), ("7", "6"), ("100", "12"), ("9" * 30, "12"), ("", "12")])
 def test_the_limit(limit, kept):
     result = in_a_process(limit)
     assert result.stdout.strip() == kept, result.stderr

@@ -146,9 +146,13 @@ VIDEOS = [
     ({"patch_size": 2}, "patch_size: expected three ints (T, H, W), got 2"),
     ({"patch_size": (1, 2)}, "patch_size: expected three ints (T, H, W), got (1, 2)"),
     ({"patch_size": (0, 2, 2)}, "patch_size: expected three sizes >= 1, got (0, 2, 2)"),
+    ({"videos": torch.tensor(1.0)}, "videos: expected shape [B, C, T, H, W], got []"),
 ]
 BAD = {
-    "patchify_3d": VIDEOS,
+    "patchify_3d": [
+        *VIDEOS,
+        ({"patch_size": (2**40, 2, 2)}, "patch_size: expected three sizes below 2**31, got (1099511627776, 2, 2)"),
+    ],
     "patch_embed_3d": [
         *VIDEOS,
         ({"weight": W[0]}, "weight: expected shape [D, C, pt, ph, pw], got [4, 1, 2, 2]"),
