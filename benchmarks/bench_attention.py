@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from benchmarks.race import (
@@ -25,6 +28,7 @@ from benchmarks.race import (
     ON_GPU,
     OURS,
     PASSES,
+    REHEARSED,
     Implementation,
     Race,
     Tensors,
@@ -42,16 +46,21 @@ HAS_NATTEN = importlib.util.find_spec("natten") is not None
 WINDOWS = {"16x32x32": ((16, 32, 32), (5, 9, 9))}
 if not ON_GPU:
     WINDOWS["8x24x24"] = ((8, 24, 24), (3, 7, 7))
+if REHEARSED:
+    WINDOWS = {"6x16x16": ((6, 16, 16), (5, 9, 9))}
 # (lengths, heads, head dim) of the packed batches.
 LENGTHS = [t * h * w for t, h, w in GRIDS]
 BATCHES: dict[str, tuple[list[int], int, int]] = {"mixed": (LENGTHS, 8, 64)}
 if ON_GPU:
     BATCHES = {
         "16k": ([16384], 16, 128),
+        "16k, d 64": ([16384], 32, 64),
         "mixed, 16 of each": (LENGTHS * 16, 8, 64),
         "mixed, 16 times as long": ([16 * n for n in LENGTHS], 8, 64),
         "mixed, 4 of each, d 128": (LENGTHS * 4, 24, 128),
     }
+if REHEARSED:
+    BATCHES = {name: ([n // 16 for n in lengths[:4]], heads, d) for name, (lengths, heads, d) in BATCHES.items()}
 FIRST = next(iter(BATCHES))
 
 
@@ -104,6 +113,7 @@ def attention(dtype: torch.dtype, which: str, *, batch: str = FIRST, cross: bool
     }
     if ON_GPU:
         rows["torch varlen_attn"] = Implementation(lambda q, k, v: varlen_attn(q, k, v, *bounds))
+        rows["torch varlen_attn, cuDNN"] = replace(rows["torch varlen_attn"], context=by_cudnn)
         if HAS_FLASH_ATTN:
             from flash_attn import flash_attn_varlen_func as peer
 
@@ -120,13 +130,18 @@ def attention(dtype: torch.dtype, which: str, *, batch: str = FIRST, cross: bool
     return Race(op, dtype, which, {"gflops": of_pass(which, flops, 2.5 * flops)}, [q, k, v], [dout], reference, rows)
 
 
+def by_cudnn() -> AbstractContextManager[Any]:
+    """torch's varlen_attn has a branch for cuDNN, which nothing public takes."""
+    return mock.patch("torch.nn.attention.varlen._should_use_cudnn", return_value=True)
+
+
 def with_backend(backend: SDPBackend, function: Callable[..., Any], *args: Any) -> Any:
     """The function where torch may use this backend only; NotImplementedError where the backend cannot run it."""
     with sdpa_kernel(backend):
         try:
             return function(*args)
         except RuntimeError as error:
-            if "No available kernel" in str(error):
+            if "No available kernel" in str(error) or "No viable backend" in str(error):
                 raise NotImplementedError(str(error)) from error
             raise
 
@@ -145,14 +160,17 @@ def sdpa_padded(qkvd: Tensors, q_lengths: Sequence[int], k_lengths: Sequence[int
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask_mod: Callable[..., Tensor]) -> Implementation:
-    mask = create_block_mask(mask_mod, None, None, q.shape[0], k.shape[0], device=DEVICE.type, _compile=ON_GPU)
+    @cache
+    def mask() -> BlockMask:  # compiled on a GPU, which takes longer than many a row: not before this row's turn
+        return create_block_mask(mask_mod, None, None, q.shape[0], k.shape[0], device=DEVICE.type, _compile=ON_GPU)
+
     function = compiled(flex_attention)
     dense = [leaf(rearrange(x, "s h d -> 1 h s d")) for x in (q, k, v, dout)]
 
     def restore(results: Tensors) -> Tensors:
         return [rearrange(x, "1 h s d -> s h d") for x in results]
 
-    return Implementation(lambda q, k, v: function(q, k, v, block_mask=mask), dense[:3], dense[3:], restore)
+    return Implementation(lambda q, k, v: function(q, k, v, block_mask=mask()), dense[:3], dense[3:], restore)
 
 
 def window_attention(dtype: torch.dtype, which: str, *, case: str) -> Race:
@@ -195,7 +213,8 @@ def window_attention(dtype: torch.dtype, which: str, *, case: str) -> Race:
 
 
 ROWS = [OURS, "SDPA per sample", "flex_attention compiled"]
-ROWS += ["torch varlen_attn", "SDPA per sample, flash", "SDPA per sample, cuDNN"] if ON_GPU else ["SDPA padded"]
+GPU_ROWS = ["torch varlen_attn", "torch varlen_attn, cuDNN", "SDPA per sample, flash", "SDPA per sample, cuDNN"]
+ROWS += GPU_ROWS if ON_GPU else ["SDPA padded"]
 ROWS += ["flash_attn"] if HAS_FLASH_ATTN and ON_GPU else []
 DTYPES = [MAIN] if ON_GPU else [torch.float32, torch.bfloat16]
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cells import UNITS, group, mark, milliseconds, percentiles, rate
 from benchmarks.gate import lowest, machine_of
 from benchmarks.race import OURS
 
-UNITS = {"useful_gflops": "GFLOP/s", "useful_gbps": "GB/s"}
 HEADER = """\
 | op | dtype | pass | implementation | useful work | ms p20 / p50 / p80 | ours is faster by |
 |---|---|---|---|---:|---:|---:|"""
@@ -38,27 +37,10 @@ def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
         units = [key for key in UNITS if key in info]
         if not units:
             continue
-        times = sorted(benchmark["stats"]["data"])
-        cuts = statistics.quantiles(times, n=10, method="inclusive")
-        rows.append({**info, "work": info[units[0]], "unit": UNITS[units[0]], "ms": [1e3 * cuts[i] for i in (1, 4, 7)]})
+        ms = percentiles(benchmark["stats"]["data"])
+        rows.append({**info, "work": info[units[0]], "unit": UNITS[units[0]], "ms": ms})
     order = {group(row): i for i, row in reversed(list(enumerate(rows)))}
     return sorted(rows + results["skipped"], key=lambda row: order.get(group(row), len(order)))
-
-
-def group(row: dict[str, Any]) -> tuple[str, str, str]:
-    return row["op"], row["dtype"], row["pass"]
-
-
-def rate(row: dict[str, Any]) -> str:
-    """134.1 GFLOP/s; where it is both, 134.1 GFLOP/s, 12.5 GB/s."""
-    return ", ".join(f"{row[key]:,.1f} {unit}" for key, unit in UNITS.items() if key in row)
-
-
-def mark(row: dict[str, Any]) -> str:
-    """The implementation's name, and what is to be known of it."""
-    notes = ["inexact"] if "inexact" in row else []
-    notes += [f"host {row['host_ms']:.3g} ms"] if row.get("host_bound") else []
-    return row["implementation"] + (f" ({', '.join(notes)})" if notes else "")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -73,11 +55,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells += [rate(row), " / ".join(milliseconds(t) for t in row["ms"]), speedup]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def milliseconds(value: float) -> str:
-    """Three digits of it, or all of its whole ones."""
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -117,9 +94,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "results", type=Path, nargs="+", help="what --benchmark-json or --results wrote; earlier runs after the last"
-    )
+    parser.add_argument("results", type=Path, nargs="+", help="what --benchmark-json wrote; earlier runs after the last")
     parser.add_argument("--out", type=Path, help="folder for the table, the plot and the ratios; without it, the table is printed")
     arguments = parser.parse_args()
     results, *earlier = (json.loads(path.read_text()) for path in arguments.results)

@@ -17,7 +17,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,12 +28,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
-from .attention import flash_attn_varlen_func, spatiotemporal_attention
-from .bias_gelu import bias_gelu
-from .layout import PackedLayout
-from .patch_embed import patch_embed_3d, patchify_3d, unpatchify_3d
-from .rope import qk_norm_rope_3d, rope_3d
+from .works import Work, works
 
 # Triton's target (backend, architecture, warp size), and the most shared memory of one block in KiB.
 ARCHS: dict[str, tuple[tuple, int]] = {
@@ -66,97 +61,10 @@ class Kernel:
     constants: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class Work:
-    """One pass of one op on the workload."""
-
-    op: str
-    unit: str
-    units: int
-    gigabytes: float
-    teraflops: float
-    run: Callable[[], Any]
-
-    def microseconds(self, gpu: str) -> float:
-        teraflops, terabytes = GPUS[gpu]
-        return max(self.teraflops / teraflops * 1e6, self.gigabytes / terabytes * 1e3)
-
-
-def works(dtype: torch.dtype, head_dim: int, width: int = 3072) -> Iterator[Work]:
-    """Each op forward, and its backward, on a packed batch of images and videos."""
-    layout = PackedLayout.from_grids([(16, 16, 16), (4, 32, 32), (4, 24, 24), (1, 64, 64), (1, 40, 40)])
-    n, heads, size = layout.num_tokens, width // head_dim, torch.empty(0, dtype=dtype).element_size()
-    tokens, cu, bounds = n * width * size, layout.cu_frames, (layout.cu_seqlens, layout.cu_seqlens)
-    grids = [sample[0].grid for sample in layout.spans]
-    channels, patch, window = 16, (1, 2, 2), (5, 9, 9)
-    patches = n * channels * 4 * size
-
-    def empty(*shape: int, grad: bool = True) -> Tensor:
-        return torch.empty(shape, dtype=dtype, requires_grad=grad)
-
-    def passes(op: str, unit: str, units: int, forward: tuple, backward: tuple, inputs: Sequence[Tensor], run: Callable):
-        """Forward and backward, each with its (bytes, FLOPs)."""
-
-        def both() -> None:
-            outputs = run(*inputs)
-            outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-            torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], [torch.empty_like(x) for x in outputs])
-
-        yield Work(op, unit, units, forward[0] / 1e9, forward[1] / 1e12, lambda: run(*inputs))
-        yield Work(f"{op}, backward", unit, units, backward[0] / 1e9, backward[1] / 1e12, both)
-
-    def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return layer_norm_modulate(x, shift, scale, cu)
-
-    def gate(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-        return gate_residual(residual, x, gate, cu)
-
-    def fused(r: Tensor, x: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        return gate_residual_layer_norm_modulate(r, x, gate, shift, scale, cu, weight=weight, bias=bias)
-
-    x, y, *rows = *(empty(n, width) for _ in range(2)), *(empty(layout.num_frames, width) for _ in range(3))
-    affine = [empty(width), empty(width)]
-    yield from passes("layer_norm_modulate", "token", n, (2 * tokens, 0), (3 * tokens, 0), [x, *rows[:2]], modulate)
-    yield from passes("gate_residual", "token", n, (3 * tokens, 0), (4 * tokens, 0), [y, x, rows[0]], gate)
-    inputs = [y, x, *rows, *affine]
-    yield from passes("gate_residual_layer_norm_modulate", "token", n, (4 * tokens, 0), (6 * tokens, 0), inputs, fused)
-
-    hidden = empty(n, 4 * width)
-    yield from passes("bias_gelu", "token", n, (8 * tokens, 0), (12 * tokens, 0), [hidden, empty(4 * width)], bias_gelu)
-
-    def rotate(q: Tensor) -> Tensor:
-        return rope_3d(q, layout)
-
-    def norm_rotate(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> Any:
-        return qk_norm_rope_3d(q, k, q_weight, k_weight, layout)
-
-    q, k, v = (empty(n, heads, head_dim) for _ in range(3))
-    inputs = [q, k, empty(head_dim), empty(head_dim)]
-    yield from passes("rope_3d", "token", n, (2 * tokens, 0), (2 * tokens, 0), [q], rotate)
-    yield from passes("qk_norm_rope_3d", "token", n, (4 * tokens, 0), (6 * tokens, 0), inputs, norm_rotate)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash_attn_varlen_func(q, k, v, *bounds)
-
-    def attend_near(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return spatiotemporal_attention(q, k, v, layout, window=window)
-
-    pairs = heads * sum(s * s for s in layout.seqlens)
-    near = heads * sum(t * h * w * min(t, window[0]) * min(h, window[1]) * min(w, window[2]) for t, h, w in grids)
-    for op, run, count in (("attention", attend, pairs), ("spatiotemporal_attention", attend_near, near)):
-        cost = (4 * tokens, 4 * head_dim * count), (8 * tokens, 10 * head_dim * count)
-        yield from passes(op, "query and key", count, *cost, [q, k, v], run)
-
-    def embed(weight: Tensor, bias: Tensor, *videos: Tensor) -> Tensor:
-        return patch_embed_3d(videos, weight, bias, patch_size=patch)[0]
-
-    latents = [empty(channels, t, 2 * h, 2 * w) for t, h, w in grids]
-    product = 2 * n * channels * 4 * width
-    cost = (patches + tokens, product), (2 * patches + tokens, 2 * product)
-    yield from passes("patch_embed_3d", "token", n, *cost, [empty(width, channels, *patch), empty(width), *latents], embed)
-    yield Work("patchify_3d", "token", n, 2 * patches / 1e9, 0, lambda: patchify_3d(latents, patch_size=patch))
-    rows = [empty(n, channels * 4)]
-    yield Work("unpatchify_3d", "token", n, 2 * patches / 1e9, 0, lambda: unpatchify_3d(rows[0], layout, patch_size=patch))
+def microseconds(work: Work, gpu: str) -> float:
+    """What a GPU needs for it at the rates of its data sheet."""
+    teraflops, terabytes = GPUS[gpu]
+    return max(work.teraflops / teraflops * 1e6, work.gigabytes / terabytes * 1e3)
 
 
 @contextmanager
@@ -300,7 +208,7 @@ def render(found: Iterable[Work], title: str, kernels: dict[str, dict[str, list[
     for work in found:
         each = work.gigabytes * 1e9 / work.units
         per_unit = f"{each:,.{0 if each >= 100 else 2}f} per {work.unit} | {work.teraflops * 1e12 / work.units:,.0f}"
-        lines.append(f"| {work.op} | {per_unit} | {' | '.join(f'{work.microseconds(gpu):.1f}' for gpu in GPUS)} |")
+        lines.append(f"| {work.op} | {per_unit} | {' | '.join(f'{microseconds(work, gpu):.1f}' for gpu in GPUS)} |")
     lines += ["", "| kernel | architecture | warps | registers | spilled | shared, of limit | tensor-core instructions |"]
     lines += ["|---|---|---:|---:|---:|---:|---|"]
     for op in next(iter(kernels.values())):

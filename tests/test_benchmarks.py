@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gate, gpu_table, report
+from benchmarks import gate
+from benchmarks.gpu import NAME, results
 from benchmarks.race import BACKWARD, BOTH, FORWARD, OURS, Implementation, Race, copied, of_pass
 
 
@@ -49,34 +50,34 @@ def test_of_pass() -> None:
     assert [of_pass(which, 2, 5) for which in (FORWARD, BACKWARD, BOTH)] == [2, 5, 7]
 
 
-def test_gpu_table(tmp_path) -> None:
-    """Interrupted rows are left out, a copy is no peer, and what is to be known of a row stands beside its name."""
+def test_gpu_results(tmp_path) -> None:
+    """A copy is no peer, what is to be known of a row stands beside its name, and a simulated GPU's rows are not kept."""
 
     def row(implementation: str, op: str = "rope_3d", **info: object) -> dict:
-        info = {"op": op, "dtype": "bfloat16", "pass": "backward", "implementation": implementation, **info}
-        return {"extra_info": info, "stats": {"data": [1e-4, 1.2e-4, 1.4e-4]}}
+        return {"op": op, "dtype": "bfloat16", "pass": "backward", "implementation": implementation, "ms": [1, 1, 1], **info}
 
     rows = [
+        {"machine": {"device": "NVIDIA X100", "torch": "2"}},
         row(OURS, useful_gbps=3900.0),
         row("alone", op="attention", useful_gflops=1.0, speedup=2.0),
         row("copy", useful_gbps=4300.0, speedup=0.907),
         row("torch eager", useful_gbps=400.0, speedup=9.5),
         row("torch.compile", useful_gbps=2000.0, speedup=1.951, inexact="by much", host_ms=0.25, host_bound=True),
-        row("interrupted"),
+        {**row("peer"), "reason": "a | b", "ms": None},
+        {"test": "tests/test_rope.py::test", "outcome": "passed"},
     ]
-    skipped = [{"op": "rope_3d", "dtype": "bfloat16", "pass": "backward", "implementation": "peer", "reason": "a | b"}]
-    results = {"machine_info": {"device": "GPU", "torch": "2"}, "datetime": "2026-01-02T03", "benchmarks": rows, "skipped": skipped}
-    path = tmp_path / "gpu-2026-01-02.json"
-    path.write_text(json.dumps(results))
-    head, *lines = gpu_table.of_gpu(path).splitlines()
-    assert head == "GPU, torch 2, 2026-01-02 ([all rows](benchmarks/results/gpu-2026-01-02.json)):"
+    rows[-2].pop("ms")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = results.kept(tmp_path, tmp_path / "results")
+    assert path.name.startswith("nvidia-x100-20")
+    head, *lines = results.of_gpu(path).splitlines()
+    assert head.startswith("NVIDIA X100, torch 2, 20")
     best = "torch.compile (inexact, host 0.25 ms)"
     assert lines[3:] == [f"| rope_3d | bfloat16 | backward | 3,900.0 GB/s | 91% | {best} | 1.95x |"]
-
-    table = report.table(report.rows_of(results)).splitlines()
-    assert len(table) == 2 + len(rows) - 1 + len(skipped)
-    assert table[2] == f"| rope_3d | bfloat16 | backward | **{OURS}** | 3,900.0 GB/s | 0.108 / 0.120 / 0.132 |  |"
-    assert r"| peer | not supported | a \| b |  |" in table[6]
+    rows[0]["machine"]["device"] = NAME
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(ValueError, match="expected rows of a GPU, got those of simulated GPU"):
+        results.kept(tmp_path, tmp_path)
 
 
 def test_gate() -> None:

@@ -104,8 +104,8 @@ def test_cpu_and_cuda_never_include_each_other():
 
 
 def test_readme_has_the_gpu_results():
-    from benchmarks import gpu_table
+    from benchmarks.gpu import results
 
     readme = (ROOT / "README.md").read_text()
-    assert gpu_table.updated(readme) == readme, "run python -m benchmarks.gpu_table"
-    assert gpu_table.BEGIN in readme
+    assert results.updated(readme) == readme, "run python -m benchmarks.gpu.results"
+    assert results.BEGIN in readme

@@ -1,0 +1,82 @@
+"""Tests and measures everything on the GPU at hand, in one command, without network and within a limit of seconds.
+
+    python -m benchmarks.gpu OUT [--seconds 420] [--prepared DIR]
+    python -m benchmarks.gpu prepare DIR          what can be compiled without a GPU (prepare.py)
+
+OUT gets rows.jsonl, a line for each measurement, check and test as soon as it is there, logs, and summary.txt, which is printed
+last: at most 8 files of at most 16 MiB. `python -m benchmarks.gpu.results OUT` keeps the rows for the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.gpu import GPUS, SIMULATED, prepared, table
+from benchmarks.gpu.driver import Run
+from benchmarks.gpu.stages import stages
+
+SECONDS = 420.0  # of everything; stages get more or less of theirs in proportion
+RESERVED = 2.0  # for the table
+
+
+def main(words: list[str]) -> int:
+    if words[:1] == ["prepare"]:
+        from benchmarks.gpu import prepare  # needs torch and Triton, which the driver does without
+
+        return prepare.main(words[1:])
+    names = [stage.name for stage in stages()]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="the limit of everything (default: %(default)g)")
+    parser.add_argument("--prepared", type=Path, metavar="DIR", help="the folder that `prepare` filled")
+    parser.add_argument("--stages", default=",".join(names), help="which of them, in the given order (default: %(default)s)")
+    parser.add_argument("--simulate", choices=list(GPUS), help="rehearse, on a GPU that is not there")
+    arguments = parser.parse_args(words)
+    wanted = arguments.stages.split(",")
+    if unknown := [name for name in wanted if name not in names]:
+        parser.error(f"--stages: expected some of {','.join(names)}, got {unknown[0]!r}")
+    if not arguments.seconds >= 10:
+        parser.error(f"--seconds: expected at least 10, got {arguments.seconds:g}")
+    if arguments.prepared and not (arguments.prepared / prepared.MANIFEST).is_file():
+        parser.error(f"--prepared: {arguments.prepared} has no {prepared.MANIFEST}; `python -m benchmarks.gpu prepare` writes it")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        for old in ("rows.jsonl", "summary.txt", *{stage.log for stage in stages()}):
+            (arguments.out / old).unlink(missing_ok=True)
+    except OSError as error:
+        parser.error(f"OUT: {arguments.out}: {error.strerror}")
+    if arguments.simulate:
+        os.environ[SIMULATED] = arguments.simulate
+    return drive(arguments.out, arguments.seconds, str(arguments.prepared.resolve() if arguments.prepared else ""), wanted)
+
+
+def drive(out: Path, seconds: float, folder: str, wanted: list[str]) -> int:
+    """Runs the stages and prints the table, whatever happens to the stages and whoever ends the driver."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    run = Run(out, seconds, seconds / SECONDS)
+    known = {stage.name: stage for stage in stages(folder)}
+    os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"
+    cache = Path(tempfile.gettempdir()) / f"gpu-kernels-{os.getpid()}"  # whoever writes to it first makes it
+    os.environ["TRITON_CACHE_DIR"] = str(cache)
+    try:
+        for name in wanted:
+            run.stage(known[name], RESERVED)
+    except (KeyboardInterrupt, SystemExit):
+        run.outcomes.append("interrupted: the stages above are all that ran")
+    text = table.summary(run.rows, run.outcomes, seconds - run.left())
+    run.files.append("summary.txt", text + "\n")
+    print(text, flush=True)
+    shutil.rmtree(cache, ignore_errors=True)
+    return int(table.failures(run.rows) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,70 @@
+"""The GPU's ceilings, and attention alone beside them: forward and backward, candidates for its blocks, torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from benchmarks import bench_attention, measure
+from benchmarks.gpu.child import Item
+from benchmarks.race import BACKWARD, DEVICE, FORWARD, MAIN, OURS, REHEARSED, Race
+from benchmarks.tune import blocks
+
+BATCHES = ["16k", "mixed, 4 of each, d 128", "16k, d 64", "mixed, 16 of each"]
+PEERS = ["torch varlen_attn", "torch varlen_attn, cuDNN", "SDPA per sample, cuDNN"]
+# Blocks of the forward that are measured beside those of its table: (queries, keys, warps, stages) by head dim.
+CANDIDATES = {
+    128: [(128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3)],
+    64: [(128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)],
+}
+
+
+def ceilings() -> Iterator[dict[str, Any]]:
+    """The bandwidth of a copy, reads and writes counted, and the rate of a large product, on random numbers."""
+    size = 1 << (22 if REHEARSED else 31)
+    source = torch.empty(size // 4, device=DEVICE, dtype=torch.int32).random_()
+    target = torch.empty_like(source)
+    yield ceiling("copy", "gbps", 2e-9 * size, lambda: target.copy_(source))
+    n = 256 if REHEARSED else 8192
+    a, b = (torch.randn(n, n, device=DEVICE).to(MAIN) for _ in range(2))
+    yield ceiling(f"matmul {n}", "gflops", 2e-9 * n**3, lambda: a @ b)
+
+
+def ceiling(name: str, unit: str, work: float, function: Any) -> dict[str, Any]:
+    host = measure.host_seconds(function)
+    seconds = [measure.CLOCK.on_gpu(function, host) for _ in range(2 if REHEARSED else 20)]
+    ms = measure.percentiles(seconds)
+    return {"ceiling": name, f"useful_{unit}": work / (1e-3 * ms[1]), "ms": ms}
+
+
+@cache
+def race(batch: str, which: str) -> Race:
+    """With a row for each candidate of the forward's blocks."""
+    made = bench_attention.attention(MAIN, which, batch=batch)
+    if which == FORWARD:
+        head_dim = bench_attention.BATCHES[batch][2]
+        for candidate in CANDIDATES[head_dim]:
+            context = partial(blocks, "forward", head_dim, MAIN, candidate)
+            made.implementations[f"{OURS} {candidate}"] = replace(made.implementations[OURS], context=context)
+    return made
+
+
+def rows(batch: str, which: str, implementation: str) -> Iterator[dict[str, Any]]:
+    try:
+        yield measure.measured(race(batch, which), implementation)
+    except measure.NotSupported as error:
+        yield {**measure.row(race(batch, which), implementation), "reason": str(error)}
+
+
+def items() -> list[Item]:
+    found = [Item("ceilings", ceilings)]
+    for batch in BATCHES:
+        for which in (FORWARD, BACKWARD):
+            head_dim = bench_attention.BATCHES[batch][2]
+            candidates = [f"{OURS} {c}" for c in CANDIDATES[head_dim]] if which == FORWARD else []
+            found += [Item(f"{batch}, {which}, {name}", partial(rows, batch, which, name)) for name in (OURS, *candidates, *PEERS)]
+    return found

@@ -1,0 +1,81 @@
+"""A process of the driver: the items of one family, each in a row or more: python -m benchmarks.gpu.child FAMILY
+
+A family is a module of this package with `items()`. An item that fails costs its own rows; one after which the GPU answers nothing
+any more ends the process, and the driver starts another, which goes on with the next item.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.gpu import rows, simulated
+
+
+class Item(NamedTuple):
+    name: str
+    run: Callable[[], Iterable[dict[str, Any]]]
+
+
+def why_not() -> str | None:
+    """Why nothing can run on a GPU here."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return f"torch {torch.__version__} sees no GPU"
+
+
+def usable() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def count_compilations() -> None:
+    """Each kernel that Triton has to compile is a row, so that it can be seen what was not prepared."""
+    try:
+        from triton import knobs
+    except ImportError as error:
+        print(f"Triton's compilations are not counted: {error}", flush=True)
+        return
+
+    def compiled(*, src: Any, metadata: dict[str, Any], times: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            rows.emit(compiled=src.name, seconds=times.total / 1e6)
+
+    knobs.compilation.listener = compiled
+
+
+def main() -> None:
+    family = sys.argv[1]
+    simulated.install()
+    if reason := why_not():
+        rows.emit(skipped=reason)
+        return
+    count_compilations()
+    items: list[Item] = importlib.import_module(f"benchmarks.gpu.{family}").items()
+    for i in range(rows.first_item(), len(items)):
+        item = items[i]
+        rows.emit(begin=i, item=item.name)
+        start = time.perf_counter()
+        try:
+            for row in item.run():
+                rows.emit(**row)
+        except Exception as error:
+            rows.emit(error=rows.one_line(error), item=item.name)
+            if not usable():
+                os._exit(rows.FAILED_GPU)
+        print(f"{item.name}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

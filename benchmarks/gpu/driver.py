@@ -1,0 +1,279 @@
+"""Runs stages of processes, any of which may raise, hang or crash, within a limit of seconds, and loses nothing that was reported.
+
+Each process is a session of its own, so that SIGKILL ends it with all that it started. It is sent at the process's deadline, or
+when one item takes too long. A process that a crash or a long item ended is started again and goes on with the next item.
+
+All that a process prints is read as it comes: rows go to rows.jsonl, the rest to its stage's log, and both are on the disk at once.
+A disk that is full costs the files, not the run: rows are kept for the table as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks.gpu import rows
+
+ROOT = Path(__file__).parents[2]
+LARGEST = 15 << 20  # bytes of one file
+RESTARTS = 6
+LEAST = 3.0  # seconds, without which nothing is started
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process runs.
+
+    Args:
+        seconds: its deadline, of its stage's time.
+        item_seconds: how long one of its items may take before it is taken for hung.
+        needs: programs that must be there; without one the task is skipped.
+    """
+
+    name: str
+    command: Sequence[str | Path]
+    seconds: float
+    item_seconds: float = 60.0
+    environment: dict[str, str] = field(default_factory=dict)
+    needs: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tasks that run at once, or one after the other.
+
+    Args:
+        seconds: of all of them; what is not used is left for later stages.
+        log: the file of their output, which stages may share.
+    """
+
+    name: str
+    seconds: float
+    log: str
+    tasks: Sequence[Task]
+    at_once: bool = True
+
+
+class Files:
+    """The files of a run: rows.jsonl and logs, appended to at once, none larger than LARGEST."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.open: dict[str, IO[bytes] | None] = {}
+        self.sizes: dict[str, int] = {}
+        self.complaint = ""
+
+    def append(self, name: str, text: str) -> None:
+        data = text.encode(errors="replace")
+        if self.sizes.get(name, 0) + len(data) > LARGEST:
+            return
+        try:
+            if name not in self.open:
+                self.open[name] = open(self.folder / name, "ab", buffering=0)  # noqa: SIM115
+            file = self.open[name]
+            if file is not None:
+                file.write(data)
+        except OSError as error:
+            if not self.complaint:
+                self.complaint = f"{name}: {error.strerror}"
+                print(f"files are not written any more, the run goes on: {self.complaint}", flush=True)
+            return
+        self.sizes[name] = self.sizes.get(name, 0) + len(data)
+
+
+class Process:
+    """A task that runs, and what became of it."""
+
+    def __init__(self, task: Task, deadline: float, stage: Stage, run: Run) -> None:
+        self.task, self.stage, self.run = task, stage, run
+        self.deadline = deadline
+        self.item: str | None = None
+        self.next_item = 0
+        self.restarts = 0
+        self.troubles: list[str] = []  # what ended it early
+        self.errors: list[str] = []  # of its items
+        self.partial, self.last_line = b"", ""
+        self.began = time.monotonic()
+        self.start()
+
+    def start(self) -> None:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.task.environment, rows.FIRST: str(self.next_item)}
+        self.item_began = time.monotonic()
+        self.popen = subprocess.Popen(
+            [str(word) for word in self.task.command], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent, cwd=ROOT,
+        )  # fmt: skip
+        assert self.popen.stdout is not None
+        self.pipe = self.popen.stdout.fileno()
+        os.set_blocking(self.pipe, False)
+
+    def read(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self.pipe, 1 << 16):
+                *lines, self.partial = (self.partial + data).split(b"\n")
+                for line in lines:
+                    self.line(line.decode(errors="replace"))
+
+    def line(self, line: str) -> None:
+        text, row = rows.parsed(line)
+        if text.strip():
+            self.last_line = text
+            self.run.log(self.stage, self.task, text)
+        if row is None:
+            return
+        if "begin" in row:
+            self.item, self.next_item, self.item_began = row["item"], row["begin"] + 1, time.monotonic()
+        elif "skipped" in row:
+            self.troubles.append(f"skipped: {row['skipped']}")
+        elif row.get("ok", True) is False or row.get("outcome") == "failed" or "error" in row:
+            name = row.get("check") or row.get("test") or row.get("item")
+            self.errors.append(f"{name}: {row.get('error') or row.get('reason') or row.get('errors')}"[:300])
+        self.run.add({"stage": self.stage.name, "task": self.task.name, **row})
+
+    def poll(self) -> bool:
+        """Reads, ends what is late, starts again what crashed; whether it still runs."""
+        self.read()
+        status, now = self.popen.poll(), time.monotonic()
+        hung = self.item is not None and now - self.item_began > self.task.item_seconds
+        if status is None and now < self.deadline and not hung:
+            return True
+        self.kill()  # or what it started
+        self.read()
+        if self.partial:
+            self.line(self.partial.decode(errors="replace"))
+            self.partial = b""
+        if status is None:
+            self.lost("hung" if hung else "cut", f"{'hung' if hung else 'out of time'} after {now - self.began:.0f} s")
+            return hung and self.again()
+        if status == 0 or (status == 1 and self.errors):
+            return False
+        crashed = status < 0 or status == rows.FAILED_GPU
+        if crashed:
+            self.lost("crashed", signal.Signals(-status).name if status < 0 else "its GPU failed")
+        else:
+            self.lost("crashed", f"exit {status}: {self.last_line.strip()[:200]}")
+        return crashed and self.again()
+
+    def lost(self, how: str, reason: str) -> None:
+        """It ended before its last item: cut by its deadline, hung or crashed."""
+        reason += f" in {self.item}" if self.item else ""
+        self.troubles.append(reason)
+        self.run.add({"stage": self.stage.name, "task": self.task.name, how: reason})
+
+    def outcome(self) -> str:
+        failed = [f"{len(self.errors)} failed, first {self.errors[0]}"] if self.errors else []
+        return "; ".join([*self.troubles, *failed]) or "done"
+
+    def again(self) -> bool:
+        """Starts it once more, behind the item that ended it, if there was one and time is left."""
+        if self.item is None or self.restarts == RESTARTS or self.deadline - time.monotonic() < LEAST:
+            return False
+        self.restarts += 1
+        self.item = None
+        self.close()
+        self.start()
+        return True
+
+    def close(self) -> None:
+        if self.popen.stdout is not None:
+            self.popen.stdout.close()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for the driver for ever is left behind
+            self.popen.wait(5)
+
+
+def _die_with_parent() -> None:
+    """A killed driver takes its processes along (Linux)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+class Run:
+    """Stages in order, within `seconds` from its making; `scale` is what stages get of the seconds that they ask for."""
+
+    def __init__(self, folder: Path, seconds: float, scale: float = 1.0) -> None:
+        self.files, self.start, self.seconds, self.scale = Files(folder), time.monotonic(), seconds, scale
+        self.rows: list[dict[str, Any]] = []
+        self.outcomes: list[str] = []
+        self._last: dict[str, str] = {}
+
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.start)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.files.append("rows.jsonl", json.dumps(row) + "\n")
+
+    def log(self, stage: Stage, task: Task, text: str) -> None:
+        """Lines of several processes share a file; a head says whose they are, as tail -f does."""
+        if self._last.get(stage.log) != task.name:
+            self.files.append(stage.log, f"==> {stage.name}, {task.name} <==\n")
+            self._last[stage.log] = task.name
+        self.files.append(stage.log, text + "\n")
+
+    def stage(self, stage: Stage, reserved: float = 0.0) -> None:
+        """Runs it, leaving the reserved seconds for what comes after all stages."""
+        end = time.monotonic() + min(stage.seconds * self.scale, self.left() - reserved)
+        for group in [stage.tasks] if stage.at_once else [[task] for task in stage.tasks]:
+            processes: list[Process] = []
+            for task in group:
+                if reason := self.why_not(task, end):
+                    self.report(stage, task, f"skipped: {reason}")
+                else:
+                    deadline = min(end, time.monotonic() + task.seconds * self.scale)
+                    processes.append(Process(task, deadline, stage, self))
+            with ended(processes):
+                self.wait(stage, processes)
+
+    def why_not(self, task: Task, end: float) -> str | None:
+        if end - time.monotonic() < LEAST:
+            return "no time left"
+        missing = [program for program in task.needs if not _is_program(program)]
+        return f"no {missing[0]} on the PATH" if missing else None
+
+    def wait(self, stage: Stage, processes: list[Process]) -> None:
+        running = list(processes)
+        while running:
+            with selectors.DefaultSelector() as selector:
+                for process in running:
+                    selector.register(process.pipe, selectors.EVENT_READ)
+                selector.select(0.2)
+            time.sleep(0.02)  # a process that has ended leaves its pipe readable until it is waited for
+            for process in [process for process in running if not process.poll()]:
+                running.remove(process)
+                self.report(stage, process.task, process.outcome(), time.monotonic() - process.began)
+
+    def report(self, stage: Stage, task: Task, outcome: str, seconds: float = 0.0) -> None:
+        line = f"{stage.name}, {task.name}: {outcome}" + (f" ({seconds:.0f} s)" if seconds else "")
+        self.outcomes.append(line)
+        print(line, flush=True)
+        self.add({"stage": stage.name, "task": task.name, "result": outcome, "seconds": round(seconds, 1)})
+
+
+def _is_program(name: str) -> bool:
+    return shutil.which(name) is not None
+
+
+@contextlib.contextmanager
+def ended(processes: list[Process]) -> Iterator[None]:
+    """However this is left, none of the processes goes on."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.popen.poll() is None:
+                process.kill()
+            process.close()

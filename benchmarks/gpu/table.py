@@ -1,0 +1,112 @@
+"""The table that a run ends with: what ran, what did not and why, what was wrong, what was measured; short enough for a log."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from benchmarks.cells import group, mark, milliseconds
+from benchmarks.gpu.rows import of_kind
+
+LARGEST = 11_800  # characters
+LINES = {"wrong": 15, "failed": 15}  # at most, of each kind
+
+Rows = list[dict[str, Any]]
+
+
+def wrong(rows: Rows) -> list[str]:
+    return [f"{row['check']}: errors {row['errors']}, ran {row['ran']}" for row in of_kind(rows, "check") if not row["ok"]]
+
+
+def failed(rows: Rows) -> list[str]:
+    return [f"{row['test']}: {row.get('reason', '')}" for row in of_kind(rows, "test") if row["outcome"] == "failed"]
+
+
+def errors(rows: Rows) -> list[str]:
+    return [f"{row['stage']}, {row['item']}: {row['error']}" for row in of_kind(rows, "error")]
+
+
+def failures(rows: Rows) -> int:
+    """Of checks, tests, items and processes."""
+    return len(wrong(rows)) + len(failed(rows)) + len(errors(rows)) + sum("hung" in row or "crashed" in row for row in rows)
+
+
+def summary(rows: Rows, outcomes: list[str], seconds: float) -> str:
+    sections = [
+        head(rows, seconds),
+        [cut(outcome, 200) for outcome in outcomes],
+        counted("checks against float64 wrong", wrong(rows), len(list(of_kind(rows, "check"))), LINES["wrong"]),
+        counted("tests failed", failed(rows), len(list(of_kind(rows, "test"))), LINES["failed"]),
+        tuned(rows),
+        measured(rows),
+    ]
+    text = "\n\n".join("\n".join(section) for section in sections if section)
+    if len(text) <= LARGEST:
+        return text
+    return text[:LARGEST].rpartition("\n")[0] + "\n... and more in rows.jsonl"
+
+
+def cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def head(rows: Rows, seconds: float) -> list[str]:
+    machine = next((row["machine"] for row in of_kind(rows, "machine")), {})
+    lines = [
+        f"{machine.get('device', 'no GPU')}, "
+        + ", ".join(f"{k} {machine[k]}" for k in ("torch", "triton", "driver") if k in machine)
+    ]
+    lines += [f"{row['prepared']}: {row['how']}" for row in of_kind(rows, "prepared")]
+    compiled = [row["seconds"] for row in of_kind(rows, "compiled")]
+    lines.append(f"{seconds:.0f} s, of which {sum(compiled):.0f} s of processes compiled {len(compiled)} kernels")
+    ceilings = [f"{row['ceiling']} {rate(row)}" for row in of_kind(rows, "ceiling")]
+    return [*lines, *([f"ceilings: {', '.join(ceilings)}"] if ceilings else [])]
+
+
+def counted(what: str, bad: list[str], count: int, most: int) -> list[str]:
+    if not count:
+        return []
+    more = [f"... and {len(bad) - most} more"] if len(bad) > most else []
+    return [f"{what}: {len(bad)} of {count}", *(cut(line, 250) for line in bad[:most]), *more]
+
+
+def rate(row: dict[str, Any]) -> str:
+    if "useful_gflops" in row:
+        return f"{row['useful_gflops'] / 1e3:.1f} TFLOP/s"
+    return f"{row['useful_gbps']:.0f} GB/s"
+
+
+def share(row: dict[str, Any], ceilings: dict[str, float]) -> str:
+    """Of the ceiling of its own unit."""
+    unit = "useful_gflops" if "useful_gflops" in row else "useful_gbps"
+    return f"{row[unit] / ceilings[unit]:.0%}" if unit in ceilings else ""
+
+
+def measured(rows: Rows) -> list[str]:
+    """A line for each op, dtype and pass: ours, then how many times faster it is than each of the others."""
+    ceilings = {key: row[key] for row in of_kind(rows, "ceiling") for key in ("useful_gflops", "useful_gbps") if key in row}
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in of_kind(rows, "implementation"):
+        groups.setdefault(group(row), []).append(row)
+    lines = []
+    for key, members in groups.items():
+        cells = [f"{mark(row)} {row['speedup']:.2f}x" for row in members if "speedup" in row]
+        cells += [f"{row['implementation']} not supported" for row in members if "reason" in row]
+        for row in members:
+            if "ms" in row and "speedup" not in row:
+                of_ceiling = f" ({share(row, ceilings)} of the ceiling)" if share(row, ceilings) else ""
+                cells.insert(0, f"{mark(row)} {rate(row)}{of_ceiling}, {milliseconds(row['ms'][1])} ms")
+        lines.append(f"{', '.join(key)}: {'; '.join(cells)}")
+    return ["measured, and how many times faster ours is", *lines] if lines else []
+
+
+def tuned(rows: Rows) -> list[str]:
+    """For each line of the tables the present blocks, which come first, and the best ones."""
+    lines = []
+    timed = [row for row in of_kind(rows, "blocks") if "ms" in row]
+    for (kernel, head_dim), members in groupby(timed, lambda row: (row["kernel"], row["head_dim"])):
+        tried = list(members)
+        present, best = tried[0], min(tried, key=lambda row: row["ms"])
+        text = f"{kernel}, d {head_dim}: present {tuple(present['blocks'])} {present['ms']:.3f} ms"
+        lines.append(f"{text}, best of {len(tried)} {tuple(best['blocks'])} {best['ms']:.3f} ms")
+    return ["blocks (queries, keys, warps, stages)", *lines] if lines else []

@@ -1,0 +1,305 @@
+"""The driver for GPUs, rehearsed without one: nothing that a process does costs the rows of another."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import driver, stages, table
+from benchmarks.gpu.driver import Run, Stage, Task
+
+ROOT = Path(__file__).parents[1]
+BEGIN = "from benchmarks.gpu import rows; rows.emit(begin=0, item='one'); rows.emit(check='one', ok=True, errors=[0], ran=[]); "
+
+
+def run(tmp_path: Path, *tasks: Task, seconds: float = 60.0, at_once: bool = True) -> Run:
+    made = Run(tmp_path, seconds)
+    made.stage(Stage("stage", seconds, "stage.log", tasks, at_once))
+    return made
+
+
+def program(name: str, code: str, seconds: float = 30.0, **options) -> Task:
+    return Task(name, [sys.executable, "-c", BEGIN + code], seconds, **options)
+
+
+def outcome(made: Run, name: str) -> str:
+    (line,) = [line for line in made.outcomes if line.startswith(f"stage, {name}: ")]
+    return line.removeprefix(f"stage, {name}: ").rpartition(" (")[0]
+
+
+def test_rows_of_others_come_back(tmp_path: Path) -> None:
+    """Of processes that raise, crash, print half a row, or hang and ignore whoever asks them to stop, and of one that does not."""
+    ignoring = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    made = run(
+        tmp_path,
+        program("raises", "raise SystemExit('no luck')"),
+        program("crashes", "import ctypes; ctypes.string_at(0)"),
+        program("cut", "import os; os.write(1, b'@row {\"check\": 1'); os._exit(0)"),
+        program("hangs", f"{ignoring} time.sleep(100)", seconds=3),
+        program("works", "rows.emit(check='two', ok=True, errors=[0], ran=[])"),
+    )
+    assert outcome(made, "raises") == "exit 1: no luck in one"
+    assert outcome(made, "crashes").startswith("SIGSEGV in one")
+    assert outcome(made, "hangs") == "out of time after 3 s in one"
+    assert outcome(made, "works") == outcome(made, "cut") == "done"
+    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert written == made.rows
+    checks = [(row["task"], row["check"]) for row in written if "check" in row]
+    assert {("raises", "one"), ("hangs", "one"), ("works", "one"), ("works", "two")} <= set(checks)
+    assert "==> stage, raises <==" in (tmp_path / "stage.log").read_text()
+
+
+def test_an_item_that_kills_costs_that_item(tmp_path: Path) -> None:
+    """Another process goes on with the next, after a crash, a GPU that answers no more, and an item that takes too long."""
+    code = """
+import ctypes, os, time
+from benchmarks.gpu import rows
+for i in range(rows.first_item(), 5):
+    rows.emit(begin=i, item=f"item {i}")
+    if i == 1: ctypes.string_at(0)
+    if i == 2: os._exit(rows.FAILED_GPU)
+    if i == 3: time.sleep(100)
+    rows.emit(check=i, ok=True, errors=[0], ran=[])
+"""
+    made = run(tmp_path, Task("family", [sys.executable, "-c", code], 30, item_seconds=2))
+    assert [row["check"] for row in made.rows if "check" in row] == [0, 4]
+    assert outcome(made, "family").split("; ")[:2] == ["SIGSEGV in item 1", "its GPU failed in item 2"]
+    assert outcome(made, "family").split("; ")[2].startswith("hung after")
+    assert table.failures(made.rows) == 3
+
+
+def test_what_a_process_started_ends_with_it(tmp_path: Path) -> None:
+    code = "import subprocess, sys; p = subprocess.Popen(['sleep', '100']); rows.emit(pid=p.pid); "
+    made = run(tmp_path, program("ends", code), program("late", f"{code} p.wait()", 3))
+    pids = [row["pid"] for row in made.rows if "pid" in row]
+    assert len(pids) == 2
+    end = time.monotonic() + 5  # a signal is sent at once, and acted on soon
+    while running := [pid for pid in pids if is_running(pid)]:
+        assert time.monotonic() < end, running
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_the_limit_holds(tmp_path: Path) -> None:
+    """Stages get what is left, and are skipped if nothing is; a missing program is told, and the next task runs."""
+    start = time.monotonic()
+    made = run(
+        tmp_path,
+        program("no tool", "", needs=["no-such-tool"]),
+        program("first", "import time; time.sleep(100)", seconds=50),
+        program("second", ""),
+        seconds=5,
+        at_once=False,
+    )
+    assert time.monotonic() - start < 9
+    assert made.outcomes[0] == "stage, no tool: skipped: no no-such-tool on the PATH"
+    assert outcome(made, "first").startswith("out of time after 5 s")
+    assert made.outcomes[2] == "stage, second: skipped: no time left"
+
+
+def test_a_full_disk_costs_the_files_alone(tmp_path: Path, capsys) -> None:
+    for name in ("rows.jsonl", "stage.log"):
+        (tmp_path / name).symlink_to("/dev/full")
+    made = run(tmp_path, program("works", "print('hello')"))
+    assert [row["check"] for row in made.rows if "check" in row] == ["one"]
+    printed = capsys.readouterr().out
+    assert printed.count("files are not written any more, the run goes on: rows.jsonl: No space left on device") == 1
+    assert "stage, works: done" in printed
+
+
+def test_files_stay_small(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(driver, "LARGEST", 10_000)
+    run(tmp_path, program("talks", "print(('x' * 99 + chr(10)) * 1000)"))
+    assert (tmp_path / "stage.log").stat().st_size <= 10_000
+
+
+def test_table_is_short() -> None:
+    many = [{"test": f"tests/test_{i}.py::test", "outcome": "failed", "reason": "x" * 500} for i in range(100)]
+    speed = {"dtype": "bfloat16", "pass": "forward", "implementation": "sora_kernels", "ms": [1, 1, 1], "useful_gbps": 1.0}
+    many += [{"op": f"op {i}", **speed} for i in range(500)]
+    text = table.summary(many, ["stage, task: done"] * 50, 400)
+    assert len(text) < 12_000
+    assert "tests failed: 100 of 100" in text
+    assert text.endswith("... and more in rows.jsonl")
+
+
+def command(*arguments: str | Path, tools: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    paths = os.pathsep.join(filter(None, (str(tools or ""), os.environ["PATH"])))
+    known = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "SORA_KERNELS_BACKEND")}
+    words = [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)]
+    return subprocess.run(words, env={**known, "PATH": paths, **environment}, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["out", "--seconds", "1"], "--seconds: expected at least 10, got 1"),
+        (["out", "--seconds", "nan"], "--seconds: expected at least 10, got nan"),
+        (["out", "--stages", "smoke,speed"], "--stages: expected some of setup,smoke,"),
+        (["out", "--prepared", "nowhere"], "--prepared: nowhere has no manifest.json"),
+        (["/dev/null/out"], "OUT: /dev/null/out: Not a directory"),
+        (["prepare", "DIR", "--stages", "peers"], "--stages: expected some of smoke,capture,"),
+        (["prepare", "DIR", "--triton", "2.0"], "--triton: expected 2.0, this Python has"),
+        (["prepare", "DIR", "--python", "no-such-python"], "--python: no program 'no-such-python'"),
+        (["prepare", "/dev/null/dir"], "DIR: /dev/null/dir: Not a directory"),
+    ],
+)
+def test_bad_arguments(words: list[str], message: str) -> None:
+    done = command(*words)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_without_a_gpu(tmp_path: Path) -> None:
+    """Each stage says it in one line, and the rest goes on."""
+    done = command(tmp_path, "--stages", "smoke,capture,attention,memory,tuning")
+    lines = done.stdout.splitlines()[:5]
+    assert [line.partition(",")[0] for line in lines] == ["smoke", "capture", "attention", "memory", "tuning"]
+    assert all("skipped: torch " in line for line in lines), lines
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_without_torch(tmp_path: Path) -> None:
+    """The driver needs none, and says what its processes lack."""
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so is broken')\n")
+    done = command(tmp_path / "out", "--stages", "smoke", PYTHONPATH=str(tmp_path))
+    assert "smoke, smoke: exit 1: ImportError: libtorch.so is broken" in done.stdout
+    assert done.returncode == 1
+
+
+def test_whoever_ends_the_driver_gets_the_table(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "benchmarks.gpu", str(tmp_path), "--stages", "smoke", "--simulate", "sm90"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "rows.jsonl").exists():
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        text, _ = process.communicate()
+    assert "interrupted: the stages above are all that ran" in text
+    assert "interrupted" in (tmp_path / "summary.txt").read_text()
+
+
+# ---- the whole of it, on a simulated GPU
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory) -> Path:
+    """A folder with a compute-sanitizer and an ncu that only run what they are given."""
+    folder = tmp_path_factory.mktemp("tools")
+    for name in ("compute-sanitizer", "ncu"):
+        path = folder / name
+        path.write_text(f'#!/bin/sh\nwhile [ "$1" != "{sys.executable}" ]; do shift; done\nexec "$@"\n')
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """What `prepare` makes for the first stage."""
+    folder = tmp_path_factory.mktemp("prepared")
+    done = command("prepare", folder, "--stages", "smoke")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+SECONDS = 170
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory, tools: Path, prepared: Path) -> tuple[Path, subprocess.CompletedProcess, float]:
+    out, start = tmp_path_factory.mktemp("out"), time.monotonic()
+    words = [out, "--simulate", "sm90", "--prepared", prepared, "--seconds", SECONDS]
+    done = command(*map(str, words), tools=tools)
+    return out, done, time.monotonic() - start
+
+
+def test_every_stage_reports(rehearsal) -> None:
+    out, done, seconds = rehearsal
+    assert seconds < SECONDS + 5
+    found = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    results = {row["stage"]: row["result"] for row in found if "result" in row}
+    assert list(results) == [stage.name for stage in stages.stages()]
+
+    def of(stage: str, key: str) -> list[dict]:
+        return [row for row in found if row["stage"] == stage and key in row]
+
+    assert of("setup", "machine")[0]["machine"]["device"] == "simulated GPU"
+    assert [row["how"] for row in of("setup", "prepared")] == ["taken from the prepared folder"] * 2
+    assert len(of("smoke", "check")) >= 20 <= sum(row["ok"] for row in of("smoke", "check"))
+    assert not of("smoke", "compiled"), "a kernel that was prepared was compiled again"
+    assert {row["ceiling"] for row in of("attention", "ceiling")} == {"copy", "matmul 256"}
+    assert {row["pass"] for row in of("attention", "implementation")} == {"forward", "backward"}
+    assert {"sora_kernels (128, 128, 8, 3)", "torch varlen_attn"} <= {
+        row["implementation"] for row in of("attention", "implementation")
+    }
+    assert {"sora_kernels", "copy"} <= {row["implementation"] for row in of("memory", "implementation")}
+    assert all(of(stage, "test") for stage in ("capture", "tests", "sanitizer"))
+    assert of("tuning", "blocks")
+    assert of("profile", "profiled")
+    assert not [row for row in found if row.get("outcome") == "failed" or row.get("ok") is False or "error" in row]
+    assert not [row for row in found if "hung" in row or "crashed" in row]
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_files_and_table(rehearsal) -> None:
+    out, done, _ = rehearsal
+    files = list(out.rglob("*"))
+    assert len(files) <= 8
+    assert all(path.is_file() and path.parent == out and path.stat().st_size <= 16 << 20 for path in files)
+    text = (out / "summary.txt").read_text()
+    assert len(text) < 12_000
+    assert done.stdout.endswith(text)
+    for line in (
+        "checks against float64 wrong: 0 of",
+        "forward, d 128: present",
+        "attention, 16k, bfloat16, forward: sora_kernels",
+    ):
+        assert line in text
+
+
+INJECTED = """
+import ctypes, sys, time
+from benchmarks.gpu import child, simulated
+simulated.install()
+from benchmarks.gpu import smoke
+failures = {"raises": lambda: 1 / 0, "hangs": lambda: time.sleep(1000), "crashes": lambda: ctypes.string_at(0)}
+made = smoke.items()[:4]
+made[1] = child.Item("injected", lambda: failures[sys.argv[2]]())
+smoke.items = lambda: made
+child.main()
+"""
+
+
+def test_injected_failures(tmp_path: Path, prepared: Path, monkeypatch) -> None:
+    """In a family on the simulated GPU: its other items, and other families, are all there."""
+    monkeypatch.setenv("SIMULATED_GPU", "sm90")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    whole = [sys.executable, "-m", "benchmarks.gpu.child", "profiled"]
+    made = run(
+        tmp_path,
+        *(
+            Task(how, [sys.executable, "-c", INJECTED, "smoke", how], 100, item_seconds=20)
+            for how in ("raises", "hangs", "crashes")
+        ),
+        Task("whole", whole, 100),
+        seconds=100,
+    )
+    for how in ("raises", "hangs", "crashes"):
+        assert sum(row["task"] == how for row in made.rows if "check" in row) == 3, how
+    assert sum("profiled" in row for row in made.rows) == 4
+    assert outcome(made, "raises") == "1 failed, first injected: ZeroDivisionError: division by zero"
+    assert outcome(made, "hangs").startswith("hung after")
+    assert outcome(made, "crashes") == "SIGSEGV in injected"
