@@ -4,8 +4,7 @@ Inputs so small that the work itself is next to nothing. On a GPU the clock stop
 that the figure is Python to launch; on a CPU it includes the kernel, on one thread. Ours and torch's eager counterpart alternate;
 the least of many rounds counts.
 
---triton measures Triton's share on a machine without a GPU: ops run on the Triton backend up to the driver's launch, which is left
-out.
+--triton measures Triton's share on a machine without a GPU: ops run on the Triton backend up to the driver, which does nothing.
 """
 
 from __future__ import annotations
@@ -13,17 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.bench_adaln import gated, gated_modulate, modulate
 from benchmarks.bench_rope import norm_rotate, rope_tables, rotate
+from benchmarks.gpu import simulated
 from benchmarks.race import DEVICE, ON_GPU, randn
 from sora_kernels import backends
 from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
@@ -108,36 +106,6 @@ def microseconds(functions: list[Callable[[], Any]]) -> list[float]:
     return best
 
 
-@contextmanager
-def triton_without_gpu() -> Iterator[None]:
-    """CPU tensors go to the Triton backend, as for an H100, whose kernels are compiled and looked up but not launched."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler.compiler import CompiledKernel
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    from sora_kernels import triton as room
-    from sora_kernels.triton.configs import use_architecture
-
-    class Driver:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
-        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
-
-    def call(function: str, like: torch.Tensor, *args: Any) -> None:
-        getattr(room, function)(*args)
-
-    run = JITFunction.run
-    driver.set_active(Driver())
-    with (
-        mock.patch.object(JITFunction, "run", lambda self, *args, **kwargs: run(self, *args, **{**kwargs, "warmup": True})),
-        mock.patch.object(CompiledKernel, "_init_handles"),
-        mock.patch.object(backends, "call", call),
-        use_architecture("sm90"),
-    ):
-        yield
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -145,8 +113,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.cuda.get_device_name() if ON_GPU else "Triton without a GPU" if arguments.triton else "CPU, 1 thread"
-    with triton_without_gpu() if arguments.triton else nullcontext():
-        rows = measure(device)
+    if arguments.triton:
+        simulated.launch_only("sm90")
+    rows = measure(device)
     if arguments.json:
         arguments.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
 
@@ -159,7 +128,7 @@ def measure(device: str) -> list[dict[str, Any]]:
     for op, (ours, eager) in calls().items():
         with backends.record() as seen:
             ours()
-        backend = seen[0][1] if seen else "triton"
+        backend = seen[0][1]
         with torch.no_grad():
             forward = microseconds([ours, eager])
         both = microseconds([differentiated(ours), differentiated(eager)])

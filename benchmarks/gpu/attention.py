@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def ceiling(name: str, unit: str, work: float, function: Any) -> dict[str, Any]:
     return {"ceiling": name, f"useful_{unit}": work / (1e-3 * ms[1]), "ms": ms}
 
 
-@cache
+@lru_cache(maxsize=1)
 def race(batch: str, which: str) -> Race:
     """With a row for each candidate of the forward's blocks."""
     made = bench_attention.attention(MAIN, which, batch=batch)

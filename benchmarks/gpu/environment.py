@@ -48,11 +48,9 @@ def machine() -> dict[str, Any]:
     found["driver"] = driver.strip()
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "device": properties.name, "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count, "memory_gib": properties.total_memory >> 30,
-            "l2_mib": properties.L2_cache_size >> 20, "shared_memory_kib": properties.shared_memory_per_block_optin >> 10,
-        }  # fmt: skip
+        found |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+        for name in ("multi_processor_count", "total_memory", "L2_cache_size", "shared_memory_per_block_optin"):
+            found[name] = getattr(properties, name, None)  # not every torch tells all of them
     return found
 
 

@@ -28,10 +28,11 @@ def rows(race: Any, op: str, which: str, implementation: str) -> Iterator[dict[s
 def items() -> list[Item]:
     """No compiled ones in a rehearsal, which has no GPU to compile for."""
     names = [EAGER] if REHEARSED else [EAGER, COMPILED]
-    of_ops = [(memory.race, op, name) for op in memory.OPS if "attention" not in op for name in names]
-    of_attention = [] if REHEARSED else [(attention.race, batch, FLEX) for batch in attention.BATCHES[:2]]
+    races = [(memory.race, op, names) for op in memory.OPS if "attention" not in op]
+    races += [] if REHEARSED else [(attention.race, batch, [FLEX]) for batch in attention.BATCHES[:2]]
     return [
         Item(f"{op}, {which}, {name}", partial(rows, race, op, which, name))
-        for race, op, name in of_ops + of_attention
+        for race, op, names in races
         for which in (FORWARD, BACKWARD)
+        for name in names
     ]

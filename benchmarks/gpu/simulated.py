@@ -18,7 +18,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,8 +44,14 @@ def install() -> None:
         sys.exit(f"{SIMULATED}: expected one of {', '.join(GPUS)}, got {arch!r}")
     _set_torch_cuda(arch)
     _set_triton_driver(arch)
-    _set_backends()
+    _set_backends(computed=True)
     OnCPU().__enter__()
+
+
+def launch_only(arch: str) -> None:
+    """Ops on CPU tensors launch Triton's kernels for this GPU up to the driver, and compute nothing: what a call costs the host."""
+    _set_triton_driver(arch)
+    _set_backends(computed=False)
 
 
 class OnCPU(TorchFunctionMode):
@@ -170,9 +175,9 @@ def driver_library() -> Path:
     import triton.backends.nvidia
 
     source = Path(__file__).with_name("libcuda.c")
-    folder = Path(tempfile.gettempdir()) / f"recording-libcuda-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}-{os.getuid()}"
+    folder = source.parents[2] / "build" / f"libcuda-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
     if not (folder / "libcuda.so.1").exists():
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         include = Path(triton.backends.nvidia.__path__[0]) / "include"
         part = folder / f"libcuda.{os.getpid()}"
         compiler = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O1", f"-I{include}", "-Wl,-soname,libcuda.so.1"]
@@ -196,10 +201,10 @@ def _launched_and_computed(launch: Callable[..., None], compute: Callable[..., N
     compute(*args)
 
 
-def _set_backends() -> None:
+def _set_backends(computed: bool) -> None:
     """Triton's functions launch their kernels and compute on the CPU; those of module _cuda, where it is built, only compute."""
     cpu = backends.BACKENDS["cpu"].load()
-    for name in ("triton", "cuda"):
+    for name in ("triton", "cuda") if computed else ("triton",):
         backend = backends.BACKENDS[name]
         try:
             module = backend.load()
@@ -208,10 +213,9 @@ def _set_backends() -> None:
         stand_in = ModuleType(name)
         for function in backends.FUNCTIONS:
             if hasattr(module, function):
-                run = getattr(cpu, function)
-                if name == "triton":
-                    run = functools.partial(_launched_and_computed, getattr(module, function), run)
-                setattr(stand_in, function, run)
+                launch, compute = getattr(module, function), getattr(cpu, function)
+                both = functools.partial(_launched_and_computed, launch, compute)
+                setattr(stand_in, function, compute if name == "cuda" else both if computed else launch)
         devices = ("cuda", "cpu")
         backends.BACKENDS[name] = Simulated(name, backend.module, devices, backend.dtypes, backend.max_width, stand_in)
-    backends.ORDER["cpu"] = backends.ORDER["cuda"]
+    backends.ORDER["cpu"] = backends.ORDER["cuda"] if computed else ("triton", "reference")

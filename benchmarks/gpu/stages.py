@@ -43,7 +43,8 @@ def files(*names: str) -> list[str]:
 
 def sanitizer(tool: str, cases: Sequence[str], seconds: float) -> Task:
     """Of the CUDA kernels; without torch's cache of memory, which would hide what lies outside a tensor."""
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests(*(f"tests/{case}" for case in cases))]
+    command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kernel_substring=sora", "--error-exitcode", "9"]
+    command += tests(*(f"tests/{case}" for case in cases))
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Task(tool, command, seconds, environment=environment, needs=["compute-sanitizer"])
 
