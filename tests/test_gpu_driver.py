@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.gpu import driver, stages, table
 from benchmarks.gpu.driver import Run, Stage, Task
+from benchmarks.gpu.prepared import KERNELS, unpack
 
 ROOT = Path(__file__).parents[1]
 BEGIN = "from benchmarks.gpu import rows; rows.emit(begin=0, item='one'); rows.emit(check='one', ok=True, errors=[0], ran=[]); "
@@ -214,7 +215,25 @@ def prepared(tmp_path_factory) -> Path:
     return folder
 
 
-SECONDS = 170
+def launches(tmp_path: Path, name: str, cache: Path) -> list[str]:
+    """What the first family launches, with the kernels in this cache."""
+    log = tmp_path / name
+    known = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment = {**known, "SIMULATED_GPU": "sm90", "RECORDED_LAUNCHES": str(log), "TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run(stages.child("smoke"), env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ("compiled" in done.stdout) == (name == "cold")
+    return log.read_text().splitlines()
+
+
+def test_prepared_kernels_are_launched_as_cold_ones(tmp_path: Path, prepared: Path) -> None:
+    """The same kernels, grids, threads and shared memory in the same order, and nothing is compiled."""
+    unpack(prepared / KERNELS, tmp_path / "prepared")
+    warm = launches(tmp_path, "warm", tmp_path / "prepared")
+    assert len(warm) > 50
+    assert warm == launches(tmp_path, "cold", tmp_path / "cache")
+
+
+SECONDS = 190
 
 
 @pytest.fixture(scope="module")

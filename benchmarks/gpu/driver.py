@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 LARGEST = 15 << 20  # bytes of one file
 RESTARTS = 6
 LEAST = 3.0  # seconds, without which nothing is started
+SHORTEST = 15.0  # seconds of a stage in a short run
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,10 @@ class Run:
     def left(self) -> float:
         return self.seconds - (time.monotonic() - self.start)
 
+    def scaled(self, seconds: float) -> float:
+        """Not less than a process needs to begin."""
+        return max(self.scale * seconds, min(seconds, SHORTEST))
+
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         self.files.append("rows.jsonl", json.dumps(row) + "\n")
@@ -226,14 +231,14 @@ class Run:
 
     def stage(self, stage: Stage, reserved: float = 0.0) -> None:
         """Runs it, leaving the reserved seconds for what comes after all stages."""
-        end = time.monotonic() + min(stage.seconds * self.scale, self.left() - reserved)
+        end = time.monotonic() + min(self.scaled(stage.seconds), self.left() - reserved)
         for group in [stage.tasks] if stage.at_once else [[task] for task in stage.tasks]:
             processes: list[Process] = []
             for task in group:
                 if reason := self.why_not(task, end):
                     self.report(stage, task, f"skipped: {reason}")
                 else:
-                    deadline = min(end, time.monotonic() + task.seconds * self.scale)
+                    deadline = min(end, time.monotonic() + self.scaled(task.seconds))
                     processes.append(Process(task, deadline, stage, self))
             with ended(processes):
                 self.wait(stage, processes)

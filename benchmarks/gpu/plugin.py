@@ -30,6 +30,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     global _number
     if simulated.asked():
         items[:] = [item for item in items if not any(word in item.name for word in NOT_SIMULATED)]
+        for item in items:
+            if "test_boundaries" in item.nodeid:
+                item.add_marker(pytest.mark.xfail(reason="the CPU's kernels refuse boundaries that a GPU's clamp"))
     _number = rows.first_item()
     items[:] = items[_number:]
 

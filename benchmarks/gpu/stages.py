@@ -66,7 +66,7 @@ def tasks_of_tests(words: str, seconds: float, float32: bool = True) -> list[Tas
     if float32:
         shares |= {"attention, float32": ("float32", ["attention"]), "adaln, float32": ("float32", ["adaln"])}
     return [
-        Task(name, tests("-k", " and ".join(filter(None, (share, words))), *files(*names)), seconds, item_seconds=20)
+        Task(name, tests("-k", " and ".join(filter(None, (share, words))), *files(*names)), seconds, item_seconds=40)
         for name, (share, names) in shares.items()
     ]
 
@@ -82,7 +82,7 @@ def stages(prepared: str = "") -> list[Stage]:
     return [
         Stage("setup", 240, "checks.log", [setup]),
         Stage("smoke", 35, "checks.log", [Task("smoke", child("smoke"), 35, item_seconds=15)]),
-        Stage("capture", 15, "checks.log", [Task("capture", tests(*files("gpu", "boundaries")), 15)]),
+        Stage("capture", 20, "checks.log", [Task("capture", tests(*files("gpu", "boundaries")), 20)]),
         Stage("attention", 75, "speed.log", [Task("attention", child("attention"), 75, item_seconds=20)]),
         Stage("memory", 50, "speed.log", [Task("memory", child("memory"), 50, item_seconds=15)]),
         Stage("tests", 70, "tests.log", tasks_of_tests(f"{usual} and (bfloat16 or not float16)", 70)),
