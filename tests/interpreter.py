@@ -32,6 +32,8 @@ def _patch_language_once() -> None:
         if names not in patched:
             patched.add(names)
             original(function)
+            # Triton 3.6 takes an array of one element for a number, which NumPy 2.5 no longer does.
+            tl.core.tensor.__index__ = lambda self: int(self.handle.data.squeeze())
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch
