@@ -11,6 +11,7 @@ DIVISION_ULPS = 2 - 0.5
 
 def prepare() -> None:
     _patch_language_once()
+    _take_booleans()
     _define_products()
     _define_fma()
     _define_approximations()
@@ -37,6 +38,21 @@ def _patch_language_once() -> None:
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch
+
+
+def _take_booleans() -> None:
+    """That of Triton 3.6 fails where an argument is a bool."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter._implicit_cvt
+
+    def convert(argument):
+        if isinstance(argument, bool):
+            return tl.tensor(interpreter.TensorHandle(np.array([argument]), tl.int1), tl.int1)
+        return original(argument)
+
+    interpreter._implicit_cvt = convert
 
 
 def _define_products() -> None:
