@@ -122,7 +122,9 @@ def _function(op: Any, generate_vmap_rule: bool = False, **members: Callable[...
 def autocast(*tensors: Any) -> tuple:
     """The tensors as torch's autocast, where it is on, hands them to products of matrices: in its dtype, but float64 ones."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Whether a device has autocast is a question that torch.compile of torch 2.11 cannot trace; of those it serves, meta has none.
+    available = device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
+    if not available or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

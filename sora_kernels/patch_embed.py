@@ -102,7 +102,7 @@ def unpatchify_3d(tokens: Tensor, layout: PackedLayout, *, patch_size: tuple[int
     for sample in layout.spans:
         if len(sample) != 1:
             fail(op, "layout", "one span per sample", f"a sample of {len(sample)} spans")
-        sizes += (n * p for n, p in zip(sample[0].grid, patch, strict=True))
+        sizes += [n * p for n, p in zip(sample[0].grid, patch, strict=True)]
     return _unpatchify(tokens, sizes, patch)
 
 

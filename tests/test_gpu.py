@@ -1,5 +1,6 @@
 """What only a GPU can show: nothing waits for it, calls are captured in a CUDA graph, and they run on the caller's stream."""
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from sora_kernels import backends
 from sora_kernels.adaln import gate_residual_layer_norm_modulate, layer_norm_modulate
 from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attention
 from sora_kernels.backends import use_backend
+from sora_kernels.bias_gelu import bias_gelu
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.patch_embed import patch_embed_3d, unpatchify_3d
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
@@ -20,25 +22,26 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SPANS = [[Span((4, 5, 6))], [Span.text(7), Span((1, 9, 8))], [], [Span((2, 2, 2))]]
 
 
-def block(layout: PackedLayout) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """Every op once, as in a transformer's block, and its inputs."""
-    h, d, patch = 4, 64, (1, 2, 2)
+def block(layout: PackedLayout, theta: float = 10000.0) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Every op once, as in a transformer's block, and its inputs, on the layout's device."""
+    device, h, d, patch = layout.device, 4, 64, (1, 2, 2)
     shapes = [[n * p for n, p in zip(sample[0].grid, patch, strict=True)] for sample in layout.spans if len(sample) == 1]
-    inputs = [torch.randn(16, *shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
-    single = PackedLayout([sample for sample in layout.spans if len(sample) == 1], "cuda")
-    weight, bias = torch.randn(h * d, 16, *patch, device="cuda").bfloat16(), torch.randn(h * d, device="cuda").bfloat16()
-    rows = torch.randn(single.num_frames, 3, h * d, device="cuda").bfloat16()
-    scales = torch.randn(2, d, device="cuda").bfloat16()
+    inputs = [torch.randn(16, *shape, device=device, dtype=torch.bfloat16) for shape in shapes]
+    single = PackedLayout([sample for sample in layout.spans if len(sample) == 1], device)
+    weight, bias = torch.randn(h * d, 16, *patch, device=device).bfloat16(), torch.randn(h * d, device=device).bfloat16()
+    rows = torch.randn(single.num_frames, 3, h * d, device=device).bfloat16()
+    scales = torch.randn(2, d, device=device).bfloat16()
 
     def run(weight: Tensor, rows: Tensor, scales: Tensor, *videos: Tensor) -> Tensor:
         x, _ = patch_embed_3d(videos, weight, bias, patch_size=patch)
         shift, scale, gate = rows.unbind(1)
         y = layer_norm_modulate(x, shift, scale, single.cu_frames)
-        q = rope_3d(y.unflatten(-1, (h, d)), single)
-        q, k = qk_norm_rope_3d(q, q, *scales.unbind(0), single)
+        q = rope_3d(y.unflatten(-1, (h, d)), single, theta=theta)
+        q, k = qk_norm_rope_3d(q, q, *scales.unbind(0), single, theta=theta)
         out = flash_attn_varlen_func(q, k, q, single.cu_seqlens, single.cu_seqlens)
         out = spatiotemporal_attention(out, k, q, single, window=(1, 3, 3))
-        x, y = gate_residual_layer_norm_modulate(x, out.flatten(1), gate, shift, scale, single.cu_frames)
+        out = bias_gelu(out.flatten(1), bias)
+        x, y = gate_residual_layer_norm_modulate(x, out, gate, shift, scale, single.cu_frames)
         return torch.cat([video.flatten() for video in unpatchify_3d(x + y, single, patch_size=patch)])
 
     return run, [x.requires_grad_() for x in (weight, rows, scales, *inputs)]
@@ -52,7 +55,7 @@ def step(run: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
 @pytest.fixture(params=["default", "triton"])
 def every_op(request) -> tuple[Callable[..., Tensor], list[Tensor]]:
     torch.manual_seed(0)
-    made = block(PackedLayout.from_spans(SPANS))
+    made = block(PackedLayout.from_spans(SPANS, "cuda"))
     if request.param == "default":
         step(*made)  # compiled and loaded
         yield made
@@ -96,6 +99,29 @@ def test_captured_in_a_graph(every_op) -> None:
     graph.replay()
     for got, expected in zip(results, step(run, inputs), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["default", "triton"])
+def test_first_call_in_a_graph(backend: str) -> None:
+    """What calls with new arguments need, they make without the host's memory, and they keep nothing that only the graph computes:
+    the same call outside is right before the graph has run.
+    """
+    layout = PackedLayout.from_spans(SPANS, "cuda")
+    x = torch.randn(layout.num_tokens, 2, 64, device="cuda")
+    with use_backend("reference"):
+        exact = rope_3d(x, layout, theta=777.0)
+    with use_backend("triton") if backend == "triton" else contextlib.nullcontext():
+        rope_3d(x, layout)
+        step(*block(layout))  # all is compiled and loaded
+        run, inputs = block(layout, theta=777.0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = [rope_3d(x, layout, theta=777.0), *step(run, inputs)]
+        outside = [rope_3d(x, layout, theta=777.0), *step(run, inputs)]
+        graph.replay()
+    torch.testing.assert_close(outside[0], exact)
+    for got, right in zip(captured, outside, strict=True):
+        assert torch.equal(got, right)
 
 
 def test_on_the_callers_stream(every_op) -> None:

@@ -2,6 +2,8 @@
 
 import inspect
 import itertools
+import math
+from decimal import Decimal, localcontext
 from functools import partial
 
 import pytest
@@ -110,6 +112,23 @@ def test_rope(target: Target, case: str) -> None:
         {"x": slacked(target, layout.num_tokens, slack, 3, d)},
     )
     assert_zero(y[layout.num_tokens :], dx[layout.num_tokens :])
+
+
+def test_very_far(target: Target) -> None:
+    """Frequencies are so exact that at position 2**24 angles are right to 3e-7; numbers of 40 digits are the oracle."""
+    axes, thetas, position = (16, 24, 24), (1e4, 123456.7, 1.0), 2.0**24
+    layout = PackedLayout.from_spans([[Span((1, 1, 1), origin=(position, -position, position))]], target.device)
+    x = torch.stack([torch.ones(32), torch.zeros(32)], dim=-1).reshape(1, 1, 64).to(target.device, target.dtype)
+    y = ops.rope_3d(x, layout, theta=thetas, axes_dim=axes).cpu().double().reshape(32, 2)
+    tau, angles = Decimal("6.283185307179586476925286766559005768394"), []
+    with localcontext() as context:
+        context.prec = 40
+        for sign, base, channels in zip((1, -1, 1), thetas, axes, strict=True):
+            for pair in range(channels // 2):
+                angle = sign * Decimal(position) * Decimal(base) ** (Decimal(-2 * pair) / channels)
+                angles.append(float(angle % tau))
+    exact = torch.tensor([[math.cos(angle), math.sin(angle)] for angle in angles], dtype=torch.float64)
+    assert (y - exact).abs().max() < 3e-7 + torch.finfo(target.dtype).eps / 2
 
 
 def test_text_is_not_turned(target: Target) -> None:

@@ -71,11 +71,11 @@ def forward_kernel(
             mean = tl.zeros([TOKENS], tl.float32)
             centred = h
         else:
-            mean = tl.sum(h, axis=1) / D
+            mean = tl.sum(h, axis=1) * (1 / D)
             # The mean of what is left corrects the rounding of the sum: a row of one large value has that very mean.
-            mean += tl.sum(tl.where(in_row, h - mean[:, None], 0.0), axis=1) / D
+            mean += tl.sum(tl.where(in_row, h - mean[:, None], 0.0), axis=1) * (1 / D)
             centred = tl.where(in_row, h - mean[:, None], 0.0)
-        rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / D + eps)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, axis=1) * (1 / D) + eps))
         y = centred * rstd[:, None] * _load_affine(p_weight, cols, D, 1.0) + _load_affine(p_bias, cols, D, 0.0)
         y = y * (1 + _load_row(p_scale, s_scale, row, cols, inside)) + _load_row(p_shift, s_shift, row, cols, inside)
         _store_row(p_out, D, token, cols, load, tl.where(inside, y, 0.0))
@@ -116,9 +116,9 @@ def backward_kernel(
             dy = dout * factor
             a_sum += tl.sum(dout * xhat, axis=0)
             b_sum += tl.sum(dout, axis=0)
-            dnorm = dy - xhat * (tl.sum(dy * xhat, axis=1) / D)[:, None]
+            dnorm = dy - xhat * (tl.sum(dy * xhat, axis=1) * (1 / D))[:, None]
             if not RMS:
-                dnorm -= (tl.sum(dy, axis=1) / D)[:, None]
+                dnorm -= (tl.sum(dy, axis=1) * (1 / D))[:, None]
             dnorm *= rstd
             if GATE:
                 dh += dnorm

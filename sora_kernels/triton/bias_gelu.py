@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E, OPTIONS, power_of_2, stride, sum_parts
+from .common import LOG2E, OPTIONS, power_of_2, reciprocal, stride, sum_parts
 
 K = 32  # tokens of a program: writing and reading its sums is 1/24 of what it moves in bfloat16
 SLOPE: tl.constexpr = tl.constexpr(1.5957691216057308)  # 2 z = SLOPE (u + CUBIC u**3)
@@ -26,7 +26,7 @@ def _gelu(u):
     square = u * u
     inner = tl.abs(u) * (SLOPE * LOG2E + SLOPE * LOG2E * CUBIC * square)
     e = tl.exp2(-inner)
-    r = 1 / (1 + e)
+    r = reciprocal(1 + e)  # a plain division alone would double the error
     s = tl.where(u < 0, e * r, r)
     bounded = tl.where(square < 1e4, square, 1e4)  # beyond, e is 0
     return u * s, s + u * (e * r * r) * (SLOPE + 3 * SLOPE * CUBIC * bounded)

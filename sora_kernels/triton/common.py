@@ -145,6 +145,15 @@ def sum_parts(parts: Tensor, out: Tensor) -> None:
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x of a normal, finite x, to half a unit in the last place or little more: a plain division, which may be off by two, and
+    a step of Newton's. Of a whole tile, tl.div_rn would take three times the registers, as it branches.
+    """
+    r = 1 / x
+    return tl.fma(tl.fma(-x, r, 1.0), r, r)
+
+
+@triton.jit
 def tanh(x):
     """To a few ulp: from exp2, but below 0.6, where 1 - exp(-2|x|) would cancel, by a minimax fit of relative error 3e-9."""
     magnitude = tl.abs(x)

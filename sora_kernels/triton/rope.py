@@ -18,8 +18,9 @@ A program owns a run of tokens and sums its part of dweight in float32; a second
 
 from __future__ import annotations
 
-import functools
 import math
+import struct
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -39,9 +40,21 @@ def _position(p_origin, p_step, span, axis: tl.constexpr, index, used):
 
 
 @triton.jit
+def _frequency(octaves, pair, PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr):
+    """Turns per unit of position of each pair, theta**(-p/n) / 2 pi, float64, to 2e-15.
+
+    A table of them would be a copy from the host, which a graph's capture forbids, in each call, or else be kept between calls; and
+    what is allocated while a graph is captured, or while torch.compile warms one up, is memory of that graph.
+    """
+    first = tl.where(pair < PAIRS_T, 0, tl.where(pair < PAIRS_T + PAIRS_H, PAIRS_T, PAIRS_T + PAIRS_H))
+    bits = tl.where(pair < PAIRS_T, octaves[0], tl.where(pair < PAIRS_T + PAIRS_H, octaves[1], octaves[2])).to(tl.int64)
+    return tl.exp2((first - pair) * bits.to(tl.float64, bitcast=True)) * 0.15915494309189535
+
+
+@triton.jit
 def _rotation(
-    p_cu, p_grid, p_origin, p_step, p_frequency, num_spans, search_steps, token, PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr,
-    D: tl.constexpr, BLOCK_P: tl.constexpr,
+    p_cu, p_grid, p_origin, p_step, octaves, num_spans, search_steps, token, PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """cos and sin [1, TOKENS, BLOCK_P] of the tokens' angles, and whether a span has them [1, TOKENS, 1]."""
     span = find_row(p_cu, num_spans, token, search_steps)
@@ -54,7 +67,7 @@ def _rotation(
     w = _position(p_origin, p_step, span, 2, raster % width, used)
     pair = tl.arange(0, BLOCK_P)[None, :]
     position = tl.where(pair < PAIRS_T, t[:, None], tl.where(pair < PAIRS_T + PAIRS_H, h[:, None], w[:, None]))
-    turns = position * tl.load(p_frequency + pair, mask=pair < D // 2, other=0.0)
+    turns = position * _frequency(octaves, pair, PAIRS_T, PAIRS_H)
     turns = 4 * (turns - tl.floor(turns))  # quarter turns, so that these two steps are exact
     quarter = tl.floor(turns + 0.5)
     a = ((turns - quarter) * 1.5707963267948966).to(tl.float32)
@@ -134,9 +147,9 @@ def _group_mean(x, H: tl.constexpr, D: tl.constexpr, ACROSS: tl.constexpr):
     """Mean of [HEADS, TOKENS, BLOCK_P] pairs' sums over the channels of a head, or of all heads of a token."""
     total = tl.sum(x, axis=2, keep_dims=True)
     if ACROSS:
-        return tl.sum(total, axis=0, keep_dims=True) / (H * D)
+        return tl.sum(total, axis=0, keep_dims=True) * (1 / (H * D))
     else:
-        return total / D
+        return total * (1 / D)
 
 
 @triton.jit
@@ -148,25 +161,24 @@ def _groups(token, head, H: tl.constexpr, ACROSS: tl.constexpr):
         return token.to(tl.int64)[None, :, None] * H + head[:, None, None]
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_spans", "search_steps"])
+@triton.jit(do_not_specialize=["octaves_t", "octaves_h", "octaves_w", "num_tokens", "num_spans", "search_steps"])
 def forward_kernel(
-    p_x, p_weight, p_cu, p_grid, p_origin, p_step, p_frequency, p_out, p_rstd, s_token, s_head, num_tokens, num_spans, search_steps,
-    eps, H: tl.constexpr, D: tl.constexpr, PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr, INTERLEAVED: tl.constexpr,
-    INVERSE: tl.constexpr, NORM: tl.constexpr, ACROSS: tl.constexpr, DENSE: tl.constexpr, HEADS: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK_P: tl.constexpr,
+    p_x, p_weight, p_cu, p_grid, p_origin, p_step, octaves_t, octaves_h, octaves_w, p_out, p_rstd, s_token, s_head, num_tokens,
+    num_spans, search_steps, eps, H: tl.constexpr, D: tl.constexpr, PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, NORM: tl.constexpr, ACROSS: tl.constexpr, DENSE: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    octaves = octaves_t, octaves_h, octaves_w
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     row = (token < num_tokens)[None, :, None] & (head < H)[:, None, None]
     p_row = _rows(p_x, s_token, s_head, token, head, D, DENSE)
     u, v = _load_pairs(p_row, row, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)  # before the angles, which hide it
-    cos, sin, used = _rotation(
-        p_cu, p_grid, p_origin, p_step, p_frequency, num_spans, search_steps, token, PAIRS_T, PAIRS_H, D, BLOCK_P
-    )
+    cos, sin, used = _rotation(p_cu, p_grid, p_origin, p_step, octaves, num_spans, search_steps, token, PAIRS_T, PAIRS_H, BLOCK_P)
     if INVERSE:
         sin = -sin
     if NORM:
-        rstd = 1 / tl.sqrt_rn(_group_mean(u * u + v * v, H, D, ACROSS) + eps)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(_group_mean(u * u + v * v, H, D, ACROSS) + eps))
         w_u, w_v = _load_weight(p_weight, token, head, H, D, ACROSS, HEADS, TOKENS, BLOCK_P, INTERLEAVED)
         u = u * rstd * w_u
         v = v * rstd * w_v
@@ -178,14 +190,15 @@ def forward_kernel(
     _store_pairs(_rows(p_out, H * D, D, token, head, D, True), row, y_u, y_v, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_spans", "search_steps", "part"])
+@triton.jit(do_not_specialize=["octaves_t", "octaves_h", "octaves_w", "num_tokens", "num_spans", "search_steps", "part"])
 def backward_kernel(
-    p_dout, p_x, p_weight, p_rstd, p_cu, p_grid, p_origin, p_step, p_frequency, p_dx, p_parts, s_dout_token, s_dout_head, s_token,
-    s_head, num_tokens, num_spans, search_steps, part, H: tl.constexpr, D: tl.constexpr, PAIRS_T: tl.constexpr,
-    PAIRS_H: tl.constexpr, INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, DENSE_DOUT: tl.constexpr, DENSE: tl.constexpr,
-    HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_P: tl.constexpr,
+    p_dout, p_x, p_weight, p_rstd, p_cu, p_grid, p_origin, p_step, octaves_t, octaves_h, octaves_w, p_dx, p_parts, s_dout_token,
+    s_dout_head, s_token, s_head, num_tokens, num_spans, search_steps, part, H: tl.constexpr, D: tl.constexpr,
+    PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr, INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, DENSE_DOUT: tl.constexpr,
+    DENSE: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Program (run of `part` tokens, block of heads)."""
+    octaves = octaves_t, octaves_h, octaves_w
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     ROWS: tl.constexpr = HEADS if ACROSS else 1  # of the weight
     dw_u = tl.zeros([ROWS, TOKENS, BLOCK_P], tl.float32)
@@ -201,7 +214,7 @@ def backward_kernel(
         group = _groups(token, head, H, ACROSS)
         rstd = tl.load(p_rstd + group, mask=(token < num_tokens)[None, :, None] if ACROSS else row, other=0.0)
         cos, sin, used = _rotation(
-            p_cu, p_grid, p_origin, p_step, p_frequency, num_spans, search_steps, token, PAIRS_T, PAIRS_H, D, BLOCK_P
+            p_cu, p_grid, p_origin, p_step, octaves, num_spans, search_steps, token, PAIRS_T, PAIRS_H, BLOCK_P
         )
         g_u = tl.where(used, g_u, 0.0)  # of the slack all counts as zero
         g_v = tl.where(used, g_v, 0.0)
@@ -248,13 +261,12 @@ def _tile(x: Tensor, interleaved: bool, across: bool, per_thread: int) -> dict[s
     return {"HEADS": heads, "TOKENS": tokens, "BLOCK_P": block, "num_warps": threads // 32, **OPTIONS}
 
 
-@functools.lru_cache(maxsize=64)
-def _frequencies(device: torch.device, theta: tuple[float, ...], axes_dim: tuple[int, ...]) -> Tensor:
-    """Turns per unit of position of each pair, float64 [d/2]; kept, so that a call copies nothing to the device."""
-    turns = [
-        base ** (-2 * p / channels) / math.tau for base, channels in zip(theta, axes_dim, strict=True) for p in range(channels // 2)
-    ]
-    return torch.tensor(turns, dtype=torch.float64, device=device)
+def _octaves(theta: Sequence[float], axes_dim: Sequence[int]) -> list[int]:
+    """By how many octaves an axis' frequency falls from pair to pair, log2(theta) / n: float64 numbers, as the integers of their
+    bits, because Triton takes floats as float32.
+    """
+    falls = [math.log2(base) / max(channels // 2, 1) for base, channels in zip(theta, axes_dim, strict=True)]
+    return list(struct.unpack("<3q", struct.pack("<3d", *falls)))
 
 
 def _shape(x: Tensor, axes_dim, interleaved: bool, across: bool) -> dict[str, int]:
@@ -270,7 +282,7 @@ def _forward(x, weight, tables, theta, axes_dim, interleaved, inverse, across, e
     tile = _tile(x, interleaved, across, 64)
     if num_tokens and heads:
         forward_kernel[triton.cdiv(num_tokens, tile["TOKENS"]), triton.cdiv(heads, tile["HEADS"])](
-            x, weight, *tables, _frequencies(x.device, tuple(theta), tuple(axes_dim)), out, rstd, x.stride(0), x.stride(1),
+            x, weight, *tables, *_octaves(theta, axes_dim), out, rstd, x.stride(0), x.stride(1),
             num_tokens, num_spans, num_spans.bit_length(), eps,
             **_shape(x, axes_dim, interleaved, across), INVERSE=inverse, NORM=rstd is not None, DENSE=x.stride(1) == d, **tile,
         )  # fmt: skip
@@ -287,7 +299,7 @@ def _backward(dout, x, weight, rstd, tables, theta, axes_dim, interleaved, acros
     parts = None if dweight is None else dweight.new_empty((runs * blocks, dweight.shape[0]), dtype=torch.float32)
     if runs:
         backward_kernel[runs, blocks](
-            dout, x, weight, rstd, *tables, _frequencies(x.device, tuple(theta), tuple(axes_dim)), dx, parts,
+            dout, x, weight, rstd, *tables, *_octaves(theta, axes_dim), dx, parts,
             dout.stride(0), dout.stride(1), x.stride(0), x.stride(1), num_tokens, num_spans, num_spans.bit_length(), part,
             **_shape(x, axes_dim, interleaved, across), DENSE_DOUT=dout.stride(1) == d, DENSE=x.stride(1) == d, **tile,
         )  # fmt: skip
