@@ -2,9 +2,10 @@
 
     python -m benchmarks.tune [--head-dim 64 128] [--dtype bfloat16] [--kernel forward dq] [--seconds 20] [--json FILE]
 
-For each kernel, head dim and dtype it times candidates on one packed batch, those most like the present blocks first, checks that
-the result stays what it was, and prints the lines of `sora_kernels/triton/configs.py` with the fastest. Candidates that fail, such
-as those that do not fit the GPU, are passed over. FILE gets a line of JSON for every candidate as soon as it is tried.
+For each kernel, head dim and dtype it times candidates on one packed batch, those that configs.py names first, then those most like
+the present blocks, checks that the result stays what it was, and prints the lines of `sora_kernels/triton/configs.py` with the
+fastest. Candidates that fail, such as those that do not fit the GPU, are passed over. FILE gets a line of JSON for every candidate
+as soon as it is tried.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,22 @@ from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attent
 from sora_kernels.backends import use_backend
 from sora_kernels.layout import PackedLayout
 from sora_kernels.triton import configs
+from sora_kernels.triton.configs import Config
 
 LAYOUT = PackedLayout.from_grids([(16, 16, 16), (4, 32, 32), (4, 24, 24), (1, 64, 64), (1, 40, 40)])
 HEADS, WINDOW = 16, (5, 9, 9)
 BLOCKS, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3, 4)
 
 
-Config = tuple[int, int, int, int]  # queries, keys, warps, stages
-
-
-def candidates(present: Config) -> list[Config]:
-    """The present one, then those most like it, without those that give a warp too little or too much to do."""
+def candidates(present: Config, named: Sequence[Config] = ()) -> list[Config]:
+    """The present one, the named ones, then those most like it that give a warp neither too little nor too much to do."""
 
     def distance(config: Config) -> float:
         return sum(abs(math.log2(a / b)) for a, b in zip(config, present, strict=True))
 
     every = itertools.product(BLOCKS, BLOCKS, WARPS, STAGES)
-    return [present, *sorted((c for c in every if 1024 <= c[0] * c[1] / c[2] <= 4096 and c != present), key=distance)]
+    likely = sorted((c for c in every if 1024 <= c[0] * c[1] / c[2] <= 4096), key=distance)
+    return list(dict.fromkeys([present, *named, *likely]))
 
 
 def passes(kernel: str, head_dim: int, dtype: torch.dtype) -> Callable[[], list[Tensor]]:
@@ -65,12 +65,13 @@ def tune(
     kernel: str, head_dim: int, dtype: torch.dtype, seconds: float, record: Callable[[dict[str, Any]], None]
 ) -> tuple[Config, float]:
     """The fastest candidate and its milliseconds; each that is tried is recorded, with its time or its error."""
-    table = configs.CONFIGS[kernel][configs.architecture(torch.device("cuda", 0))]
+    arch = configs.architecture(torch.device("cuda", 0))
+    table = configs.CONFIGS[kernel][arch]
     key = (head_dim, torch.empty(0, dtype=dtype).element_size())
     best, stop = (table[key], float("inf")), time.monotonic() + seconds
     run = passes(kernel, head_dim, dtype)
     expected: list[Tensor] = []
-    for candidate in candidates(table[key]):
+    for candidate in candidates(table[key], configs.CANDIDATES.get((kernel, arch), {}).get(key, ())):
         if time.monotonic() > stop:
             break
         table[key] = candidate
