@@ -9,6 +9,7 @@ import sora_kernels.triton as room
 from sora_kernels import backends, info
 from sora_kernels.report import ARCHS
 from sora_kernels.triton import configs, devices
+from sora_kernels.triton.common import input_precision
 
 NVIDIA = [
     ((8, 0), 163, "sm80"), ((8, 6), 99, "sm80"), ((8, 7), 163, "sm80"), ((8, 9), 99, "sm80"), ((9, 0), 227, "sm90"),
@@ -134,3 +135,11 @@ def test_nothing_is_refused_without_a_gpu_or_where_triton_interprets(present, mo
     present(capability=(7, 5), kib=64)
     configs.knobs.runtime.interpret = True
     assert room.unavailable() is None
+
+
+def test_float32_is_never_rounded_to_tf32_on_amd(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert input_precision(torch.float32) == "tf32"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert input_precision(torch.float32) == "ieee"
