@@ -1,8 +1,8 @@
 """Attention at every head dim and size of dtype that the tables of configs.py have, compiled for one of them; run as a program
 where Triton does not interpret: `python compiled_tables.py sm90`.
 
-Prints JSON: a list of the kernels, each with its `head_dim` and `dtype`; float32 also in TF32, for which operands go through more
-shared memory. Patch embedding is among them, head dim 0, with patches that make its blocks the largest.
+Prints JSON: a list of the kernels, each with its `head_dim` and `dtype`; for NVIDIA's float32 also in TF32, whose operands go through
+more shared memory. Patch embedding is among them, head dim 0, with patches that make its blocks the largest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def attention(arch: str) -> list[dict[str, Any]]:
     rows = []
     for head_dim, itemsize in sorted({key for tables in CONFIGS.values() for key in tables[arch]}):
         dtype = torch.bfloat16 if itemsize == 2 else torch.float32
-        for precision in ["ieee", "tf32"] if itemsize == 4 else ["ieee"]:
+        for precision in ["ieee", "tf32"] if itemsize == 4 and arch.startswith("sm") else ["ieee"]:
             torch.backends.cuda.matmul.fp32_precision = precision
             for kernels in triton_kernels(dtype, head_dim, arch, "attention").values():
                 rows += [{"head_dim": head_dim, "dtype": str(dtype), **asdict(kernel)} for kernel in kernels]
