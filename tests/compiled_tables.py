@@ -1,7 +1,7 @@
 """Attention at every head dim and size of dtype that the tables of configs.py have, compiled for one of them; run as a program
 where Triton does not interpret: `python compiled_tables.py sm90`.
 
-Prints JSON: a list of the kernels, each with its `head_dim` and `dtype`; for NVIDIA's float32 also in TF32, whose operands go through
+Prints JSON: a list of the kernels, each with its `head_dim` and `dtype`; for NVIDIA's float32 also in TF32, whose operands take
 more shared memory. Patch embedding is among them, head dim 0, with patches that make its blocks the largest.
 """
 

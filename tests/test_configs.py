@@ -138,8 +138,12 @@ def test_nothing_is_refused_without_a_gpu_or_where_triton_interprets(present, mo
 
 
 def test_float32_is_never_rounded_to_tf32_on_amd(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    monkeypatch.setattr(torch.version, "hip", None)
-    assert input_precision(torch.float32) == "tf32"
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert input_precision(torch.float32) == "ieee"
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        monkeypatch.setattr(torch.version, "hip", None)
+        assert input_precision(torch.float32) == "tf32"
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert input_precision(torch.float32) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
