@@ -2,9 +2,9 @@
 
     python -m benchmarks.tune [--head-dim 64 128] [--dtype bfloat16] [--kernel forward dq] [--candidates 20]
 
-For each kernel, head dim and dtype it times candidates on one packed batch, those most like the present blocks first, checks that
-the result stays what it was, and prints the lines of `sora_kernels/triton/configs.py` with the fastest. Candidates that fail, such
-as those that do not fit the GPU, are passed over.
+For each kernel, head dim and dtype it times candidates on one packed batch, those that configs.py names first, then those most like
+the present blocks. It checks that the result stays what it was, and prints the lines of `sora_kernels/triton/configs.py` with the
+fastest. Candidates that fail, such as those that do not fit the GPU, are passed over.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attent
 from sora_kernels.backends import use_backend
 from sora_kernels.layout import PackedLayout
 from sora_kernels.triton import configs
+from sora_kernels.triton.configs import Config
 
 GRIDS = [(1, 16, 16)] if REHEARSED else [(16, 16, 16), (4, 32, 32), (4, 24, 24), (1, 64, 64), (1, 40, 40)]
 HEADS, WINDOW = 16, (5, 9, 9)
 BLOCKS, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3, 4)
 
-Config = tuple[int, int, int, int]  # queries, keys, warps, stages
+def architecture() -> str:
+    return configs.architecture(torch.device("cuda", 0))
 
 
 def table_of(kernel: str) -> configs.Table:
-    return configs.CONFIGS[kernel][configs.architecture(torch.device("cuda", 0))]
+    return configs.CONFIGS[kernel][architecture()]
 
 
 def key_of(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -54,15 +56,20 @@ def blocks(kernel: str, head_dim: int, dtype: torch.dtype, config: Config) -> It
 
 
 def candidates(kernel: str, head_dim: int, dtype: torch.dtype, count: int) -> list[Config]:
-    """The present one, then those most like it, without those that give a warp too little or too much to do."""
+    """The present one, the named ones, then those most like it that give a warp neither too little nor too much to do."""
     present = table_of(kernel)[key_of(kernel, head_dim, dtype)]
 
     def distance(config: Config) -> float:
         return sum(abs(math.log2(a / b)) for a, b in zip(config, present, strict=True))
 
     every = itertools.product(BLOCKS, BLOCKS, WARPS, STAGES)
-    others = sorted((c for c in every if 1024 <= c[0] * c[1] / c[2] <= 4096 and c != present), key=distance)
-    return [present, *others][:count]
+    likely = sorted((c for c in every if 1024 <= c[0] * c[1] / c[2] <= 4096), key=distance)
+    return list(dict.fromkeys([present, *named(kernel, head_dim, dtype), *likely]))[:count]
+
+
+def named(kernel: str, head_dim: int, dtype: torch.dtype) -> list[Config]:
+    """Those that configs.py wants measured first."""
+    return configs.CANDIDATES.get((kernel, architecture()), {}).get(key_of(kernel, head_dim, dtype), [])
 
 
 @lru_cache(maxsize=2)
@@ -105,7 +112,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not ON_GPU:
         parser.error("needs a GPU")
-    print(f"{torch.cuda.get_device_name()}, table {configs.architecture(torch.device('cuda', 0))}")
+    print(f"{torch.cuda.get_device_name()}, table {architecture()}")
     for kernel, head_dim, name in itertools.product(arguments.kernel, arguments.head_dim, arguments.dtype):
         dtype = getattr(torch, name)
         times: dict[Config, float] = {}

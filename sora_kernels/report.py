@@ -36,10 +36,11 @@ ARCHS: dict[str, tuple[tuple, int]] = {
     "sm90": (("cuda", 90, 32), 227),
     "sm100": (("cuda", 100, 32), 227),
     "gfx942": (("hip", "gfx942", 64), 64),
+    "gfx1100": (("hip", "gfx1100", 32), 64),
 }
 # bfloat16 TFLOP/s without sparsity and TB/s of the vendors' data sheets (SXM parts).
 GPUS = {"A100": (312, 2.04), "H100": (989, 3.35), "H200": (989, 4.8), "B200": (2250, 8.0), "MI300X": (1307, 5.3)}
-TENSOR_CORE = r"wgmma\.mma_async|tcgen05\.mma\.|\bmma\.sync|v_mfma_\w+"
+TENSOR_CORE = r"wgmma\.mma_async|tcgen05\.mma\.|\bmma\.sync|v_mfma_\w+|v_wmma_\w+"
 TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
     torch.int64: "i64",
@@ -161,12 +162,14 @@ def resource_usage(binary: Path) -> dict[tuple[str, str], dict[str, int]]:
     return usage
 
 
-def triton_kernels(dtype: torch.dtype, head_dim: int, arch: str) -> dict[str, list[Kernel]]:
-    """The Triton kernels of every work, by op, compiled for an architecture."""
+def triton_kernels(dtype: torch.dtype, head_dim: int, arch: str, word: str = "") -> dict[str, list[Kernel]]:
+    """The Triton kernels of every work whose name has this word in it, by op, compiled for an architecture."""
     from .triton import configs
 
     result: dict[str, list[Kernel]] = {}
     for work in works(dtype, head_dim):
+        if word not in work.op:
+            continue
         with caught_launches() as launches, configs.use_architecture(arch):
             work.run()
         found = [compile_launch(*launch, arch) for launch in launches]
@@ -202,7 +205,10 @@ def function_name(mangled: str) -> str:
 
 def render(found: Iterable[Work], title: str, kernels: dict[str, dict[str, list[Kernel]]], cuda: list[Kernel]) -> str:
     """The report as Markdown: the work, then the kernels."""
+    import triton
+
     lines = ["# GPU kernels on paper", "", (__doc__ or "").split("\n\n")[1].strip(), ""]
+    lines += [f"Compiled by Triton {triton.__version__}; another version's registers and spills differ.", ""]
     lines += [f"| {title} | bytes per unit | FLOPs per unit | {' | '.join(f'{gpu}, µs' for gpu in GPUS)} |"]
     lines += ["|---|---:|---:|" + "---:|" * len(GPUS)]
     for work in found:

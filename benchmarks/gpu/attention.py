@@ -12,15 +12,10 @@ import torch
 from benchmarks import bench_attention, measure
 from benchmarks.gpu.child import Item
 from benchmarks.race import BACKWARD, DEVICE, FORWARD, MAIN, OURS, REHEARSED, Race
-from benchmarks.tune import blocks
+from benchmarks.tune import blocks, named
 
 BATCHES = ["16k", "mixed, 4 of each, d 128", "16k, d 64", "mixed, 16 of each"]
 PEERS = ["torch varlen_attn", "torch varlen_attn, cuDNN", "SDPA per sample, cuDNN"]
-# Blocks of the forward that are measured beside those of its table: (queries, keys, warps, stages) by head dim.
-CANDIDATES = {
-    128: [(128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3)],
-    64: [(128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)],
-}
 
 
 def ceilings() -> Iterator[dict[str, Any]]:
@@ -43,11 +38,11 @@ def ceiling(name: str, unit: str, work: float, function: Any) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def race(batch: str, which: str) -> Race:
-    """With a row for each candidate of the forward's blocks."""
+    """With a row for each of the named candidates for the forward's blocks: (queries, keys, warps, stages)."""
     made = bench_attention.attention(MAIN, which, batch=batch)
     if which == FORWARD:
         head_dim = bench_attention.BATCHES[batch][2]
-        for candidate in CANDIDATES[head_dim]:
+        for candidate in named("forward", head_dim, MAIN):
             context = partial(blocks, "forward", head_dim, MAIN, candidate)
             made.implementations[f"{OURS} {candidate}"] = replace(made.implementations[OURS], context=context)
     return made
@@ -65,6 +60,6 @@ def items() -> list[Item]:
     for batch in BATCHES:
         for which in (FORWARD, BACKWARD):
             head_dim = bench_attention.BATCHES[batch][2]
-            candidates = [f"{OURS} {c}" for c in CANDIDATES[head_dim]] if which == FORWARD else []
+            candidates = [f"{OURS} {c}" for c in named("forward", head_dim, MAIN)] if which == FORWARD else []
             found += [Item(f"{batch}, {which}, {name}", partial(rows, batch, which, name)) for name in (OURS, *candidates, *PEERS)]
     return found

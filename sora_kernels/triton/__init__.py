@@ -13,6 +13,7 @@ from .adaln import (
 )
 from .attention import attention_backward, attention_forward
 from .bias_gelu import bias_gelu_backward, bias_gelu_forward
+from .configs import unavailable
 from .patch_embed import patch_embed_3d_backward, patch_embed_3d_forward, patchify_3d, unpatchify_3d
 from .rope import qk_norm_rope_3d_backward, qk_norm_rope_3d_forward, rope_3d
 from .spatiotemporal_attention import spatiotemporal_attention_backward, spatiotemporal_attention_forward
@@ -36,5 +37,6 @@ __all__ = [
     "rope_3d",
     "spatiotemporal_attention_backward",
     "spatiotemporal_attention_forward",
+    "unavailable",
     "unpatchify_3d",
 ]

@@ -20,8 +20,12 @@ def power_of_2(n: int) -> int:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """How a product of float32 is computed: as torch would. `torch.set_float32_matmul_precision` sets this attribute too."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """How a product of float32 is computed: as torch would. `torch.set_float32_matmul_precision` sets this attribute too.
+
+    On AMD's GPUs in float32 whatever it says: all but gfx942 have no TF32, and Triton raises.
+    """
+    allowed = dtype == torch.float32 and not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def stride(x: Tensor | None, dim: int = 0) -> int:

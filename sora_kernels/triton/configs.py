@@ -10,17 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from triton import knobs
 
 from .common import OPTIONS
+from .devices import fit
 
-# (queries, keys, warps, stages) by kernel, architecture, and (head dim up to this, bytes of an element). Not tuned on a GPU yet:
-# for 2-byte elements large blocks whose operands fit in shared memory and that spill nothing, but for 256 channels on sm90 and
-# sm100, where blocks without spills would be too small for their matrix units (`python -m sora_kernels.report`).
-Table = dict[tuple[int, int], tuple[int, int, int, int]]
+Config = tuple[int, int, int, int]  # queries, keys, warps, stages
+Table = dict[tuple[int, int], Config]  # by (head dim up to this, bytes of an element)
+# By kernel and architecture. Not tuned on a GPU yet: for 2-byte elements large blocks whose operands fit in shared memory and that
+# spill next to nothing, which depends on Triton's version (docs/performance.md). More spill 256 channels on sm90 and sm100, where
+# smaller blocks would not fill the matrix units, and the backward on gfx1100: its matrix instructions want whole rows of both
+# operands in registers, twice.
 CONFIGS: dict[str, dict[str, Table]] = {
     "forward": {
         "sm80": {
-            (64, 2): (128, 128, 8, 3), (128, 2): (128, 64, 8, 2), (256, 2): (64, 32, 8, 2),
+            (64, 2): (128, 64, 8, 3), (128, 2): (128, 64, 8, 2), (256, 2): (64, 32, 8, 2),
             (64, 4): (64, 32, 8, 2), (128, 4): (32, 32, 8, 2), (256, 4): (32, 16, 8, 1),
         },
         "sm90": {
@@ -34,6 +38,10 @@ CONFIGS: dict[str, dict[str, Table]] = {
         "gfx942": {
             (64, 2): (128, 64, 8, 2), (128, 2): (64, 64, 4, 1), (256, 2): (64, 32, 4, 1),
             (64, 4): (64, 64, 8, 1), (128, 4): (64, 32, 8, 1), (256, 4): (32, 16, 8, 1),
+        },
+        "gfx1100": {
+            (64, 2): (128, 32, 8, 1), (128, 2): (64, 16, 8, 1), (256, 2): (16, 16, 8, 1),
+            (64, 4): (32, 32, 16, 1), (128, 4): (32, 16, 16, 1), (256, 4): (16, 16, 16, 1),
         },
     },
     "dq": {
@@ -53,6 +61,10 @@ CONFIGS: dict[str, dict[str, Table]] = {
             (64, 2): (64, 64, 4, 1), (128, 2): (64, 32, 4, 1), (256, 2): (32, 16, 4, 1),
             (64, 4): (64, 32, 8, 1), (128, 4): (32, 32, 8, 1), (256, 4): (16, 16, 8, 1),
         },
+        "gfx1100": {
+            (64, 2): (64, 32, 8, 1), (128, 2): (32, 16, 8, 1), (256, 2): (32, 16, 16, 1),
+            (64, 4): (32, 16, 16, 1), (128, 4): (16, 16, 16, 1), (256, 4): (16, 16, 16, 1),
+        },
     },
     "dkdv": {
         "sm80": {
@@ -70,6 +82,10 @@ CONFIGS: dict[str, dict[str, Table]] = {
         "gfx942": {
             (64, 2): (32, 64, 4, 2), (128, 2): (32, 64, 4, 1), (256, 2): (16, 32, 4, 1),
             (64, 4): (32, 64, 8, 1), (128, 4): (32, 32, 8, 1), (256, 4): (16, 16, 8, 1),
+        },
+        "gfx1100": {
+            (64, 2): (16, 64, 8, 1), (128, 2): (16, 32, 8, 1), (256, 2): (16, 32, 16, 1),
+            (64, 4): (16, 32, 16, 1), (128, 4): (16, 16, 16, 1), (256, 4): (16, 16, 16, 1),
         },
     },
     # Windows: gathered rows need registers for their addresses.
@@ -90,6 +106,10 @@ CONFIGS: dict[str, dict[str, Table]] = {
             (64, 2): (128, 64, 4, 2), (128, 2): (64, 64, 4, 1), (256, 2): (64, 32, 4, 1),
             (64, 4): (64, 32, 8, 1), (128, 4): (32, 32, 8, 1), (256, 4): (32, 16, 8, 1),
         },
+        "gfx1100": {
+            (64, 2): (128, 32, 8, 1), (128, 2): (64, 16, 8, 1), (256, 2): (16, 16, 8, 1),
+            (64, 4): (32, 16, 16, 1), (128, 4): (32, 16, 16, 1), (256, 4): (16, 16, 16, 1),
+        },
     },
     "window_dq": {
         "sm80": {
@@ -107,6 +127,10 @@ CONFIGS: dict[str, dict[str, Table]] = {
         "gfx942": {
             (64, 2): (64, 64, 4, 1), (128, 2): (64, 32, 4, 1), (256, 2): (32, 16, 4, 1),
             (64, 4): (32, 32, 8, 1), (128, 4): (32, 16, 8, 1), (256, 4): (16, 16, 8, 1),
+        },
+        "gfx1100": {
+            (64, 2): (64, 32, 8, 1), (128, 2): (32, 16, 8, 1), (256, 2): (32, 16, 16, 1),
+            (64, 4): (32, 16, 16, 1), (128, 4): (16, 16, 16, 1), (256, 4): (16, 16, 16, 1),
         },
     },
     "window_dkdv": {
@@ -126,6 +150,40 @@ CONFIGS: dict[str, dict[str, Table]] = {
             (64, 2): (32, 64, 4, 1), (128, 2): (32, 64, 4, 1), (256, 2): (16, 32, 4, 1),
             (64, 4): (32, 32, 8, 1), (128, 4): (16, 32, 8, 1), (256, 4): (16, 16, 8, 1),
         },
+        "gfx1100": {
+            (64, 2): (16, 32, 8, 1), (128, 2): (16, 32, 8, 1), (256, 2): (16, 32, 16, 1),
+            (64, 4): (16, 32, 16, 1), (128, 4): (16, 16, 16, 1), (256, 4): (16, 16, 16, 1),
+        },
+    },
+}  # fmt: skip
+
+# What to measure first on a GPU, before the candidates that `benchmarks.tune` makes up. All keep the matrix units of their
+# architecture. Registers, bytes spilled and KiB of shared memory, bfloat16, on Triton 3.6 and 3.9:
+CANDIDATES: dict[tuple[str, str], dict[tuple[int, int], list[Config]]] = {
+    ("forward", "sm90"): {
+        (128, 2): [
+            (128, 128, 8, 2),  # 255, 0, 160 and 254, 0, 160: the present one, which waits for all of K's copies before QK
+            (128, 128, 8, 3),  # 255, 0, 224 and 255, 8, 224: copies have a whole iteration's time
+            (64, 64, 4, 3),  # 230, 0, 112 and 220, 0, 112: two blocks a multiprocessor
+        ],
+        (64, 2): [
+            (128, 128, 8, 3),  # 188, 0, 112 and 192, 0, 112: the present one
+            (128, 64, 8, 3),  # 128, 0, 64 and 126, 0, 64
+            (64, 64, 4, 3),  # 138, 0, 56 and 138, 0, 56
+        ],
+    },
+    ("window_dkdv", "sm90"): {
+        (128, 2): [
+            (32, 128, 8, 1),  # 255, 72, 80 and 255, 0, 80: the present one
+            (16, 128, 8, 2),  # 243, 0, 80 and 253, 0, 80: spills on neither, but `wgmma` of 16 queries runs at half its rate
+        ],
+    },
+    ("window_forward", "sm100"): {
+        (128, 2): [
+            (128, 64, 8, 2),  # 255, 128, 97 and 234, 0, 97: the present one
+            (128, 32, 8, 2),  # 247, 0, 65 and 201, 0, 65
+            (64, 64, 8, 2),  # 205, 0, 81 and 166, 0, 81
+        ],
     },
 }  # fmt: skip
 
@@ -136,16 +194,19 @@ def architecture(device: torch.device) -> str:
     """The name in the tables of the architecture that stands for this device's."""
     if _forced is not None:
         return _forced
-    return "interpreter" if device.type == "cpu" else _of_gpu(device.index)
+    if device.type == "cpu":
+        return "interpreter"
+    table, reason = fit(device.index)
+    if table is None:
+        raise RuntimeError(f"sora_kernels: no blocks of attention for GPU {device.index}: Triton backend {reason}")
+    return table
 
 
-@functools.cache
-def _of_gpu(index: int) -> str:
-    if torch.version.hip:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(index)
-    # Compute capability 12 has tensor cores and shared memory like 8.9's.
-    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm80")
+def unavailable() -> str | None:
+    """Why no kernel here can run on the present GPU. None if they can, and where they are interpreted or only compiled."""
+    if _forced is not None or knobs.runtime.interpret or not torch.cuda.is_available():
+        return None
+    return fit(torch.cuda.current_device()).reason
 
 
 def num_multiprocessors(device: torch.device) -> int:

@@ -1,0 +1,45 @@
+"""Attention at every head dim and size of dtype that the tables of configs.py have, compiled for one of them; run as a program
+where Triton does not interpret: `python compiled_tables.py sm90`.
+
+Prints JSON: a list of the kernels, each with its `head_dim` and `dtype`; for NVIDIA's float32 also in TF32, whose operands take
+more shared memory. Patch embedding is among them, head dim 0, with patches that make its blocks the largest.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from sora_kernels.patch_embed import patch_embed_3d
+from sora_kernels.report import caught_launches, compile_launch, triton_kernels
+from sora_kernels.triton.configs import CONFIGS, use_architecture
+
+
+def attention(arch: str) -> list[dict[str, Any]]:
+    rows = []
+    for head_dim, itemsize in sorted({key for tables in CONFIGS.values() for key in tables[arch]}):
+        dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+        for precision in ["ieee", "tf32"] if itemsize == 4 and arch.startswith("sm") else ["ieee"]:
+            torch.backends.cuda.matmul.fp32_precision = precision
+            for kernels in triton_kernels(dtype, head_dim, arch, "attention").values():
+                rows += [{"head_dim": head_dim, "dtype": str(dtype), **asdict(kernel)} for kernel in kernels]
+    return rows
+
+
+def patch_embedding(arch: str) -> list[dict[str, Any]]:
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        videos = [torch.empty(16, 1, 64, 64, dtype=dtype)]
+        weight = torch.empty(1152, 16, 1, 8, 8, dtype=dtype)
+        with caught_launches() as caught, use_architecture(arch):
+            patch_embed_3d(videos, weight, None, patch_size=(1, 8, 8))
+        rows += [{"head_dim": 0, "dtype": str(dtype), **asdict(compile_launch(*launch, arch))} for launch in caught]
+    return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(attention(sys.argv[1]) + patch_embedding(sys.argv[1]), default=str))
