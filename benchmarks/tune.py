@@ -31,6 +31,7 @@ GRIDS = [(1, 16, 16)] if REHEARSED else [(16, 16, 16), (4, 32, 32), (4, 24, 24),
 HEADS, WINDOW = 16, (5, 9, 9)
 BLOCKS, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3, 4)
 
+
 def architecture() -> str:
     return configs.architecture(torch.device("cuda", 0))
 

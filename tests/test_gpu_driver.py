@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[1]
 BEGIN = "from benchmarks.gpu import rows; rows.emit(begin=0, item='one'); rows.emit(check='one', ok=True, errors=[0], ran=[]); "
 
 
-def run(tmp_path: Path, *tasks: Task, seconds: float = 60.0, at_once: bool = True) -> Run:
+def run(tmp_path: Path, *tasks: Task, seconds: float = 60.0) -> Run:
     made = Run(tmp_path, seconds)
-    made.stage(Stage("stage", seconds, "stage.log", tasks, at_once))
+    made.stage(Stage("stage", seconds, "stage.log", tasks))
     return made
 
 
@@ -95,20 +95,24 @@ def is_running(pid: int) -> bool:
 
 
 def test_the_limit_holds(tmp_path: Path) -> None:
-    """Stages get what is left, and are skipped if nothing is; a missing program is told, and the next task runs."""
-    start = time.monotonic()
+    """Stages get what is left, and are skipped if nothing is."""
+    start, made = time.monotonic(), Run(tmp_path, 5)
+    for name in ("first", "second"):
+        made.stage(Stage("stage", 50, "stage.log", [program(name, "import time; time.sleep(100)", 50)]), reserved=1.0)
+    assert time.monotonic() - start < 6
+    assert outcome(made, "first").startswith("out of time after 4 s")
+    assert made.outcomes[1] == "stage, second: skipped: no time left"
+
+
+def test_what_cannot_be_started_is_told(tmp_path: Path) -> None:
     made = run(
-        tmp_path,
-        program("no tool", "", needs=["no-such-tool"]),
-        program("first", "import time; time.sleep(100)", seconds=50),
-        program("second", ""),
-        seconds=5,
-        at_once=False,
+        tmp_path, program("no tool", "", needs=["no-such-tool"]), Task("no file", ["/no/such/file"], 5), program("works", "")
     )
-    assert time.monotonic() - start < 9
-    assert made.outcomes[0] == "stage, no tool: skipped: no no-such-tool on the PATH"
-    assert outcome(made, "first").startswith("out of time after 5 s")
-    assert made.outcomes[2] == "stage, second: skipped: no time left"
+    assert made.outcomes[:2] == [
+        "stage, no tool: skipped: no no-such-tool on the PATH",
+        "stage, no file: not started: No such file or directory",
+    ]
+    assert outcome(made, "works") == "done"
 
 
 def test_a_full_disk_costs_the_files_alone(tmp_path: Path, capsys) -> None:
@@ -117,14 +121,15 @@ def test_a_full_disk_costs_the_files_alone(tmp_path: Path, capsys) -> None:
     made = run(tmp_path, program("works", "print('hello')"))
     assert [row["check"] for row in made.rows if "check" in row] == ["one"]
     printed = capsys.readouterr().out
-    assert printed.count("files are not written any more, the run goes on: rows.jsonl: No space left on device") == 1
+    assert printed.count("not written: rows.jsonl: No space left on device") == 1
     assert "stage, works: done" in printed
 
 
-def test_files_stay_small(tmp_path: Path, monkeypatch) -> None:
+def test_files_stay_small(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(driver, "LARGEST", 10_000)
     run(tmp_path, program("talks", "print(('x' * 99 + chr(10)) * 1000)"))
     assert (tmp_path / "stage.log").stat().st_size <= 10_000
+    assert capsys.readouterr().out.count("not written: stage.log is as large as it may be") == 1
 
 
 def test_table_is_short() -> None:

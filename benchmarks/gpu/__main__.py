@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.gpu import GPUS, SIMULATED, prepared, table
-from benchmarks.gpu.driver import Run
+from benchmarks.gpu.driver import Run, say
 from benchmarks.gpu.stages import stages
 
 SECONDS = 420.0  # of everything; stages get more or less of theirs in proportion
@@ -63,17 +63,18 @@ def drive(out: Path, seconds: float, folder: str, wanted: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run = Run(out, seconds, seconds / SECONDS)
     known = {stage.name: stage for stage in stages(folder)}
-    os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"
+    os.environ["PATH"] = os.pathsep.join(filter(None, (os.environ.get("PATH"), "/usr/local/cuda/bin")))
     cache = Path(tempfile.gettempdir()) / f"gpu-kernels-{os.getpid()}"  # whoever writes to it first makes it
     os.environ["TRITON_CACHE_DIR"] = str(cache)
     try:
         for name in wanted:
             run.stage(known[name], RESERVED)
     except (KeyboardInterrupt, SystemExit):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         run.outcomes.append("interrupted: the stages above are all that ran")
     text = table.summary(run.rows, run.outcomes, seconds - run.left())
     run.files.append("summary.txt", text + "\n")
-    print(text, flush=True)
+    say(text)
     shutil.rmtree(cache, ignore_errors=True)
     return int(table.failures(run.rows) > 0)
 

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from benchmarks.gpu import rows
 ROOT = Path(__file__).parents[2]
 LARGEST = 15 << 20  # bytes of one file
 RESTARTS = 6
+LONGEST_LINE = 1 << 20  # bytes
 LEAST = 3.0  # seconds, without which nothing is started
 SHORTEST = 15.0  # seconds of a stage in a short run
 
@@ -52,7 +54,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Stage:
-    """Tasks that run at once, or one after the other.
+    """Tasks that run at once.
 
     Args:
         seconds: of all of them; what is not used is left for later stages.
@@ -63,7 +65,6 @@ class Stage:
     seconds: float
     log: str
     tasks: Sequence[Task]
-    at_once: bool = True
 
 
 class Files:
@@ -71,26 +72,29 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.open: dict[str, IO[bytes] | None] = {}
-        self.sizes: dict[str, int] = {}
-        self.complaint = ""
+        self.open: dict[str, IO[bytes]] = {}
+        self.sizes: Counter[str] = Counter()
+        self.complaints: set[str] = set()
 
     def append(self, name: str, text: str) -> None:
         data = text.encode(errors="replace")
-        if self.sizes.get(name, 0) + len(data) > LARGEST:
+        if self.sizes[name] + len(data) > LARGEST:
+            self.complain(f"{name} is as large as it may be")
             return
         try:
             if name not in self.open:
                 self.open[name] = open(self.folder / name, "ab", buffering=0)  # noqa: SIM115
-            file = self.open[name]
-            if file is not None:
-                file.write(data)
+            self.open[name].write(data)
         except OSError as error:
-            if not self.complaint:
-                self.complaint = f"{name}: {error.strerror}"
-                print(f"files are not written any more, the run goes on: {self.complaint}", flush=True)
-            return
-        self.sizes[name] = self.sizes.get(name, 0) + len(data)
+            self.complain(f"{name}: {error.strerror}")
+        else:
+            self.sizes[name] += len(data)
+
+    def complain(self, reason: str) -> None:
+        """Once, and the run goes on."""
+        if reason not in self.complaints:
+            self.complaints.add(reason)
+            say(f"not written: {reason}")
 
 
 class Process:
@@ -123,6 +127,8 @@ class Process:
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self.pipe, 1 << 16):
                 *lines, self.partial = (self.partial + data).split(b"\n")
+                if len(self.partial) > LONGEST_LINE:
+                    lines, self.partial = [*lines, self.partial], b""
                 for line in lines:
                     self.line(line.decode(errors="replace"))
 
@@ -232,21 +238,23 @@ class Run:
     def stage(self, stage: Stage, reserved: float = 0.0) -> None:
         """Runs it, leaving the reserved seconds for what comes after all stages."""
         end = time.monotonic() + min(self.scaled(stage.seconds), self.left() - reserved)
-        for group in [stage.tasks] if stage.at_once else [[task] for task in stage.tasks]:
-            processes: list[Process] = []
-            for task in group:
+        processes: list[Process] = []
+        with ended(processes):
+            for task in stage.tasks:
                 if reason := self.why_not(task, end):
                     self.report(stage, task, f"skipped: {reason}")
-                else:
-                    deadline = min(end, time.monotonic() + self.scaled(task.seconds))
+                    continue
+                deadline = min(end, time.monotonic() + self.scaled(task.seconds))
+                try:
                     processes.append(Process(task, deadline, stage, self))
-            with ended(processes):
-                self.wait(stage, processes)
+                except OSError as error:  # no memory or no process left, or no such program
+                    self.report(stage, task, f"not started: {error.strerror}")
+            self.wait(stage, processes)
 
     def why_not(self, task: Task, end: float) -> str | None:
         if end - time.monotonic() < LEAST:
             return "no time left"
-        missing = [program for program in task.needs if not _is_program(program)]
+        missing = [program for program in task.needs if shutil.which(program) is None]
         return f"no {missing[0]} on the PATH" if missing else None
 
     def wait(self, stage: Stage, processes: list[Process]) -> None:
@@ -264,12 +272,14 @@ class Run:
     def report(self, stage: Stage, task: Task, outcome: str, seconds: float = 0.0) -> None:
         line = f"{stage.name}, {task.name}: {outcome}" + (f" ({seconds:.0f} s)" if seconds else "")
         self.outcomes.append(line)
-        print(line, flush=True)
+        say(line)
         self.add({"stage": stage.name, "task": task.name, "result": outcome, "seconds": round(seconds, 1)})
 
 
-def _is_program(name: str) -> bool:
-    return shutil.which(name) is not None
+def say(text: str) -> None:
+    """On the standard output, if there still is one."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 @contextlib.contextmanager

@@ -6,10 +6,10 @@ from itertools import groupby
 from typing import Any
 
 from benchmarks.cells import group, mark, milliseconds
-from benchmarks.gpu.rows import of_kind
+from benchmarks.gpu.rows import of_kind, one_line
 
 LARGEST = 11_800  # characters
-LINES = {"wrong": 15, "failed": 15}  # at most, of each kind
+LINES = 15  # at most, of what was wrong or failed
 
 Rows = list[dict[str, Any]]
 
@@ -32,14 +32,20 @@ def failures(rows: Rows) -> int:
 
 
 def summary(rows: Rows, outcomes: list[str], seconds: float) -> str:
-    sections = [
-        head(rows, seconds),
-        [cut(outcome, 200) for outcome in outcomes],
-        counted("checks against float64 wrong", wrong(rows), len(list(of_kind(rows, "check"))), LINES["wrong"]),
-        counted("tests failed", failed(rows), len(list(of_kind(rows, "test"))), LINES["failed"]),
-        tuned(rows),
-        measured(rows),
-    ]
+    """A section that a row it does not understand breaks says so; the others are there."""
+    sections = []
+    for section in (
+        lambda: head(rows, seconds),
+        lambda: [cut(outcome, 200) for outcome in outcomes],
+        lambda: counted("checks against float64 wrong", wrong(rows), len(list(of_kind(rows, "check")))),
+        lambda: counted("tests failed", failed(rows), len(list(of_kind(rows, "test")))),
+        lambda: tuned(rows),
+        lambda: measured(rows),
+    ):
+        try:
+            sections.append(section())
+        except (KeyError, TypeError, ValueError) as error:
+            sections.append([f"a part of the table is missing: {one_line(error)}"])
     text = "\n\n".join("\n".join(section) for section in sections if section)
     if len(text) <= LARGEST:
         return text
@@ -52,10 +58,8 @@ def cut(text: str, length: int) -> str:
 
 def head(rows: Rows, seconds: float) -> list[str]:
     machine = next((row["machine"] for row in of_kind(rows, "machine")), {})
-    lines = [
-        f"{machine.get('device', 'no GPU')}, "
-        + ", ".join(f"{k} {machine[k]}" for k in ("torch", "triton", "driver") if k in machine)
-    ]
+    versions = [f"{key} {machine[key]}" for key in ("torch", "triton", "driver") if machine.get(key)]
+    lines = [", ".join([machine.get("device", "no GPU"), *versions])]
     lines += [f"{row['prepared']}: {row['how']}" for row in of_kind(rows, "prepared")]
     compiled = [row["seconds"] for row in of_kind(rows, "compiled")]
     lines.append(f"{seconds:.0f} s, of which {sum(compiled):.0f} s of processes compiled {len(compiled)} kernels")
@@ -63,11 +67,11 @@ def head(rows: Rows, seconds: float) -> list[str]:
     return [*lines, *([f"ceilings: {', '.join(ceilings)}"] if ceilings else [])]
 
 
-def counted(what: str, bad: list[str], count: int, most: int) -> list[str]:
+def counted(what: str, bad: list[str], count: int) -> list[str]:
     if not count:
         return []
-    more = [f"... and {len(bad) - most} more"] if len(bad) > most else []
-    return [f"{what}: {len(bad)} of {count}", *(cut(line, 250) for line in bad[:most]), *more]
+    more = [f"... and {len(bad) - LINES} more"] if len(bad) > LINES else []
+    return [f"{what}: {len(bad)} of {count}", *(cut(line, 250) for line in bad[:LINES]), *more]
 
 
 def rate(row: dict[str, Any]) -> str:
