@@ -306,6 +306,27 @@ child.main()
 """
 
 
+UNKNOWN = """
+from benchmarks.gpu import child, simulated
+simulated.install()
+from sora_kernels import backends
+backends.BACKENDS["triton"].stand_in.unavailable = lambda: "was compiled for others"
+child.main()
+"""
+
+
+def test_a_gpu_that_nothing_knows(tmp_path: Path, monkeypatch) -> None:
+    """Each family says it in a line, and what needs no Triton runs."""
+    monkeypatch.setenv("SIMULATED_GPU", "sm90")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    families = ("smoke", "attention", "tuning", "profiled")
+    made = run(tmp_path, *(Task(name, [sys.executable, "-c", UNKNOWN, name], 100) for name in families), seconds=100)
+    assert outcome(made, "smoke") == "1 failed, first triton: RuntimeError: triton was compiled for others"
+    for name in families[1:]:
+        assert outcome(made, name) == "skipped: the Triton backend was compiled for others"
+
+
 def test_injected_failures(tmp_path: Path, prepared: Path, monkeypatch) -> None:
     """In a family on the simulated GPU: its other items, and other families, are all there."""
     monkeypatch.setenv("SIMULATED_GPU", "sm90")

@@ -14,6 +14,8 @@ from benchmarks.gpu.child import Item
 from benchmarks.race import BACKWARD, DEVICE, FORWARD, MAIN, OURS, REHEARSED, Race
 from benchmarks.tune import blocks, named
 
+NEEDS_TRITON = True
+
 BATCHES = ["16k", "mixed, 4 of each, d 128", "16k, d 64", "mixed, 16 of each"]
 PEERS = ["torch varlen_attn", "torch varlen_attn, cuDNN", "SDPA per sample, cuDNN"]
 

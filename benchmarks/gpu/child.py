@@ -1,7 +1,7 @@
 """A process of the driver: the items of one family, each in a row or more: python -m benchmarks.gpu.child FAMILY
 
-A family is a module of this package with `items()`. An item that fails costs its own rows; one after which the GPU answers nothing
-any more ends the process, and the driver starts another, which goes on with the next item.
+A family is a module of this package with `items()`, and NEEDS_TRITON if all of them do. An item that fails costs its own rows; one
+after which the GPU answers nothing any more ends the process, and the driver starts another, which goes on with the next item.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu import rows, simulated
+from sora_kernels import backends
 
 
 class Item(NamedTuple):
@@ -30,6 +31,12 @@ def why_not() -> str | None:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built without CUDA"
     return f"torch {torch.__version__} sees no GPU"
+
+
+def without_triton(function: str = "attention_forward") -> str | None:
+    """Why Triton's kernels cannot run on this GPU, such as one that nothing here knows."""
+    reason = backends.BACKENDS["triton"].unavailable(function, "cuda", torch.bfloat16)
+    return None if reason is None else f"the Triton backend {reason}"
 
 
 def usable() -> bool:
@@ -61,8 +68,12 @@ def main() -> None:
     if reason := why_not():
         rows.emit(skipped=reason)
         return
+    module = importlib.import_module(f"benchmarks.gpu.{family}")
+    if getattr(module, "NEEDS_TRITON", False) and (reason := without_triton()):
+        rows.emit(skipped=reason)
+        return
     count_compilations()
-    items: list[Item] = importlib.import_module(f"benchmarks.gpu.{family}").items()
+    items: list[Item] = module.items()
     for i in range(rows.first_item(), len(items)):
         item = items[i]
         rows.emit(begin=i, item=item.name)

@@ -44,7 +44,8 @@ def implementations(op: str) -> list[str]:
     if op == "window attention":
         return [OURS, NO_WINDOW]
     function = op if op.endswith("ify_3d") or op == "rope_3d" else f"{op}_forward"
-    twice = BACKENDS["cuda"].unavailable(function, "cuda", MAIN) is None  # else ours is Triton's already
+    # Triton's beside ours, where it can run and ours is not Triton's already.
+    twice = all(BACKENDS[name].unavailable(function, "cuda", MAIN) is None for name in ("cuda", "triton"))
     return [OURS, *([BY_TRITON] if twice else []), "copy"]
 
 

@@ -14,6 +14,8 @@ from benchmarks.bench_rope import rope
 from benchmarks.gpu.child import Item
 from benchmarks.race import BACKWARD, FORWARD, MAIN, OURS, Race
 
+NEEDS_TRITON = True
+
 
 def watched(make: Any) -> Iterator[dict[str, Any]]:
     race: Race = make()

@@ -14,6 +14,8 @@ from benchmarks.gpu.child import Item
 from benchmarks.race import MAIN
 from benchmarks.tune import Config, candidates, milliseconds
 
+NEEDS_TRITON = True
+
 COUNT = 8  # of candidates for a line of the tables
 LINES = [("forward", 128), ("dkdv", 128), ("dq", 128), ("forward", 64), ("window_forward", 128), ("dkdv", 64), ("dq", 64)]
 
