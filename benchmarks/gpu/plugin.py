@@ -15,7 +15,7 @@ from benchmarks.gpu import child, rows, simulated
 simulated.install()
 
 # What a simulated GPU cannot run: graphs, what asks torch's own build for CUDA, and tensors of many gigabytes.
-NOT_SIMULATED = ("capture", "registration", "compiled", "offsets_past")
+NOT_SIMULATED = ("in_a_graph", "registration", "compiled", "offsets_past")
 _number = 0
 
 
