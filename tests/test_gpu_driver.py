@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.gpu import driver, stages, table
 from benchmarks.gpu.driver import Run, Stage, Task
-from benchmarks.gpu.prepared import KERNELS, unpack
+from benchmarks.gpu.prepared import KERNELS, first_error, unpack
 
 ROOT = Path(__file__).parents[1]
 BEGIN = "from benchmarks.gpu import rows; rows.emit(begin=0, item='one'); rows.emit(check='one', ok=True, errors=[0], ran=[]); "
@@ -304,6 +304,13 @@ made[1] = child.Item("injected", lambda: failures[sys.argv[2]]())
 smoke.items = lambda: made
 child.main()
 """
+
+
+def test_first_error_of_a_build() -> None:
+    text = "[1/2] compile a\nFAILED: [code=127] a.o\nno-such-cc -c a.cpp\n/bin/sh: 1: no-such-cc: not found\nninja: build stopped\n"
+    assert first_error(text) == "/bin/sh: 1: no-such-cc: not found"
+    assert first_error("b.cpp:3:1: error: expected ';'\nmore") == "b.cpp:3:1: error: expected ';'"
+    assert first_error("sora_kernels: SORA_KERNELS_CUDA=1, but no nvcc\n") == "sora_kernels: SORA_KERNELS_CUDA=1, but no nvcc"
 
 
 UNKNOWN = """

@@ -63,8 +63,7 @@ def build() -> str:
     if done.returncode == 0:
         without = next((line for line in text.splitlines() if "without the CUDA kernels" in line), "")
         return without or "built here"
-    reason = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-    raise RuntimeError(f"the modules were not built: {reason}")
+    raise RuntimeError(f"the modules were not built: {prepared.first_error(text)}")
 
 
 def main() -> None:

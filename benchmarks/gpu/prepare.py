@@ -103,7 +103,7 @@ def build(arch: str) -> str | None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None
-    return f"the modules were not built: {(done.stdout + done.stderr).strip().splitlines()[-1]}"
+    return f"the modules were not built: {prepared.first_error(done.stdout + done.stderr)}"
 
 
 def patient(task: Task) -> Task:

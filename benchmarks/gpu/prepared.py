@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sysconfig
 import tarfile
@@ -57,6 +58,12 @@ def capability() -> str | None:
 
 def manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MANIFEST).read_text())
+
+
+def first_error(text: str) -> str:
+    """What a build complains of first."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if re.search(r"\berror\b|not found", line)), lines[-1] if lines else "no output")
 
 
 def place_modules(folder: Path, root: Path) -> str | None:
