@@ -167,7 +167,7 @@ def tanh(x):
     p = p * square - 0.053783830255270004
     p = p * square + 0.13331924378871918
     p = p * square - 0.33333298563957214
-    t = tl.where(magnitude < 0.6, magnitude + magnitude * (square * p), (1 - e) / (1 + e))
+    t = tl.where(magnitude < 0.6, magnitude + magnitude * (square * p), (1 - e) * reciprocal(1 + e))
     return tl.where(x < 0, -t, t)
 
 
@@ -193,7 +193,7 @@ def load_softmax(p_statistics, num_rows, row, inside):
     total = tl.load(p_statistics + num_rows + row, mask=inside, other=0.0)
     maximum = tl.load(p_statistics + row, mask=inside, other=0.0)
     empty = total == 0
-    return tl.where(empty, float("inf"), maximum), tl.where(empty, 0.0, 1 / tl.where(empty, 1.0, total))
+    return tl.where(empty, float("inf"), maximum), tl.where(empty, 0.0, reciprocal(tl.where(empty, 1.0, total)))
 
 
 @triton.jit
