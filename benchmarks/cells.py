@@ -27,6 +27,7 @@ def rate(row: dict[str, Any]) -> str:
 def mark(row: dict[str, Any]) -> str:
     """The implementation's name, and what is to be known of it."""
     notes = ["inexact"] if "inexact" in row else []
+    notes += ["by the reference"] if "reference" in row.get("backends", ()) else []
     notes += [f"host {row['host_ms']:.3g} ms"] if row.get("host_bound") else []
     return row["implementation"] + (f" ({', '.join(notes)})" if notes else "")
 

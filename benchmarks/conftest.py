@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch._functorch.config
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.measure import CLOCK, NotSupported, checked, figures, row, warm
-from benchmarks.race import BACKWARD, ON_GPU, OURS, Race
+from benchmarks.race import ON_GPU, OURS, Race
 from sora_kernels import backends
 
 _skipped: list[dict[str, str]] = []
@@ -34,8 +33,6 @@ def measure(benchmark: BenchmarkFixture) -> Callable[..., None]:
             torch.compiler.reset()
             _race[key] = workload(*args, **kwargs)
         race = _race[key]
-        # A compiled backward that gives away what the forward kept could not differentiate the same graph again.
-        torch._functorch.config.donated_buffer = race.which != BACKWARD
         benchmark.group = ", ".join(row(race, name)[key] for key in ("op", "dtype", "pass"))
         try:
             info = checked(race, name)

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import simulated
+from benchmarks.gpu import simulated_gpu
 from sora_kernels.layout import PackedLayout
 
 OURS = "sora_kernels"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-REHEARSED = simulated.asked() is not None  # on the GPU's code paths, with few tokens, and without times that mean anything
+REHEARSED = simulated_gpu() is not None  # on the GPU's code paths, with few tokens, and without times that mean anything
 MAIN = torch.bfloat16 if ON_GPU else torch.float32
 # Images and videos of 256, 1024, 1600, 4096, 576 and 2304 tokens; on a GPU four times that, for more than its caches hold.
 GRIDS = [(1, 16, 16), (4, 16, 16), (4, 20, 20), (16, 16, 16), (1, 24, 24), (4, 24, 24)]

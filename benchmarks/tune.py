@@ -26,8 +26,9 @@ from sora_kernels.backends import use_backend
 from sora_kernels.layout import PackedLayout
 from sora_kernels.triton import configs
 from sora_kernels.triton.configs import Config
+from sora_kernels.works import TYPICAL
 
-GRIDS = [(1, 16, 16)] if REHEARSED else [(16, 16, 16), (4, 32, 32), (4, 24, 24), (1, 64, 64), (1, 40, 40)]
+GRIDS = [(1, 16, 16)] if REHEARSED else TYPICAL
 HEADS, WINDOW = 16, (5, 9, 9)
 BLOCKS, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3, 4)
 

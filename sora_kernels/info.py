@@ -15,7 +15,7 @@ from . import __version__, backends, memory
 _PACKAGES = ("torch", "triton", "flash-attn", "einops", "numpy", "diffusers", "transformers")
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -66,7 +66,7 @@ def _op_lines(device: str) -> list[str]:
 def report() -> str:
     """The text that `python -m sora_kernels.info` prints."""
     lines = [f"sora_kernels {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"]
-    lines.append(", ".join(f"{package} {_version(package)}" for package in _PACKAGES))
+    lines.append(", ".join(f"{package} {version(package)}" for package in _PACKAGES))
     lines += _cpu_lines() + _gpu_lines()
     forced = os.environ.get("SORA_KERNELS_BACKEND")
     lines.append(f"backend: forced by SORA_KERNELS_BACKEND={forced}" if forced else "backend: the first in each list that can run")

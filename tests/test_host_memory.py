@@ -13,7 +13,7 @@ from sora_kernels import backends
 from sora_kernels.layout import PackedLayout, Span
 
 aten = torch.ops.aten
-# torch.tensor of numbers; .item() and .tolist(); what has a size that depends on values.
+# torch.tensor of numbers; .item(); what has a size that depends on values. On the CPU .tolist() and .numpy() dispatch nothing.
 FORBIDDEN = (aten.lift_fresh, aten._local_scalar_dense, aten.nonzero)
 
 

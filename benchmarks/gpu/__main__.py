@@ -1,4 +1,4 @@
-"""Tests and measures everything on the GPU at hand, in one command, without network and within a limit of seconds.
+"""Tests and measures on the GPU at hand as much as a limit of seconds lets it, in one command and without network.
 
     python -m benchmarks.gpu OUT [--seconds 420] [--prepared DIR]
     python -m benchmarks.gpu prepare DIR          what can be compiled without a GPU (prepare.py)
@@ -17,12 +17,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.gpu import GPUS, SIMULATED, prepared, table
+from benchmarks.gpu import GPUS, prepared, rows, simulate, table
 from benchmarks.gpu.driver import Run, say
 from benchmarks.gpu.stages import stages
 
 SECONDS = 420.0  # of everything; stages get more or less of theirs in proportion
-RESERVED = 2.0  # for the table
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+RESERVED = 5.0  # for processes to die and for the table
 
 
 def main(words: list[str]) -> int:
@@ -38,6 +39,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="the limit of everything (default: %(default)g)")
     parser.add_argument("--prepared", type=Path, metavar="DIR", help="the folder that `prepare` filled")
     parser.add_argument("--stages", default=",".join(names), help="which of them, in the given order (default: %(default)s)")
+    parser.add_argument("--items", type=int, default=1_000_000, metavar="N", help="of each process at most, for a quick look")
     parser.add_argument("--simulate", choices=list(GPUS), help="rehearse, on a GPU that is not there")
     arguments = parser.parse_args(words)
     wanted = arguments.stages.split(",")
@@ -53,14 +55,18 @@ def main(words: list[str]) -> int:
             (arguments.out / old).unlink(missing_ok=True)
     except OSError as error:
         parser.error(f"OUT: {arguments.out}: {error.strerror}")
+    if not arguments.items >= 1:
+        parser.error(f"--items: expected at least 1, got {arguments.items}")
+    os.environ[rows.MOST] = str(arguments.items)
     if arguments.simulate:
-        os.environ[SIMULATED] = arguments.simulate
+        simulate(arguments.simulate)
     return drive(arguments.out, arguments.seconds, str(arguments.prepared.resolve() if arguments.prepared else ""), wanted)
 
 
 def drive(out: Path, seconds: float, folder: str, wanted: list[str]) -> int:
     """Runs the stages and prints the table, whatever happens to the stages and whoever ends the driver."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in ENDING:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     run = Run(out, seconds, seconds / SECONDS)
     known = {stage.name: stage for stage in stages(folder)}
     os.environ["PATH"] = os.pathsep.join(filter(None, (os.environ.get("PATH"), "/usr/local/cuda/bin")))
@@ -68,10 +74,14 @@ def drive(out: Path, seconds: float, folder: str, wanted: list[str]) -> int:
     os.environ["TRITON_CACHE_DIR"] = str(cache)
     try:
         for name in wanted:
-            run.stage(known[name], RESERVED)
+            try:
+                run.stage(known[name], RESERVED)
+            except Exception as error:  # a fault of the driver's own must not cost the stages that follow
+                run.outcomes.append(f"{name}: {rows.one_line(error)}")
     except (KeyboardInterrupt, SystemExit):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         run.outcomes.append("interrupted: the stages above are all that ran")
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
     text = table.summary(run.rows, run.outcomes, seconds - run.left())
     run.files.append("summary.txt", text + "\n")
     say(text)

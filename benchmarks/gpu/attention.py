@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks import bench_attention, measure
-from benchmarks.gpu.child import Item
+from benchmarks.gpu.child import Item, measured
 from benchmarks.race import BACKWARD, DEVICE, FORWARD, MAIN, OURS, REHEARSED, Race
 from benchmarks.tune import blocks, named
 
@@ -50,18 +50,15 @@ def race(batch: str, which: str) -> Race:
     return made
 
 
-def rows(batch: str, which: str, implementation: str) -> Iterator[dict[str, Any]]:
-    try:
-        yield measure.measured(race(batch, which), implementation)
-    except measure.NotSupported as error:
-        yield {**measure.row(race(batch, which), implementation), "reason": str(error)}
+def measure_row(batch: str, which: str, implementation: str) -> Iterator[dict[str, Any]]:
+    yield measured(race(batch, which), implementation)
 
 
 def items() -> list[Item]:
     found = [Item("ceilings", ceilings)]
     for batch in BATCHES:
-        for which in (FORWARD, BACKWARD):
-            head_dim = bench_attention.BATCHES[batch][2]
-            candidates = [f"{OURS} {c}" for c in named("forward", head_dim, MAIN)] if which == FORWARD else []
-            found += [Item(f"{batch}, {which}, {name}", partial(rows, batch, which, name)) for name in (OURS, *candidates, *PEERS)]
+        head_dim = bench_attention.BATCHES[batch][2]
+        candidates = [f"{OURS} {candidate}" for candidate in named("forward", head_dim, MAIN)]
+        for which, names in ((FORWARD, [OURS, *candidates, *PEERS]), (BACKWARD, [OURS, *PEERS])):
+            found += [Item(f"{batch}, {which}, {name}", partial(measure_row, batch, which, name)) for name in names]
     return found

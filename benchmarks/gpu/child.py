@@ -1,7 +1,8 @@
 """A process of the driver: the items of one family, each in a row or more: python -m benchmarks.gpu.child FAMILY
 
-A family is a module of this package with `items()`, and NEEDS_TRITON if all of them do. An item that fails costs its own rows; one
-after which the GPU answers nothing any more ends the process, and the driver starts another, which goes on with the next item.
+A family is a module of this package with `items()`, and NEEDS_TRITON if it is about Triton's kernels. An item that fails costs its
+own rows. One after which the GPU answers nothing any more ends the process, and the driver starts another, which goes on with the
+next item.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ import importlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from benchmarks.gpu import rows, simulated
 from sora_kernels import backends
+
+if TYPE_CHECKING:
+    from benchmarks.race import Race
 
 
 class Item(NamedTuple):
@@ -37,6 +42,18 @@ def without_triton(function: str = "attention_forward") -> str | None:
     """Why Triton's kernels cannot run on this GPU, such as one that nothing here knows."""
     reason = backends.BACKENDS["triton"].unavailable(function, "cuda", torch.bfloat16)
     return None if reason is None else f"the Triton backend {reason}"
+
+
+def measured(race: Race, name: str) -> dict[str, Any]:
+    """The row of an implementation; of a peer or of other blocks that cannot run here, the reason."""
+    from benchmarks import measure  # where the GPU has to be installed already
+
+    try:
+        return measure.measured(race, name)
+    except Exception as error:
+        if name == measure.OURS or not usable():
+            raise
+        return {**measure.row(race, name), "reason": rows.one_line(error)}
 
 
 def usable() -> bool:
@@ -74,14 +91,15 @@ def main() -> None:
         return
     count_compilations()
     items: list[Item] = module.items()
-    for i in range(rows.first_item(), len(items)):
-        item = items[i]
+    first = rows.first_item()
+    for i, item in enumerate(items[first : first + rows.most_items()], first):
         rows.emit(begin=i, item=item.name)
         start = time.perf_counter()
         try:
             for row in item.run():
                 rows.emit(**row)
         except Exception as error:
+            traceback.print_exc()
             rows.emit(error=rows.one_line(error), item=item.name)
             if not usable():
                 os._exit(rows.FAILED_GPU)

@@ -30,6 +30,12 @@ ROOT = Path(__file__).parents[2]
 LARGEST = 15 << 20  # bytes of one file
 RESTARTS = 6
 LONGEST_LINE = 1 << 20  # bytes
+CHUNKS = 16  # of 64 KiB, read from one process before it is the next one's turn
+# What a shell may have set that would make another run of it.
+UNWANTED = ("TRITON_INTERPRET", "SORA_KERNELS_BACKEND", "SORA_KERNELS_ISA")
+SIGNALS = {number.value: number.name for number in signal.Signals}
+NO_TESTS = 5  # pytest's status where the test that crashed was the last
+DYING = 3.0  # seconds that a process has to end once it is killed; one that hangs in its driver is left behind
 LEAST = 3.0  # seconds, without which nothing is started
 SHORTEST = 15.0  # seconds of a stage in a short run
 
@@ -113,8 +119,9 @@ class Process:
         self.start()
 
     def start(self) -> None:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.task.environment, rows.FIRST: str(self.next_item)}
-        self.item_began = time.monotonic()
+        environment = {name: value for name, value in os.environ.items() if name not in UNWANTED}
+        environment |= {"PYTHONUNBUFFERED": "1", **self.task.environment, rows.FIRST: str(self.next_item)}
+        self.item_began, self.killed, self.hung = time.monotonic(), 0.0, False
         self.popen = subprocess.Popen(
             [str(word) for word in self.task.command], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent, cwd=ROOT,
@@ -124,8 +131,11 @@ class Process:
         os.set_blocking(self.pipe, False)
 
     def read(self) -> None:
+        """What has come, but not for ever: others wait, and there are deadlines."""
         with contextlib.suppress(BlockingIOError):
-            while data := os.read(self.pipe, 1 << 16):
+            for _ in range(CHUNKS):
+                if not (data := os.read(self.pipe, 1 << 16)):
+                    break
                 *lines, self.partial = (self.partial + data).split(b"\n")
                 if len(self.partial) > LONGEST_LINE:
                     lines, self.partial = [*lines, self.partial], b""
@@ -149,25 +159,30 @@ class Process:
         self.run.add({"stage": self.stage.name, "task": self.task.name, **row})
 
     def poll(self) -> bool:
-        """Reads, ends what is late, starts again what crashed; whether it still runs."""
+        """Reads, kills what is late, starts again what crashed; whether it still runs."""
         self.read()
         status, now = self.popen.poll(), time.monotonic()
-        hung = self.item is not None and now - self.item_began > self.task.item_seconds
-        if status is None and now < self.deadline and not hung:
+        if status is None and not self.killed:
+            self.hung = self.item is not None and now - self.item_began > self.task.item_seconds
+            if now < self.deadline and not self.hung:
+                return True
+            self.kill()
+            self.killed = now
+        if status is None and now - self.killed < DYING:
             return True
-        self.kill()  # or what it started
+        self.kill()  # what it started
         self.read()
         if self.partial:
             self.line(self.partial.decode(errors="replace"))
             self.partial = b""
-        if status is None:
-            self.lost("hung" if hung else "cut", f"{'hung' if hung else 'out of time'} after {now - self.began:.0f} s")
-            return hung and self.again()
-        if status == 0 or (status == 1 and self.errors):
+        if self.killed:
+            self.lost("hung" if self.hung else "cut", f"{'hung' if self.hung else 'out of time'} after {now - self.began:.0f} s")
+            return self.hung and self.again()
+        if status == 0 or (status == 1 and self.errors) or (status == NO_TESTS and self.restarts):
             return False
         crashed = status < 0 or status == rows.FAILED_GPU
         if crashed:
-            self.lost("crashed", signal.Signals(-status).name if status < 0 else "its GPU failed")
+            self.lost("crashed", SIGNALS.get(-status, f"signal {-status}") if status < 0 else "its GPU failed")
         else:
             self.lost("crashed", f"exit {status}: {self.last_line.strip()[:200]}")
         return crashed and self.again()
@@ -197,14 +212,13 @@ class Process:
             self.popen.stdout.close()
 
     def kill(self) -> None:
+        """It and what it started; waits for nothing."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.popen.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for the driver for ever is left behind
-            self.popen.wait(5)
 
 
 def _die_with_parent() -> None:
-    """A killed driver takes its processes along (Linux)."""
+    """A killed driver takes the processes that it started along (Linux), but not theirs."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
@@ -247,8 +261,8 @@ class Run:
                 deadline = min(end, time.monotonic() + self.scaled(task.seconds))
                 try:
                     processes.append(Process(task, deadline, stage, self))
-                except OSError as error:  # no memory or no process left, or no such program
-                    self.report(stage, task, f"not started: {error.strerror}")
+                except (OSError, subprocess.SubprocessError) as error:  # no memory left, or no such program
+                    self.report(stage, task, f"not started: {error}")
             self.wait(stage, processes)
 
     def why_not(self, task: Task, end: float) -> str | None:
@@ -289,6 +303,5 @@ def ended(processes: list[Process]) -> Iterator[None]:
         yield
     finally:
         for process in processes:
-            if process.popen.poll() is None:
-                process.kill()
+            process.kill()
             process.close()

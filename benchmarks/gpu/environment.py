@@ -6,20 +6,23 @@ that Triton compiled ahead come from it if it was the same Triton and for this G
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu import prepared, rows, simulated
+from benchmarks.gpu import prepared, rows, simulated, simulated_gpu
+from sora_kernels.info import version
 
 ROOT = Path(__file__).parents[2]
+TAKEN = "taken from the prepared folder"
+PACKAGES = ("triton", "einops", "numpy", "pytest", "pybind11", "ninja")
 
 
 def printed(*command: str, seconds: float = 20.0) -> str:
@@ -33,17 +36,9 @@ def printed(*command: str, seconds: float = 20.0) -> str:
     return text
 
 
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
-def machine() -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "triton": version("triton"),
-    }  # fmt: skip
+def machine(_: Path | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    found |= {package: version(package) for package in PACKAGES}
     driver = printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if shutil.which("nvidia-smi") else ""
     found["driver"] = driver.strip()
     if torch.cuda.is_available():
@@ -51,36 +46,29 @@ def machine() -> dict[str, Any]:
         found |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
         for name in ("multi_processor_count", "total_memory", "L2_cache_size", "shared_memory_per_block_optin"):
             found[name] = getattr(properties, name, None)  # not every torch tells all of them
-    return found
+    return {"machine": found}
 
 
-def build() -> str:
-    """Builds the modules in place, or finds them up to date; how that went."""
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    text = done.stdout + done.stderr
-    print(text, flush=True)
-    if done.returncode == 0:
-        without = next((line for line in text.splitlines() if "without the CUDA kernels" in line), "")
-        return without or "built here"
-    raise RuntimeError(f"the modules were not built: {prepared.first_error(text)}")
+def kernels(folder: Path | None) -> dict[str, Any]:
+    reason = prepared.place_kernels(folder) if folder else "no prepared folder"
+    return {"prepared": "kernels", "how": f"{reason}; compiled when first used" if reason else TAKEN}
+
+
+def modules(folder: Path | None) -> dict[str, Any]:
+    reason = prepared.place_modules(folder, ROOT) if folder else "no prepared folder"
+    return {"prepared": "modules", "how": f"{reason}; {prepared.build(ROOT, os.environ)}" if reason else TAKEN}
 
 
 def main() -> None:
     simulated.install()
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 and sys.argv[1] else None
-    rows.emit(machine=machine())
-    steps = [("modules", lambda: prepared.place_modules(folder, ROOT)), ("kernels", lambda: prepared.place_kernels(folder))]
-    for step, place in steps:
+    for name, step in (("machine", machine), ("kernels", kernels), ("modules", modules)):
         try:
-            reason = place() if folder else "no prepared folder"
-            if reason is None:
-                rows.emit(prepared=step, how="taken from the prepared folder")
-            else:
-                rows.emit(prepared=step, how=f"{reason}; {'compiled when first used' if step == 'kernels' else build()}")
-        except (OSError, RuntimeError, ValueError) as error:
-            rows.emit(error=rows.one_line(error), item=step)
-    if not simulated.asked():
+            rows.emit(**step(folder))
+        except Exception as error:  # whatever it is, the next step may do
+            traceback.print_exc()
+            rows.emit(error=rows.one_line(error), item=name)
+    if not simulated_gpu():
         printed(sys.executable, "-m", "sora_kernels.info")
     print(f"cache of compiled kernels: {os.environ.get('TRITON_CACHE_DIR', 'the default')}", flush=True)
 

@@ -7,13 +7,12 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
-from benchmarks import measure
 from benchmarks.bench_adaln import ADALN, adaln
 from benchmarks.bench_attention import WINDOWS, window_attention
 from benchmarks.bench_bias_gelu import activation
 from benchmarks.bench_patch_embed import patch_embedding, patches
 from benchmarks.bench_rope import ROPE, rope
-from benchmarks.gpu.child import Item
+from benchmarks.gpu.child import Item, measured
 from benchmarks.race import BACKWARD, FORWARD, MAIN, OURS, Race
 from sora_kernels.backends import BACKENDS, use_backend
 
@@ -36,8 +35,8 @@ def race(op: str, which: str) -> Race:
     return made
 
 
-def rows(op: str, which: str, implementation: str) -> Iterator[dict[str, Any]]:
-    yield measure.measured(race(op, which), implementation)
+def measure_row(op: str, which: str, implementation: str) -> Iterator[dict[str, Any]]:
+    yield measured(race(op, which), implementation)
 
 
 def implementations(op: str) -> list[str]:
@@ -51,7 +50,7 @@ def implementations(op: str) -> list[str]:
 
 def items() -> list[Item]:
     return [
-        Item(f"{op}, {which}, {name}", partial(rows, op, which, name))
+        Item(f"{op}, {which}, {name}", partial(measure_row, op, which, name))
         for op in OPS
         for which in (FORWARD, BACKWARD)
         for name in implementations(op)

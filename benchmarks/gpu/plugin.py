@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from benchmarks.gpu import child, rows, simulated
+from benchmarks.gpu import child, rows, simulated, simulated_gpu
 
 simulated.install()
 
@@ -26,15 +26,16 @@ def pytest_configure() -> None:
     child.count_compilations()
 
 
+@pytest.hookimpl(trylast=True)  # when pytest has deselected what -m and -k leave out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     global _number
-    if simulated.asked():
+    if simulated_gpu():
         items[:] = [item for item in items if not any(word in item.name for word in NOT_SIMULATED)]
         for item in items:
             if "test_boundaries" in item.nodeid:
                 item.add_marker(pytest.mark.xfail(reason="the CPU's kernels refuse boundaries that a GPU's clamp"))
     _number = rows.first_item()
-    items[:] = items[_number:]
+    items[:] = items[_number : _number + rows.most_items()]
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
@@ -46,8 +47,10 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
         row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
-        if report.failed:
-            row["reason"] = " ".join(str(report.longrepr).splitlines()[-1:])[:400]
+        if report.failed:  # pytest itself shows them at its end, which may not come
+            print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
+            crash = getattr(report.longrepr, "reprcrash", None)
+            row["reason"] = " ".join((crash.message if crash else report.longreprtext).split())[:400]
         rows.emit(**row)
     if report.failed and torch.cuda.is_available() and not child.usable():
         os._exit(rows.FAILED_GPU)

@@ -11,23 +11,25 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import GPUS, SIMULATED, prepared, rows, stages
+from benchmarks.gpu import GPUS, prepared, rows, simulate, stages
 from benchmarks.gpu.driver import Run, Task
 
 ROOT = Path(__file__).parents[2]
-# The stages whose kernels are those of no other stage.
+LOGS = "logs"  # of the stages, in DIR
+# The stages left out launch only kernels that these launch, or such as are compiled by torch.
 COMPILED = ["smoke", "capture", "attention", "memory", "tests", "tuning", "float16"]
 PATIENCE = 40  # times a stage's seconds
 
 
 def main(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu prepare", description=(__doc__ or "").partition(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu prepare", description=(__doc__ or "").partition(":")[0], allow_abbrev=False
+    )
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--python", help="the Python to prepare for, with the torch and Triton that the GPU's machine has")
     parser.add_argument("--arch", default="sm90", choices=list(GPUS), help="the GPU's architecture (default: %(default)s)")
@@ -70,17 +72,17 @@ def triton_problem(wanted: str | None) -> str:
 def prepare(folder: Path, arch: str, wanted: list[str]) -> int:
     import triton
 
-    failed = 0
-    if reason := build(arch):
+    reason = build(arch)
+    failed = int(reason is not None)
+    if reason:
         print(reason, flush=True)
-        failed = 1
-    os.environ[SIMULATED] = arch
-    with tempfile.TemporaryDirectory() as scratch:
-        cache = Path(scratch) / "cache"
-        failed |= compile_all(wanted, cache, Path(scratch))
-        prepared.pack(cache, folder / prepared.KERNELS)
-    copied = {}
-    for path in sorted((ROOT / "sora_kernels").glob(f"*{prepared.suffix()}")):
+    simulate(arch)
+    with tempfile.TemporaryDirectory() as cache:
+        failed |= compile_all(wanted, Path(cache), folder / LOGS)
+        prepared.pack(Path(cache), folder / prepared.KERNELS)
+    copied: dict[str, str] = {}
+    built = [] if reason else sorted((ROOT / "sora_kernels").glob(f"*{prepared.suffix()}"))  # old ones are worse than none
+    for path in built:
         shutil.copyfile(path, folder / prepared.MODULES / path.name)
         copied[path.name] = prepared.sha256([path.read_bytes()])
     known: dict[str, Any] = {
@@ -97,24 +99,27 @@ def prepare(folder: Path, arch: str, wanted: list[str]) -> int:
 def build(arch: str) -> str | None:
     """Builds the modules in place for this Python; why that failed, if it did."""
     environment = {**os.environ, "SORA_KERNELS_CUDA": "1"}
-    if arch != "sm80":
-        environment.setdefault("SORA_KERNELS_CUDA_ARCHS", "80;90a" if arch == "sm90" else f"80;{arch.removeprefix('sm')}a")
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return None
-    return f"the modules were not built: {prepared.first_error(done.stdout + done.stderr)}"
+    if arch not in ("sm80", "sm90"):  # for which modules are built by default
+        environment.setdefault("SORA_KERNELS_CUDA_ARCHS", f"80;{arch.removeprefix('sm')}a")
+    try:
+        prepared.build(ROOT, environment)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def patient(task: Task) -> Task:
     return replace(task, seconds=PATIENCE * task.seconds, item_seconds=PATIENCE * task.item_seconds)
 
 
-def compile_all(wanted: list[str], cache: Path, scratch: Path) -> int:
+def compile_all(wanted: list[str], cache: Path, logs: Path) -> int:
     """Runs the stages in which kernels are launched; 1 if any of them did not get to its end."""
     os.environ |= {"TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    run = Run(scratch, 24 * 3600.0)
+    logs.mkdir(exist_ok=True)
+    for old in logs.iterdir():
+        old.unlink()
+    run = Run(logs, 24 * 3600.0)
     for stage in stages.stages():
         if stage.name in wanted:
             run.stage(replace(stage, seconds=PATIENCE * stage.seconds, tasks=[patient(task) for task in stage.tasks]))

@@ -14,9 +14,11 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import sysconfig
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def suffix() -> str:
 
 
 def triton_hash() -> str:
-    """Of all of Triton that decides what a kernel is compiled to."""
+    """The hash of the sources and libraries of Triton that affect compilation."""
     from triton.runtime.cache import triton_key
 
     return sha256([triton_key().encode()])
@@ -66,9 +68,26 @@ def first_error(text: str) -> str:
     return next((line for line in lines if re.search(r"\berror\b|not found", line)), lines[-1] if lines else "no output")
 
 
+def build(root: Path, environment: Mapping[str, str]) -> str:
+    """Builds the modules in place, or finds them up to date; what was left out of them. RuntimeError with the first error."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        raise RuntimeError(f"the modules were not built: {first_error(''.join(lines))}")
+    return next((line.strip() for line in lines if "without the CUDA kernels" in line), "built here")
+
+
 def place_modules(folder: Path, root: Path) -> str | None:
     """Copies the modules into the package; why not, if they do not fit."""
     known = manifest(folder)
+    if not known["modules"]:
+        return "prepared without modules"
     if known["suffix"] != suffix():
         return f"prepared for {known['suffix']}, this Python wants {suffix()}"
     if known["sources"] != sources(root):
@@ -84,7 +103,19 @@ def place_modules(folder: Path, root: Path) -> str | None:
         shutil.copyfile(folder / MODULES / name, part)
         part.chmod(0o755)
         part.replace(target)
-    return None
+    return _import_error(list(known["modules"]), root)
+
+
+def _import_error(names: list[str], root: Path) -> str | None:
+    """Why one of the modules cannot be imported here, built elsewhere as it was; those are removed then."""
+    modules = [f"sora_kernels.{name.partition('.')[0]}" for name in names]
+    command = [sys.executable, "-c", f"import torch, {', '.join(modules)}"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    for name in names:
+        (root / "sora_kernels" / name).unlink(missing_ok=True)
+    return f"cannot be imported: {first_error(done.stderr)}"
 
 
 def place_kernels(folder: Path) -> str | None:
@@ -112,8 +143,9 @@ def unpack(archive: Path, cache: Path) -> None:
     """The paths in groups become those of this folder. What is there already stays: it may be in use."""
     cache.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as tar:
-        tar.extractall(cache, [member for member in tar if not (cache / member.name).exists()], filter="data")
-    for path in cache.glob(f"*/{GROUP}*"):
+        members = [member for member in tar if not (cache / member.name).exists()]
+        tar.extractall(cache, members, filter="data")
+    for path in (cache / member.name for member in members if GROUP in member.name):
         group = json.loads(path.read_text())
         group["child_paths"] = {name: str(path.parent / name) for name in group["child_paths"]}
         path.write_text(json.dumps(group))

@@ -6,6 +6,7 @@ latest file of each GPU; a test compares.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -27,7 +28,10 @@ HEADER = """\
 def kept(out: Path, folder: Path) -> Path:
     """The file that has a run's measurements: rows of ceilings, races, blocks and checks, and the machine."""
     path = out / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the last one, of a run that was killed
+            rows.append(json.loads(line))
     machine = next((row["machine"] for row in rows if "machine" in row), {})
     if machine.get("device", NAME) == NAME:
         raise ValueError(f"{path}: expected rows of a GPU, got those of {machine.get('device', 'a machine without one')}")
@@ -42,7 +46,7 @@ def kept(out: Path, folder: Path) -> Path:
 
 def table() -> str:
     """The text between the markers."""
-    latest = {path.name.rpartition("-20")[0]: path for path in sorted(FOLDER.glob("*.json"))}
+    latest = {re.sub(r"-\d{4}-\d\d-\d\d$", "", path.stem): path for path in sorted(FOLDER.glob("*.json"))}
     if not latest:
         return "Not measured yet."
     return "\n\n".join(of_gpu(path) for path in latest.values())

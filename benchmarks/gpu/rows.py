@@ -16,7 +16,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-FIRST = "GPU_FIRST_ITEM"  # the variable that says where a process that is started again goes on
+# The variables that say where a process that is started again goes on, and how many items it runs at most.
+FIRST, MOST = "GPU_FIRST_ITEM", "GPU_MOST_ITEMS"
 FAILED_GPU = 17  # the exit status of a process whose GPU context is of no more use
 _MARK = "@row "
 _ROW = re.compile(rf"{_MARK}(\{{.*\}})$")
@@ -30,6 +31,10 @@ def emit(**row: Any) -> None:
 
 def first_item() -> int:
     return int(os.environ.get(FIRST, "0"))
+
+
+def most_items() -> int:
+    return int(os.environ.get(MOST, "1000000"))
 
 
 def one_line(error: BaseException) -> str:

@@ -27,21 +27,23 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.gpu import GPUS, NAME, SIMULATED
+from benchmarks.gpu import GPUS, NAME, SIMULATED, simulated_gpu
 from sora_kernels import backends
 
-
-def asked() -> str | None:
-    return os.environ.get(SIMULATED) or None
+_installed = False
 
 
 def install() -> None:
     """Makes the GPU that the environment asks for; nothing if it asks for none."""
-    arch = asked()
-    if arch is None or torch.cuda.is_available():
+    global _installed
+    arch = simulated_gpu()
+    if arch is None or _installed:
         return
     if arch not in GPUS:
         sys.exit(f"{SIMULATED}: expected one of {', '.join(GPUS)}, got {arch!r}")
+    if torch.cuda.is_available():
+        sys.exit(f"{SIMULATED}={arch}, but there is a GPU, which CUDA_VISIBLE_DEVICES= hides")
+    _installed = True
     _set_torch_cuda(arch)
     _set_triton_driver(arch)
     _set_backends(computed=True)
@@ -159,14 +161,10 @@ def _set_triton_driver(arch: str) -> None:
 
     driver.set_active(Driver())
 
-    from sora_kernels.triton import configs
+    from sora_kernels.triton import configs, spatiotemporal_attention
 
     configs._forced = arch  # the tensors are a CPU's, for which there is no table
-    configs._multiprocessors_of = lambda index: GPUS[arch][0]
-    configs.num_multiprocessors = lambda device: GPUS[arch][0]
-    from sora_kernels.triton import spatiotemporal_attention
-
-    spatiotemporal_attention.num_multiprocessors = configs.num_multiprocessors
+    spatiotemporal_attention.num_multiprocessors = lambda device: GPUS[arch][0]
 
 
 @functools.cache

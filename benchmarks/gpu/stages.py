@@ -66,7 +66,7 @@ def tasks_of_tests(words: str, seconds: float, float32: bool = True) -> list[Tas
     if float32:
         shares |= {"attention, float32": ("float32", ["attention"]), "adaln, float32": ("float32", ["adaln"])}
     return [
-        Task(name, tests("-k", " and ".join(filter(None, (share, words))), *files(*names)), seconds, item_seconds=40)
+        Task(name, tests("-k", " and ".join(filter(None, (share, words))), *files(*names)), seconds, 40, {"OMP_NUM_THREADS": "1"})
         for name, (share, names) in shares.items()
     ]
 

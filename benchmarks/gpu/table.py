@@ -28,7 +28,8 @@ def errors(rows: Rows) -> list[str]:
 
 def failures(rows: Rows) -> int:
     """Of checks, tests, items and processes."""
-    return len(wrong(rows)) + len(failed(rows)) + len(errors(rows)) + sum("hung" in row or "crashed" in row for row in rows)
+    ended = sum("hung" in row or "crashed" in row or str(row.get("result")).startswith("not started") for row in rows)
+    return len(wrong(rows)) + len(failed(rows)) + len(errors(rows)) + ended
 
 
 def summary(rows: Rows, outcomes: list[str], seconds: float) -> str:
@@ -39,6 +40,7 @@ def summary(rows: Rows, outcomes: list[str], seconds: float) -> str:
         lambda: [cut(outcome, 200) for outcome in outcomes],
         lambda: counted("checks against float64 wrong", wrong(rows), len(list(of_kind(rows, "check")))),
         lambda: counted("tests failed", failed(rows), len(list(of_kind(rows, "test")))),
+        lambda: counted("items failed", errors(rows), len(errors(rows))),
         lambda: tuned(rows),
         lambda: measured(rows),
     ):
@@ -63,7 +65,7 @@ def head(rows: Rows, seconds: float) -> list[str]:
     lines += [f"{row['prepared']}: {row['how']}" for row in of_kind(rows, "prepared")]
     compiled = [row["seconds"] for row in of_kind(rows, "compiled")]
     lines.append(f"{seconds:.0f} s, of which {sum(compiled):.0f} s of processes compiled {len(compiled)} kernels")
-    ceilings = [f"{row['ceiling']} {rate(row)}" for row in of_kind(rows, "ceiling")]
+    ceilings = [f"{row['ceiling']} {short_rate(row)}" for row in of_kind(rows, "ceiling")]
     return [*lines, *([f"ceilings: {', '.join(ceilings)}"] if ceilings else [])]
 
 
@@ -74,7 +76,7 @@ def counted(what: str, bad: list[str], count: int) -> list[str]:
     return [f"{what}: {len(bad)} of {count}", *(cut(line, 250) for line in bad[:LINES]), *more]
 
 
-def rate(row: dict[str, Any]) -> str:
+def short_rate(row: dict[str, Any]) -> str:
     if "useful_gflops" in row:
         return f"{row['useful_gflops'] / 1e3:.1f} TFLOP/s"
     return f"{row['useful_gbps']:.0f} GB/s"
@@ -99,18 +101,19 @@ def measured(rows: Rows) -> list[str]:
         for row in members:
             if "ms" in row and "speedup" not in row:
                 of_ceiling = f" ({share(row, ceilings)} of the ceiling)" if share(row, ceilings) else ""
-                cells.insert(0, f"{mark(row)} {rate(row)}{of_ceiling}, {milliseconds(row['ms'][1])} ms")
+                cells.insert(0, f"{mark(row)} {short_rate(row)}{of_ceiling}, {milliseconds(row['ms'][1])} ms")
         lines.append(f"{', '.join(key)}: {'; '.join(cells)}")
     return ["measured, and how many times faster ours is", *lines] if lines else []
 
 
 def tuned(rows: Rows) -> list[str]:
-    """For each line of the tables the present blocks, which come first, and the best ones."""
+    """For each line of the tables the present blocks and the best ones."""
     lines = []
-    timed = [row for row in of_kind(rows, "blocks") if "ms" in row]
-    for (kernel, head_dim), members in groupby(timed, lambda row: (row["kernel"], row["head_dim"])):
-        tried = list(members)
-        present, best = tried[0], min(tried, key=lambda row: row["ms"])
-        text = f"{kernel}, d {head_dim}: present {tuple(present['blocks'])} {present['ms']:.3f} ms"
-        lines.append(f"{text}, best of {len(tried)} {tuple(best['blocks'])} {best['ms']:.3f} ms")
+    for (kernel, head_dim), members in groupby(of_kind(rows, "blocks"), lambda row: (row["kernel"], row["head_dim"])):
+        timed = [row for row in members if "ms" in row]
+        if timed:
+            best = min(timed, key=lambda row: row["ms"])
+            present = next((f"{tuple(row['blocks'])} {row['ms']:.3f} ms" for row in timed if row["present"]), "not measured")
+            text = f"{kernel}, d {head_dim}: present {present}, best of {len(timed)}"
+            lines.append(f"{text} {tuple(best['blocks'])} {best['ms']:.3f} ms")
     return ["blocks (queries, keys, warps, stages)", *lines] if lines else []

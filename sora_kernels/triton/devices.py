@@ -50,7 +50,7 @@ def nvidia(capability: tuple[int, int], shared_memory: int, triton_version: str 
 
 
 def amd(name: str, warp_size: int) -> Fit:
-    """Of a GPU by its gcnArchName, such as "gfx942:sramecc+:xnack-". All have 64 KiB of shared memory, twice what is needed."""
+    """Of a GPU by its gcnArchName, such as "gfx942:sramecc+:xnack-". All have 64 KiB of shared memory; tests hold kernels to it."""
     arch = name.partition(":")[0]
     table = next((table for prefix, table in AMD.items() if arch.startswith(prefix)), None)
     if table is None:

@@ -265,7 +265,8 @@ def _octaves(theta: Sequence[float], axes_dim: Sequence[int]) -> list[int]:
     """By how many octaves an axis' frequency falls from pair to pair, log2(theta) / n: float64 numbers, as the integers of their
     bits, because Triton takes floats as float32.
     """
-    falls = [math.log2(base) / max(channels // 2, 1) for base, channels in zip(theta, axes_dim, strict=True)]
+    # -0.0 for a theta of 1, whose bits, unlike those of 0.0, Triton takes for 64 of them: no other type, no other kernel.
+    falls = [math.log2(base) / max(channels // 2, 1) or -0.0 for base, channels in zip(theta, axes_dim, strict=True)]
     return list(struct.unpack("<3q", struct.pack("<3d", *falls)))
 
 
