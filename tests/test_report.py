@@ -26,8 +26,8 @@ SPILLED: dict[str, dict[tuple[str, int, str], int]] = {
     "3.6": {
         ("sm80", 64, "attention.dkdv_kernel"): 8,
         ("sm80", 64, "spatiotemporal_attention.dq_kernel"): 8,
-        ("sm90", 96, "spatiotemporal_attention.dkdv_kernel"): 72,
-        ("sm90", 128, "spatiotemporal_attention.dkdv_kernel"): 72,
+        ("sm90", 96, "spatiotemporal_attention.dkdv_kernel"): 80,
+        ("sm90", 128, "spatiotemporal_attention.dkdv_kernel"): 80,
         ("sm90", 256, "attention.forward_kernel"): 96,
         ("sm90", 256, "attention.dq_kernel"): 328,
         ("sm90", 256, "attention.dkdv_kernel"): 512,
@@ -43,15 +43,16 @@ SPILLED: dict[str, dict[tuple[str, int, str], int]] = {
         ("gfx1100", 128, "spatiotemporal_attention.dkdv_kernel"): 728,
         ("gfx1100", 256, "attention.forward_kernel"): 300,
         ("gfx1100", 256, "attention.dq_kernel"): 1108,
-        ("gfx1100", 256, "attention.dkdv_kernel"): 1424,
+        ("gfx1100", 256, "attention.dkdv_kernel"): 1452,
         ("gfx1100", 256, "spatiotemporal_attention.forward_kernel"): 420,
         ("gfx1100", 256, "spatiotemporal_attention.dq_kernel"): 988,
-        ("gfx1100", 256, "spatiotemporal_attention.dkdv_kernel"): 1696,
+        ("gfx1100", 256, "spatiotemporal_attention.dkdv_kernel"): 1784,
         ("sm100", 128, "patch_embed.scatter_kernel"): 48,
         ("gfx1100", 128, "patch_embed.embed_kernel"): 384,
         ("gfx1100", 128, "patch_embed.scatter_kernel"): 164,
     },
     "3.9": {
+        ("sm80", 64, "attention.dkdv_kernel"): 8,
         ("sm90", 256, "attention.forward_kernel"): 48,
         ("sm90", 256, "attention.dq_kernel"): 216,
         ("sm90", 256, "attention.dkdv_kernel"): 368,
@@ -66,7 +67,7 @@ SPILLED: dict[str, dict[tuple[str, int, str], int]] = {
         ("gfx1100", 128, "spatiotemporal_attention.dq_kernel"): 236,
         ("gfx1100", 128, "spatiotemporal_attention.dkdv_kernel"): 712,
         ("gfx1100", 256, "attention.forward_kernel"): 656,
-        ("gfx1100", 256, "attention.dq_kernel"): 2848,
+        ("gfx1100", 256, "attention.dq_kernel"): 2932,
         ("gfx1100", 256, "attention.dkdv_kernel"): 900,
         ("gfx1100", 256, "spatiotemporal_attention.forward_kernel"): 400,
         ("gfx1100", 256, "spatiotemporal_attention.dq_kernel"): 944,
@@ -76,7 +77,7 @@ SPILLED: dict[str, dict[tuple[str, int, str], int]] = {
     },
 }
 # The same of the launches in compiled.py, by their name there.
-SPILLED_VARIANTS = {"3.6": {"causal": 24, "causal window": 72, "one token, window": 64, "one row, adaLN": 8}}
+SPILLED_VARIANTS = {"3.6": {"causal": 24, "causal window": 80, "one token, window": 64, "one row, adaLN": 8}}
 
 
 def allowed(arch: str, head_dim: int, kernel: str) -> int:
@@ -84,6 +85,11 @@ def allowed(arch: str, head_dim: int, kernel: str) -> int:
     if TRITON not in SPILLED:
         pytest.skip(f"what spills is known for Triton {' and '.join(SPILLED)}, not for {TRITON}")
     return SPILLED[TRITON].get((arch, head_dim, kernel), 0)
+
+
+def assert_spills(found: list[tuple[int, tuple[str, int, str]]]) -> None:
+    """All at once, so that one run shows what to write down."""
+    assert {kernel: spilled for spilled, kernel in found if spilled > allowed(*kernel)} == {}
 
 
 def run_without_interpreter(*arguments: str) -> str:
@@ -131,16 +137,14 @@ def test_every_kernel_is_compiled(report, arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_only_what_is_listed_spills(report, arch):
-    for row in triton_rows(report, arch):
-        assert row["spilled"] <= allowed(arch, 128, row["name"]), row
+    assert_spills([(row["spilled"], (arch, 128, row["name"])) for row in triton_rows(report, arch)])
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_attention_of_all_head_dims_spills_only_what_is_listed(tables, arch):
     """In 2 bytes. In 4 bytes there are no ceilings: docs/performance.md."""
-    for row in tables[arch]:
-        if row["dtype"] == "torch.bfloat16" and row["head_dim"]:
-            assert row["spilled"] <= allowed(arch, row["head_dim"], row["name"]), row
+    rows = [row for row in tables[arch] if row["dtype"] == "torch.bfloat16" and row["head_dim"]]
+    assert_spills([(row["spilled"], (arch, row["head_dim"], row["name"])) for row in rows])
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -169,9 +173,9 @@ def test_matrix_unit_is_waited_for_once_a_block_of_keys(report, compiled):
 def test_variants_spill_next_to_nothing(compiled):
     """And compile at all, where Triton sees integers that are 1."""
     assert {"causal", "window", "72 channels", "one row, adaLN"} < compiled["variants"].keys()
-    for name, rows in compiled["variants"].items():
-        for row in rows:
-            assert row["spilled"] <= SPILLED_VARIANTS.get(TRITON, {}).get(name, 0), (name, row)
+    worst = {name: max(row["spilled"] for row in rows) for name, rows in compiled["variants"].items()}
+    allowed = SPILLED_VARIANTS.get(TRITON, {})
+    assert {name: spilled for name, spilled in worst.items() if spilled > allowed.get(name, 0)} == {}
 
 
 def test_attention_compiles_once_for_all_batches(compiled):
