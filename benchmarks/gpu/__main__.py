@@ -36,17 +36,24 @@ def main(words: list[str]) -> int:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="the limit of everything (default: %(default)g)")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, metavar="S", help="the limit of everything (default: %(default)g)"
+    )
     parser.add_argument("--prepared", type=Path, metavar="DIR", help="the folder that `prepare` filled")
-    parser.add_argument("--stages", default=",".join(names), help="which of them, in the given order (default: %(default)s)")
-    parser.add_argument("--items", type=int, default=1_000_000, metavar="N", help="of each process at most, for a quick look")
-    parser.add_argument("--simulate", choices=list(GPUS), help="rehearse, on a GPU that is not there")
+    every = f"some of {' '.join(names)}, with commas, in the order in which to run them (default: all)"
+    parser.add_argument("--stages", default=",".join(names), metavar="STAGE,...", help=every)
+    parser.add_argument(
+        "--items", type=int, default=1_000_000, metavar="N", help="run at most N items of each process, for a quick look"
+    )
+    parser.add_argument("--simulate", choices=list(GPUS), help="rehearse it on a GPU that is not there")
     arguments = parser.parse_args(words)
     wanted = arguments.stages.split(",")
     if unknown := [name for name in wanted if name not in names]:
         parser.error(f"--stages: expected some of {','.join(names)}, got {unknown[0]!r}")
     if not arguments.seconds >= 10:
         parser.error(f"--seconds: expected at least 10, got {arguments.seconds:g}")
+    if arguments.items < 1:
+        parser.error(f"--items: expected at least 1, got {arguments.items}")
     if arguments.prepared and not (arguments.prepared / prepared.MANIFEST).is_file():
         parser.error(f"--prepared: {arguments.prepared} has no {prepared.MANIFEST}; `python -m benchmarks.gpu prepare` writes it")
     try:
@@ -55,8 +62,6 @@ def main(words: list[str]) -> int:
             (arguments.out / old).unlink(missing_ok=True)
     except OSError as error:
         parser.error(f"OUT: {arguments.out}: {error.strerror}")
-    if not arguments.items >= 1:
-        parser.error(f"--items: expected at least 1, got {arguments.items}")
     os.environ[rows.MOST] = str(arguments.items)
     if arguments.simulate:
         simulate(arguments.simulate)

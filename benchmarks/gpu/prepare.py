@@ -34,7 +34,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--python", help="the Python to prepare for, with the torch and Triton that the GPU's machine has")
     parser.add_argument("--arch", default="sm90", choices=list(GPUS), help="the GPU's architecture (default: %(default)s)")
     parser.add_argument("--triton", metavar="VERSION", help="stop unless that Python has this version of Triton, such as 3.6")
-    parser.add_argument("--stages", default=",".join(COMPILED), help="whose kernels to compile (default: %(default)s)")
+    every = f"whose kernels to compile: some of {' '.join(COMPILED)}, with commas (default: all)"
+    parser.add_argument("--stages", default=",".join(COMPILED), metavar="STAGE,...", help=every)
     arguments = parser.parse_args(words)
     wanted = arguments.stages.split(",")
     if unknown := [name for name in wanted if name not in COMPILED]:
