@@ -70,7 +70,7 @@ def test_gpu_results(tmp_path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = results.kept(tmp_path, tmp_path / "results")
     assert path.name.startswith("nvidia-x100-20")
-    head, *lines = results.of_gpu(path).splitlines()
+    head, *lines = results.of_gpu(json.loads(path.read_text()), path.name).splitlines()
     assert head.startswith("NVIDIA X100, torch 2, 20")
     best = "torch.compile (inexact, host 0.25 ms)"
     assert lines[3:] == [f"| rope_3d | bfloat16 | backward | 3,900.0 GB/s | 91% | {best} | 1.95x |"]

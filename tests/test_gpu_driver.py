@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -14,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import driver, stages, table
+from benchmarks.gpu import driver, table
 from benchmarks.gpu.driver import Run, Stage, Task
-from benchmarks.gpu.prepared import KERNELS, first_error, unpack
-from benchmarks.gpu.tuning import LINES
-from sora_kernels.triton.configs import CANDIDATES
+from benchmarks.gpu.prepared import first_error
 
 ROOT = Path(__file__).parents[1]
 BEGIN = "from benchmarks.gpu import rows; rows.emit(begin=0, item='one'); rows.emit(check='one', ok=True, errors=[0], ran=[]); "
@@ -110,6 +106,51 @@ def test_what_a_process_started_ends_with_it(tmp_path: Path) -> None:
         assert time.monotonic() < end, running
 
 
+def test_a_build_ends_with_its_stage(tmp_path: Path) -> None:
+    """ninja gives each compiler a process group of its own."""
+    code = "import os, time; pid = os.fork(); pid or os.setpgid(0, 0); pid and rows.emit(pid=pid); time.sleep(100)"
+    made = run(tmp_path, program("build", code, 3))
+    (pid,) = (row["pid"] for row in made.rows if "pid" in row)
+    end = time.monotonic() + 5
+    while is_running(pid):
+        assert time.monotonic() < end
+
+
+def test_odd_output_costs_nobody_else(tmp_path: Path) -> None:
+    """Rows of other shapes, half ones before whole ones, a line that is a row's beginning many times, another alphabet."""
+    odd = r"""
+import sys
+print('@row {"begin": "x"}'); print('@row {"begin": -5, "item": 1}'); print('@row {"check": 1}'); print('@row {"test": 1}')
+print('@row {"error": 1}'); print('@row {"machine": "x"}'); print('@row {"ms": [], "implementation": "a", "op": "b"}')
+print('@row ' + '[' * 5000 + ']' * 5000); print('@row {"che@row {"check": "two", "ok": true}')
+print('@row {"error": "\ud800"}'); print('@row {' * 40000); sys.stdout.buffer.write(b'\xff\n')
+"""
+    made = run(tmp_path, program("odd", odd), program("works", ""), seconds=20)
+    assert outcome(made, "works") == "done"
+    assert "two" in [row.get("check") for row in made.rows]
+    assert "works" in table.summary(made.rows, made.outcomes, 1.0)
+    assert table.failures(made.rows) > 0
+
+
+def test_a_restart_that_dies_is_told(tmp_path: Path) -> None:
+    code = """
+import sys
+from benchmarks.gpu import rows
+if rows.first_item(): raise ImportError("libcuda is gone")
+rows.emit(begin=0, item="one"); rows.emit(error="e", item="one"); sys.exit(rows.FAILED_GPU)
+"""
+    made = run(tmp_path, Task("family", [sys.executable, "-c", code], 30))
+    assert outcome(made, "family") == "its GPU failed in one; exit 1: ImportError: libcuda is gone; 1 failed, first one: e"
+
+
+def test_more_rows_than_a_task_may_have(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(driver, "MOST_ROWS", 1000)
+    made = run(tmp_path, program("floods", "[rows.emit(check=i, ok=True) for i in range(1000)]"), program("works", ""))
+    assert outcome(made, "floods").startswith("more than 0 MiB of rows")
+    assert outcome(made, "works") == "done"
+    assert len(made.rows) < 100
+
+
 def is_running(pid: int) -> bool:
     try:
         return "zombie" not in Path(f"/proc/{pid}/status").read_text()
@@ -155,11 +196,6 @@ def test_files_stay_small(tmp_path: Path, monkeypatch, capsys) -> None:
     assert capsys.readouterr().out.count("not written: stage.log is as large as it may be") == 1
 
 
-def test_what_configs_names_is_measured() -> None:
-    named = [(kernel, head_dim) for (kernel, arch), lines in CANDIDATES.items() if arch == "sm90" for head_dim, _ in lines]
-    assert set(named) <= set(LINES)
-
-
 def test_table_is_short() -> None:
     many = [{"test": f"tests/test_{i}.py::test", "outcome": "failed", "reason": "x" * 500} for i in range(100)]
     speed = {"dtype": "bfloat16", "pass": "forward", "implementation": "sora_kernels", "ms": [1, 1, 1], "useful_gbps": 1.0}
@@ -180,9 +216,11 @@ def command(*arguments: str | Path, tools: Path | None = None, **environment: st
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["out", "--seconds", "1"], "--seconds: expected at least 10, got 1"),
+        (["out", "--seconds", "1"], "--seconds: expected a number of at least 10, got 1"),
+        (["out", "--seconds", "inf"], "--seconds: expected a number of at least 10, got inf"),
+        ([""], "OUT: expected a folder, got nothing"),
         (["out", "--items", "0"], "--items: expected at least 1, got 0"),
-        (["out", "--seconds", "nan"], "--seconds: expected at least 10, got nan"),
+        (["out", "--seconds", "nan"], "--seconds: expected a number of at least 10, got nan"),
         (["out", "--stages", "smoke,speed"], "--stages: expected some of setup,smoke,"),
         (["out", "--prepared", "nowhere"], "--prepared: nowhere has no manifest.json"),
         (["/dev/null/out"], "OUT: /dev/null/out: Not a directory"),
@@ -207,6 +245,17 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_prepared_folder_that_is_none(tmp_path: Path) -> None:
+    """The reason is told, and what is missing is made here."""
+    (tmp_path / "manifest.json").write_text("{")
+    done = command(tmp_path / "out", "--simulate", "sm90", "--stages", "setup", "--prepared", tmp_path)
+    assert "kernels: JSONDecodeError" in done.stdout
+    assert "; compiled when first used" in done.stdout
+    assert "modules: JSONDecodeError" in done.stdout
+    assert "built here" in done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_without_torch(tmp_path: Path) -> None:
     """The driver needs none, and says what its processes lack."""
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so is broken')\n")
@@ -220,118 +269,14 @@ def test_whoever_ends_the_driver_gets_the_table(tmp_path: Path) -> None:
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         while not (tmp_path / "rows.jsonl").exists() and process.poll() is None:
             time.sleep(0.1)
+        again = command(tmp_path, "--stages", "smoke")
         process.send_signal(signal.SIGTERM)
         text, _ = process.communicate()
+    assert again.returncode == 2
+    assert "another run writes there" in again.stderr
+    assert process.returncode == 128 + signal.SIGTERM
     assert "interrupted: the stages above are all that ran" in text
     assert "interrupted" in (tmp_path / "summary.txt").read_text()
-
-
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="prepare builds the CUDA kernels, too")
-
-
-@pytest.fixture(scope="module")
-def tools(tmp_path_factory) -> Path:
-    """A folder with a compute-sanitizer and an ncu that only run what they are given."""
-    folder = tmp_path_factory.mktemp("tools")
-    for name in ("compute-sanitizer", "ncu"):
-        path = folder / name
-        path.write_text(f'#!/bin/sh\nwhile [ "$1" != "{sys.executable}" ]; do shift; done\nexec "$@"\n')
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    """What `prepare` makes for the first stage."""
-    folder = tmp_path_factory.mktemp("prepared")
-    done = command("prepare", folder, "--stages", "smoke")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
-def launches(tmp_path: Path, name: str, cache: Path) -> list[str]:
-    """What the first family launches, with the kernels in this cache."""
-    log = tmp_path / name
-    known = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    known |= {"CUDA_VISIBLE_DEVICES": "", "SIMULATED_GPU": "sm90"}
-    environment = {**known, "RECORDED_LAUNCHES": str(log), "TRITON_CACHE_DIR": str(cache)}
-    done = subprocess.run(stages.child("smoke"), env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ("compiled" in done.stdout) == (name == "cold")
-    return log.read_text().splitlines()
-
-
-@needs_nvcc
-def test_prepared_kernels_are_launched_as_cold_ones(tmp_path: Path, prepared: Path) -> None:
-    """The same kernels, grids, threads and shared memory in the same order, and nothing is compiled."""
-    unpack(prepared / KERNELS, tmp_path / "prepared")
-    warm = launches(tmp_path, "warm", tmp_path / "prepared")
-    assert len(warm) > 50
-    assert warm == launches(tmp_path, "cold", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory, tools: Path, prepared: Path) -> tuple[Path, subprocess.CompletedProcess, float]:
-    out, start = tmp_path_factory.mktemp("out"), time.monotonic()
-    done = command(out, "--simulate", "sm90", "--prepared", prepared, "--items", "8", tools=tools)
-    return out, done, time.monotonic() - start
-
-
-@needs_nvcc
-def test_every_stage_reports(rehearsal) -> None:
-    out, done, seconds = rehearsal
-    assert seconds < 420
-    found = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    results = {row["stage"]: row["result"] for row in found if "result" in row}
-    assert list(results) == [stage.name for stage in stages.stages()]
-
-    def of(stage: str, key: str) -> list[dict]:
-        return [row for row in found if row["stage"] == stage and key in row]
-
-    assert of("setup", "machine")[0]["machine"]["device"] == "simulated GPU"
-    assert [row["how"] for row in of("setup", "prepared")] == ["taken from the prepared folder"] * 2
-    assert len(of("smoke", "check")) == 8
-    assert not of("smoke", "compiled"), "a kernel that was prepared was compiled again"
-    assert {row["ceiling"] for row in of("attention", "ceiling")} == {"copy", "matmul 256"}
-    ran = {stage: {row["implementation"] for row in of(stage, "implementation")} for stage in ("attention", "memory", "peers")}
-    assert {"sora_kernels", "sora_kernels (128, 128, 8, 3)", "torch varlen_attn"} <= ran["attention"]
-    assert {"sora_kernels", "copy"} <= ran["memory"]
-    assert ran["peers"] == {"torch eager"}
-    assert all(of(stage, "test") for stage in ("capture", "tests", "sanitizer"))
-    assert [row["present"] for row in of("tuning", "blocks")].count(True) == 1
-    assert len(of("profile", "profiled")) == 4
-    assert not [row for row in found if row.get("outcome") == "failed" or row.get("ok") is False or "error" in row]
-    assert not [row for row in found if "hung" in row or "crashed" in row]
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@needs_nvcc
-def test_files_and_table(rehearsal) -> None:
-    out, done, _ = rehearsal
-    files = list(out.rglob("*"))
-    assert len(files) <= 8
-    assert all(path.is_file() and path.parent == out and path.stat().st_size <= 16 << 20 for path in files)
-    text = (out / "summary.txt").read_text()
-    assert len(text) < 12_000
-    assert done.stdout.endswith(text)
-    for line in (
-        "checks against float64 wrong: 0 of",
-        "forward, d 128: present",
-        "attention, 16k, bfloat16, forward: sora_kernels",
-    ):
-        assert line in text
-
-
-INJECTED = """
-import ctypes, sys, time
-from benchmarks.gpu import child, simulated
-simulated.install()
-from benchmarks.gpu import smoke
-failures = {"raises": lambda: 1 / 0, "hangs": lambda: time.sleep(1000), "crashes": lambda: ctypes.string_at(0)}
-made = smoke.items()[:4]
-made[1] = child.Item("injected", lambda: failures[sys.argv[2]]())
-smoke.items = lambda: made
-child.main()
-"""
 
 
 def test_first_error_of_a_build() -> None:
@@ -339,40 +284,3 @@ def test_first_error_of_a_build() -> None:
     assert first_error(text) == "/bin/sh: 1: no-such-cc: not found"
     assert first_error("b.cpp:3:1: error: expected ';'\nmore") == "b.cpp:3:1: error: expected ';'"
     assert first_error("sora_kernels: SORA_KERNELS_CUDA=1, but no nvcc\n") == "sora_kernels: SORA_KERNELS_CUDA=1, but no nvcc"
-
-
-UNKNOWN = """
-from benchmarks.gpu import child, simulated
-simulated.install()
-from sora_kernels import backends
-backends.BACKENDS["triton"].stand_in.unavailable = lambda: "was compiled for others"
-child.main()
-"""
-
-
-def test_a_gpu_that_nothing_knows(tmp_path: Path, monkeypatch) -> None:
-    """Each family says it in a line, and what needs no Triton runs."""
-    monkeypatch.setenv("SIMULATED_GPU", "sm90")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    families = ("smoke", "attention", "tuning", "profiled")
-    made = run(tmp_path, *(Task(name, [sys.executable, "-c", UNKNOWN, name], 100) for name in families), seconds=100)
-    assert outcome(made, "smoke") == "1 failed, first triton: RuntimeError: triton was compiled for others"
-    for name in families[1:]:
-        assert outcome(made, name) == "skipped: the Triton backend was compiled for others"
-
-
-def test_injected_failures(tmp_path: Path, monkeypatch) -> None:
-    """In a family on the simulated GPU: its other items, and other families, are all there."""
-    monkeypatch.setenv("SIMULATED_GPU", "sm90")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    kinds = ("raises", "hangs", "crashes")
-    tasks = [Task(how, [sys.executable, "-c", INJECTED, "smoke", how], 300, item_seconds=40) for how in kinds]
-    made = run(tmp_path, *tasks, Task("whole", stages.child("profiled"), 300), seconds=300)
-    for how in kinds:
-        assert sum(row["task"] == how for row in made.rows if "check" in row) == 3, how
-    assert sum("profiled" in row for row in made.rows) == 4
-    assert outcome(made, "raises") == "1 failed, first injected: ZeroDivisionError: division by zero"
-    assert outcome(made, "hangs").startswith("hung after")
-    assert outcome(made, "crashes") == "SIGSEGV in injected"

@@ -17,6 +17,7 @@ import selectors
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,9 +31,10 @@ ROOT = Path(__file__).parents[2]
 LARGEST = 15 << 20  # bytes of one file
 RESTARTS = 6
 LONGEST_LINE = 1 << 20  # bytes
+MOST_ROWS = 4 << 20  # bytes of one task's, so that the others' have room
 CHUNKS = 16  # of 64 KiB, read from one process before it is the next one's turn
 # What a shell may have set that would make another run of it.
-UNWANTED = ("TRITON_INTERPRET", "SORA_KERNELS_BACKEND", "SORA_KERNELS_ISA")
+UNWANTED = ("TRITON_INTERPRET", "SORA_KERNELS_BACKEND", "SORA_KERNELS_ISA", "PYTEST_ADDOPTS")
 SIGNALS = {number.value: number.name for number in signal.Signals}
 NO_TESTS = 5  # pytest's status where the test that crashed was the last
 DYING = 3.0  # seconds that a process has to end once it is killed; one that hangs in its driver is left behind
@@ -114,14 +116,14 @@ class Process:
         self.restarts = 0
         self.troubles: list[str] = []  # what ended it early
         self.errors: list[str] = []  # of its items
-        self.partial, self.last_line = b"", ""
+        self.partial, self.last_line, self.reported = b"", "", 0
         self.began = time.monotonic()
         self.start()
 
     def start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in UNWANTED}
         environment |= {"PYTHONUNBUFFERED": "1", **self.task.environment, rows.FIRST: str(self.next_item)}
-        self.item_began, self.killed, self.hung = time.monotonic(), 0.0, False
+        self.item_began, self.killed, self.hung, self.tests_failed = time.monotonic(), 0.0, False, False
         self.popen = subprocess.Popen(
             [str(word) for word in self.task.command], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent, cwd=ROOT,
@@ -149,13 +151,19 @@ class Process:
             self.run.log(self.stage, self.task, text)
         if row is None:
             return
-        if "begin" in row:
-            self.item, self.next_item, self.item_began = row["item"], row["begin"] + 1, time.monotonic()
+        self.reported += len(line)
+        if self.reported > MOST_ROWS:
+            if self.reported - len(line) <= MOST_ROWS:
+                self.troubles.append(f"more than {MOST_ROWS >> 20} MiB of rows, of which the rest is not kept")
+            return
+        if isinstance(begun := row.get("begin"), int) and begun >= self.next_item:
+            self.item, self.next_item, self.item_began = str(row.get("item")), begun + 1, time.monotonic()
         elif "skipped" in row:
             self.troubles.append(f"skipped: {row['skipped']}")
-        elif row.get("ok", True) is False or row.get("outcome") == "failed" or "error" in row:
+        elif "error" in row or row.get("ok", True) is not True or row.get("outcome") == "failed":
             name = row.get("check") or row.get("test") or row.get("item")
             self.errors.append(f"{name}: {row.get('error') or row.get('reason') or row.get('errors')}"[:300])
+            self.tests_failed |= "test" in row
         self.run.add({"stage": self.stage.name, "task": self.task.name, **row})
 
     def poll(self) -> bool:
@@ -178,13 +186,13 @@ class Process:
         if self.killed:
             self.lost("hung" if self.hung else "cut", f"{'hung' if self.hung else 'out of time'} after {now - self.began:.0f} s")
             return self.hung and self.again()
-        if status == 0 or (status == 1 and self.errors) or (status == NO_TESTS and self.restarts):
+        if status == 0 or (status == 1 and self.tests_failed) or (status == NO_TESTS and self.restarts):
             return False
         crashed = status < 0 or status == rows.FAILED_GPU
         if crashed:
             self.lost("crashed", SIGNALS.get(-status, f"signal {-status}") if status < 0 else "its GPU failed")
         else:
-            self.lost("crashed", f"exit {status}: {self.last_line.strip()[:200]}")
+            self.lost("crashed", f"exit {status}: {self.last_line.strip()[:200]}".removesuffix(": "))
         return crashed and self.again()
 
     def lost(self, how: str, reason: str) -> None:
@@ -199,7 +207,10 @@ class Process:
 
     def again(self) -> bool:
         """Starts it once more, behind the item that ended it, if there was one and time is left."""
-        if self.item is None or self.restarts == RESTARTS or self.deadline - time.monotonic() < LEAST:
+        if self.item is None or self.deadline - time.monotonic() < LEAST:
+            return False
+        if self.restarts == RESTARTS:
+            self.troubles.append("given up")
             return False
         self.restarts += 1
         self.item = None
@@ -212,9 +223,26 @@ class Process:
             self.popen.stdout.close()
 
     def kill(self) -> None:
-        """It and what it started; waits for nothing."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.popen.pid, signal.SIGKILL)
+        """It and what it started, in whatever process groups; waits for nothing."""
+        for _ in range(3):  # what is killed may just be starting another
+            found = _session(self.popen.pid)
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            if not found:
+                break
+
+
+def _session(leader: int) -> list[int]:
+    """The processes of a session that live."""
+    found = []
+    for entry in os.scandir("/proc"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            pid = int(entry.name)
+            state, _, _, session = Path(entry.path, "stat").read_bytes().rpartition(b")")[2].split()[:4]
+            if int(session) == leader and state != b"Z":
+                found.append(pid)
+    return found
 
 
 def _die_with_parent() -> None:
@@ -279,11 +307,20 @@ class Run:
                     selector.register(process.pipe, selectors.EVENT_READ)
                 selector.select(0.2)
             time.sleep(0.02)  # a process that has ended leaves its pipe readable until it is waited for
-            for process in [process for process in running if not process.poll()]:
+            for process in [process for process in running if not self.still_runs(process)]:
                 running.remove(process)
                 self.report(stage, process.task, process.outcome(), time.monotonic() - process.began)
 
+    def still_runs(self, process: Process) -> bool:
+        try:
+            return process.poll()
+        except Exception as error:  # a fault here, or no memory for another start, must not cost its neighbours
+            process.kill()
+            process.troubles.append(rows.one_line(error))
+            return False
+
     def report(self, stage: Stage, task: Task, outcome: str, seconds: float = 0.0) -> None:
+        outcome = "".join(c if c.isprintable() else " " for c in outcome)
         line = f"{stage.name}, {task.name}: {outcome}" + (f" ({seconds:.0f} s)" if seconds else "")
         self.outcomes.append(line)
         say(line)
@@ -291,9 +328,10 @@ class Run:
 
 
 def say(text: str) -> None:
-    """On the standard output, if there still is one."""
-    with contextlib.suppress(OSError):
-        print(text, flush=True)
+    """On the standard output, if there still is one, whatever it can write."""
+    with contextlib.suppress(OSError, ValueError):
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 @contextlib.contextmanager
@@ -303,5 +341,6 @@ def ended(processes: list[Process]) -> Iterator[None]:
         yield
     finally:
         for process in processes:
-            process.kill()
+            if process.popen.returncode is None:
+                process.kill()
             process.close()

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ PACKAGES = ("triton", "einops", "numpy", "pytest", "pybind11", "ninja")
 def printed(*command: str, seconds: float = 20.0) -> str:
     """What a program prints, on the log as well; nothing if it is not there or fails."""
     try:
-        text = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True).stdout
+        text = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         print(f"{command[0]}: {rows.one_line(error)}", flush=True)
         return ""
@@ -49,13 +50,22 @@ def machine(_: Path | None) -> dict[str, Any]:
     return {"machine": found}
 
 
+def why_not(place: Callable[[], str | None]) -> str | None:
+    """Why nothing was taken from the prepared folder, faults of the folder included."""
+    try:
+        return place()
+    except Exception as error:
+        traceback.print_exc()
+        return rows.one_line(error)
+
+
 def kernels(folder: Path | None) -> dict[str, Any]:
-    reason = prepared.place_kernels(folder) if folder else "no prepared folder"
+    reason = why_not(lambda: prepared.place_kernels(folder)) if folder else "no prepared folder"
     return {"prepared": "kernels", "how": f"{reason}; compiled when first used" if reason else TAKEN}
 
 
 def modules(folder: Path | None) -> dict[str, Any]:
-    reason = prepared.place_modules(folder, ROOT) if folder else "no prepared folder"
+    reason = why_not(lambda: prepared.place_modules(folder, ROOT)) if folder else "no prepared folder"
     return {"prepared": "modules", "how": f"{reason}; {prepared.build(ROOT, os.environ)}" if reason else TAKEN}
 
 

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.gpu import child, rows, simulated, simulated_gpu
 
+rows.output()
 simulated.install()
 
 # What a simulated GPU cannot run: graphs, what asks torch's own build for CUDA, and tensors of many gigabytes.

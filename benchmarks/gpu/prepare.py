@@ -40,7 +40,7 @@ def main(words: list[str]) -> int:
     wanted = arguments.stages.split(",")
     if unknown := [name for name in wanted if name not in COMPILED]:
         parser.error(f"--stages: expected some of {','.join(COMPILED)}, got {unknown[0]!r}")
-    if arguments.python:
+    if arguments.python is not None:
         return another(parser, arguments.python, words)
     if problem := triton_problem(arguments.triton):
         parser.error(problem)

@@ -73,7 +73,7 @@ def build(root: Path, environment: Mapping[str, str]) -> str:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     lines: list[str] = []
     with subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
         for line in process.stdout or ():
             print(line, end="", flush=True)
@@ -110,7 +110,7 @@ def _import_error(names: list[str], root: Path) -> str | None:
     """Why one of the modules cannot be imported here, built elsewhere as it was; those are removed then."""
     modules = [f"sora_kernels.{name.partition('.')[0]}" for name in names]
     command = [sys.executable, "-c", f"import torch, {', '.join(modules)}"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode == 0:
         return None
     for name in names:

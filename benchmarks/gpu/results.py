@@ -29,18 +29,25 @@ def kept(out: Path, folder: Path) -> Path:
     """The file that has a run's measurements: rows of ceilings, races, blocks and checks, and the machine."""
     path = out / "rows.jsonl"
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):  # the last one, of a run that was killed
             rows.append(json.loads(line))
-    machine = next((row["machine"] for row in rows if "machine" in row), {})
-    if machine.get("device", NAME) == NAME:
-        raise ValueError(f"{path}: expected rows of a GPU, got those of {machine.get('device', 'a machine without one')}")
+    rows = [row for row in rows if isinstance(row, dict)]
+    machine = next((row["machine"] for row in rows if isinstance(row.get("machine"), dict)), {})
+    device = machine.get("device") or "a machine without one"
+    if "device" not in machine or device == NAME:
+        raise ValueError(f"{path}: expected rows of a GPU, got those of {device}")
     date = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).date().isoformat()
     wanted = [row for row in rows if any(key in row for key in ("ceiling", "implementation", "blocks", "check", "result"))]
-    name = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", str(device).lower()).strip("-") or "gpu"
+    results = {"machine": machine, "date": date, "rows": wanted}
+    try:
+        of_gpu(results, name)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: a row or the machine lacks {error}") from error
     folder.mkdir(exist_ok=True)
     file = folder / f"{name}-{date}.json"
-    file.write_text(json.dumps({"machine": machine, "date": date, "rows": wanted}, indent=1) + "\n")
+    file.write_text(json.dumps(results, indent=1) + "\n")
     return file
 
 
@@ -49,14 +56,13 @@ def table() -> str:
     latest = {re.sub(r"-\d{4}-\d\d-\d\d$", "", path.stem): path for path in sorted(FOLDER.glob("*.json"))}
     if not latest:
         return "Not measured yet."
-    return "\n\n".join(of_gpu(path) for path in latest.values())
+    return "\n\n".join(of_gpu(json.loads(path.read_text()), path.name) for path in latest.values())
 
 
-def of_gpu(path: Path) -> str:
+def of_gpu(results: dict[str, Any], name: str) -> str:
     """One file's rows: ours of each op, dtype and pass, beside the copy and the best of the rows that compute the same."""
-    results = json.loads(path.read_text())
     machine = results["machine"]
-    lines = [f"{machine['device']}, torch {machine['torch']}, {results['date']} ([all rows](benchmarks/results/{path.name})):"]
+    lines = [f"{machine['device']}, torch {machine['torch']}, {results['date']} ([all rows](benchmarks/results/{name})):"]
     lines += ["", HEADER]
     groups: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in results["rows"]:

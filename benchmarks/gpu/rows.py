@@ -10,9 +10,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,13 +20,16 @@ from typing import Any
 FIRST, MOST = "GPU_FIRST_ITEM", "GPU_MOST_ITEMS"
 FAILED_GPU = 17  # the exit status of a process whose GPU context is of no more use
 _MARK = "@row "
-_ROW = re.compile(rf"{_MARK}(\{{.*\}})$")
-# Of its own, as pytest and others take the standard output away.
-_output = os.dup(1)
+
+
+@functools.cache
+def output() -> int:
+    """The standard output as it was when this was called first: before pytest, for one, took it away."""
+    return os.dup(1)
 
 
 def emit(**row: Any) -> None:
-    os.write(_output, f"{_MARK}{json.dumps(row, default=str)}\n".encode())
+    os.write(output(), f"{_MARK}{json.dumps(row, default=str)}\n".encode())
 
 
 def first_item() -> int:
@@ -43,14 +46,18 @@ def one_line(error: BaseException) -> str:
 
 
 def parsed(line: str) -> tuple[str, dict[str, Any] | None]:
-    """A line of output as (what belongs to the log, the row in it if any)."""
-    found = _ROW.search(line)
-    if found is None:
-        return line, None
-    try:
-        return line[: found.start()], json.loads(found[1])
-    except ValueError:  # cut off, as the process was
-        return line, None
+    """A line of output as (what belongs to the log, the row that it ends in, if any)."""
+    line = line.rstrip("\r")
+    mark = line.find(_MARK) if line.endswith("}") else -1
+    while mark >= 0:
+        try:
+            row = json.loads(line[mark + len(_MARK) :])
+        except (ValueError, RecursionError):  # cut off, as the process was, or none
+            row = None
+        if isinstance(row, dict):
+            return line[:mark], row
+        mark = line.find(_MARK, mark + 1)
+    return line, None
 
 
 def of_kind(rows: list[dict[str, Any]], key: str) -> Iterator[dict[str, Any]]:

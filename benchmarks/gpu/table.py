@@ -15,15 +15,16 @@ Rows = list[dict[str, Any]]
 
 
 def wrong(rows: Rows) -> list[str]:
-    return [f"{row['check']}: errors {row['errors']}, ran {row['ran']}" for row in of_kind(rows, "check") if not row["ok"]]
+    bad = [row for row in of_kind(rows, "check") if row.get("ok") is not True]
+    return [f"{row['check']}: errors {row.get('errors')}, ran {row.get('ran')}" for row in bad]
 
 
 def failed(rows: Rows) -> list[str]:
-    return [f"{row['test']}: {row.get('reason', '')}" for row in of_kind(rows, "test") if row["outcome"] == "failed"]
+    return [f"{row['test']}: {row.get('reason', '')}" for row in of_kind(rows, "test") if row.get("outcome") == "failed"]
 
 
 def errors(rows: Rows) -> list[str]:
-    return [f"{row['stage']}, {row['item']}: {row['error']}" for row in of_kind(rows, "error")]
+    return [f"{row.get('stage')}, {row.get('item')}: {row['error']}" for row in of_kind(rows, "error")]
 
 
 def failures(rows: Rows) -> int:
@@ -46,8 +47,9 @@ def summary(rows: Rows, outcomes: list[str], seconds: float) -> str:
     ):
         try:
             sections.append(section())
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:
             sections.append([f"a part of the table is missing: {one_line(error)}"])
+    sections = [[str(line) for line in section] for section in sections]
     text = "\n\n".join("\n".join(section) for section in sections if section)
     if len(text) <= LARGEST:
         return text
