@@ -14,6 +14,7 @@ def prepare() -> None:
     _take_booleans()
     _define_products()
     _define_fma()
+    _round_to_bfloat16()
     _define_approximations()
 
 
@@ -93,6 +94,25 @@ def _define_fma() -> None:
         return handle((x.data.astype(np.float64) * y.data + z.data).astype(np.float32), z.dtype.scalar)
 
     builder.create_fma = create_fma
+
+
+def _round_to_bfloat16() -> None:
+    """The interpreter cuts float32 off to bfloat16; GPUs round to the nearest, ties to even."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    original = builder.cast_impl
+
+    def cast_impl(self, x, dtype):
+        if x.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+            return original(self, x, dtype)
+        bits = np.ascontiguousarray(x.data).view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
+        quiet = (bits >> np.uint64(16)) | np.uint64(0x40)  # a NaN stays one
+        return handle(np.where(np.isnan(x.data), quiet, rounded).astype(np.uint16), tl.bfloat16)
+
+    builder.cast_impl = cast_impl
 
 
 def _define_approximations() -> None:
