@@ -144,9 +144,12 @@ rows.emit(begin=0, item="one"); rows.emit(error="e", item="one"); sys.exit(rows.
 
 
 def test_more_rows_than_a_task_may_have(tmp_path: Path, monkeypatch) -> None:
+    """The rest is not kept, but which item runs is still known."""
     monkeypatch.setattr(driver, "MOST_ROWS", 1000)
-    made = run(tmp_path, program("floods", "[rows.emit(check=i, ok=True) for i in range(1000)]"), program("works", ""))
+    code = "[rows.emit(check=i, ok=True) for i in range(1000)]; rows.emit(begin=7, item='late'); raise SystemExit('no luck')"
+    made = run(tmp_path, program("floods", code), program("works", ""))
     assert outcome(made, "floods").startswith("more than 0 MiB of rows")
+    assert outcome(made, "floods").endswith("exit 1: no luck in late")
     assert outcome(made, "works") == "done"
     assert len(made.rows) < 100
 

@@ -151,14 +151,14 @@ class Process:
             self.run.log(self.stage, self.task, text)
         if row is None:
             return
+        if isinstance(begun := row.get("begin"), int) and begun >= self.next_item:
+            self.item, self.next_item, self.item_began = str(row.get("item")), begun + 1, time.monotonic()
         self.reported += len(line)
         if self.reported > MOST_ROWS:
             if self.reported - len(line) <= MOST_ROWS:
                 self.troubles.append(f"more than {MOST_ROWS >> 20} MiB of rows, of which the rest is not kept")
             return
-        if isinstance(begun := row.get("begin"), int) and begun >= self.next_item:
-            self.item, self.next_item, self.item_began = str(row.get("item")), begun + 1, time.monotonic()
-        elif "skipped" in row:
+        if "skipped" in row:
             self.troubles.append(f"skipped: {row['skipped']}")
         elif "error" in row or row.get("ok", True) is not True or row.get("outcome") == "failed":
             name = row.get("check") or row.get("test") or row.get("item")
