@@ -22,8 +22,8 @@ from benchmarks.bench_rope import norm_rotate, rope_tables
 from benchmarks.race import BOTH, DEVICE, MAIN, ON_GPU, OURS, Implementation, Race, randn
 from benchmarks.race import LAYOUT as LARGE
 from sora_kernels.layout import PackedLayout
-from sora_model.config import DiTConfig
-from sora_model.dit import FREQUENCIES, DiT, sinusoids
+from sora_model.model.config import DiTConfig
+from sora_model.model.dit import FREQUENCIES, DiT, sinusoids
 
 SMALL = PackedLayout.from_grids([(1, 16, 16), (4, 16, 16), (4, 20, 20), (16, 16, 16), (1, 24, 24), (1, 32, 18)], DEVICE)
 LAYOUT = LARGE if ON_GPU else SMALL

@@ -89,10 +89,10 @@ def target32(request: pytest.FixtureRequest) -> Iterator[Target]:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> Path:
     """A checkpoint of a pipeline that is trained in no time."""
-    from sora_model.config import DiTConfig  # not where only kernels are tested
-    from sora_model.dit import DiT
-    from sora_model.pipeline import SoraPipeline
-    from sora_model.text import WordEncoder
+    from sora_model import SoraPipeline
+    from sora_model.model.config import DiTConfig  # not where only kernels are tested
+    from sora_model.model.dit import DiT
+    from sora_model.text.words import WordEncoder
 
     torch.manual_seed(0)
     text = WordEncoder(dim=16, num_heads=2, buckets=32)

@@ -69,7 +69,11 @@ class Dying:
 
         self._patch.setattr(os, "fsync", flush)
         self._patch.setattr(safetensors.torch, "save_file", write)
-        for name in ("sora_model.checkpoint.save_file", "sora_model.train.save_file", "transformers.modeling_utils.safe_save_file"):
+        for name in (
+            "sora_model.storage.files.save_file",
+            "sora_model.training.trainer.save_file",
+            "transformers.modeling_utils.safe_save_file",
+        ):
             self._patch.setattr(name, write)
         return self
 

@@ -183,7 +183,7 @@ def commands(path: Path, folder: Path) -> dict[str, list[str]]:
 
 
 def main(count: int) -> int:
-    for name in ("sora_model.cli", "sora_model.pipeline", "sora_model.train_dit"):
+    for name in ("sora_model.cli", "sora_model.pipeline.pipeline", "sora_model.training.dit"):
         import_module(name)  # once, for all the forks
     failed, endings = 0, {"caption": [], "animate": [], "train": []}
     with tempfile.TemporaryDirectory() as name:

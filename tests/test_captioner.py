@@ -6,13 +6,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sora_model.captioner import DETAILED, END, PAD, SHORT, Captioner, CaptionerConfig, train_tokenizer
+from sora_model import SoraPipeline
+from sora_model.caption.captioner import DETAILED, END, PAD, SHORT, Captioner, CaptionerConfig, train_tokenizer
 from sora_model.cli import app
-from sora_model.data import Batch, Sample, World, WorldConfig, WorldSource, write_video
-from sora_model.patches import embed_patches, uniform_frames
-from sora_model.pipeline import SoraPipeline
-from sora_model.train_captioner import CaptionObjective
-from sora_model.vae import PixelCodec
+from sora_model.codec.codec import PixelCodec
+from sora_model.data import Batch, Sample, write_video
+from sora_model.model.patches import embed_patches, uniform_frames
+from sora_model.training.captioner import CaptionObjective
+from sora_model.world.config import WorldConfig
+from sora_model.world.source import WorldSource
+from sora_model.world.world import World
 
 SOURCE = WorldSource(World(WorldConfig.simple()), [(6, 24, 24), (6, 16, 32), (1, 24, 24)])
 CAPTIONS = [text for i in range(200) for text in SOURCE.load(i)[1:3] if text]

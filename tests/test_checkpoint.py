@@ -8,10 +8,10 @@ import pytest
 import torch
 from dying import Dying, Killed
 
-from sora_model.captioner import Captioner, CaptionerConfig, train_tokenizer
-from sora_model.checkpoint import check_replaceable, save_whole, settle, whole_file, whole_folder
-from sora_model.pipeline import SoraPipeline
-from sora_model.vae import VideoVAE
+from sora_model import SoraPipeline
+from sora_model.caption.captioner import Captioner, CaptionerConfig, train_tokenizer
+from sora_model.codec.vae import VideoVAE
+from sora_model.storage.files import check_replaceable, save_whole, settle, whole_file, whole_folder
 
 
 def module(kind: str, seed: int):

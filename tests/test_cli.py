@@ -10,10 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from sora_model import SoraPipeline
 from sora_model.cli import app
 from sora_model.cli.app import check_folder
 from sora_model.data import read_video, write_video
-from sora_model.pipeline import SoraPipeline
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,9 +42,9 @@ def unloaded(monkeypatch):
 
     monkeypatch.setattr(SoraPipeline, "from_pretrained", loaded)
     monkeypatch.setattr(SoraPipeline, "from_preset", loaded)
-    monkeypatch.setattr("sora_model.vae.VideoVAE.from_pretrained", loaded)
-    monkeypatch.setattr("sora_model.vae.VideoVAE.small", loaded)
-    monkeypatch.setattr("sora_model.captioner.Captioner.from_pretrained", loaded)
+    monkeypatch.setattr("sora_model.codec.vae.VideoVAE.from_pretrained", loaded)
+    monkeypatch.setattr("sora_model.codec.vae.VideoVAE.small", loaded)
+    monkeypatch.setattr("sora_model.caption.captioner.Captioner.from_pretrained", loaded)
 
 
 def refused(*args) -> str:
@@ -334,7 +334,7 @@ def test_a_negative_prompt_needs_guidance(small, media, tmp_path) -> None:
     text = refused("batch", path, "--guidance", 1, "--out", tmp_path / "out", "--checkpoint", small)
     assert "batch: request 1: negative_prompt: expected none with --guidance 1, which has no use for it" in text
     pipeline = SoraPipeline.from_pretrained(small)
-    from sora_model.request import text_to_video
+    from sora_model.pipeline.request import text_to_video
 
     request = text_to_video("x", (2, 16, 16), negative_prompt="y")
     with pytest.raises(ValueError, match="negative_prompt: expected none with guidance_scale 1, which has no use for it, got 'y'"):

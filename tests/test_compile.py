@@ -12,9 +12,9 @@ from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attent
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.patch_embed import patch_embed_3d
 from sora_kernels.rope import rope_3d
-from sora_model.conditioning import PackedText
-from sora_model.config import DiTConfig
-from sora_model.dit import DiT
+from sora_model.model.conditioning import PackedText
+from sora_model.model.config import DiTConfig
+from sora_model.model.dit import DiT
 
 
 def check(function: Callable, batches: list[tuple], compiler: str = "aot_eager") -> None:

@@ -7,13 +7,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from sora_model import SoraPipeline
 from sora_model.cli import app
-from sora_model.data import World, WorldConfig, read_video
-from sora_model.demo import WANTED
-from sora_model.evaluate import MEASUREMENTS, Judge, extensions, long_videos
-from sora_model.figures import Figure, jump, names_word, says_motion
-from sora_model.pipeline import SoraPipeline
-from sora_model.vae import VideoVAE
+from sora_model.codec.vae import VideoVAE
+from sora_model.data import read_video
+from sora_model.world.config import WorldConfig
+from sora_model.world.demo import WANTED
+from sora_model.world.evaluate import MEASUREMENTS, Judge, extensions, long_videos
+from sora_model.world.figures import Figure, jump, names_word, says_motion
+from sora_model.world.world import World
 
 
 def sora(*args) -> str:
@@ -44,7 +46,7 @@ def any_checkpoint(request, checkpoint, tmp_path_factory):
 
 
 def test_demo_makes_what_it_promises(any_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("sora_model.demo.STEPS", 2)
+    monkeypatch.setattr("sora_model.world.demo.STEPS", 2)
     text = sora("demo", "--out", tmp_path, "--checkpoint", any_checkpoint)
     made = [*sorted((tmp_path / "first").iterdir()), *sorted((tmp_path / "videos").iterdir()), tmp_path / "tasks.png"]
     assert len(made) == 2 + len(WANTED) + 1 + 1, made

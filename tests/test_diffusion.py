@@ -1,6 +1,7 @@
 """Noising, loss, guidance and sampling: right for diffusers' schedulers, for every task, and alone as packed."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -9,17 +10,22 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from test_dit import CAPTIONS, SIZES, awake, latents_of, small
 from torch import Tensor
 
-from sora_model.conditioning import PackedText
-from sora_model.config import DiTConfig
-from sora_model.diffusion import NoisedBatch, TaskMix, add_noise, diffusion_loss, guided, sample
-from sora_model.dit import DiT
-from sora_model.pipeline import SoraPipeline
-from sora_model.schedulers import FLOW, flow_scheduler
-from sora_model.text import WordEncoder
+from sora_model import SoraPipeline
+from sora_model.diffusion.guidance import guided
+from sora_model.diffusion.loss import diffusion_loss
+from sora_model.diffusion.masks import CleanFrames
+from sora_model.diffusion.noise import add_noise
+from sora_model.diffusion.sampling import Init, sample
+from sora_model.diffusion.schedulers import FLOW, flow_scheduler
+from sora_model.diffusion.task_mix import TaskMix
+from sora_model.model.conditioning import PackedText
+from sora_model.model.config import DiTConfig
+from sora_model.model.dit import DiT
+from sora_model.text.words import WordEncoder
 
 SHAPES = [(4, *size) for size in SIZES]
 MASKS = [torch.tensor(mask) for mask in ([1, 0, 0, 1], [0], [1, 0], [1, 1, 1, 0, 0, 0])]
-GIVEN = [mask.bool() for mask in MASKS]
+MASKS = [mask.bool() for mask in MASKS]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -78,46 +84,46 @@ def test_ddpm_pairs_are_solved_by_ddim(prediction: str) -> None:
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), DDPMScheduler()], ids=["flow", "ddpm"])
 def test_given_frames_are_clean_and_at_level_0(scheduler) -> None:
     clean = latents_of(SIZES)
-    batch = add_noise(scheduler, clean, given=GIVEN, generator=seeded())
+    batch = add_noise(scheduler, clean, clean_masks=MASKS, generator=seeded())
     assert batch.timesteps.shape == (sum(t for t, _, _ in SIZES),)
-    assert torch.equal(batch.timesteps == 0, torch.cat(GIVEN))
-    for x, noised, mask in zip(clean, batch.latents, GIVEN, strict=True):
+    assert torch.equal(batch.timesteps == 0, torch.cat(MASKS))
+    for x, noised, mask in zip(clean, batch.latents, MASKS, strict=True):
         assert torch.equal(noised[:, mask], x[:, mask])
         assert (noised[:, ~mask] - x[:, ~mask]).abs().amax((0, 2, 3)).min() > 0.01
-    nothing = add_noise(scheduler, clean, given=[torch.zeros(t, dtype=torch.bool) for t, _, _ in SIZES])
+    nothing = add_noise(scheduler, clean, clean_masks=[torch.zeros(t, dtype=torch.bool) for t, _, _ in SIZES])
     assert nothing.timesteps.shape == (4,)  # rows per sample: cheaper, and the same
 
 
 def test_loss_leaves_out_what_was_given() -> None:
     clean = latents_of(SIZES)
-    batch = add_noise(FlowMatchEulerDiscreteScheduler(), clean, given=GIVEN, generator=seeded())
+    batch = add_noise(FlowMatchEulerDiscreteScheduler(), clean, clean_masks=MASKS, generator=seeded())
     predictions = [torch.randn(8, *x.shape[1:], requires_grad=True) for x in clean]  # four channels of variance too
     loss = diffusion_loss(predictions, batch)
-    errors = [(p[:4] - target)[:, ~mask].flatten() for p, target, mask in zip(predictions, batch.targets, GIVEN, strict=True)]
+    errors = [(p[:4] - target)[:, ~mask].flatten() for p, target, mask in zip(predictions, batch.targets, MASKS, strict=True)]
     torch.testing.assert_close(loss, torch.cat(errors).square().mean())
     loss.backward()
-    for prediction, mask in zip(predictions, GIVEN, strict=True):
+    for prediction, mask in zip(predictions, MASKS, strict=True):
         assert not prediction.grad[:, mask].any()
         assert prediction.grad[:4][:, ~mask].all()
-    everything = NoisedBatch(batch.latents, batch.timesteps, batch.targets, [torch.ones_like(mask) for mask in GIVEN])
-    with pytest.raises(ValueError, match="all given"):
+    everything = replace(batch, clean_masks=[torch.ones_like(mask) for mask in MASKS])
+    with pytest.raises(ValueError, match="only clean ones"):
         diffusion_loss(predictions, everything)
 
 
 def test_masks_must_fill_token_frames() -> None:
     clean = latents_of([(4, 8, 8)])
     scheduler = FlowMatchEulerDiscreteScheduler()
-    batch = add_noise(scheduler, clean, given=[torch.tensor([True, True, False, False])], patch_frames=2)
+    batch = add_noise(scheduler, clean, clean_masks=[torch.tensor([True, True, False, False])], patch_frames=2)
     assert (batch.timesteps == 0).tolist() == [True, False]
-    with pytest.raises(ValueError, match=r"given\[0\]: expected whole token frames of 2 latent frames, got frames \[0\]"):
-        add_noise(scheduler, clean, given=[torch.tensor([True, False, False, False])], patch_frames=2)
-    with pytest.raises(ValueError, match=r"given\[0\]: expected torch.bool \[4\]"):
-        add_noise(scheduler, clean, given=[torch.zeros(4)])
+    with pytest.raises(ValueError, match=r"clean_masks\[0\]: expected whole token frames of 2 latent frames, got frames \[0\]"):
+        add_noise(scheduler, clean, clean_masks=[torch.tensor([True, False, False, False])], patch_frames=2)
+    with pytest.raises(ValueError, match=r"clean_masks\[0\]: expected torch.bool \[4\]"):
+        add_noise(scheduler, clean, clean_masks=[torch.zeros(4)])
 
 
 def test_task_mix() -> None:
     generator = seeded()
-    masks = {task: [mix.given(6, generator) for _ in range(200)] for task, mix in {
+    masks = {task: [mix.draw_mask(6, generator) for _ in range(200)] for task, mix in {
         "text": TaskMix(1, 0, 0, 0), "image": TaskMix(0, 1, 0, 0), "extension": TaskMix(0, 0, 1, 0), "joining": TaskMix(0, 0, 0, 1)
     }.items()}  # fmt: skip
     assert not any(mask.any() for mask in masks["text"])
@@ -127,9 +133,9 @@ def test_task_mix() -> None:
     assert {int(mask.sum()) for mask in prefix} == {int(mask.sum()) for mask in suffix} == {1, 2, 3, 4, 5}
     assert all(mask.int().diff().abs().sum() == 1 for mask in masks["extension"])
     assert all(mask[0] and mask[-1] and not mask.all() and mask.int().diff().abs().sum() == 2 for mask in masks["joining"])
-    assert not TaskMix(0, 1, 1, 1).given(1).any()  # an image
-    assert all(TaskMix(0, 1, 1, 1).given(2, generator).sum() == 1 for _ in range(20))
-    drawn = [TaskMix(3, 1, 0, 0).given(4, generator).any().item() for _ in range(1000)]
+    assert not TaskMix(0, 1, 1, 1).draw_mask(1).any()  # an image
+    assert all(TaskMix(0, 1, 1, 1).draw_mask(2, generator).sum() == 1 for _ in range(20))
+    drawn = [TaskMix(3, 1, 0, 0).draw_mask(4, generator).any().item() for _ in range(1000)]
     assert 200 < sum(drawn) < 300
     with pytest.raises(ValueError, match="expected weights >= 0"):
         TaskMix(0, 0, 0, 0)
@@ -195,12 +201,12 @@ def test_packed_sampling_equals_sampling_alone(scheduler) -> None:
         noise, generators = noise_of([SHAPES[i] for i in which], seeds=[10 + i for i in which])
         text, null = encoder([CAPTIONS[i] for i in which]), encoder([""] * len(which))
         denoise = guided(dit, text=text, null_text=null, guidance_scale=2.0)
-        given = [(masks[i], clean[i]) for i in which]
-        return sample(denoise, scheduler, noise, num_inference_steps=4, given=given, generators=generators)
+        kept = [CleanFrames(masks[i], clean[i]) for i in which]
+        return sample(denoise, scheduler, noise, num_inference_steps=4, clean=kept, generators=generators)
 
-    packed = run([0, 1, 2, 3], GIVEN)
-    for i, mask in enumerate(GIVEN):
-        (alone,) = run([i], GIVEN)
+    packed = run([0, 1, 2, 3], MASKS)
+    for i, mask in enumerate(MASKS):
+        (alone,) = run([i], MASKS)
         assert alone.isfinite().all()
         assert (packed[i] - alone).abs().max() < 1e-4 * alone.abs().max().clamp(min=1)
         assert torch.equal(packed[i][:, mask], clean[i][:, mask])
@@ -237,17 +243,19 @@ def test_a_perfect_model_is_sampled_to_its_answer() -> None:
 
 def test_the_model_sees_given_frames_clean_at_every_step() -> None:
     answers = latents_of([(4, 8, 8), (4, 4, 4)])
-    given = [torch.tensor([True, False, False, False]), torch.tensor([False, False, True, True])]
+    masks = [torch.tensor([True, False, False, False]), torch.tensor([False, False, True, True])]
     denoise = Perfect([x + 1 for x in answers])
     noise, _ = noise_of([x.shape for x in answers], seeds=[1, 2])
     scheduler = diffusers.EulerDiscreteScheduler(prediction_type="epsilon")  # scales what the model sees
-    sample(denoise, scheduler, noise, num_inference_steps=3, given=list(zip(given, answers, strict=True)))
+    sample(
+        denoise, scheduler, noise, num_inference_steps=3, clean=[CleanFrames(*pair) for pair in zip(masks, answers, strict=True)]
+    )
     assert [timesteps[1].item() for _, timesteps in denoise.asked] == [999, 499.5, 0]
-    first = torch.cat([latent[:, ~mask].flatten() for latent, mask in zip(denoise.asked[0][0], given, strict=True)])
+    first = torch.cat([latent[:, ~mask].flatten() for latent, mask in zip(denoise.asked[0][0], masks, strict=True)])
     assert 0.8 < first.std() < 1.2  # scaled from a noise of about 14, as the scheduler wants
     for latents, timesteps in denoise.asked:
-        assert torch.equal(timesteps, torch.where(torch.cat(given), 0, timesteps[1]))
-        for latent, answer, mask in zip(latents, answers, given, strict=True):
+        assert torch.equal(timesteps, torch.where(torch.cat(masks), 0, timesteps[1]))
+        for latent, answer, mask in zip(latents, answers, masks, strict=True):
             assert torch.equal(latent[:, mask], answer[:, mask])
 
 
@@ -260,8 +268,8 @@ def test_a_sample_may_begin_from_a_latent(scheduler) -> None:
     def run(which: list[int], strength: float) -> list[Tensor]:
         noise, generators = noise_of([SHAPES[i] for i in which], seeds=[10 + i for i in which])
         denoise = guided(dit, text=encoder([CAPTIONS[i] for i in which]))
-        begin = [(start, strength) if i == 0 else None for i in which]
-        return sample(denoise, scheduler, noise, num_inference_steps=6, begin=begin, generators=generators)
+        init = [Init(start, strength) if i == 0 else None for i in which]
+        return sample(denoise, scheduler, noise, num_inference_steps=6, init=init, generators=generators)
 
     packed = run([0, 1], 0.5)
     for i in (0, 1):
@@ -282,7 +290,7 @@ def test_a_begun_sample_is_as_noisy_as_the_model_is_told(name: str, strength: fl
         asked.append((latents[0], timesteps))
         return [noise - latent]
 
-    sample(denoise, scheduler, [noise], num_inference_steps=20, begin=[(latent, strength)])
+    sample(denoise, scheduler, [noise], num_inference_steps=20, init=[Init(latent, strength)])
     seen, level = asked[0]
     # Some round their timesteps to whole numbers.
     torch.testing.assert_close(seen, torch.lerp(latent, noise, float(level) / 1000), rtol=1e-3, atol=6e-3)
@@ -291,8 +299,8 @@ def test_a_begun_sample_is_as_noisy_as_the_model_is_told(name: str, strength: fl
 
 def test_begin_strength_is_checked() -> None:
     answers = latents_of(SIZES)
-    with pytest.raises(ValueError, match="begin: expected a strength above 0 and up to 1, got 0"):
-        sample(Perfect(answers), FlowMatchEulerDiscreteScheduler(), answers, begin=[(answers[0], 0), None, None, None])
+    with pytest.raises(ValueError, match="init: expected a strength above 0 and up to 1, got 0"):
+        sample(Perfect(answers), FlowMatchEulerDiscreteScheduler(), answers, init=[Init(answers[0], 0), None, None, None])
 
 
 def test_every_frame_may_have_a_level_of_its_own() -> None:

@@ -5,17 +5,20 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from sora_kernels import backends
 from sora_kernels.layout import PackedLayout, Span
-from sora_model.conditioning import PackedText, drop_captions
-from sora_model.config import DiTConfig
-from sora_model.convert import from_diffusers_dit
-from sora_model.dit import DiT, places, sinusoids
-from sora_model.text import WordEncoder, hash_words
+from sora_model.diffusion.loss import diffusion_loss
+from sora_model.diffusion.noise import add_noise
+from sora_model.model.conditioning import PackedText, drop_captions
+from sora_model.model.config import DiTConfig
+from sora_model.model.convert.dit import from_diffusers_dit
+from sora_model.model.dit import DiT, places, sinusoids
+from sora_model.text.words import WordEncoder, hash_words
+from sora_model.training.dit import smallest_sigma
 
 SIZES = [(4, 8, 12), (1, 16, 8), (2, 4, 4), (6, 8, 8)]
 CAPTIONS = ["a red circle moves right", "", "snow", "a cat, asleep; then a dog, awake"]
@@ -125,19 +128,47 @@ def test_levels_per_frame_equal_levels_per_sample_where_they_agree() -> None:
 
 
 def test_a_clean_prediction_becomes_a_velocity() -> None:
-    """Of x_sigma = (1 - sigma) x + sigma noise, with a network that puts out x: noise - x, at every level above 0.05."""
+    """Of x_sigma = (1 - sigma) x + sigma noise, with a network that puts out x: noise - x, at every level."""
     dit, direct = (awake(DiT(small(prediction=kind, text_dim=None))) for kind in ("clean", "direct"))
     direct.load_state_dict(dit.state_dict())
     latents, levels = latents_of(SIZES), torch.tensor([3.0, 500.0, 200.0, 1000.0])
     for per_frame in (False, True):
         rows = levels.repeat_interleave(torch.tensor([t for t, _, _ in SIZES])) if per_frame else levels
         velocities = dit(latents, rows)
-        for v, x, noised, sigma in zip(velocities, direct(latents, rows), latents, (0.05, 0.5, 0.2, 1), strict=True):
+        for v, x, noised, sigma in zip(velocities, direct(latents, rows), latents, (0.003, 0.5, 0.2, 1), strict=True):
             assert_close(noised - sigma * v, x, 1e-5)
-            if sigma > 0.05:
-                noise = (noised - (1 - sigma) * x) / sigma
-                assert_close(v, noise - x, 1e-5)
+            noise = (noised - (1 - sigma) * x) / sigma
+            assert_close(v, noise - x, 1e-5)
+        with torch.no_grad():
+            assert all(torch.equal(a, b) for a, b in zip(velocities, dit(latents, rows), strict=True)), "gradients change no number"
     assert dit.bfloat16()(latents, levels)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_the_loss_bounds_what_a_clean_prediction_counts_at_low_noise(per_frame: bool) -> None:
+    """The error of a velocity is that of the clean latent over sigma; below 0.05 it counts as over 0.05."""
+    dit, direct = (awake(DiT(small(prediction=kind, text_dim=None))) for kind in ("clean", "direct"))
+    direct.load_state_dict(dit.state_dict())
+    latents = latents_of(SIZES)
+    masks = [torch.arange(t) < (t > 1) for t, _, _ in SIZES] if per_frame else None
+    generator = torch.Generator().manual_seed(0)
+    # Logits around -3: sigma lies on both sides of 0.05.
+    batch = add_noise(FlowMatchEulerDiscreteScheduler(), latents, clean_masks=masks, logit_mean=-3.0, generator=generator)
+    assert (batch.sigmas > 0).logical_and(batch.sigmas < 0.05).any()
+    assert (batch.sigmas > 0.05).any()
+    loss = diffusion_loss(dit(batch.latents, batch.timesteps), batch, smallest_sigma=smallest_sigma(dit))
+    errors = []
+    rows = batch.sigmas.split([t for t, _, _ in SIZES] if per_frame else 1)
+    for x, right, sigma, mask in zip(direct(batch.latents, batch.timesteps), latents, rows, masks or [None] * 4, strict=True):
+        error = (x - right) / sigma.clamp(min=0.05)[:, None, None]
+        errors.append((error if mask is None else error[:, ~mask]).flatten())
+    torch.testing.assert_close(loss, torch.cat(errors).square().mean(), rtol=1e-4, atol=0)
+    with torch.no_grad():
+        assert torch.equal(loss, diffusion_loss(dit(batch.latents, batch.timesteps), batch, smallest_sigma=smallest_sigma(dit)))
+    assert smallest_sigma(direct) == 0
+    ddpm = add_noise(DDPMScheduler(), latents)
+    with pytest.raises(ValueError, match="smallest_sigma: expected 0"):
+        diffusion_loss(latents, ddpm, smallest_sigma=0.05)
 
 
 def test_starts_as_zero_and_learns() -> None:

@@ -13,17 +13,9 @@ import torch
 from media_files import TURNS, encode, numbered
 from PIL import Image
 
-from sora_model.data import (
-    FolderSource,
-    MediaError,
-    PackedSampler,
-    World,
-    WorldConfig,
-    contact_sheet,
-    probe,
-    read_video,
-    write_video,
-)
+from sora_model.data import FolderSource, MediaError, PackedSampler, contact_sheet, probe, read_video, write_video
+from sora_model.world.config import WorldConfig
+from sora_model.world.world import World
 
 
 def clip(frames: int, height: int, width: int, index: int = 0) -> torch.Tensor:
@@ -243,7 +235,7 @@ def test_folder_with_nothing_to_train_on(tmp_path, make):
 
 
 def test_sizes_are_cut_to_multiples_around_the_centre(folder):
-    source = FolderSource(folder, multiple_of=(4, 16, 32), lead=1)
+    source = FolderSource(folder, multiple_of=(4, 16, 32), first=1)
     sizes = {source.captions[i][-1]: source.size(i) for i in range(len(source))}
     assert sizes == {"a": (9, 64, 96), "b": (17, 96, 64), "c": (5, 48, 64), "d": (1, 48, 32)}
     whole = FolderSource(folder).load(3)[0]

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from sora_model.data import World, WorldConfig, WorldSource, judge
-from sora_model.data.lessons import Closeup, closeup, drift, link, morph, turn
-from sora_model.data.scene import COLORS
+from sora_model.sizes import Timing
+from sora_model.world.config import COLORS, WorldConfig
+from sora_model.world.judge import judge
+from sora_model.world.lessons import Closeup, closeup, drift, link, morph, turn
+from sora_model.world.source import WorldSource
+from sora_model.world.world import World
 
 SIZE = (13, 48, 48)
 WORLD = World(WorldConfig.studio(3))
@@ -23,7 +26,7 @@ def center(frame: torch.Tensor, color: str) -> torch.Tensor:
 @pytest.mark.parametrize("number", range(6))
 def test_something_is_given_and_something_is_not(lesson, number) -> None:
     scene = WORLD.sample(number)
-    video, caption, _, given = lesson(scene, SIZE, (1, 4), WORLD, np.random.default_rng(number))
+    video, caption, _, given = lesson(scene, SIZE, Timing(1, 4), WORLD, np.random.default_rng(number))
     assert tuple(video.shape) == (3, *SIZE)
     assert scene.things[0].name in caption
     latent = torch.cat([given[:1], given[1:].unflatten(0, (3, 4)).all(1)])
@@ -38,7 +41,7 @@ def test_a_turn_is_what_its_caption_says() -> None:
     right = 0
     for number in range(20):
         scene = WORLD.sample(number)
-        video, caption, detailed, given = turn(scene, SIZE, (1, 4), WORLD, np.random.default_rng(number))
+        video, caption, detailed, given = turn(scene, SIZE, Timing(1, 4), WORLD, np.random.default_rng(number))
         start = int(given.sum())
         moves = {name for name in WORLD.config.motions if caption.endswith("stays still" if name == "stay" else f"moves {name}")}
         motion = max(moves, key=len)
@@ -53,7 +56,7 @@ def test_a_link_ends_as_it_should() -> None:
     """Both ends move steadily, and the passage between them is smooth."""
     for number in range(8):
         scene = WORLD.sample(number)
-        video, _, _, given = link(scene, (21, 48, 48), (1, 4), WORLD, np.random.default_rng(number))
+        video, _, _, given = link(scene, (21, 48, 48), Timing(1, 4), WORLD, np.random.default_rng(number))
         path = torch.stack([center(video[:, t], scene.things[0].color) for t in range(21)])
         steps = path.diff(dim=0)
         bend = steps.diff(dim=0).norm(dim=1)
@@ -64,7 +67,7 @@ def test_a_link_ends_as_it_should() -> None:
 def test_a_morph_is_one_scene_and_then_the_other() -> None:
     for number in range(8):
         scene = WORLD.sample(number)
-        video, caption, _, given = morph(scene, (21, 48, 48), (1, 4), WORLD, np.random.default_rng(number))
+        video, caption, _, given = morph(scene, (21, 48, 48), Timing(1, 4), WORLD, np.random.default_rng(number))
         first, last = caption.removeprefix("a ").removeprefix("an ").split(" becomes ")
         assert first == scene.things[0].name
         start, end = int((~given).int().argmax()), int(given.flip(0).int().argmin())
@@ -80,7 +83,7 @@ def test_a_morph_is_one_scene_and_then_the_other() -> None:
 def test_a_clip_too_short_for_both_ends_does_not_morph() -> None:
     for number in range(8):
         scene = WORLD.sample(number)
-        _, caption, _, given = morph(scene, (5, 48, 48), (1, 4), WORLD, np.random.default_rng(number))
+        _, caption, _, given = morph(scene, (5, 48, 48), Timing(1, 4), WORLD, np.random.default_rng(number))
         assert given.tolist() == [True] + [False] * 4
         assert caption == scene.caption(motion=False)
 
@@ -97,7 +100,7 @@ def test_closeups_show_the_object_or_what_is_plain() -> None:
     plain = 0
     for number in range(40):
         rng = np.random.default_rng(number)
-        video, caption, _, given = closeup(WORLD.sample(number), SIZE, (1, 4), WORLD, rng)
+        video, caption, _, given = closeup(WORLD.sample(number), SIZE, Timing(1, 4), WORLD, rng)
         assert tuple(video.shape) == (3, *SIZE)
         assert caption == ""
         assert not given.any()
@@ -142,7 +145,7 @@ def test_captions_may_leave_out_the_motion() -> None:
 
 
 def test_held_out_combinations_are_never_trained() -> None:
-    from sora_model.data import held_out
+    from sora_model.world.world import held_out
 
     training, kept = World(WORLD.config, split="training"), World(WORLD.config, split="held out")
     for i in range(200):
@@ -151,7 +154,7 @@ def test_held_out_combinations_are_never_trained() -> None:
         assert held_out(b.color, b.shape, b.motion)
     with pytest.raises(ValueError, match="split must be"):
         World(split="test")
-    source = WorldSource(training, [SIZE], lessons={"turn": 1.0}, timing=(1, 4))
+    source = WorldSource(training, [SIZE], lessons={"turn": 1.0}, timing=Timing(1, 4))
     for i in range(200):
         caption, thing = source.load(i).caption, training.sample(i).things[0]
         said = [n for n in WORLD.config.motions if caption.endswith("stays still" if n == "stay" else f"moves {n}")]
@@ -159,10 +162,10 @@ def test_held_out_combinations_are_never_trained() -> None:
 
 
 def test_lessons_come_in_their_shares() -> None:
-    source = WorldSource(WORLD, [SIZE, (1, 48, 48)], lessons={"drift": 0.3, "turn": 0.2, "link": 0.1}, timing=(1, 4))
+    source = WorldSource(WORLD, [SIZE, (1, 48, 48)], lessons={"drift": 0.3, "turn": 0.2, "link": 0.1}, timing=Timing(1, 4))
     samples = [source.load(i) for i in range(200)]
     clips = [sample for sample in samples if sample.video.shape[1] > 1]
-    share = sum(sample.given is not None for sample in clips) / len(clips)
+    share = sum(sample.clean_mask is not None for sample in clips) / len(clips)
     assert 0.5 < share < 0.7
-    assert all(sample.given is None for sample in samples if sample.video.shape[1] == 1)
+    assert all(sample.clean_mask is None for sample in samples if sample.video.shape[1] == 1)
     assert torch.equal(source.load(5).video, source.load(5).video)

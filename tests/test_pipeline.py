@@ -11,13 +11,13 @@ from test_dit import awake, small
 from torch import Tensor
 from typer.testing import CliRunner
 
+from sora_model import SoraPipeline
 from sora_model.cli import app
-from sora_model.dit import DiT
-from sora_model.pipeline import SoraPipeline
-from sora_model.request import Request
-from sora_model.schedulers import FLOW, flow_scheduler
-from sora_model.text import WordEncoder
-from sora_model.vae import PixelCodec
+from sora_model.codec.codec import PixelCodec
+from sora_model.diffusion.schedulers import FLOW, flow_scheduler
+from sora_model.model.dit import DiT
+from sora_model.pipeline.request import Request
+from sora_model.text.words import WordEncoder
 
 PROMPTS = ["a red circle moves right", "a blue square", ""]
 SIZES = [(4, 16, 24), (2, 8, 8), (6, 8, 16)]
@@ -31,8 +31,8 @@ def pipeline() -> SoraPipeline:
 
 
 def generate(pipeline: SoraPipeline, which: list[int], **options) -> list[Tensor]:
-    given, negative = options.pop("given", [{}] * 3), options.pop("negative_prompts", [""] * 3)
-    requests = [Request(PROMPTS[i], SIZES[i], given=given[i] or {}, negative_prompt=negative[i]) for i in which]
+    keyframes, negative = options.pop("keyframes", [{}] * 3), options.pop("negative_prompts", [""] * 3)
+    requests = [Request(PROMPTS[i], SIZES[i], keyframes=keyframes[i] or {}, negative_prompt=negative[i]) for i in which]
     return pipeline(requests, num_inference_steps=3, **{"generator": [7 + i for i in which], **options})
 
 
@@ -53,7 +53,9 @@ def test_every_task_is_a_mask(pipeline: SoraPipeline) -> None:
     torch.manual_seed(1)
     image, start, end = torch.rand(3, 2, 16, 24), torch.rand(3, 2, 8, 16), torch.rand(3, 2, 8, 16)
     seen = []
-    videos = generate(pipeline, [0, 1, 2], given=[{0: image}, None, {0: start, -2: end}], callback=lambda *args: seen.append(args))
+    videos = generate(
+        pipeline, [0, 1, 2], keyframes=[{0: image}, None, {0: start, -2: end}], callback=lambda *args: seen.append(args)
+    )
     assert torch.equal(videos[0][:, :2], image)
     assert torch.equal(videos[2][:, :2], start)
     assert torch.equal(videos[2][:, -2:], end)
@@ -92,13 +94,13 @@ def test_latents_smaller_than_pixels(pipeline: SoraPipeline) -> None:
     halving = SoraPipeline(pipeline.dit, pipeline.text_encoder, pipeline.scheduler, HalvingCodec())
     assert halving.timing == (4, 4)
     start = torch.rand(3, 4, 1, 1).repeat_interleave(2, 1)[:, :4].expand(3, 4, 16, 16).contiguous()
-    (video,) = halving(Request("x", (8, 16, 16), given={0: start}), num_inference_steps=2, generator=0)
+    (video,) = halving(Request("x", (8, 16, 16), keyframes={0: start}), num_inference_steps=2, generator=0)
     assert tuple(video.shape) == (3, 8, 16, 16)
     assert torch.equal(video[:, :4], start)
     with pytest.raises(
         ValueError, match=r"expected whole token frames, the first 4 and then 4 at a time, got clips of frames \{2: 4\}"
     ):
-        halving(Request("x", (8, 16, 16), given={2: start}))
+        halving(Request("x", (8, 16, 16), keyframes={2: start}))
 
 
 def test_a_causal_codec_takes_its_first_frame_alone(pipeline: SoraPipeline) -> None:
@@ -108,7 +110,7 @@ def test_a_causal_codec_takes_its_first_frame_alone(pipeline: SoraPipeline) -> N
     assert causal.timing == (1, 2)
     image, end = (torch.rand(3, t, 1, 1).repeat_interleave(t, 1)[:, :t].expand(3, t, 8, 8).contiguous() for t in (1, 2))
     end = end[:, :1].repeat(1, 2, 1, 1)
-    requests = [Request("x", (5, 8, 8), given={0: image, -2: end}), Request("y", (1, 8, 8))]
+    requests = [Request("x", (5, 8, 8), keyframes={0: image, -2: end}), Request("y", (1, 8, 8))]
     video, picture = causal(requests, num_inference_steps=2, generator=0)
     assert (tuple(video.shape), tuple(picture.shape)) == ((3, 5, 8, 8), (3, 1, 8, 8))
     assert torch.equal(video[:, :1], image)
@@ -118,7 +120,7 @@ def test_a_causal_codec_takes_its_first_frame_alone(pipeline: SoraPipeline) -> N
 def test_any_size_is_made_larger_and_cut(pipeline: SoraPipeline) -> None:
     """Sizes that are no whole tokens, with something given in them: the border is repeated, and cut off again."""
     image = torch.rand(3, 2, 9, 14)
-    videos = pipeline([Request("x", (3, 9, 14), given={0: image}), "y"], (5, 7, 5), num_inference_steps=2, generator=0)
+    videos = pipeline([Request("x", (3, 9, 14), keyframes={0: image}), "y"], (5, 7, 5), num_inference_steps=2, generator=0)
     assert [tuple(video.shape) for video in videos] == [(3, 3, 9, 14), (3, 5, 7, 5)]
     assert torch.equal(videos[0][:, :2], image)
 
@@ -192,10 +194,10 @@ def test_wrong_inputs_are_named(pipeline: SoraPipeline) -> None:
     with pytest.raises(ValueError, match="generator: expected 1, one per request, got 2"):
         pipeline(["x"], (4, 16, 16), generator=[1, 2])
     for clips in ({0: torch.zeros(3, 2, 8, 8)}, {3: torch.zeros(3, 2, 16, 16)}, {0: torch.zeros(3, 16, 16)}):
-        with pytest.raises(ValueError, match=r"given: expected clips of floats \[3, t, 16, 16\] within 4 frames"):
-            Request("x", (4, 16, 16), given=clips)
+        with pytest.raises(ValueError, match=r"keyframes: expected clips of floats \[3, t, 16, 16\] within 4 frames"):
+            Request("x", (4, 16, 16), keyframes=clips)
     with pytest.raises(ValueError, match="expected whole token frames, the first 2 and then 2 at a time"):
-        pipeline(Request("x", (4, 16, 16), given={0: torch.zeros(3, 1, 16, 16)}))
+        pipeline(Request("x", (4, 16, 16), keyframes={0: torch.zeros(3, 1, 16, 16)}))
     with pytest.raises(ValueError, match="text_dim: expected 16, got 32"):
         SoraPipeline(pipeline.dit, WordEncoder(16), pipeline.scheduler)
     with pytest.raises(ValueError, match="captioner: expected a checkpoint with a captioner, got one without"):
@@ -224,7 +226,7 @@ def test_a_failed_save_leaves_the_old_one(pipeline: SoraPipeline, tmp_path: Path
     def fail(*args, **kwargs) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("sora_model.pipeline.json.dumps", fail)
+    monkeypatch.setattr("sora_model.pipeline.parts.json.dumps", fail)
     with pytest.raises(OSError, match="disk full"):
         pipeline.save_pretrained(tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sora_model.evaluate import MEASUREMENTS, Judge
-from sora_model.pipeline import EMBEDDED, SoraPipeline
+from sora_model import SoraPipeline
+from sora_model.pipeline.parts import EMBEDDED
+from sora_model.world.evaluate import MEASUREMENTS, Judge
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,13 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from sora_model.data import Batch, World, WorldConfig, WorldSource
-from sora_model.pipeline import SoraPipeline
-from sora_model.pretrained_text import PretrainedEncoder, load_text_encoder
-from sora_model.train_dit import DiffusionObjective
+from sora_model import SoraPipeline
+from sora_model.data import Batch
+from sora_model.text.pretrained import PretrainedEncoder, load_text_encoder
+from sora_model.training.dit import DiffusionObjective
+from sora_model.world.config import WorldConfig
+from sora_model.world.source import WorldSource
+from sora_model.world.world import World
 
 WORDS = ["<pad>", "<end>", "a", "red", "blue", "circle", "moves", "right"]
 SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 16, "dropout_rate": 0.5}

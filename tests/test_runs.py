@@ -20,11 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from sora_model import SoraPipeline
 from sora_model.cli import app
 from sora_model.data import write_video
-from sora_model.diffusion import TaskMix  # noqa: F401
-from sora_model.pipeline import SoraPipeline
-from sora_model.train import Trainer
+from sora_model.diffusion.task_mix import TaskMix  # noqa: F401
+from sora_model.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +44,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _rates(monkeypatch):
-    monkeypatch.setattr("sora_model.train._schedule", lambda *_: 1.0)  # it follows the number of steps
+    monkeypatch.setattr("sora_model.training.trainer.schedule", lambda *_: 1.0)  # it follows the number of steps
 
 
 def train(out: Path, small: Path, steps: int, *more: object):
@@ -56,7 +56,7 @@ def whole(small, tmp_path_factory) -> Path:
     """A run of three steps that nothing happened to."""
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sora_model.train._schedule", lambda *_: 1.0)
+        patch.setattr("sora_model.training.trainer.schedule", lambda *_: 1.0)
         result = train(out, small, 3)
     assert result.exit_code == 0, result.output
     return out
@@ -222,9 +222,9 @@ def test_a_process_that_is_really_killed(call, at, small, whole, tmp_path) -> No
     assert train(run, small, 1).exit_code == 0
     code = f"""
 import os, signal, sys
-import sora_model.train
-sora_model.train._schedule = lambda *_: 1.0
-save = sora_model.train.Trainer.save
+import sora_model.training.trainer
+sora_model.training.trainer.schedule = lambda *_: 1.0
+save = sora_model.training.trainer.Trainer.save
 def dying(trainer):
     calls, made = [], os.{call}
     def killed(*args, **options):
@@ -234,7 +234,7 @@ def dying(trainer):
         return made(*args, **options)
     os.{call} = killed
     save(trainer)
-sora_model.train.Trainer.save = dying
+sora_model.training.trainer.Trainer.save = dying
 from sora_model.cli import app
 app()
 """

@@ -7,7 +7,10 @@ from time import perf_counter
 import pytest
 import torch
 
-from sora_model.data import MediaError, PackedSampler, Repeated, Sample, World, WorldConfig, WorldSource
+from sora_model.data import MediaError, PackedSampler, Repeated, Sample
+from sora_model.world.config import WorldConfig
+from sora_model.world.source import WorldSource
+from sora_model.world.world import World
 
 # Tokens at patch (1, 2, 2): 2048, 1920, 1920, 640, 256, 1024
 MIXED = [(8, 32, 32), (8, 24, 40), (8, 40, 24), (4, 20, 32), (1, 32, 32), (16, 16, 16)]

@@ -10,12 +10,13 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
+from sora_model import SoraPipeline
 from sora_model.cli import app
+from sora_model.cli.terminal import show_video
 from sora_model.data import read_video, write_video
-from sora_model.pipeline import SoraPipeline
-from sora_model.request import Request, Timing
-from sora_model.tasks import Simulation, close, long_video, loop, refined
-from sora_model.terminal import show_video
+from sora_model.pipeline.request import Request
+from sora_model.pipeline.tasks import Simulation, close, long_video, loop, refined
+from sora_model.sizes import Timing
 
 
 class Counting:
@@ -37,7 +38,7 @@ class Counting:
     def draw(self, request: Request) -> Tensor:
         frames = request.size[0]
         video = torch.full((3, *request.size), torch.nan)
-        for at, clip in request.given.items():
+        for at, clip in request.keyframes.items():
             video[:, at : at + clip.shape[1]] = clip + self.off / 100
         for t in range(frames):
             if video[:, t].isnan().any():
@@ -60,7 +61,7 @@ def test_a_simulation_goes_on_from_its_last_frames() -> None:
     assert [request.seed for request in pipeline.requests] == [0, 1, 2]
     assert {tuple(request.size) for request in pipeline.requests} == {(13, 4, 4)}
     short = Simulation(pipeline, "a", first=torch.zeros(3, 3, 4, 4))  # type: ignore[arg-type]
-    seen = [next(iter(pipeline.requests[-1].given.values())).shape[1] for _ in range(3) if short.act("b") is not None]
+    seen = [next(iter(pipeline.requests[-1].keyframes.values())).shape[1] for _ in range(3) if short.act("b") is not None]
     assert seen == [1, 5, 5], "as soon as there is enough, a chunk sees all it can"
     assert numbers(short.video) == [0, 0, 0, *range(1, 27)]
     begun = Simulation(pipeline, "a", first=torch.full((3, 3, 4, 4), 0.07))  # type: ignore[arg-type]
@@ -94,8 +95,8 @@ def test_a_loop_comes_back_to_its_beginning() -> None:
     video = loop(pipeline, "a", passage=8, passage_prompt="b")  # type: ignore[arg-type]
     assert [request.prompt for request in pipeline.requests] == ["a", "b"]
     passage = pipeline.requests[1]
-    assert numbers(passage.given[0]) == [8, 9, 10, 11, 12]
-    assert numbers(passage.given[13]) == [0, 1, 2, 3]
+    assert numbers(passage.keyframes[0]) == [8, 9, 10, 11, 12]
+    assert numbers(passage.keyframes[13]) == [0, 1, 2, 3]
     assert sorted(numbers(video)) == list(range(21))
     # Counting up, the way from 20 to 0 is the only jump; every other place is as good to begin.
     assert numbers(video) != list(range(21))
@@ -111,7 +112,7 @@ def test_fades_of_a_loop_may_overlap(frames: int, overlap: int) -> None:
 
     class Still(Counting):
         def draw(self, request: Request) -> Tensor:
-            made = torch.full((3, *request.size), 0.6 if request.given else 0.0)
+            made = torch.full((3, *request.size), 0.6 if request.keyframes else 0.0)
             return request.finish(made)
 
     video = close(Still(), "a", (frames, 4, 4), passage=8, overlap=overlap)  # type: ignore[arg-type]
@@ -126,8 +127,8 @@ def test_large_frames_are_refined_from_small_drafts() -> None:
     assert [request.size for request in drafts] == [(5, 12, 8), (1, 8, 12)]
     assert [request.size for request in again] == [(5, 30, 20), (1, 16, 24)]
     assert [request.prompt for request in again] == ["a", "b"]
-    assert all(request.begin is not None and request.strength == 0.25 for request in again)
-    assert again[0].begin[0, :2, 15, 10].tolist() == pytest.approx([0, 0.01]), "frame by frame"
+    assert all(request.init_video is not None and request.strength == 0.25 for request in again)
+    assert again[0].init_video[0, :2, 15, 10].tolist() == pytest.approx([0, 0.01]), "frame by frame"
     assert [tuple(video.shape) for video in (tall, wide)] == [(3, 5, 30, 20), (3, 1, 16, 24)]
     with pytest.raises(ValueError, match="draft: expected from 1 to 15 pixels, as the shorter side has 16, got 16"):
         refined(pipeline, ["a"], [(1, 16, 24)], draft=16)  # type: ignore[arg-type]

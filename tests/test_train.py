@@ -113,7 +113,7 @@ def test_all_processes_stop_at_the_same_step(tmp_path):
     """A signal that one of them gets stops both, and the run is whole."""
     code = (
         "import os, signal, sys\n"
-        "from sora_model.train import Trainer\n"
+        "from sora_model.training.trainer import Trainer\n"
         "take = Trainer._train_step\n"
         "def step(self, batches):\n"
         "    if self.step == 2 and os.environ['RANK'] == '1':\n"
@@ -134,7 +134,7 @@ def test_all_processes_stop_at_the_same_step(tmp_path):
 
 def test_an_interrupted_run_is_saved_and_goes_on(clips, tmp_path, monkeypatch, request):
     """Ctrl-C ends a run after the step in hand; resumed, it takes the steps that it would have taken."""
-    from sora_model.train import Trainer
+    from sora_model.training.trainer import Trainer
 
     take = Trainer._train_step
 
@@ -145,7 +145,7 @@ def test_an_interrupted_run_is_saved_and_goes_on(clips, tmp_path, monkeypatch, r
 
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it puts into the background
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, ignored))
-    monkeypatch.setattr("sora_model.train._schedule", lambda *_: 1.0)  # it follows the number of steps
+    monkeypatch.setattr("sora_model.training.trainer.schedule", lambda *_: 1.0)  # it follows the number of steps
     whole = sora("train", tmp_path / "whole", "--data", clips, "--steps", 4, *TINY)
     assert whole.exit_code == 0, whole.output
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
@@ -177,14 +177,14 @@ def test_the_default_size_is_that_of_the_files(run, clips):
 )
 def test_default_sizes_fit_default_batches(command, more, world, tmp_path, monkeypatch):
     """What a bare command trains on can be cut into patches and fits a batch."""
-    from sora_model.train import Trainer
-    from sora_model.vae import VideoVAE
+    from sora_model.codec.vae import VideoVAE
+    from sora_model.training.trainer import Trainer
 
     VideoVAE.small(latent_channels=4, channels=(8, 8, 8)).save_pretrained(tmp_path / "vae")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Trainer, "_train_step", lambda self, batches: (float(len(batches)), 0.0))
-    monkeypatch.setattr("sora_model.train_vae.gives_back", lambda *_: [30.0])
-    monkeypatch.setattr("sora_model.train_vae.finish", lambda *_: None)
+    monkeypatch.setattr("sora_model.training.vae.reconstruction_psnr", lambda *_: [30.0])
+    monkeypatch.setattr("sora_model.training.vae.finish", lambda *_: None)
     result = sora(command, tmp_path / "run", "--world", world, "--steps", 30, *more)
     assert result.exit_code == 0, result.output
 
@@ -193,11 +193,14 @@ def test_default_sizes_fit_default_batches(command, more, world, tmp_path, monke
 def test_state_survives_saving(optimizer, tmp_path, monkeypatch):
     """A run resumed from disk goes on exactly as if it had not stopped."""
     # The schedule follows the number of steps, which differs here.
-    monkeypatch.setattr("sora_model.train._schedule", lambda *_: 1.0)
-    from sora_model.data import PackedSampler, World, WorldSource
-    from sora_model.pipeline import SoraPipeline
-    from sora_model.train import TrainConfig, Trainer
-    from sora_model.train_dit import DiffusionObjective
+    monkeypatch.setattr("sora_model.training.trainer.schedule", lambda *_: 1.0)
+    from sora_model import SoraPipeline
+    from sora_model.data import PackedSampler
+    from sora_model.training.config import TrainConfig
+    from sora_model.training.dit import DiffusionObjective
+    from sora_model.training.trainer import Trainer
+    from sora_model.world.source import WorldSource
+    from sora_model.world.world import World
 
     def trainer(folder, steps, **options):
         pipeline = SoraPipeline.from_preset("tiny", patch=(1, 8, 8))
@@ -213,7 +216,7 @@ def test_state_survives_saving(optimizer, tmp_path, monkeypatch):
 
 
 def test_unknown_optimizer():
-    from sora_model.train import TrainConfig
+    from sora_model.training.config import TrainConfig
 
     with pytest.raises(ValueError, match="TrainConfig: optimizer: expected 'muon' or 'adamw', got 'sgd'"):
         TrainConfig(optimizer="sgd")
@@ -357,7 +360,7 @@ def test_the_training_commands_of_the_readme(clips, tmp_path, monkeypatch):
 
 
 def test_a_scaling_study(tmp_path, monkeypatch):
-    monkeypatch.setattr("sora_model.scaling.MOST_STEPS", 40)
+    monkeypatch.setattr("sora_model.world.scaling.MOST_STEPS", 40)
     result = sora("scaling", tmp_path, "--compute", "2e10")
     assert result.exit_code == 0, result.output
     points = json.loads((tmp_path / "scaling.json").read_text())
@@ -371,29 +374,31 @@ def test_given_ends_are_trained_as_they_are_given(tmp_path):
     """A causal VAE's latents of an end depend on what came before it: the model learns from those that the pipeline will have."""
     import torch
 
-    from sora_model.data import Batch, Sample, World, WorldConfig
-    from sora_model.diffusion import TaskMix
-    from sora_model.pipeline import SoraPipeline
-    from sora_model.request import Request
-    from sora_model.train_dit import DiffusionObjective
-    from sora_model.vae import VideoVAE
+    from sora_model import SoraPipeline
+    from sora_model.codec.vae import VideoVAE
+    from sora_model.data import Batch, Sample
+    from sora_model.diffusion.task_mix import TaskMix
+    from sora_model.pipeline.request import Request
+    from sora_model.training.dit import DiffusionObjective
+    from sora_model.world.config import WorldConfig
+    from sora_model.world.world import World
 
     torch.manual_seed(0)
     vae = VideoVAE.small(latent_channels=4, channels=(8, 8, 8)).eval()
     pipeline = SoraPipeline.from_preset("tiny", patch=(1, 1, 1), codec=vae, size=(13, 16, 16))
     video = World(WorldConfig.studio()).sample(1).render(13, 16, 16)
-    given = torch.arange(13) >= 9
+    clean = torch.arange(13) >= 9
     objective = DiffusionObjective(pipeline, tasks=TaskMix(1, 0, 0, 0))
-    batch = Batch([Sample(video, "x", given=given), Sample(video, "y"), Sample(video, "z", given=~given)], [0, 1, 2], 0)
+    batch = Batch([Sample(video, "x", clean_mask=clean), Sample(video, "y"), Sample(video, "z", clean_mask=~clean)], [0, 1, 2], 0)
     latents = objective._encode(batch)
-    own = [objective._own(sample) for sample in batch.samples]
-    masks = [objective._given(mask, x, None) for mask, x in zip(own, latents, strict=True)]
-    context = objective._context(batch, latents, masks, own)
-    _, expected = pipeline._given(Request("x", (13, 16, 16), given={9: video[:, 9:]}), latents[0])
+    lessons = [objective._lesson_mask(sample) for sample in batch.samples]
+    masks = [objective._clean_mask(mask, x, None) for mask, x in zip(lessons, latents, strict=True)]
+    context = objective._context(batch, latents, masks)
+    _, expected = pipeline._clean_frames(Request("x", (13, 16, 16), keyframes={9: video[:, 9:]}), latents[0])
     assert torch.allclose(context[0], expected, atol=1e-5)
     assert not torch.allclose(context[0], latents[0], atol=1e-3)
     assert all(torch.equal(context[i], latents[i]) for i in (1, 2))
     keeps = DiffusionObjective(pipeline, tasks=TaskMix(1, 0, 0, 0), keep_latents=True)
-    keeps._context(batch, latents, masks, own)
-    kept = keeps._context(Batch([s._replace(video=0 * s.video) for s in batch.samples], [0, 1, 2], 0), latents, masks, own)
+    keeps._context(batch, latents, masks)
+    kept = keeps._context(Batch([s._replace(video=0 * s.video) for s in batch.samples], [0, 1, 2], 0), latents, masks)
     assert torch.equal(kept[0], context[0].half().float())

@@ -7,9 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sora_model.data import Batch, Sample, World, WorldConfig, WorldSource
-from sora_model.train_vae import VAEObjective, finish, gives_back
-from sora_model.vae import CLASSES, PixelCodec, VideoVAE, held, latent_frames, latent_size, pixel_frames
+from sora_model.codec.codec import PixelCodec, latent_frames, latent_size, nearest_known, pixel_frames
+from sora_model.codec.vae import CLASSES, VideoVAE
+from sora_model.data import Batch, Sample
+from sora_model.training.vae import VAEObjective, finish, reconstruction_psnr
+from sora_model.world.config import WorldConfig
+from sora_model.world.source import WorldSource
+from sora_model.world.world import World
 
 
 def wan():
@@ -182,7 +186,7 @@ def test_a_small_one_learns(tmp_path: Path) -> None:
     latents = torch.cat([x.flatten(1) for x in loaded.encode(videos)], dim=1)
     torch.testing.assert_close(latents.mean(1), torch.zeros(8), atol=1e-3, rtol=0)
     torch.testing.assert_close(latents.std(1, correction=0), torch.ones(8), atol=1e-3, rtol=0)
-    assert all(ratio > 10 for ratio in gives_back(loaded, videos[:3]))
+    assert all(ratio > 10 for ratio in reconstruction_psnr(loaded, videos[:3]))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -258,8 +262,8 @@ def test_which_latent_frames_are_given() -> None:
 def test_what_is_not_known_shows_the_nearest_known_frame() -> None:
     video = torch.arange(9.0)[None, :, None, None].expand(3, 9, 2, 2)
     known = torch.tensor([True, True, False, False, False, False, False, True, True])
-    assert held(video, known)[0, :, 0, 0].tolist() == [0, 1, 1, 1, 1, 7, 7, 7, 8]
-    assert held(video, torch.arange(9) >= 7)[0, :, 0, 0].tolist() == [7] * 8 + [8]
+    assert nearest_known(video, known)[0, :, 0, 0].tolist() == [0, 1, 1, 1, 1, 7, 7, 7, 8]
+    assert nearest_known(video, torch.arange(9) >= 7)[0, :, 0, 0].tolist() == [7] * 8 + [8]
 
 
 @pytest.mark.parametrize(("temporal", "spatial"), [(4, 8), (8, 8), (4, 16), (8, 16)])

@@ -14,14 +14,14 @@ from test_checkpoint import module
 from test_pretrained_text import MODELS, tokenizer
 from typer.testing import CliRunner
 
-from sora_model import schedulers
-from sora_model.captioner import Captioner
-from sora_model.checkpoint import save_whole
+from sora_model import SoraPipeline
+from sora_model.caption.captioner import Captioner
 from sora_model.cli import app
-from sora_model.pipeline import SoraPipeline
-from sora_model.pretrained_text import PretrainedEncoder, load_text_encoder, load_tokenizer
-from sora_model.vae import VideoVAE
-from sora_model.weights import check_finite
+from sora_model.codec.vae import VideoVAE
+from sora_model.diffusion import schedulers
+from sora_model.storage.files import save_whole
+from sora_model.storage.weights import check_finite
+from sora_model.text.pretrained import PretrainedEncoder, load_text_encoder, load_tokenizer
 
 RUNS_CODE = "import pathlib\npathlib.Path({marker!r}).touch()\nclass EvilPipeline:\n    pass\nclass Evil:\n    pass\n"
 

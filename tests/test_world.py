@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sora_model.data import Scene, World, WorldConfig, judge
-from sora_model.data.scene import BACKGROUNDS, COLORS, MOTIONS, Thing
-from sora_model.data.shapes import SHAPES, moments
+from sora_model.world.config import BACKGROUNDS, COLORS, MOTIONS, WorldConfig
+from sora_model.world.judge import judge
+from sora_model.world.scene import Scene, Thing
+from sora_model.world.shapes import SHAPES, moments
+from sora_model.world.world import World
 
 SIZES = [(8, 32, 32), (8, 24, 48), (8, 48, 28)]
 

@@ -20,14 +20,14 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ..config import Size
-from ..terminal import denoising, write_files
+from ..sizes import Size
+from .terminal import denoising, write_files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..pipeline import SoraPipeline
-    from ..request import Request
+    from ..pipeline.pipeline import SoraPipeline
+    from ..pipeline.request import Request
 
 # torch and diffusers take seconds to import, so commands import them: --help and a wrong option answer at once.
 
@@ -65,9 +65,10 @@ class Loaded:
 
     def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
         """The pipeline; captioner: one without a captioner is an error, before its weights are read."""
-        from ..checkpoint import settle
-        from ..pipeline import EMBEDDED, SoraPipeline
-        from ..weights import read_index
+        from ..pipeline.parts import EMBEDDED
+        from ..pipeline.pipeline import SoraPipeline
+        from ..storage.files import settle
+        from ..storage.weights import read_index
 
         device, folder = known_device(self.device), self.checkpoint or EMBEDDED
         settle(folder)
@@ -120,13 +121,13 @@ class Call(Loaded):
             raise ValueError(f"--negative: expected none with --guidance 1, which has no use for it, got {self.negative!r}")
 
     def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
-        from ..schedulers import FLOW
+        from ..diffusion.schedulers import FLOW
 
         if self.scheduler not in (None, *FLOW):
             raise ValueError(f"--scheduler: expected one of {', '.join(FLOW)}, got {self.scheduler!r}")
         pipeline = super().pipeline(captioner=captioner)
         if self.scheduler is not None:
-            from ..schedulers import flow_scheduler
+            from ..diffusion.schedulers import flow_scheduler
 
             pipeline = pipeline.with_scheduler(flow_scheduler(self.scheduler, like=pipeline.scheduler))
         return pipeline

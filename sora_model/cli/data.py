@@ -38,12 +38,12 @@ def recaption(
     """Caption a training folder: a detailed caption beside each file, and a short one where there is none."""
     check_media(folder, "FOLDER")
     check_folder(folder, "FOLDER")
-    from ..checkpoint import whole_file
     from ..data import FolderSource, MediaError
+    from ..storage.files import whole_file
 
     pipeline = loaded.pipeline(captioner=True)
     source: Any = FolderSource(
-        folder, multiple_of=pipeline.unit, lead=pipeline.timing.lead, max_frames=max_frames, max_pixels=max_pixels,
+        folder, multiple_of=pipeline.unit, first=pipeline.timing.first, max_frames=max_frames, max_pixels=max_pixels,
         captions=False,
     )  # fmt: skip
     written = 0

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..terminal import denoising, show_video
 from .app import Call, console, parse_size, say, task
 from .requests import read_requests
+from .terminal import denoising, show_video
 
 if TYPE_CHECKING:
-    from ..pipeline import SoraPipeline
+    from ..pipeline.pipeline import SoraPipeline
 
 Prompt = Annotated[str, typer.Argument(help="What to show.")]
 Video = Annotated[Path, typer.Argument(help="A video file.")]
@@ -48,7 +48,7 @@ def generate(
             expected = f"fewer pixels than the shorter side of --size, {min(sides)}"
             raise ValueError(f"--draft: expected {expected}, got {draft}")
     pipeline = call.pipeline(captioner=expand)
-    from ..request import text_to_video
+    from ..pipeline.request import text_to_video
 
     sizes = sizes * len(prompts) if len(sizes) == 1 else sizes or [pipeline.size] * len(prompts)
     if expand:
@@ -57,7 +57,7 @@ def generate(
         requests = [text_to_video(p, s, negative_prompt=call.negative) for p, s in zip(prompts, sizes, strict=True)]
         call.generate(pipeline, requests)
         return
-    from ..tasks import REDONE, refined
+    from ..pipeline.tasks import REDONE, refined
 
     with denoising(console, round((1 + REDONE) * call.steps)) as advance:
         videos = refined(pipeline, prompts, sizes, draft, callback=lambda *_: advance(1), **call.several)
@@ -75,7 +75,7 @@ def animate(
     """Make a video that begins with an image."""
     picture, _ = call.read(image, max_frames=1)
     pipeline = call.pipeline()
-    from ..request import image_to_video
+    from ..pipeline.request import image_to_video
 
     request = image_to_video(prompt, picture, frames or pipeline.size[0], pipeline.timing, negative_prompt=call.negative)
     call.generate(pipeline, [request])
@@ -91,7 +91,7 @@ def restyle(
 ) -> None:
     """Make a video anew after another prompt: other colours, another scene."""
     clip, rate = call.read(video)
-    from ..request import video_to_video
+    from ..pipeline.request import video_to_video
 
     request = video_to_video(prompt, clip, strength, negative_prompt=call.negative)
     call.generate(call.pipeline(), [request], [rate])
@@ -110,11 +110,11 @@ def extend(
     """Make a video longer, forward or backward."""
     clip, rate = call.read(video)
     pipeline = call.pipeline()
-    from ..request import extend as request_extension
+    from ..pipeline.request import extend as request_extension
 
     timing = pipeline.timing
-    seen = timing.grain * max(overlap, 1) + (0 if backward else timing.lead)
-    added = frames or max(pipeline.size[0] - seen, timing.grain)
+    seen = timing.stride * max(overlap, 1) + (0 if backward else timing.first)
+    added = frames or max(pipeline.size[0] - seen, timing.stride)
     request = request_extension(prompt, clip, added, timing, overlap=overlap, backward=backward, negative_prompt=call.negative)
     call.generate(pipeline, [request], [rate])
 
@@ -132,13 +132,13 @@ def join(
     """Join two videos by a passage from the end of one to the start of the other."""
     (start, rate), (end, other) = call.read(first), call.read(last)
     rate = _common_rate(call, rate, other)
-    from ..request import check_joined
+    from ..pipeline.request import check_joined
 
     check_joined(start, end)
     pipeline = call.pipeline()
-    from ..request import join as request_passage
+    from ..pipeline.request import join as request_passage
 
-    passage = frames or 2 * pipeline.timing.grain
+    passage = frames or 2 * pipeline.timing.stride
     request = request_passage(prompt, start, end, passage, pipeline.timing, overlap=overlap, negative_prompt=call.negative)
     call.generate(pipeline, [request], [rate])
 
@@ -156,7 +156,7 @@ def loop(
     """Make a video that can be played round and round without a seam."""
     shape = parse_size(size) if size else None
     pipeline = call.pipeline()
-    from ..tasks import loop as make_loop
+    from ..pipeline.tasks import loop as make_loop
 
     options = {"passage": passage, "passage_prompt": passage_prompt, "overlap": overlap, **call.several}
     with denoising(console, 2 * call.steps) as advance:
@@ -178,7 +178,7 @@ def long(
     if frames < 1:
         raise ValueError(f"--seconds: expected at least one frame, which is {1 / call.rate():g}, got {seconds:g}")
     pipeline = call.pipeline()
-    from ..tasks import long_video
+    from ..pipeline.tasks import long_video
 
     with denoising(console, frames, "frames") as advance:
         video = long_video(pipeline, prompts, frames, shape, overlap=overlap, progress=advance, **call.several)
@@ -197,7 +197,7 @@ def simulate(
     """Simulate a world: a chunk of video for every action, shown in the terminal as it comes."""
     shape = parse_size(size) if size else None
     pipeline = call.pipeline()
-    from ..tasks import Simulation
+    from ..pipeline.tasks import Simulation
 
     world = Simulation(pipeline, prompt, shape, overlap=overlap, **call.several)
     show_video(world.video, console, call.rate())

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .app import parse_size, read_clip
 
 if TYPE_CHECKING:
-    from ..pipeline import SoraPipeline
-    from ..request import Request
+    from ..pipeline.pipeline import SoraPipeline
+    from ..pipeline.request import Request
 
 Reader = Callable[..., tuple[Any, float]]  # as `read_clip`
 
@@ -67,7 +67,7 @@ class Asked:
     rates: list[float]
 
     def request(self, pipeline: SoraPipeline) -> Request:
-        from .. import request
+        from ..pipeline import request
 
         fields = dict(self.fields)
         if self.task in ("image_to_video", "extend", "join"):

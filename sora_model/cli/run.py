@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import Size
-from ..terminal import run_training
+from ..sizes import Size
 from .app import Precision, check_folder, check_media, console, known_device, parse_size
+from .terminal import run_training
 
 if TYPE_CHECKING:
     from ..data import Source
-    from ..train import Objective, TrainConfig, Trainer
+    from ..training.config import TrainConfig
+    from ..training.trainer import Objective, Trainer
 
 
 class WorldName(str, Enum):
@@ -66,7 +67,7 @@ class Run:
 
     def sizes(self, unit: Size, lead: int, default: list[str]) -> list[Size]:
         """Sizes of the world's clips: those asked for, or the default ones made larger to whole tokens."""
-        from ..request import Timing
+        from ..sizes import Timing
 
         if self.size:
             return [parse_size(text) for text in self.size]
@@ -80,11 +81,14 @@ class Run:
 
         captions: False takes files without captions. options: of the world's clips.
         """
-        from ..data import FolderSource, Repeated, World, WorldConfig, WorldSource
+        from ..data import FolderSource, Repeated
+        from ..world.config import WorldConfig
+        from ..world.source import WorldSource
+        from ..world.world import World
 
         if self.data is not None:
             limits = {"max_frames": self.max_frames, "max_pixels": self.max_pixels, "seed": self.seed}
-            return FolderSource(self.data, multiple_of=unit, lead=lead, captions=captions, **limits)  # type: ignore[arg-type]
+            return FolderSource(self.data, multiple_of=unit, first=lead, captions=captions, **limits)  # type: ignore[arg-type]
         config = getattr(WorldConfig, self.world.value)(self.seed)
         split = "training" if self.world is WorldName.studio else None
         source = WorldSource(World(config, split=split), sizes, **options)
@@ -97,7 +101,7 @@ class Run:
         """
         from accelerate import PartialState
 
-        from ..train import all_settings, check_run
+        from ..training.resume import all_settings, check_run
 
         if self.data is None:
             refuse("a world, whose clips have their own sizes", {"max-pixels": self.max_pixels})
@@ -136,8 +140,9 @@ class Run:
         """Trains on packed batches of this process; from an endless source, of several sizes each. packing: see `PackedSampler`."""
         from accelerate import PartialState
 
-        from ..data import PackedSampler, WorldSource
-        from ..train import Trainer
+        from ..data import PackedSampler
+        from ..training.trainer import Trainer
+        from ..world.source import WorldSource
 
         if isinstance(source, WorldSource):
             packing["min_sizes"] = min(len(set(source.sizes)), 4)
@@ -149,7 +154,7 @@ class Run:
         return trainer
 
     def config(self) -> TrainConfig:
-        from ..train import TrainConfig
+        from ..training.config import TrainConfig
 
         return TrainConfig(
             steps=1000 if self.steps is None and self.minutes is None else self.steps,

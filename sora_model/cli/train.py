@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..config import PRESETS, Size
+from ..model.config import PRESETS
+from ..sizes import Size, Timing
 from .app import Precision, app, check_finite, check_folder, command, console, one_line_errors, parse_size, say
 from .run import Run, WorldName, refuse
 
 if TYPE_CHECKING:
     from ..data import Source
-    from ..pipeline import SoraPipeline
-    from ..train import Trainer
+    from ..pipeline.pipeline import SoraPipeline
+    from ..training.trainer import Trainer
 
 
 class Prediction(str, Enum):
@@ -71,10 +72,10 @@ def train(
     run: Run,
 ) -> None:
     """Train a video transformer on packed batches of mixed sizes, from the procedural world or a folder of files."""
-    from ..diffusion import TaskMix
-    from ..pipeline import SoraPipeline
-    from ..train_dit import DiffusionObjective
-    from ..vae import latent_size
+    from ..codec.codec import latent_size
+    from ..diffusion.task_mix import TaskMix
+    from ..pipeline.pipeline import SoraPipeline
+    from ..training.dit import DiffusionObjective
 
     parts = {"model": model, "vae": vae, "text-encoder": text_encoder, "patch": patch, "prediction": prediction}
     worldly = {"clips": clips, "lessons": lessons, "large": large}
@@ -97,8 +98,8 @@ def train(
         pipeline = _untrained(name, cut, vae, text_encoder, kind.value, run.seed, device)
     pipeline.dit.gradient_checkpointing = checkpointing
     timing, default = pipeline.timing, [*WORLD_SIZES[run.world.value], *(LARGEST if large else [])]
-    sizes = run.sizes(pipeline.unit, timing.lead, default)
-    source = run.source(sizes, pipeline.unit, timing.lead, clips, lessons=LESSONS if lessons else {}, timing=timing)
+    sizes = run.sizes(pipeline.unit, timing.first, default)
+    source = run.source(sizes, pipeline.unit, timing.first, clips, lessons=LESSONS if lessons else {}, timing=timing)
     if before is None:
         pipeline.size = sizes[0] if run.data is None else _common_size(source)
     objective = DiffusionObjective(
@@ -117,9 +118,9 @@ def _untrained(
     model: str, patch: Size | None, vae: Path | None, text_encoder: Path | None, prediction: str, seed: int, device: str
 ) -> SoraPipeline:
     """A pipeline whose transformer is to be trained, its VAE and text encoder from folders, if any are given."""
-    from ..pipeline import SoraPipeline
-    from ..pretrained_text import PretrainedEncoder
-    from ..vae import VideoVAE
+    from ..codec.vae import VideoVAE
+    from ..pipeline.pipeline import SoraPipeline
+    from ..text.pretrained import PretrainedEncoder
 
     codec = None if vae is None else VideoVAE.from_pretrained(vae).to(device)
     encoder = None if text_encoder is None else PretrainedEncoder.from_pretrained(text_encoder).to(device)
@@ -145,8 +146,9 @@ def train_vae(
     """Train a small causal video VAE; at the end, say how well it gives back clips it has not seen (PSNR). A token is a latent."""
     import torch
 
-    from ..train_vae import VAEObjective, clips_of, finish, gives_back
-    from ..vae import VideoVAE, latent_size
+    from ..codec.codec import latent_size
+    from ..codec.vae import VideoVAE
+    from ..training.vae import VAEObjective, clips_of, finish, reconstruction_psnr
 
     parts = {"channels": channels, "temporal": temporal, "spatial": spatial}
     refuse("--start, whose checkpoint has its own", parts if start else {})
@@ -161,7 +163,7 @@ def train_vae(
         made = VideoVAE.small(latent_channels=channels or 16, temporal=temporal or 4, spatial=spatial or 8)
     vae = made.to(device)
     sizes = run.sizes(vae.compression, 1, VAE_SIZES)
-    source = run.source(sizes, vae.compression, 1, captions=False, lessons=VAE_LESSONS, timing=(1, vae.compression[0]))
+    source = run.source(sizes, vae.compression, 1, captions=False, lessons=VAE_LESSONS, timing=Timing(1, vae.compression[0]))
     objective = VAEObjective(vae, decoder_only=decoder_only)
     trainer = run.train(out, objective, source, (1, 1, 1), settings, latent_size=lambda one: latent_size(vae, one))
     if not trainer.accelerator.is_main_process:
@@ -171,7 +173,7 @@ def train_vae(
     shown = [10**6 + i for i in range(64)] if run.data is None else trainer.sampler.usable[:64]
     if not decoder_only:
         finish(trained, clips_of(source, range(64) if run.data is None else shown), out / "checkpoint")
-    ratios = gives_back(trained, clips_of(source, shown))
+    ratios = reconstruction_psnr(trained, clips_of(source, shown))
     kind = "unseen clips" if run.data is None else "clips it was trained on"
     say(f"PSNR of {len(ratios)} {kind}: {sum(ratios) / len(ratios):.1f} dB, the worst {min(ratios):.1f} dB")
     _end(trainer, out / "checkpoint")
@@ -190,11 +192,11 @@ def train_captioner(
     """Train a captioner on the latents of a pipeline's VAE, and put it into the pipeline's checkpoint."""
     import torch
 
-    from ..captioner import Captioner, CaptionerConfig, train_tokenizer
-    from ..checkpoint import check_replaceable
-    from ..pipeline import SoraPipeline
-    from ..train_captioner import CaptionObjective
-    from ..vae import latent_size
+    from ..caption.captioner import Captioner, CaptionerConfig, train_tokenizer
+    from ..codec.codec import latent_size
+    from ..pipeline.pipeline import SoraPipeline
+    from ..storage.files import check_replaceable
+    from ..training.captioner import CaptionObjective
 
     check_replaceable(checkpoint)
     check_folder(checkpoint.absolute().parent, "--checkpoint")
@@ -202,8 +204,8 @@ def train_captioner(
     device = run.own_device
     pipeline = SoraPipeline.from_pretrained(checkpoint, device=device)
     patch = pipeline.dit.config.patch_size
-    sizes = run.sizes(pipeline.unit, pipeline.timing.lead, CAPTION_SIZES)
-    source = run.source(sizes, pipeline.unit, pipeline.timing.lead)
+    sizes = run.sizes(pipeline.unit, pipeline.timing.first, CAPTION_SIZES)
+    source = run.source(sizes, pipeline.unit, pipeline.timing.first)
     before = run.parts(out)
     if before is not None:
         captioner = Captioner.from_pretrained(before)
@@ -241,13 +243,13 @@ def export(
 ) -> None:
     """Write a checkpoint with weights in float16, half as large; a text encoder of transformers keeps its own."""
     with one_line_errors():
-        from ..checkpoint import check_replaceable
+        from ..storage.files import check_replaceable
 
         check_replaceable(out)
         check_folder(out.absolute().parent, "OUT")
         import torch
 
-        from ..pipeline import SoraPipeline
+        from ..pipeline.pipeline import SoraPipeline
 
         SoraPipeline.from_pretrained(checkpoint).save_pretrained(out, dtype=torch.float16)
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
@@ -264,7 +266,7 @@ def scaling(
     with one_line_errors():
         check_finite({"compute": compute})
         check_folder(out, "OUT")
-        from ..scaling import study
+        from ..world.scaling import study
 
         out.mkdir(parents=True, exist_ok=True)
         study(

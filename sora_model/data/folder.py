@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sora_model.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, scaled_size
-from sora_model.data.sampler import Sample
-from sora_model.data.video_io import probe, read_video
+from .media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, scaled_size
+from .sample import Sample
+from .video_io import probe, read_video
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
@@ -39,8 +39,8 @@ class FolderSource:
     folder: path. max_frames: longer videos give a clip of this many frames, drawn anew in every epoch.
     frame_stride: take every n-th frame. max_pixels: frames of more than this height x width are scaled down, keeping their
     aspect ratio. multiple_of: (T, H, W), what lengths and sizes must divide by (VAE stride x patch size); what is over is
-    cut off, evenly around the picture and at the end of the clip, never scaled. lead: lengths become lead + T n instead, as
-    causal VAEs want that code the first frame alone (lead 1; an image then fits any T). captions: False takes files without
+    cut off, evenly around the picture and at the end of the clip, never scaled. first: lengths become first + T n instead, as
+    causal VAEs want that code the first frame alone (first=1; an image then fits any T). captions: False takes files without
     captions, which are then empty. seed: of the clips drawn.
 
     Raises ValueError if the folder has no usable file.
@@ -51,7 +51,7 @@ class FolderSource:
         folder: str | os.PathLike[str],
         *,
         multiple_of: tuple[int, int, int] = (1, 1, 1),
-        lead: int | None = None,
+        first: int | None = None,
         max_frames: int | None = None,
         frame_stride: int = 1,
         max_pixels: int | None = None,
@@ -63,7 +63,7 @@ class FolderSource:
                 raise ValueError(f"FolderSource: {name} must be at least 1, got {value}")
         if len(multiple_of) != 3 or min(multiple_of) < 1:
             raise ValueError(f"FolderSource: multiple_of must be three numbers of at least 1 (T, H, W), got {multiple_of}")
-        self.folder, self.multiple_of, self.lead = Path(folder), tuple(multiple_of), lead
+        self.folder, self.multiple_of, self.first = Path(folder), tuple(multiple_of), first
         self.max_frames, self.frame_stride, self.max_pixels, self.seed = max_frames, frame_stride, max_pixels, seed
         self.paths: list[Path] = []
         self.captions: list[str] = []
@@ -149,10 +149,10 @@ class FolderSource:
     def _whole_frames(self, path: Path, frames: int) -> int:
         """The most frames, out of `frames`, that the patching can take."""
         multiple = self.multiple_of[0]
-        lead = multiple if self.lead is None else self.lead
-        if frames < lead:
-            raise MediaError(f"{path} has {frames} frames, less than {lead}")
-        return frames - (frames - lead) % multiple
+        first = multiple if self.first is None else self.first
+        if frames < first:
+            raise MediaError(f"{path} has {frames} frames, less than {first}")
+        return frames - (frames - first) % multiple
 
 
 def _media_files(folder: Path) -> list[Path]:

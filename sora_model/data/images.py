@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sora_model.data.media import Geometry, check_pixels, on_white, open_image, resized
-from sora_model.data.timeline import Timeline
+from .media import Geometry, check_pixels, on_white, open_image, resized
+from .timeline import Timeline
 
 ORIENTATION = 0x0112  # EXIF's number of it
 

@@ -1,4 +1,4 @@
-"""Batches of mixed sizes that fill a token budget, with no padding: `PackedSampler`, and `WorldSource` to feed it.
+"""Batches of mixed sizes that fill a token budget, with no padding: `PackedSampler`.
 
 A source has `size(index) -> (T, H, W)`, cheap and without decoding, and `load(index, epoch) -> Sample`. A batch is
 chosen from a buffer of `lookahead` samples: the oldest ones with which some subset of the buffer fills 95% of the budget, or
@@ -12,67 +12,19 @@ buffer of its own, and what it does not take is never drawn.
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import accumulate
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from sora_model.data.lessons import closeup, drift, link, morph, turn
-from sora_model.data.media import MediaError
-from sora_model.data.world import World
+from ..sizes import Size
+from .media import MediaError
+from .sample import Batch, Source
 
 logger = logging.getLogger(__name__)
-
-Size = tuple[int, int, int]
-GOLDEN, SILVER = 0x9E3779B97F4A7C15, 0x6A09E667F3BCC909  # the fractions of (1 + sqrt 5) / 2 and of sqrt 2, in 2^-64
-LESSONS = {"drift": drift, "turn": turn, "link": link, "morph": morph, "closeup": closeup}
-
-
-class Sample(NamedTuple):
-    """A clip [3, T, H, W] in [-1, 1] and its caption.
-
-    detailed: a long caption too, if there is one. given: where the clip teaches a task, bool [T], the frames that are given.
-    """
-
-    video: torch.Tensor
-    caption: str
-    detailed: str | None = None
-    given: torch.Tensor | None = None
-
-
-class Source(Protocol):
-    """What the sampler draws from: `FolderSource`, which also has a length, or `WorldSource`, which has none.
-
-    It may have `name(index)`, by which messages call a sample.
-    """
-
-    def size(self, index: int) -> Size: ...
-
-    def load(self, index: int, epoch: int = 0) -> Sample: ...
-
-
-@dataclass
-class Batch:
-    """One step's samples, of mixed sizes, their indices into the source, and how many tokens they are in all."""
-
-    samples: list[Sample]
-    indices: list[int]
-    tokens: int
-
-    @property
-    def videos(self) -> list[torch.Tensor]:
-        return [sample.video for sample in self.samples]
-
-    @property
-    def captions(self) -> list[str]:
-        return [sample.caption for sample in self.samples]
 
 
 class Item(NamedTuple):
@@ -87,71 +39,6 @@ class Item(NamedTuple):
 
 class Unfit(ValueError):
     """A sample that no batch can hold: larger than the budget, or not of whole patches."""
-
-
-class WorldSource:
-    """Endless scenes of a world, drawn at mixed sizes.
-
-        source = WorldSource(World(), [(8, 32, 32), (8, 24, 40), (8, 40, 24), (1, 32, 32)], weights=[3, 2, 2, 1])
-        source.load(0)     # Sample(float32 [3, 8, 32, 32] in [-1, 1], "a blue circle moves left", "A medium blue ...", None)
-
-    sizes: (T, H, W) to draw from; T = 1 is an image, whose caption names no motion. weights: how often each is offered,
-    relative (default: alike); a budget of few samples takes small ones more often than that, as they fill it up.
-    lessons: shares of the clips that teach a task, by name; see `lessons.py`. timing: pixel frames of the first and of each other
-    token frame, for what is given in them.
-    """
-
-    def __init__(
-        self,
-        world: World,
-        sizes: Sequence[Size],
-        *,
-        weights: Sequence[float] | None = None,
-        lessons: Mapping[str, float] | None = None,
-        timing: tuple[int, int] = (1, 1),
-    ) -> None:
-        weights = [1.0] * len(sizes) if weights is None else list(weights)
-        if not sizes or any(len(size) != 3 or min(size) < 1 for size in sizes):
-            raise ValueError(f"WorldSource: sizes must be a list of (T, H, W), each at least 1, got {sizes}")
-        if len(weights) != len(sizes) or min(weights) <= 0:
-            raise ValueError(f"WorldSource: need a weight above 0 for each of {len(sizes)} sizes, got {weights}")
-        lessons = dict(lessons or {})
-        if not set(lessons) <= set(LESSONS) or min(lessons.values(), default=0) < 0 or sum(lessons.values()) > 1:
-            raise ValueError(f"WorldSource: lessons must be shares >= 0 of {', '.join(LESSONS)}, at most 1 in all, got {lessons}")
-        self._lessons, self.timing = list(zip(lessons, accumulate(lessons.values()), strict=True)), timing
-        self.world, self.sizes = world, [(t, h, w) for t, h, w in sizes]
-        self._bounds = [bound / sum(weights) for bound in accumulate(weights)][:-1]
-
-    def size(self, index: int) -> Size:
-        return self.sizes[bisect_right(self._bounds, _spread(index, GOLDEN))]
-
-    def load(self, index: int, epoch: int = 0) -> Sample:
-        size = self.size(index)
-        scene = self.world.sample(index)
-        drawn = _spread(index, SILVER)
-        for name, bound in self._lessons if size[0] > self.timing[0] else ():
-            if drawn < bound:
-                rng = np.random.default_rng((self.world.config.seed, index, 2**32))
-                return Sample(*LESSONS[name](scene, size, self.timing, self.world, rng))
-        return Sample(scene.render(*size), scene.caption(frames=size[0]), scene.caption(True, size[0]))
-
-
-class Repeated:
-    """The first `length` samples of an endless source, again in every epoch: what is computed of them can be kept."""
-
-    def __init__(self, source: Source, length: int) -> None:
-        if length < 1:
-            raise ValueError(f"Repeated: length must be at least 1, got {length}")
-        self.source, self.length = source, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def size(self, index: int) -> Size:
-        return self.source.size(index)
-
-    def load(self, index: int, epoch: int = 0) -> Sample:
-        return self.source.load(index)
 
 
 class PackedSampler:
@@ -366,11 +253,6 @@ class PackedSampler:
     def _name(self, index: int) -> str:
         name = getattr(self.source, "name", None)
         return f"sample {index}" if name is None else name(index)
-
-
-def _spread(index: int, ratio: int) -> float:
-    """A number in [0, 1) per index; those of consecutive indices lie evenly, and so does any few of them."""
-    return index * ratio % 2**64 / 2**64
 
 
 def _fill(room: int, slack: int, tokens: list[int]) -> list[int]:

@@ -22,19 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sora_model.data.images import MovingWebP, Still, is_moving
-from sora_model.data.media import (
-    IMAGE_PIXELS,
-    IMAGE_SUFFIXES,
-    VIDEO_PIXELS,
-    VIDEO_SUFFIXES,
-    MediaError,
-    open_image,
-    reading,
-    scaled_size,
-)
-from sora_model.data.videos import Video
-from sora_model.data.writing import contact_sheet, write_video
+from .images import MovingWebP, Still, is_moving
+from .media import IMAGE_PIXELS, IMAGE_SUFFIXES, VIDEO_PIXELS, VIDEO_SUFFIXES, MediaError, open_image, reading, scaled_size
+from .videos import Video
+from .writing import contact_sheet, write_video
 
 __all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "MediaError", "contact_sheet", "probe", "read_video", "write_video"]
 

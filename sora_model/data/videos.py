@@ -18,8 +18,8 @@ from av.sidedata.sidedata import SideData
 from av.video.reformatter import Interpolation
 from PIL import Image
 
-from sora_model.data.media import Geometry, check_pixels, on_white, open_container, resized
-from sora_model.data.timeline import Timeline
+from .media import Geometry, check_pixels, on_white, open_container, resized
+from .timeline import Timeline
 
 SEEK_FROM = 64  # frames: below this, decoding from the beginning is as quick as seeking
 LARGE_FRAMES = 2**24  # pixels of frames that may be decoded at once, a thread each

@@ -17,7 +17,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont
 
-from sora_model.checkpoint import whole_file
+from ..storage.files import whole_file
 
 BT709 = 1  # FFmpeg's number of it, as primaries, transfer curve and matrix
 

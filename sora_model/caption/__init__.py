@@ -1,0 +1,1 @@
+"""Captions of videos, and long prompts from short ones."""

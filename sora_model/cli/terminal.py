@@ -1,0 +1,109 @@
+"""Training, generating and videos as a terminal shows them; files at the end."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..training.trainer import Trainer
+
+
+def run_training(trainer: Trainer, console: Console) -> list[float]:
+    """Trains behind a progress bar; returns the losses. Ctrl-C or SIGTERM ends it after the step in hand, and it is saved."""
+    losses: list[float] = []
+    if trainer.progress >= 1:
+        console.print(f"nothing left to train: the limit was reached at step {trainer.step}")
+    columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress, _stopping(trainer):
+        bar = progress.add_task("starting", total=1.0)
+        for step in trainer.train():
+            losses.append(step.loss)
+            recent = sum(losses[-20:]) / len(losses[-20:])
+            text = f"step {step.step}  loss {recent:.4f}  {step.tokens_per_second:,.0f} tokens/s"
+            progress.update(bar, completed=trainer.progress, description=text)
+    if trainer.stopped and trainer.progress < 1:
+        console.print(f"stopped at step {trainer.step}; --resume goes on from there", highlight=False)
+    return losses
+
+
+@contextmanager
+def _stopping(trainer: Trainer) -> Iterator[None]:
+    """Signals to end stop the trainer instead; a second one ends the process as ever."""
+
+    def stop(number: int, _: object) -> None:
+        trainer.stop()
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Where a signal is ignored, as by what a shell put into the background, it stays ignored.
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    before: dict[int, Any] = {number: signal.signal(number, stop) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def denoising(console: Console, total: int, what: str = "denoising") -> Iterator[Callable[[int], None]]:
+    """A progress bar; what it gives is called with how much more is done."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=total)
+        yield lambda done: progress.advance(bar, done)
+        progress.update(bar, completed=total)  # fewer where a video is begun with, more with schedulers of two stages
+
+
+def write_files(videos: list[Tensor], prompts: list[str], out: Path, fps: Sequence[float], scale: int, format: str) -> list[Path]:
+    """Writes one file each, at its own frames per second, and a contact sheet; returns their paths."""
+    from ..data import contact_sheet, write_video
+
+    paths = []
+    for i, (prompt, video, rate) in enumerate(zip(prompts, videos, fps, strict=True)):
+        name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48] or "video"
+        suffix = "png" if video.shape[1] == 1 else format
+        paths.append(write_video(out / f"{i:02d}-{name}.{suffix}", video, fps=rate, scale=scale))
+    labels = [f"{prompt} ({'x'.join(map(str, video.shape[1:]))})" for prompt, video in zip(prompts, videos, strict=True)]
+    return [*paths, contact_sheet(out / "contact_sheet.png", videos, labels)]
+
+
+def show_video(video: Tensor, console: Console, fps: float) -> None:
+    """Plays a video [3, T, H, W] in the terminal, two pixels per character; elsewhere, only says how long it is."""
+    if not console.is_terminal:
+        console.print(f"{video.shape[1]} frames", highlight=False)
+        return
+    with Live(console=console, refresh_per_second=30) as live:
+        for t in range(video.shape[1]):
+            live.update(_drawn(video[:, t], console.width))
+            time.sleep(1 / fps)
+
+
+def _drawn(frame: Tensor, width: int) -> Text:
+    """A frame [3, H, W] as half blocks: the upper pixel is the letter's colour, the lower one the background's."""
+    step = max(1, -(-frame.shape[2] // width))
+    pixels = ((frame[:, ::step, ::step].float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+    if len(pixels) % 2:
+        pixels = pixels[:-1]
+    text = Text()
+    for upper, lower in zip(pixels[0::2].tolist(), pixels[1::2].tolist(), strict=True):
+        for (r, g, b), (x, y, z) in zip(upper, lower, strict=True):
+            text.append("▀", style=f"#{r:02x}{g:02x}{b:02x} on #{x:02x}{y:02x}{z:02x}")
+        text.append("\n")
+    return text

@@ -1,0 +1,244 @@
+"""diffusers' causal video VAEs as a codec: `VideoVAE`.
+
+A causal video VAE codes the first frame alone and then `ct` frames at a time, so an image is a video of one frame, and a video of
+T' latent frames has 1 + ct (T' - 1) frames. Latents of a start do not change when the video goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sizes import Size
+from ..storage.files import settle
+from ..storage.weights import open_module, read_json
+from .codec import latent_size
+from .tiles import AT_ONCE, OVERLAP, TILE, by_size, ramp, tile_starts
+
+# Causal video VAEs of diffusers. Each is used as it is; what differs is where its config says how much it compresses. The norms of
+# CogVideoX's and HunyuanVideo's run over a whole clip, so latents of a start change a little when the clip goes on.
+CLASSES = (
+    "AutoencoderKLCogVideoX",
+    "AutoencoderKLCosmos",
+    "AutoencoderKLHunyuanVideo",
+    "AutoencoderKLLTXVideo",
+    "AutoencoderKLWan",
+)
+
+
+WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the file
+
+
+class VideoVAE(nn.Module):
+    """One of diffusers' causal video VAEs as a `Codec`; see `CLASSES`.
+
+    >>> vae = VideoVAE.from_pretrained("checkpoints/wan/vae")
+    >>> [tuple(x.shape) for x in vae.encode([torch.zeros(3, 13, 480, 832), torch.zeros(3, 1, 512, 512)])]
+    [(16, 4, 60, 104), (16, 1, 64, 64)]
+
+    Frames larger than a tile of 512 x 512 pixels are coded tile by tile, overlapping by 64, and blended, so that memory does
+    not grow with the frame. Latents are the posterior's mean, normalised by the checkpoint's own mean and deviation.
+
+    Args:
+        model: the VAE of diffusers.
+        tile: side of a tile in pixels; a multiple of the spatial compression.
+    """
+
+    channels: int
+    compression: tuple[int, int, int]
+    causal: bool
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Any, *, tile: int = TILE) -> None:
+        super().__init__()
+        config: Any = model.config
+        name = type(model).__name__
+        if name not in CLASSES:
+            raise ValueError(f"VideoVAE: model: expected one of {', '.join(CLASSES)}, got {name}")
+        self.model: Any = model
+        self.tile, self.causal = tile, True
+        ct, ch = _compression(model)
+        self.compression = (ct, ch, ch)
+        if tile % ch or tile < 2 * OVERLAP:
+            raise ValueError(f"VideoVAE: tile: expected a multiple of {ch} from {2 * OVERLAP} on, got {tile}")
+        if config.get("timestep_conditioning"):
+            raise ValueError("VideoVAE: model: expected a VAE that decodes at once, got one whose decoder takes noise off")
+        self.channels = config.get("z_dim") or config["latent_channels"]
+        mean, std = _statistics(model, self.channels)
+        self.register_buffer("mean", mean.view(self.channels, -1, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(self.channels, -1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, tile: int = TILE) -> VideoVAE:
+        """Reads a checkpoint of diffusers from a local folder, in float32; a write that was killed is first ended (`settle`).
+
+        Raises:
+            FileNotFoundError: no config.json or no safetensors there.
+            ValueError: a class that is not in `CLASSES`; weights that are broken, missing, left over or not finite.
+        """
+        import diffusers
+
+        folder, owner = Path(folder), "VideoVAE.from_pretrained"
+        settle(folder)
+        config = read_json(folder / "config.json", owner)
+        name = config.get("_class_name")
+        if name not in CLASSES:
+            raise ValueError(f"{owner}: {folder / 'config.json'}: expected _class_name out of {', '.join(CLASSES)}, got {name}")
+        kind = getattr(diffusers, name)
+        model = open_module(lambda: kind.from_config(config), config, folder, owner, WEIGHTS)
+        return cls(model.eval(), tile=tile)
+
+    @classmethod
+    def small(
+        cls,
+        *,
+        latent_channels: int = 16,
+        channels: tuple[int, ...] | None = None,
+        temporal: int = 4,
+        spatial: int = 8,
+    ) -> VideoVAE:
+        """An untrained VAE that a CPU can train: Cosmos' (NVIDIA, 2025), whose convolutions work on 4x4x4 patches.
+
+        2.7 million weights as it is. channels: widths from the patches inwards; default: 64, and 96 for all others.
+        """
+        import diffusers
+
+        for name, value, known in (("temporal", temporal, (4, 8)), ("spatial", spatial, (8, 16))):
+            if value not in known:
+                raise ValueError(f"VideoVAE.small: {name}: expected {known[0]} or {known[1]}, got {value}")
+        # The last two levels never halve anything, and the decoder doubles time from its second level on.
+        levels = 4 if temporal == 8 or spatial == 16 else 3
+        channels = (64, *[96] * (levels - 1)) if channels is None else channels
+        if len(channels) < levels:
+            raise ValueError(f"VideoVAE.small: channels: expected {levels} widths or more for this compression, got {channels}")
+        model = diffusers.AutoencoderKLCosmos(
+            latent_channels=latent_channels,
+            encoder_block_out_channels=channels,
+            decode_block_out_channels=channels,
+            attention_resolutions=(),
+            num_layers=1,
+            patch_size=4,
+            patch_type="rearrange",
+            spatial_compression_ratio=spatial,
+            temporal_compression_ratio=temporal,
+            latents_mean=[0.0] * latent_channels,
+            latents_std=[1.0] * latent_channels,
+        )
+        return cls(model)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Writes the checkpoint as diffusers does, in `dtype` if one is given."""
+        # Not by the model's own `to`, which warns of modules that should stay in float32 even where it has none.
+        model = self.model if dtype is None else nn.Module.to(copy.deepcopy(self.model), dtype)
+        model.save_pretrained(folder)
+
+    def normalize_latents(self, mean: Tensor, std: Tensor) -> None:
+        """Sets the latents' mean and standard deviation [C] where the model keeps them; HunyuanVideo's has one scale for all."""
+        model, buffers = self.model, dict(self.model.named_buffers())
+        if "latents_std" in buffers:  # LTX
+            buffers["latents_mean"].copy_(mean)
+            buffers["latents_std"].copy_(std * model.config.scaling_factor)
+        elif "latents_std" in model.config:
+            model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        else:
+            model.register_to_config(scaling_factor=float((mean.square() + std.square()).mean().rsqrt()))
+        mean, std = _statistics(model, self.channels)
+        self.mean, self.std = (x.view(self.channels, -1, 1, 1).to(self.mean) for x in (mean, std))
+
+    @torch.no_grad()
+    def encode(self, videos: Sequence[Tensor]) -> list[Tensor]:
+        for video in videos:
+            latent_size(self, _size(video))
+
+        def encode(batch: Tensor) -> Tensor:
+            latents = self._tiled(batch.to(self.mean), self.raw_latents, self.compression[1], 1)
+            return (latents - self._of_frames(self.mean, latents)) / self._of_frames(self.std, latents)
+
+        return by_size(videos, encode, AT_ONCE)
+
+    @torch.no_grad()
+    def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        def decode(batch: Tensor) -> Tensor:
+            batch = batch * self._of_frames(self.std, batch) + self._of_frames(self.mean, batch)
+            return self._tiled(batch, self.from_raw, 1, self.compression[1]).clamp(-1, 1)
+
+        ct, ch, cw = self.compression
+        return by_size(latents, decode, AT_ONCE * self.channels // (3 * ct * ch * cw))
+
+    def _of_frames(self, statistic: Tensor, latents: Tensor) -> Tensor:
+        """A statistic [C, 1 or F, 1, 1] for latents [B, C, T', H', W']; NVIDIA's Cosmos has one per frame, the last for more."""
+        frames = torch.arange(latents.shape[2], device=statistic.device).clamp(max=statistic.shape[1] - 1)
+        return statistic[:, frames]
+
+    def raw_latents(self, videos: Tensor) -> Tensor:
+        """Latents [B, C, T', H', W'] of videos of one size, not normalised, whole."""
+        return self.model.encode(videos).latent_dist.mode()
+
+    def from_raw(self, latents: Tensor) -> Tensor:
+        """Videos [B, 3, T, H, W] of latents of one size that are not normalised, whole."""
+        frames = 1 + self.compression[0] * (latents.shape[2] - 1)
+        if type(self.model).__name__ == "AutoencoderKLCogVideoX" and latents.shape[2] % 2 == 0:
+            # It decodes two latent frames at a time, and an even number of them to too many frames.
+            latents = torch.cat([latents, latents[:, :, -1:]], dim=2)
+        video = self.model.decode(latents).sample[:, :, :frames]
+        if video.shape[2] != frames:
+            raise RuntimeError(f"VideoVAE: {type(self.model).__name__} decoded {video.shape[2]} frames, expected {frames}")
+        return video
+
+    def _tiled(self, x: Tensor, code: Callable[[Tensor], Tensor], down: int, up: int) -> Tensor:
+        """code(x) of [B, C, T, H, W], a tile of H and W at a time where they are larger; sizes change by up / down."""
+        scale = self.compression[1] // down  # pixels per position of x
+        tile, overlap = self.tile // scale, OVERLAP // scale
+        height, width = x.shape[3:]
+        if height <= tile and width <= tile:
+            return code(x)
+        total = weights = torch.zeros(())
+        for top in tile_starts(height, tile, overlap):
+            for left in tile_starts(width, tile, overlap):
+                part = code(x[..., top : top + tile, left : left + tile])
+                if total.ndim == 0:
+                    total = part.new_zeros(*part.shape[:3], height * up // down, width * up // down)
+                    weights = part.new_zeros(total.shape[3:])
+                y, h = top * up // down, part.shape[3]
+                z, w = left * up // down, part.shape[4]
+                weight = (ramp(h, overlap * up // down)[:, None] * ramp(w, overlap * up // down)).to(part)
+                total[..., y : y + h, z : z + w] += part * weight
+                weights[y : y + h, z : z + w] += weight
+        return total.div_(weights)
+
+
+def _compression(model: Any) -> tuple[int, int]:
+    """Frames and pixels along a side per latent position."""
+    config = model.config
+    ct = config.get("temporal_compression_ratio") or config.get("scale_factor_temporal")
+    ch = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial")
+    ct = ct or getattr(model, "temporal_compression_ratio", None)
+    ch = ch or getattr(model, "spatial_compression_ratio", None)
+    if ch is None:  # CogVideoX says it by its blocks
+        ch = 2 ** (len(config["block_out_channels"]) - 1)
+    return int(ct), int(ch)  # type: ignore[arg-type]
+
+
+def _statistics(model: Any, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents [C], or [C * F] where frames have their own, as the checkpoint has them."""
+    config = model.config
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        return torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+    buffers = dict(model.named_buffers())
+    if "latents_mean" in buffers:  # LTX
+        return buffers["latents_mean"].float().clone(), buffers["latents_std"].float().clone() / config["scaling_factor"]
+    shift = config.get("shift_factor") or 0.0
+    return torch.full((channels,), float(shift)), torch.full((channels,), 1 / float(config.get("scaling_factor") or 1.0))
+
+
+def _size(video: Tensor) -> Size:
+    if video.ndim != 4 or video.shape[0] != 3:
+        raise ValueError(f"VideoVAE: videos: expected [3, T, H, W], got {list(video.shape)}")
+    frames, height, width = video.shape[1:]
+    return frames, height, width

@@ -1,0 +1,1 @@
+"""Noising, loss, guidance and sampling."""

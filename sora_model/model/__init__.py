@@ -1,0 +1,1 @@
+"""The transformer: its config, patches, conditioning; weights of others in convert/."""

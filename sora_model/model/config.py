@@ -1,0 +1,128 @@
+"""Sizes and choices of a diffusion transformer, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"depth": 4, "hidden_size": 128, "num_heads": 4, "absolute_positions": True},
+    "XS": {"depth": 6, "hidden_size": 192, "num_heads": 6, "absolute_positions": True, "rope_size": 4, "modulation": "shared"},
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """What a `DiT` is made of.
+
+    >>> DiTConfig.preset("S", patch=(1, 2, 2), in_channels=16, text_dim=256)
+    >>> DiTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    True
+
+    Args:
+        in_channels: channels of a latent.
+        patch_size: (pt, ph, pw), latent positions per token.
+        hidden_size: D, a multiple of num_heads.
+        depth: blocks.
+        num_heads: H; D / H must be even.
+        mlp_ratio: hidden width of the MLP, in D.
+        qk_norm: RMS-normalise queries and keys per head; with positions="rope" only.
+        positions: "rope", 3D rotary for videos; "sincos", added to the tokens as in the DiT paper: h and w only, for images.
+        rope_theta: base of the rotary frequencies.
+        rope_size: tokens along the shorter side of a frame that rotary positions are stretched onto, so that a larger frame is the
+            same picture seen more finely; None counts tokens.
+        absolute_positions: with positions="rope", also add to each token a learned linear map of sinusoids of where it lies, as
+            fractions of the clip's length, height and width (NaViT: Dehghani et al., 2023), and of how much of them it covers.
+            Rotary positions are relative: without this, a network finds out only late in its training which end of a clip is
+            the first.
+        sincos_size: tokens along a side of the grid that other grids are stretched onto, as diffusers does; None counts 0, 1, 2...
+        text_dim: width of the text tokens; None for a model without text.
+        num_classes: class labels; label num_classes means none. None for a model without labels.
+        modulation: "block": every block has a linear layer from the conditioning to its shifts, scales and gates, as in the DiT
+            paper; "shared": one for all, to which each block adds a vector of its own (PixArt-alpha's adaLN-single, also Wan's),
+            which saves a quarter of the weights.
+        prediction: "direct": the network puts out what the scheduler asks for. "clean": it puts out the clean latent x, and the
+            model returns flow matching's velocity, (x_sigma - x) / sigma (JiT: Li and He, 2025). Noise need not pass through the
+            network then, so it learns much faster where a patch holds many numbers next to hidden_size, as patches of pixels do.
+        learn_sigma: predict 2 * in_channels; the second half is the variance, as in the DiT paper.
+        timestep_shift: of the 128 timestep frequencies 10000**(-i / (128 - shift)): 0 in the DiT paper's code, 1 in diffusers.
+    """
+
+    in_channels: int = 3
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    hidden_size: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    qk_norm: bool = True
+    positions: str = "rope"
+    rope_theta: float = 256.0
+    rope_size: int | None = None
+    absolute_positions: bool = False
+    sincos_size: int | None = None
+    text_dim: int | None = None
+    num_classes: int | None = None
+    modulation: str = "block"
+    prediction: str = "direct"
+    learn_sigma: bool = False
+    timestep_shift: int = 0
+
+    @classmethod
+    def preset(cls, name: str, *, patch: tuple[int, int, int], in_channels: int, **changes: Any) -> DiTConfig:
+        """DiT-S, -B, -L or -XL of the DiT paper, or "tiny" and "XS" for a CPU; `changes` are further fields."""
+        if name not in PRESETS:
+            raise ValueError(f"DiTConfig.preset: name: expected one of {', '.join(PRESETS)}, got {name!r}")
+        return cls.from_dict({**PRESETS[name], "patch_size": patch, "in_channels": in_channels, **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DiTConfig:
+        """The inverse of `to_dict`; an unknown key is an error."""
+        known = [field.name for field in fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise ValueError(f"DiTConfig: expected keys out of {', '.join(known)}, got {', '.join(unknown)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "patch_size", tuple(int(p) for p in self.patch_size))
+        except (TypeError, ValueError):
+            self._fail("patch_size", "three sizes (pt, ph, pw)", self.patch_size)
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            self._fail("patch_size", "three sizes (pt, ph, pw) of at least 1", self.patch_size)
+        for name in ("in_channels", "hidden_size", "depth", "num_heads", "rope_size", "sincos_size", "text_dim", "num_classes"):
+            value = getattr(self, name)
+            optional = name in ("rope_size", "sincos_size", "text_dim", "num_classes")
+            if not (optional and value is None) and (not isinstance(value, int) or value < 1):
+                self._fail(name, "a number of at least 1" + (" or None" if optional else ""), value)
+        if self.hidden_size % (2 * self.num_heads):
+            self._fail("hidden_size", f"a multiple of 2 * num_heads = {2 * self.num_heads}", self.hidden_size)
+        if self.positions not in ("rope", "sincos"):
+            self._fail("positions", "'rope' or 'sincos'", self.positions)
+        if self.modulation not in ("block", "shared"):
+            self._fail("modulation", "'block' or 'shared'", self.modulation)
+        if self.prediction not in ("direct", "clean"):
+            self._fail("prediction", "'direct' or 'clean'", self.prediction)
+        if self.prediction == "clean" and self.learn_sigma:
+            self._fail("learn_sigma", "False with prediction='clean'", self.learn_sigma)
+        if self.positions == "sincos" and self.absolute_positions:
+            self._fail("absolute_positions", "False with positions='sincos'", self.absolute_positions)
+        if self.positions == "sincos" and self.qk_norm:
+            self._fail("qk_norm", "False with positions='sincos'", self.qk_norm)
+        if self.positions == "sincos" and self.hidden_size % 4:
+            self._fail("hidden_size", "a multiple of 4 with positions='sincos'", self.hidden_size)
+
+    def _fail(self, field: str, expected: str, actual: object) -> None:
+        raise ValueError(f"DiTConfig: {field}: expected {expected}, got {actual!r}")

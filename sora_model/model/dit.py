@@ -1,0 +1,327 @@
+"""A diffusion transformer over latents of any sizes, packed into one sequence.
+
+    x, layout = patches of every latent, laid end to end
+    c         = embedding of the noise level + of the pooled text or the class, per sample or per token frame
+    block     x <- x + gate * attention(modulate(norm(x)))            shift, scale, gate from c: adaLN-Zero
+              x <- x + cross_attention(norm(x), text)                 with text only
+              x <- x + gate * mlp(modulate(norm(x)))
+    output    patches of linear(modulate(norm(x))), put back together
+
+Each residual step and the norm and modulation that follow it, even across blocks, are one pass over x. What goes from block to
+block is therefore the pair (x, y): the residual stream, and y = modulate(norm(x)), the next sub-layer's input.
+
+Sources: Peebles and Xie, Scalable Diffusion Models with Transformers (2023): blocks, adaLN-Zero, embeddings, initialisation; Chen
+et al., PixArt-alpha (2023): ungated cross-attention between the two, its output projection zero at first; Li and He, Back to
+Basics: Let Denoising Generative Models Denoise (JiT, 2025): a network that puts out x, trained on velocities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sora_kernels.adaln import gate_residual_layer_norm_modulate, layer_norm_modulate
+from sora_kernels.attention import flash_attn_varlen_func
+from sora_kernels.bias_gelu import bias_gelu
+from sora_kernels.layout import PackedLayout, Span
+from sora_kernels.patch_embed import patch_embed_3d, unpatchify_3d
+from sora_kernels.rope import qk_norm_rope_3d, rope_3d
+
+from .conditioning import PackedText
+from .config import DiTConfig
+
+FREQUENCIES = 256  # channels of the timestep's sinusoids
+PLACES = 32  # channels of the sinusoids of each of t, h and w, and of how much of an axis a token covers
+TIMESTEPS = 1000  # the timestep of pure noise
+LOWEST_SIGMA = 1e-4  # a velocity is a quotient by sigma, which is 0 for clean frames
+
+
+def sinusoids(positions: Tensor, dim: int, shift: int = 0) -> Tensor:
+    """[cos(x w_i), sin(x w_i)], w_i = 10000**(-i / (dim/2 - shift)): [n] -> float32 [n, dim]."""
+    half = torch.arange(dim // 2, dtype=torch.float64, device=positions.device)
+    angles = positions.double()[:, None] * 10000 ** (-half / (dim // 2 - shift))
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def places(layout: PackedLayout) -> Tensor:
+    """Sinusoids of where each token lies on its grid, along each axis from 0 to 1, and of what share of it it covers.
+
+    float32 [N, 6 * PLACES]. Shares rather than sizes: for ever larger grids they go to 0, near what finer ones were trained on.
+    """
+    rows = torch.stack([layout.origin, layout.step, layout.grid], dim=1)  # of each span
+    origin, step, grid = rows.repeat_interleave(layout.cu_spans.diff(), 0, output_size=layout.num_tokens).unbind(1)
+    place = torch.cat([((layout.positions() - origin) / step + 0.5) / grid, 1 / grid], dim=1)
+    quarter_turns = torch.pi / 2 * torch.arange(PLACES // 2, device=place.device)
+    angles = (place[:, :, None] * quarter_turns).flatten(1)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def embedder(in_dim: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
+class SelfAttention(nn.Module):
+    """Attention among the tokens of each sample."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim, self.num_heads = config.hidden_size, config.num_heads
+        self.rope = config.positions == "rope"
+        self.theta = config.rope_theta
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = (nn.Parameter(torch.ones(dim // config.num_heads)) if config.qk_norm else None for _ in range(2))
+
+    def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)  # [N, H, d] each, views
+        if self.q_norm is not None and self.k_norm is not None:
+            weights = self.q_norm.to(q), self.k_norm.to(k)  # autocast leaves them as they are
+            q, k = qk_norm_rope_3d(q, k, *weights, layout, theta=self.theta)
+        elif self.rope:
+            q, k = rope_3d(q, layout, theta=self.theta), rope_3d(k, layout, theta=self.theta)
+        cu, longest = layout.cu_seqlens, layout.max_seqlen
+        return self.out(flash_attn_varlen_func(q, k, v, cu, cu, longest, longest).flatten(1))
+
+
+class CrossAttention(nn.Module):
+    """Attention of each sample's tokens to its caption; a caption without tokens adds the output bias alone."""
+
+    def __init__(self, dim: int, text_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(text_dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, layout: PackedLayout, text: PackedText) -> Tensor:
+        q = self.q(x).unflatten(1, (self.num_heads, -1))
+        k, v = self.kv(text.tokens).unflatten(1, (2, self.num_heads, -1)).unbind(1)  # [M, H, d] each, views
+        return self.out(flash_attn_varlen_func(q, k, v, layout.cu_seqlens, text.cu_seqlens).flatten(1))
+
+
+class Mlp(nn.Sequential):
+    """Two linear layers with a GELU between them, in one pass with the first one's bias; weights are named as in a Sequential."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: nn.Linear = self[0]  # type: ignore[assignment]
+        hidden = F.linear(x, first.weight)
+        return self[2](bias_gelu(hidden, first.bias.to(hidden)))  # autocast leaves the bias as it is
+
+
+class Block(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        if config.modulation == "block":
+            self.modulation = nn.Linear(dim, 6 * dim)
+        else:
+            self.offset = nn.Parameter(torch.zeros(6 * dim))
+        self.attention = SelfAttention(config)
+        self.cross_attention = CrossAttention(dim, config.text_dim, config.num_heads) if config.text_dim else None
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        modulation: Sequence[Tensor],
+        following: Sequence[Tensor],
+        cu_rows: Tensor,
+        layout: PackedLayout,
+        text: PackedText | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One block: (x, y) [N, D] -> (x, y), y being the input of what follows.
+
+        Args:
+            modulation: [R, D] each: gate of the attention; shift, scale and gate of the MLP.
+            following: shift and scale of what comes next.
+            cu_rows: int32 [R+1], the tokens that each row serves.
+        """
+        gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
+        y = self.attention(y, layout)
+        if self.cross_attention is not None:
+            zero, one = torch.zeros_like(gate_attention), torch.ones_like(gate_attention)
+            x, y = gate_residual_layer_norm_modulate(x, y, gate_attention, zero, zero, cu_rows)
+            y, gate_attention = self.cross_attention(y, layout, text), one
+        x, y = gate_residual_layer_norm_modulate(x, y, gate_attention, shift_mlp, scale_mlp, cu_rows)
+        shift, scale = following
+        return gate_residual_layer_norm_modulate(x, self.mlp(y), gate_mlp, shift, scale, cu_rows)
+
+
+class DiT(nn.Module):
+    """A diffusion transformer; see the top of this file.
+
+    >>> dit = DiT(DiTConfig.preset("S", patch=(1, 2, 2), in_channels=16, text_dim=256))
+    >>> latents = [torch.randn(16, 8, 32, 32), torch.randn(16, 1, 64, 36)]                  # a video and an image
+    >>> [tuple(x.shape) for x in dit(latents, torch.tensor([700.0, 20.0]), encoder(["a storm", "a cat"]))]
+    [(16, 8, 32, 32), (16, 1, 64, 36)]
+
+    Set `gradient_checkpointing` to keep two [N, D] per block for the backward and compute the rest again.
+    """
+
+    blocks: list[Block]
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        dim = config.hidden_size
+        # Conv3d only holds the weights: patch_embed_3d computes the same as one matrix product.
+        self.patch_embed = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
+        self.place_embed = nn.Linear(6 * PLACES, dim, bias=False) if config.absolute_positions else None
+        self.time_embed = embedder(FREQUENCIES, dim)
+        self.text_embed = embedder(config.text_dim, dim) if config.text_dim else None
+        self.label_embed = nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))  # type: ignore[assignment]
+        self.shared_modulation = nn.Linear(dim, 6 * dim) if config.modulation == "shared" else None
+        self.final_modulation = nn.Linear(dim, 2 * dim)
+        pt, ph, pw = config.patch_size
+        self.final = nn.Linear(dim, pt * ph * pw * config.out_channels)
+        self._initialize()
+
+    def forward(
+        self,
+        latents: Sequence[Tensor],
+        timesteps: Tensor,
+        text: PackedText | None = None,
+        labels: Tensor | None = None,
+        frame_steps: Sequence[float] | None = None,
+    ) -> list[Tensor]:
+        """Predicts what the model was trained for (noise, velocity, ...) for every latent.
+
+        Args:
+            latents: B tensors [C, T, H, W] of any sizes divisible by the patch.
+            timesteps: noise levels as the scheduler counts them: [B], one per sample, or [F], one per token frame in packed order
+                (T/pt of each latent). The former costs less; where both say the same, so do the results.
+            text: captions of the B samples, for a model with text; None is no text.
+            labels: int64 [B], for a model with classes.
+            frame_steps: how far apart in time each latent's token frames are, where they were sampled evenly from a longer clip
+                (`patches.uniform_frames`); default: 1.
+
+        Returns:
+            B tensors [out_channels, T, H, W], in the model's dtype or, with prediction="clean", in the latents' if that is wider.
+
+        Raises:
+            ValueError: sizes that the patch does not divide, a number of timesteps, captions or labels that does not fit,
+                a video for a model with sin-cos positions.
+        """
+        weight, patch = self.final.weight, self.config.patch_size
+        inputs = [latent.to(weight) for latent in latents]
+        x, layout = patch_embed_3d(inputs, self.patch_embed.weight, self.patch_embed.bias, patch_size=patch)
+        layout = self._positioned(layout, frame_steps)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream too, as it is what the kernels read and write
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.config.positions == "sincos":
+            x = x + self._sincos(layout).to(x)
+        if self.place_embed is not None:
+            x = x + self.place_embed(places(layout).to(x))
+        if text_dim := self.config.text_dim:
+            text = PackedText.empty(len(latents), text_dim) if text is None else text
+            text = text.to(weight.device, weight.dtype)
+        c, cu_rows = self._condition(layout, timesteps, text, labels)
+        rows = [row.chunk(6, dim=1) for row in self._modulations(c)]  # shift, scale, gate of attention; of MLP
+        following = [row[:2] for row in rows[1:]] + [self.final_modulation(c).chunk(2, dim=1)]
+        shift, scale = rows[0][:2]
+        y = layer_norm_modulate(x, shift, scale, cu_rows)
+        for block, row, after in zip(self.blocks, rows, following, strict=True):
+            args = x, y, row[2:], after, cu_rows, layout, text
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, y = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x, y = block(*args)
+        outputs = unpatchify_3d(self.final(y), layout, patch_size=patch)
+        return outputs if self.config.prediction == "direct" else self._velocities(latents, outputs, timesteps)
+
+    def _positioned(self, layout: PackedLayout, frame_steps: Sequence[float] | None) -> PackedLayout:
+        """The layout with rotary positions as the config and the frames' steps want them."""
+        size = self.config.rope_size
+        if size is None and (frame_steps is None or all(step == 1 for step in frame_steps)):
+            return layout
+        grids = [sample[0].grid for sample in layout.spans]
+        across = [1.0 if size is None else size / min(grid[1:]) for grid in grids]
+        along = [1.0] * len(grids) if frame_steps is None else frame_steps
+        spans = [[Span(grid, step=(t, s, s))] for grid, t, s in zip(grids, along, across, strict=True)]
+        return PackedLayout.from_spans(spans, layout.device)
+
+    def _modulations(self, c: Tensor) -> list[Tensor]:
+        """Every block's [R, 6D]."""
+        if self.shared_modulation is None:
+            return [block.modulation(c) for block in self.blocks]
+        shared = self.shared_modulation(c)
+        return [shared + block.offset.to(shared) for block in self.blocks]
+
+    def _velocities(self, latents: Sequence[Tensor], clean: list[Tensor], timesteps: Tensor) -> list[Tensor]:
+        """(x_sigma - x) / sigma of each latent."""
+        pt = self.config.patch_size[0]
+        levels = [1 if len(timesteps) == len(latents) else latent.shape[1] // pt for latent in latents]
+        sigmas = (timesteps.to(clean[0].device) / TIMESTEPS).clamp(min=LOWEST_SIGMA).split(levels)
+        return [
+            (noised.to(x.device) - x) / sigma.repeat_interleave(x.shape[1] // len(sigma))[:, None, None]
+            for noised, x, sigma in zip(latents, clean, sigmas, strict=True)
+        ]
+
+    def _condition(
+        self, layout: PackedLayout, timesteps: Tensor, text: PackedText | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """SiLU of the conditioning rows [R, D], and int32 [R+1], the tokens that each serves."""
+        samples = layout.num_samples
+        weight = self.final.weight
+        if timesteps.ndim != 1 or timesteps.shape[0] not in (samples, layout.num_frames):
+            self._fail("timesteps", f"[{samples}] (samples) or [{layout.num_frames}] (token frames)", list(timesteps.shape))
+        frequencies = sinusoids(timesteps.to(weight.device), FREQUENCIES, self.config.timestep_shift)
+        c = self.time_embed(frequencies.to(weight))
+        per_sample = self._label_or_text(samples, text, labels)
+        if timesteps.shape[0] == samples:
+            return F.silu(c if per_sample is None else c + per_sample), layout.cu_seqlens
+        if per_sample is not None:
+            frames = torch.tensor([sample[0].num_frames for sample in layout.spans], device=c.device)
+            c = c + per_sample.repeat_interleave(frames, dim=0, output_size=layout.num_frames)
+        return F.silu(c), layout.cu_frames
+
+    def _label_or_text(self, samples: int, text: PackedText | None, labels: Tensor | None) -> Tensor | None:
+        """What text and labels add to the conditioning of each sample [B, D]."""
+        if text is not None and (self.text_embed is None or text.num_samples != samples):
+            self._fail("text", "None (no text_dim)" if self.text_embed is None else f"{samples} captions", text.num_samples)
+        if (labels is None) != (self.label_embed is None) or (labels is not None and labels.shape != (samples,)):
+            expected = "None (no num_classes)" if self.label_embed is None else f"[{samples}]"
+            self._fail("labels", expected, None if labels is None else list(labels.shape))
+        added = [] if self.label_embed is None else [self.label_embed(labels)]
+        if self.text_embed is not None and text is not None:
+            added.append(self.text_embed(text.pooled))
+        return sum(added[1:], added[0]) if added else None
+
+    def _sincos(self, layout: PackedLayout) -> Tensor:
+        """Sines and cosines of w, then of h: float32 [N, D]."""
+        grids = [sample[0].grid for sample in layout.spans]
+        for grid in grids:
+            if grid[0] > 1:
+                self._fail("latents", "images (T = pt): positions='sincos' tells h and w only", f"{grid[0]} token frames")
+        if size := self.config.sincos_size:
+            spans = [[Span(grid, step=(1.0, size / grid[1], size / grid[2]))] for grid in grids]
+            layout = PackedLayout.from_spans(spans, layout.device)
+        _, h, w = layout.positions().unbind(1)
+        half = self.config.hidden_size // 2
+        # `sinusoids` puts cosines first, the DiT paper's positions put them last.
+        return torch.cat([sinusoids(axis, half).roll(half // 2, dims=1) for axis in (w, h)], dim=1)
+
+    def _initialize(self) -> None:
+        """As in the DiT paper's code, but for the embedders, whose 0.02 suits wide models only. Residuals and output start at 0."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter.view(parameter.shape[0], -1))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        if self.label_embed is not None:
+            nn.init.normal_(self.label_embed.weight, std=0.02)
+        zero = [self.final, self.final_modulation]
+        zero += [block.modulation for block in self.blocks] if self.shared_modulation is None else [self.shared_modulation]
+        zero += [block.cross_attention.out for block in self.blocks if block.cross_attention is not None]
+        for layer in zero:
+            nn.init.zeros_(layer.weight)
+
+    def _fail(self, argument: str, expected: str, actual: object) -> None:
+        raise ValueError(f"DiT: {argument}: expected {expected}, got {actual}")

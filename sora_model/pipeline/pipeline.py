@@ -1,0 +1,309 @@
+"""From requests to videos, in the manner of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..caption.captioner import Captioner
+from ..codec.codec import Codec, PixelCodec, latent_frames, latent_size, nearest_known
+from ..diffusion.guidance import guided
+from ..diffusion.masks import CleanFrames
+from ..diffusion.noise import prediction_type
+from ..diffusion.sampling import Callback, Init, sample
+from ..model.conditioning import TextEncoder
+from ..model.dit import TIMESTEPS, DiT
+from ..sizes import Size, Timing
+from .clips import converted, pad
+from .inputs import Seeds, as_generators, as_requests, check_options
+from .parts import EMBEDDED, SIZE, Parts, load_parts, preset_parts, save_parts
+from .request import Request
+
+
+class SoraPipeline:
+    """Many requests, of different tasks and sizes, in one packed batch.
+
+    >>> pipeline = SoraPipeline.from_pretrained()
+    >>> videos = pipeline(["a red circle moves right", "a blue square"], [(13, 48, 80), (1, 64, 64)], generator=0)
+    >>> [tuple(video.shape) for video in videos]
+    [(3, 13, 48, 80), (3, 1, 64, 64)]
+    >>> (longer,) = pipeline([extend("a red circle moves up", videos[0], 8, pipeline.timing)])            # [3, 21, 48, 80]
+
+    Args:
+        dit: with a text_dim, the text encoder's.
+        text_encoder: captions -> PackedText.
+        scheduler: any of diffusers' whose kind of prediction the model was trained for.
+        codec: pixels <-> latents; default: latents are pixels.
+        captioner: latents -> captions, short prompts -> long ones; may be None.
+        size: (T, H, W) of a request without one.
+    """
+
+    def __init__(
+        self,
+        dit: DiT,
+        text_encoder: TextEncoder,
+        scheduler: Any,
+        codec: Codec | None = None,
+        captioner: Captioner | None = None,
+        *,
+        size: Size = SIZE,
+    ) -> None:
+        self.dit, self.text_encoder, self.scheduler, self.size = dit, text_encoder, scheduler, size
+        self.codec: Codec = PixelCodec() if codec is None else codec
+        self.captioner = captioner
+        for what, expected, actual in (
+            ("text_dim", text_encoder.dim, dit.config.text_dim),
+            ("in_channels", self.codec.channels, dit.config.in_channels),
+        ):
+            if expected != actual:
+                raise ValueError(f"SoraPipeline: dit.config.{what}: expected {expected}, got {actual}")
+        kind, timesteps = prediction_type(scheduler), scheduler.config.num_train_timesteps
+        if dit.config.prediction == "clean" and (kind, timesteps) != ("flow_prediction", TIMESTEPS):
+            raise ValueError(
+                f"SoraPipeline: scheduler: expected flow matching with {TIMESTEPS} timesteps, as dit.config.prediction is 'clean', "
+                f"got {type(scheduler).__name__} of {kind} with {timesteps}"
+            )
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path | None = None, *, device: torch.device | str = "cpu") -> SoraPipeline:
+        """Reads what `save_pretrained` wrote, in float32; a write that was killed is completed or undone first (`settle`).
+
+        Args:
+            directory: of the checkpoint; default: the one that comes with the package, of a world of moving shapes.
+
+        Raises:
+            FileNotFoundError: a folder without a pipeline in it. ValueError: files that are broken or do not fit together.
+        """
+        return cls._of(load_parts(EMBEDDED if directory is None else directory)).eval().to(device)
+
+    @classmethod
+    def from_preset(
+        cls,
+        model: str,
+        *,
+        patch: Size,
+        codec: Codec | None = None,
+        text_encoder: TextEncoder | None = None,
+        prediction: str = "flow",
+        size: Size = SIZE,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> SoraPipeline:
+        """An untrained pipeline.
+
+        >>> SoraPipeline.from_preset("tiny", patch=(1, 8, 8)).unit
+        (1, 8, 8)
+
+        Args:
+            model: see `DiTConfig.preset`.
+            patch: (pt, ph, pw) in latent positions, which are pixels without a codec.
+            codec: pixels <-> latents.
+            text_encoder: default: a `WordEncoder`, trained with the model.
+            prediction: "flow" matching, or DDPM's "epsilon" or "v".
+            size: see `SoraPipeline`.
+            seed: of the weights.
+            device: to put everything on.
+        """
+        options: dict[str, Any] = {"codec": codec, "text_encoder": text_encoder, "prediction": prediction}
+        return cls._of(preset_parts(model, patch=patch, size=size, seed=seed, **options)).to(device)
+
+    @classmethod
+    def _of(cls, parts: Parts) -> SoraPipeline:
+        return cls(**parts._asdict())
+
+    def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Writes model_index.json and a folder for each part, all or nothing.
+
+        dtype: of the weights in the files; default: what they are.
+        """
+        save_parts(self.parts, directory, dtype)
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(*(getattr(self, name) for name in Parts._fields))
+
+    def replaced(self, **parts: Any) -> SoraPipeline:
+        """A pipeline with other parts, named as the arguments are; it shares the rest."""
+        return self._of(self.parts._replace(**parts))
+
+    def with_scheduler(self, scheduler: Any) -> SoraPipeline:
+        """The same pipeline, sharing everything else, with another scheduler; it must want the same kind of prediction."""
+        kinds = prediction_type(self.scheduler), prediction_type(scheduler)
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"SoraPipeline.with_scheduler: scheduler: expected one of {kinds[0]}, got {kinds[1]}")
+        return self.replaced(scheduler=scheduler)
+
+    @property
+    def unit(self) -> Size:
+        """Pixels along T, H and W per token."""
+        pt, ph, pw = self.dit.config.patch_size
+        ct, ch, cw = self.codec.compression
+        return pt * ct, ph * ch, pw * cw
+
+    @property
+    def timing(self) -> Timing:
+        """Pixel frames per token frame."""
+        stride = self.unit[0]
+        return Timing(1 + stride - self.codec.compression[0] if self.codec.causal else stride, stride)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.dit.final.weight.device
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        requests: str | Request | Sequence[str | Request],
+        size: Size | Sequence[Size] | None = None,
+        *,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 3.0,
+        guidance_from: float = 0.6,
+        generator: Seeds = None,
+        callback: Callback | None = None,
+        output_type: str = "pt",
+        precision: str = "no",
+    ) -> list[Any]:
+        """Generates one video per request.
+
+        A size may be any: the next larger one of whole tokens is generated, and the surplus is cut off below, to the right and at
+        the end.
+
+        Args:
+            requests: B of them, or one; a string is a prompt of text to video.
+            size: (T, H, W) in pixels of the strings, one for all or one each; default: the pipeline's. Requests have their own.
+            num_inference_steps: steps of the scheduler.
+            guidance_scale: of classifier-free guidance; 1 is none.
+            guidance_from: where guidance ends, as a share of the scheduler's timesteps: 0 guides every step. See `guided`.
+            generator: a seed or a torch.Generator on the host for each request that has no seed, or one seed: request i has
+                that + i; or one Generator for all. None is random. A video depends on its own seed alone.
+            callback: called after each step with (step, timestep, latents).
+            output_type: "pt": [3, T, H, W] in [-1, 1]; "np": float32 [T, H, W, 3] in [0, 1]; "pil": a list of T images; "latent":
+                [C, T', H', W'] before decoding.
+            precision: "no", or "bf16": the transformer computes in bfloat16, latents and VAE stay in float32.
+
+        Returns:
+            B videos.
+
+        Raises:
+            TypeError: requests, sizes or seeds of another type. ValueError: numbers of requests, sizes and seeds that differ;
+                keyframes that are not whole token frames.
+        """
+        check_options(num_inference_steps, guidance_from, output_type, precision)
+        asked = as_requests(requests, size, self.size)
+        self._check(asked, guidance_scale)
+        generators = as_generators(generator, asked)
+        shapes = [(self.codec.channels, *latent_size(self.codec, self._padded(request.size))) for request in asked]
+        noise = [torch.randn(shape, generator=g).to(self.device) for shape, g in zip(shapes, generators, strict=True)]
+        clean = [self._clean_frames(request, x) for request, x in zip(asked, noise, strict=True)]
+        init = [self._init(request, x) for request, x in zip(asked, noise, strict=True)]
+        text = self.text_encoder([request.prompt for request in asked])
+        null_text = self.text_encoder([request.negative_prompt for request in asked]) if guidance_scale != 1 else None
+        denoise = guided(
+            self.dit,
+            text=text,
+            null_text=null_text,
+            frame_steps=[request.frame_step for request in asked],
+            guidance_scale=guidance_scale,
+            guidance_from=guidance_from * self.scheduler.config.num_train_timesteps,
+        )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            latents = sample(
+                denoise,
+                self.scheduler,
+                noise,
+                num_inference_steps=num_inference_steps,
+                clean=clean if any(frames.mask.any() for frames in clean) else None,
+                init=init,
+                patch_frames=self.dit.config.patch_size[0],
+                generators=generators,
+                callback=callback,
+            )
+        if output_type == "latent":
+            return latents
+        videos = []
+        for request, video in zip(asked, self.codec.decode(latents), strict=True):
+            frames, height, width = request.size
+            videos.append(request.finish(video[:, :frames, :height, :width]))
+        return [converted(video, output_type) for video in videos]
+
+    def caption(self, videos: Sequence[Tensor], *, detailed: bool = True) -> list[str]:
+        """What the captioner sees in videos [3, T, H, W] of any sizes."""
+        padded = []
+        for video in videos:
+            frames, height, width = video.shape[1:]
+            padded.append(pad(video, self._padded((frames, height, width))))
+        return self._captioner().caption(self.codec.encode(padded), detailed=detailed)
+
+    def expand(self, prompts: Sequence[str]) -> list[str]:
+        """A long and detailed prompt for each short one."""
+        return self._captioner().expand(prompts)
+
+    def _captioner(self) -> Captioner:
+        if self.captioner is None:
+            raise ValueError("SoraPipeline: captioner: expected a checkpoint with a captioner, got one without")
+        return self.captioner
+
+    def _check(self, requests: Sequence[Request], guidance_scale: float) -> None:
+        """Raises ValueError for what this pipeline cannot do, and for what would have no effect."""
+        unused = next((request.negative_prompt for request in requests if request.negative_prompt), "")
+        if guidance_scale == 1 and unused:
+            raise ValueError(
+                f"SoraPipeline: negative_prompt: expected none with guidance_scale 1, which has no use for it, got {unused!r}"
+            )
+        steps = [request.frame_step for request in requests]
+        if self.codec.compression[0] > 1 and any(step != 1 for step in steps):
+            raise ValueError(f"SoraPipeline: frame_step: expected 1, as the VAE compresses time, got {steps}")
+
+    def _padded(self, size: Size) -> Size:
+        """The next size of whole tokens."""
+        _, uh, uw = self.unit
+        return self.timing.whole(size[0]), -(-size[1] // uh) * uh, -(-size[2] // uw) * uw
+
+    def _init(self, request: Request, like: Tensor) -> Init | None:
+        if request.init_video is None:
+            return None
+        (latent,) = self.codec.encode([pad(request.init_video.to(like), self._padded(request.size))])
+        return Init(latent, request.strength)
+
+    def _clean_frames(self, request: Request, like: Tensor) -> CleanFrames:
+        """The latent frames that are made of keyframes."""
+        padded = self._padded(request.size)
+        video, known = torch.zeros(3, *padded, device=like.device), torch.zeros(padded[0], dtype=torch.bool)
+        for at, clip in request.keyframes.items():
+            start = at + request.size[0] if at < 0 else at
+            place = slice(start, start + clip.shape[1])
+            video[:, place], known[place] = pad(clip.to(video), (clip.shape[1], *padded[1:])), True
+        mask = latent_frames(self.codec, known)
+        if not known.any():
+            return CleanFrames(mask, torch.zeros_like(like))
+        first, stride = self.timing
+        tokens = torch.cat([known[:first].all()[None], known[first:].unflatten(0, (-1, stride)).all(1)])
+        if not torch.equal(torch.cat([tokens[:1].repeat(first), tokens[1:].repeat_interleave(stride)]), known):
+            lengths = {at: clip.shape[1] for at, clip in request.keyframes.items()}
+            raise ValueError(
+                f"SoraPipeline: keyframes: expected whole token frames, the first {first} and then {stride} at a time, "
+                f"got clips of frames {lengths} in {padded[0]}"
+            )
+        (latent,) = self.codec.encode([nearest_known(video, known)])
+        return CleanFrames(mask, latent)
+
+    def eval(self) -> SoraPipeline:
+        """Everything in evaluation mode, in place."""
+        for part in self._modules():
+            part.eval()
+        return self
+
+    def to(self, device: torch.device | str) -> SoraPipeline:
+        """Everything moved to a device, in place."""
+        for part in self._modules():
+            part.to(device)
+        return self
+
+    def _modules(self) -> list[torch.nn.Module]:
+        return [part for part in self.parts if isinstance(part, torch.nn.Module)]

@@ -1,0 +1,177 @@
+"""Text encoders of transformers, frozen, as a pipeline wants them: `PretrainedEncoder`, `load_text_encoder`."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.conditioning import PackedText, TextEncoder
+from ..storage.weights import built, check_depth, open_module, read_json, read_shapes, read_tensors, weight_files
+from .words import WordEncoder
+
+# What a config says it is -> the class that holds the encoder alone.
+CLASSES = {
+    "t5": "T5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+}
+# What a checkpoint's tokenizer may be; "TokenizersBackend" is what PreTrainedTokenizerFast is called since transformers 5.
+TOKENIZERS = (
+    "T5Tokenizer",
+    "T5TokenizerFast",
+    "CLIPTokenizer",
+    "CLIPTokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)
+TOKENIZER_OF = {"t5": "T5Tokenizer", "umt5": "T5Tokenizer", "clip": "CLIPTokenizer", "clip_text_model": "CLIPTokenizer"}
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+# Entries of a config by which transformers would run code of a folder or of the hub, or open another folder.
+FOREIGN = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "_name_or_path")
+
+
+class PretrainedEncoder(nn.Module):
+    """T5, UMT5 or CLIP's text encoder from a local folder: captions of any length to packed tokens, nothing padded.
+
+    >>> encoder = PretrainedEncoder.from_pretrained("checkpoints/umt5-base")
+    >>> encoder(["a red circle moves right", ""]).cu_seqlens
+    tensor([0, 7, 8], dtype=torch.int32)
+
+    An empty caption is what the tokenizer makes of it, an end mark: the null conditioning. pooled is CLIP's own, else the mean
+    of a caption's tokens. Captions longer than a model can take (CLIP: 77 tokens) are cut, as diffusers does.
+
+    Args:
+        model: of transformers, on any device; it is frozen.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        kind = model.config.model_type
+        if kind not in CLASSES:
+            raise ValueError(f"PretrainedEncoder: model: expected one of {', '.join(CLASSES)}, got {kind}")
+        self.model: Any = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.dim = int(model.config.hidden_size)
+        self.longest = getattr(model.config, "max_position_embeddings", None)
+
+    def train(self, mode: bool = True) -> PretrainedEncoder:
+        return self  # frozen: dropout never runs
+
+    @torch.no_grad()
+    def forward(self, captions: Sequence[str]) -> PackedText:
+        """captions: B strings. Returns tokens [M, D], cu_seqlens [B+1] and pooled [B, D] on the model's device."""
+        if isinstance(captions, str):
+            raise TypeError("PretrainedEncoder: captions: expected a list of strings, got one string")
+        options = {"truncation": True, "max_length": self.longest} if self.longest else {}
+        batch = self.tokenizer(list(captions), padding=True, return_tensors="pt", **options).to(self.model.device)
+        mask = batch["attention_mask"]
+        out = self.model(input_ids=batch["input_ids"], attention_mask=mask)
+        states: Tensor = out.last_hidden_state
+        tokens = states[mask.bool()]
+        cu_seqlens = torch.cat([mask.new_zeros(1), mask.sum(1).cumsum(0)]).int()
+        pooled = getattr(out, "pooler_output", None)
+        if pooled is None:
+            weights = mask[:, :, None].to(states)
+            pooled = (states * weights).sum(1) / weights.sum(1)
+        return PackedText(tokens, cu_seqlens, pooled)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Writes model and tokenizer as transformers does; weights keep their dtype, as T5 overflows in float16."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> PretrainedEncoder:
+        """Reads a checkpoint of transformers from a local folder, in the dtype of its weights.
+
+        Raises:
+            FileNotFoundError: no config.json or no safetensors there.
+            ValueError: another kind of model; weights that are broken, missing, of another shape or not finite.
+        """
+        folder, owner = Path(folder), "PretrainedEncoder.from_pretrained"
+        config = read_json(folder / "config.json", owner)
+        kind = config.get("model_type")
+        if kind not in CLASSES:
+            raise ValueError(f"{owner}: {folder}: expected model_type out of {', '.join(CLASSES)}, got {kind}")
+        tokenizer = load_tokenizer(folder, owner, kind)
+        if isinstance(config.get("text_config"), dict):  # a whole CLIP
+            config = config["text_config"]
+        return cls(_encoder(CLASSES[kind], config, folder, owner), tokenizer)
+
+
+def _encoder(name: str, values: dict[str, Any], folder: Path, owner: str) -> Any:
+    """A model of transformers from its config and the safetensors of a folder, which transformers itself never opens."""
+    import transformers
+
+    kind, files = getattr(transformers, name), weight_files(folder, "model", owner)
+    shapes = read_shapes(files, owner)
+    check_depth(values, shapes, owner)
+    values = {key: value for key, value in values.items() if key not in FOREIGN}
+    config = built(kind.config_class.from_dict, {"config_dict": values}, owner)
+    with torch.device("meta"):
+        asked = sum(p.numel() for p in built(kind, {"config": config}, owner).parameters())
+    held = sum(math.prod(shape) for shape in shapes.values())
+    if asked > held:
+        expected = f"a model of at most {held:,} weights, as many as lie beside it"
+        raise ValueError(f"{owner}: {folder / 'config.json'}: expected {expected}, got one of {asked:,}")
+    weights = read_tensors(files, owner)
+    dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
+    options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": dtype}
+    try:
+        model, told = kind.from_pretrained(None, output_loading_info=True, **options)
+    except RuntimeError as error:  # weights of another shape
+        raise ValueError(f"{owner}: {files[0]}: {error}") from None
+    if told["missing_keys"]:
+        missing = ", ".join(sorted(told["missing_keys"]))
+        raise ValueError(f"{owner}: {files[0]}: expected the weights {missing}, which are not there")
+    return model
+
+
+def load_tokenizer(folder: Path, owner: str, kind: str | None = None) -> Any:
+    """The tokenizer of a checkpoint; kind: of its model, where tokenizer_config.json does not name a class.
+
+    transformers looks at a folder that has nothing but the files of `TOKENIZER_FILES` and a config without paths and code.
+
+    Raises:
+        ValueError: a class that is not in `TOKENIZERS`, or files that are broken or not there.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = folder / "tokenizer_config.json"
+    config = read_json(path, owner) if path.is_file() else {}
+    name = config.get("tokenizer_class") or TOKENIZER_OF.get(kind or "")
+    if name not in TOKENIZERS:
+        raise ValueError(f"{owner}: {path}: expected tokenizer_class out of {', '.join(TOKENIZERS)}, got {name}")
+    config = {key: value for key, value in config.items() if key not in FOREIGN and not key.endswith(("_file", "_files"))}
+    plain = name in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    with tempfile.TemporaryDirectory() as shown:
+        for file in TOKENIZER_FILES:
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, Path(shown, file))
+        Path(shown, "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}), encoding="utf-8")
+        if kind is not None:
+            Path(shown, "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
+        reader = PreTrainedTokenizerFast if plain else AutoTokenizer
+        try:
+            return reader.from_pretrained(shown, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises plain ones
+            raise ValueError(f"{owner}: {folder}: expected a tokenizer, got {error}") from None
+
+
+def load_text_encoder(folder: str | Path) -> TextEncoder:
+    """The text encoder of a checkpoint: a `WordEncoder`, or one of transformers."""
+    folder, owner = Path(folder), "load_text_encoder"
+    config = read_json(folder / "config.json", owner)
+    if "model_type" in config:
+        return PretrainedEncoder.from_pretrained(folder)
+    return open_module(lambda: WordEncoder(**config), config, folder, owner)

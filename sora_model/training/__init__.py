@@ -1,0 +1,1 @@
+"""Training on packed batches: the trainer, and what it trains."""

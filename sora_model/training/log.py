@@ -1,0 +1,93 @@
+"""What every step of a run did, on disk: loss.csv and tensorboard/ in its folder.
+
+TensorBoard's own writer is a thread, which cannot say that the disk is full but by a traceback. So its records are written here.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..storage.files import whole_file, writing
+
+COLUMNS = ("step", "loss", "learning_rate", "tokens_per_second", "seconds")
+CURVES = ("loss", "learning_rate", "tokens_per_second")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did. sizes: (T, H, W) of its samples; seconds: since the run began, earlier parts of it included."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+    sizes: list[tuple[int, ...]]
+
+
+class TrainLog:
+    """Writes a row per step, after those that an earlier part of the run wrote up to `step`.
+
+    >>> with TrainLog(folder, step=0) as log:
+    ...     log.add(done)
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.table, self.board = folder / "loss.csv", folder / "tensorboard"
+        rows = _rows_until(self.table, step)
+        with whole_file(self.table) as partial, open(partial, "w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+        with writing(self.table):
+            self._rows = open(self.table, "a", newline="", buffering=1)  # noqa: SIM115 (closed on leaving)
+        with writing(self.board):
+            self.board.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+            self._events = open(self.board / name, "ab", buffering=0)  # noqa: SIM115
+            self._records: Any = RecordWriter(self._events)
+            self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+
+    def add(self, done: Step) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        row = (done.step, f"{done.loss:.6f}", f"{done.learning_rate:.6g}", f"{done.tokens_per_second:.1f}", f"{done.seconds:.2f}")
+        with writing(self.table):
+            csv.writer(self._rows).writerow(row)
+        values = [Summary.Value(tag=name, simple_value=getattr(done, name)) for name in CURVES]
+        with writing(self.board):
+            event = Event(wall_time=time.time(), step=done.step, summary=Summary(value=values))
+            self._records.write(event.SerializeToString())
+
+    def __enter__(self) -> TrainLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Closes both files; what cannot be written then is an error, unless there is one already."""
+        try:
+            with writing(self.board):
+                self._events.close()
+            with writing(self.table):
+                self._rows.close()
+        except OSError:
+            if error is None:
+                raise
+
+
+def _rows_until(path: Path, step: int) -> list[list[str]]:
+    """The rows up to a step, in order: a killed run may leave later ones, and half of one."""
+    if step == 0 or not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdecimal()]
+    return [row for row in rows if int(row[0]) <= step]

@@ -1,0 +1,60 @@
+"""Resuming a run: its state's file, and whether a run can start or go on in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..storage.files import check_replaceable, settle
+from .config import TrainConfig
+
+STATE = "training.safetensors"
+
+
+def all_settings(settings: Mapping[str, str | int | None], config: TrainConfig, processes: int) -> dict[str, str | int | None]:
+    """What must be the same where a run is resumed: what its caller names, and what of its config the batches depend on."""
+    return {**settings, "seed": config.seed, "accumulation x processes": config.accumulation * processes}
+
+
+def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | None]) -> None:
+    """Brings to an end what a killed process left half-written in a run's folder, and says whether a run can begin or go on there.
+
+    Raises:
+        FileNotFoundError: nothing to resume.
+        ValueError: a fresh run where there is one already; settings that are not those that the run began with (see `Trainer`);
+            files of others in checkpoint/.
+    """
+    path = folder / STATE
+    for name in ("checkpoint", STATE, "loss.csv"):
+        settle(folder / name)
+    check_replaceable(folder / "checkpoint")
+    if not resume and path.exists():
+        raise ValueError(
+            f"Trainer: folder: {folder} already holds a run, at step {read_state(path)['step']}; resume it or choose another folder"
+        )
+    if not resume:
+        return
+    if not path.is_file():
+        raise FileNotFoundError(f"Trainer: resume: expected {path}, which is not there: nothing was saved; begin without resume")
+    began = read_state(path)["settings"]
+    other = [
+        f"{name}: expected {began[name]}, as the run began with, got {value}"
+        for name, value in settings.items()
+        if name in began and began[name] != value
+    ]
+    if other:
+        raise ValueError(f"Trainer: resume: {'; '.join(other)}")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a run's file says beside its tensors: step, seconds, config and settings."""
+    try:
+        with safe_open(path, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+            return {name: state[name] for name in ("step", "seconds", "config", "settings")}
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"Trainer: {path}: expected the state of a run of this package, got {error}") from None

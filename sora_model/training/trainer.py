@@ -1,0 +1,256 @@
+"""Training on packed batches of mixed sizes: `Trainer`, for whatever an `Objective` says is to be learned.
+
+A step draws one batch per process and accumulation, takes the mean of the gradients of their losses, moves the weights, and
+averages them. Everything random in step n follows from the seed and n, so a run that was stopped and resumed goes through the same
+steps as one that was not (where it is limited by minutes, the learning rate follows the clock). Processes and devices are
+accelerate's: `torchrun --nproc_per_node 8 -m sora_model.cli train ...`, or `accelerate launch`.
+
+In the run's folder:
+
+    checkpoint/              the averaged (EMA) weights, as the objective saves them
+    training.safetensors     weights, averages, optimizer moments and the step: all that a run is resumed from, in one file
+    loss.csv, tensorboard/   loss, learning rate and tokens per second of every step; see train_log.py
+
+Whatever ends a process or fills a disk while these are written, the run can be resumed from the last save that is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..data import Batch, PackedSampler
+from ..storage.files import whole_file
+from ..storage.weights import check_finite, distinct_state, load_distinct
+from .config import TrainConfig
+from .log import Step, TrainLog
+from .optimizers import KernelMuon, muon_parameters, schedule
+from .resume import STATE, all_settings, check_run, read_state
+
+
+class Objective(Protocol):
+    """What is to be learned.
+
+    model: the modules to train. loss: of one batch, with everything random drawn from the generator.
+    save: writes a checkpoint with `model` (the averaged weights) to a folder, complete or not at all.
+    """
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Tensor: ...
+
+    def save(self, model: nn.Module, folder: Path) -> None: ...
+
+
+class Trainer:
+    """Trains an objective's model.
+
+    >>> sampler = PackedSampler(source, (1, 8, 8), 2048)
+    >>> trainer = Trainer(DiffusionObjective(pipeline), sampler, TrainConfig(steps=100), "runs/shapes")
+    >>> for step in trainer.train():
+    ...     print(step.step, step.loss)
+
+    Args:
+        objective: what to learn, its model on the device to train on.
+        sampler: batches of videos and captions; of this process, where there are several.
+        config: see `TrainConfig`.
+        folder: of the run; see the top of this file.
+        resume: go on from the folder's training.safetensors.
+        settings: whatever else must be the same where the run is resumed, by name: what its model and batches are made of. Kept
+            with the weights; another value is an error then, as another seed or accumulation is.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        sampler: PackedSampler,
+        config: TrainConfig,
+        folder: str | Path,
+        *,
+        resume: bool = False,
+        settings: Mapping[str, str | int | None] | None = None,
+    ) -> None:
+        self.objective, self.sampler, self.config, self.folder = objective, sampler, config, Path(folder)
+        self.model = objective.model.train()
+        device = next(self.model.parameters()).device
+        self.accelerator = Accelerator(gradient_accumulation_steps=config.accumulation, cpu=device.type == "cpu")
+        # First, as it may move the weights: optimizers and averages look at where they are.
+        self._forward = self.accelerator.prepare(_Loss(objective, config.mixed_precision == "bf16"))
+        self.average = AveragedModel(self.model, multi_avg_fn=self._move_average)
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self._moments: list[tuple[str, torch.optim.Optimizer, nn.Parameter]] = []  # whose state each weight's moments are
+        self._make_optimizers()
+        self.step, self.seconds, self.stopped, self._stopping = 0, 0.0, False, False
+        self.settings = all_settings(settings or {}, config, self.accelerator.num_processes)
+        with self.accelerator.main_process_first():
+            check_run(self.folder, resume=resume, settings=self.settings)
+        if resume:
+            self._load()
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is done, 0 to 1, by whichever limit is nearer."""
+        steps = self.step / self.config.steps if self.config.steps else 0.0
+        return max(steps, self.seconds / 60 / self.config.minutes if self.config.minutes else 0.0)
+
+    def stop(self) -> None:
+        """Ends the training, of all processes, after the step in hand."""
+        self._stopping = True
+
+    def train(self) -> Iterator[Step]:
+        """Trains to the end, or until `stop` is called, yielding after every step, and saves."""
+        before, saved = self.seconds, self.seconds
+        with TrainLog(self.folder, self.step) if self.accelerator.is_main_process else contextlib.nullcontext() as log:
+            began = time.perf_counter()
+            # On a CPU a second thread takes from the step more than it gives.
+            prefetch = 0 if self.accelerator.device.type == "cpu" else 2
+            batches = self.sampler.stream(self.step * self.config.accumulation, prefetch=prefetch)
+            while self.progress < 1 and not self.stopped:
+                start = time.perf_counter()
+                drawn = [next(batches) for _ in range(self.config.accumulation)]
+                loss, rate = self._train_step(drawn)
+                self.step += 1
+                self._agree(before + time.perf_counter() - began)
+                tokens = sum(batch.tokens for batch in drawn)
+                speed = tokens / (time.perf_counter() - start)
+                sizes = [tuple(video.shape[1:]) for batch in drawn for video in batch.videos]
+                done = Step(self.step, loss, rate, tokens, speed, self.seconds, sizes)
+                if log is not None:
+                    log.add(done)
+                if self.seconds - saved > 60 * self.config.save_minutes:
+                    self.save()
+                    saved = self.seconds
+                yield done
+        self.save()
+
+    def _train_step(self, batches: list[Batch]) -> tuple[float, float]:
+        """One optimizer step; returns the loss and the learning rate."""
+        config, losses = self.config, []
+        for i, batch in enumerate(batches):
+            number = (self.step * config.accumulation + i) * self.accelerator.num_processes + self.accelerator.process_index
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
+            with self.accelerator.accumulate(self._forward):
+                loss = self._forward(batch, generator)
+                losses.append(self.accelerator.reduce(loss.detach(), "mean").item())
+                if not math.isfinite(losses[-1]):
+                    raise FloatingPointError(f"Trainer: the loss is {losses[-1]} at step {self.step}; try a lower learning rate")
+                self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        rate = config.learning_rate * schedule(self.step, config.warmup, self.progress, config.final_rate)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        self.model.zero_grad()
+        self.average.update_parameters(self.model)
+        return sum(losses) / len(losses), rate
+
+    def _agree(self, seconds: float) -> None:
+        """Sets the clock and whether to stop, the same for all processes: the latest clock, and a stop that any was told of."""
+        if self.accelerator.num_processes == 1:
+            self.seconds, self.stopped = seconds, self._stopping
+            return
+        told = torch.tensor([seconds, float(self._stopping)], device=self.accelerator.device)
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+        self.seconds, self.stopped = told[0].item(), bool(told[1])
+
+    def averaged_model(self) -> nn.Module:
+        """The model with the averaged weights, sharing them."""
+        return self.average.module.eval()
+
+    def save(self) -> None:
+        """Writes training.safetensors and checkpoint/, each complete or not at all.
+
+        First the state, which is what matters if the second fails. Only a run's first save is the other way round: a state that
+        is there has a checkpoint beside it, whose parts the run is resumed with.
+        """
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        for name, value in distinct_state(self.model).items():  # a good state is not replaced by one that is lost
+            check_finite(value, f"Trainer: save: {name}")
+        first = not (self.folder / STATE).exists()
+        for write in (self._save_checkpoint, self._save_state) if first else (self._save_state, self._save_checkpoint):
+            write()
+
+    def _save_checkpoint(self) -> None:
+        self.objective.save(self.averaged_model(), self.folder / "checkpoint")
+
+    def _save_state(self) -> None:
+        tensors = {f"model.{name}": value for name, value in distinct_state(self.model).items()}
+        tensors |= {f"average.{name}": value for name, value in distinct_state(self.average).items()}
+        for name, optimizer, parameter in self._moments:
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config), "settings": self.settings}
+        with whole_file(self.folder / STATE) as temporary:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, {"state": json.dumps(state)})
+
+    def _load(self) -> None:
+        path = self.folder / STATE
+        state = read_state(path)
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        load_distinct(self.model, part("model."), f"Trainer: resume: {path}")
+        load_distinct(self.average, part("average."), f"Trainer: resume: {path}")
+        for name, optimizer, parameter in self._moments:
+            moments = {key: value.to(parameter.device) for key, value in part(f"optimizer.{name}.").items()}
+            if moments:
+                optimizer.state[parameter] = moments
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def _make_optimizers(self) -> None:
+        rate, decay = self.config.learning_rate, self.config.weight_decay
+        named = list(self.model.named_parameters())
+        chosen = muon_parameters(self.model) if self.config.optimizer == "muon" else set()
+        inner = [(name, p) for name, p in named if name in chosen]
+        if inner:
+            muon = KernelMuon([p for _, p in inner], rate, decay, ns_steps=5, adjust_lr_fn="match_rms_adamw")
+            self.optimizers.append(muon)
+            self._moments += [(name, muon, view) for (name, _), view in zip(inner, muon.views, strict=True)]
+        taken = {id(p) for _, p in inner}
+        rest = [(name, p) for name, p in named if id(p) not in taken]
+        groups = [
+            {"params": [p for _, p in rest if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for _, p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW(groups, rate, betas=(0.9, 0.99), fused=True)
+        self.optimizers.append(adamw)
+        self._moments += [(name, adamw, p) for name, p in rest]
+
+    @torch.no_grad()
+    def _move_average(self, averages: Any, parameters: Any, updates: Any) -> None:
+        decay = min(self.config.ema_decay, (1 + int(updates)) / (10 + int(updates)))
+        torch._foreach_lerp_(averages, parameters, 1 - decay)
+
+
+class _Loss(nn.Module):
+    """The objective's loss as a module, which is what several processes share."""
+
+    def __init__(self, objective: Objective, bfloat16: bool) -> None:
+        super().__init__()
+        self.model = objective.model
+        self._loss, self._bfloat16 = objective.loss, bfloat16
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self._bfloat16):  # accelerate's cannot change within a process
+            return self._loss(batch, generator)

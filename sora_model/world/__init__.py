@@ -1,0 +1,1 @@
+"""A procedural world with ground truth, and all that needs it."""
