@@ -3,6 +3,7 @@
 
 #include "multiplier.h"
 #include "parallel.h"
+#include "simd_math.h"
 
 namespace sora::SORA_TIER {
 

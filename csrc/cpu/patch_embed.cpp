@@ -6,6 +6,7 @@
 //
 // Work items are runs of kRows tokens of one video, or column blocks of the weight, so sums have a fixed order.
 #include "multiplier.h"
+#include "simd_stream.h"
 
 namespace sora::SORA_TIER {
 namespace {

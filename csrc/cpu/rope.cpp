@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "parallel.h"
-#include "simd.h"
+#include "simd_stream.h"
 
 namespace sora::SORA_TIER {
 namespace {
