@@ -1,4 +1,4 @@
-// Module _cpu: one instruction-set tier's kernels, behind the checks and argument decoding of bindings/, and memory for outputs.
+// Module _cpu: one instruction-set tier's kernels, behind the checks of csrc/bindings, and memory for outputs.
 //
 // The kernels are compiled once per tier. The best one this processor runs is chosen at import, or the one that SORA_KERNELS_ISA
 // names.
@@ -21,13 +21,14 @@
 #include <vector>
 
 #include "../bindings/adaln.h"
+#include "../bindings/attention.h"
 #include "../bindings/bias_gelu.h"
+#include "../bindings/patch_embed.h"
 #include "../bindings/patchify.h"
 #include "../bindings/rope.h"
-#include "bindings/attention.h"
-#include "bindings/memory.h"
-#include "bindings/patch_embed.h"
-#include "bindings/spatiotemporal_attention.h"
+#include "../bindings/spatiotemporal_attention.h"
+#include "kernels.h"
+#include "memory.h"
 
 // A tier's entry points and their table.
 #define SORA_TIER_TABLE(tier)                                         \

@@ -32,7 +32,7 @@ struct Sample {
 };
 
 // A piece of attention on one sample. Forward, some consecutive queries of a head. Backward, some queries and some keys of a key
-// head and its query heads, for dQ of these queries, dK and dV of these keys, or both.
+// head and its query heads: for dQ of the queries, for dK and dV of the keys, or for both.
 struct AttentionItem {
   int32_t sample, head;
   int64_t q_begin, q_end, k_begin, k_end;
@@ -71,7 +71,7 @@ struct Axis {
 
 // A span's grid with windows. Its axes are in the order in which it is walked. An item is a box of it, cut into panels along the
 // first two axes.
-struct Grid {
+struct SpanGrid {
   bool windowed;       // or else its tokens see all of their sample
   int64_t begin, end;  // tokens of the sample
   Axis axis[3];
@@ -81,8 +81,8 @@ struct Grid {
 constexpr int kWindowPanel = 64;                    // tokens of a panel, at most
 constexpr int kOuterPanels = 4, kMiddlePanels = 8;  // of an item, at most
 
-// A piece of windowed attention, a box of a span's grid: the queries of a head (forward, and backward for dQ), or the keys of a key
-// head (for dK and dV).
+// A piece of windowed attention: a box of a span's grid. It is of the queries of a head, forward and for dQ, or of the keys of a
+// key head, for dK and dV.
 struct WindowItem {
   int32_t sample, head, span;
   bool keys;
@@ -92,8 +92,8 @@ struct WindowItem {
 };
 
 struct SpatiotemporalAttention {
-  Attention attention;  // its items: of spans that see all of their samples
-  const Grid* grids;    // of the spans
+  Attention attention;    // its items: of spans that see all of their samples
+  const SpanGrid* grids;  // of the spans
   const WindowItem* items;
   int64_t num_items;
 };
