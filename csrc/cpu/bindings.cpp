@@ -151,10 +151,14 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         return kernels->multiply_adds(items, operations);
       },
-      "On all threads, items * operations float32 operations that are fused multiply-adds; for benchmarks.");
-  m.def("empty", empty, "A tensor of like's dtype and these sizes, contents undefined, in memory that is kept for reuse.");
+      "On all threads, items * operations float32 operations that are fused multiply-adds; for benchmarks.", py::arg("items"),
+      py::arg("operations"));
+  m.def("empty", empty, "A tensor of like's dtype and these sizes, contents undefined, in memory that is kept for reuse.",
+        py::arg("like"), py::arg("shape"));
   m.def("cached_bytes", [] { return Pool::instance().cached(); }, "Memory kept for reuse.");
-  m.def("set_cache_limit", [](size_t bytes) { Pool::instance().set_limit(bytes); }, "The most memory to keep for reuse.");
+  m.def(
+      "set_cache_limit", [](size_t bytes) { Pool::instance().set_limit(bytes); }, "The most memory to keep for reuse.",
+      py::arg("bytes"));
   m.def("empty_cache", [] { Pool::instance().shrink(0); }, "Gives back the memory kept for reuse.");
   bind_attention(m, kernels);
   bind_spatiotemporal_attention(m, kernels);
