@@ -1,6 +1,6 @@
-// Defines the entry points of a compiled module, and checks what holds for every tensor of every one of them: that it is there, on
-// the module's device, made of memory that its sizes and strides may reach, and that outputs share no memory. Two outputs, or an
-// output and an input, may not even interleave: it is their ranges of addresses that are compared.
+// Defines the entry points of a compiled module, and checks what holds for every tensor of all of them. A tensor is present, on the
+// module's device, and has the memory that its sizes and strides reach. Outputs share no memory. Two outputs, or an output and an
+// input, may not even interleave: their ranges of addresses are compared.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,6 +12,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -24,7 +25,8 @@ namespace py = pybind11;
 
 using Tensors = std::vector<Tensor>;
 
-// "op(x, bias?) -> out": names in the order of the arguments, with a "?" where None is taken; outputs come behind the arrow.
+// "op(x, bias?) -> out": names in the order of the arguments, with a "?" where None is allowed. Outputs come behind the arrow. The
+// names are the keywords of the Python function.
 struct Signature {
   struct Argument {
     std::string name;
@@ -151,9 +153,11 @@ class Call {
   bool writes_ = false;
 };
 
-// Defines an entry point whose body(call, arguments...) checks its arguments and then has call.run() run a kernel.
-template <class Body, class... Arguments>
-void define(py::module_& m, const char* text, Body body, void (Body::*)(const Call&, Arguments...) const) {
+// Defines an entry point whose body(call, arguments...) checks its arguments and then has call.run() run a kernel. The module's
+// `signatures` maps its name to the text.
+template <class Body, class... Arguments, size_t... i>
+void define(py::module_& m, const char* text, Body body, void (Body::*)(const Call&, Arguments...) const,
+            std::index_sequence<i...>) {
   const auto* signature = new Signature(text);  // for as long as the module is there
   if (signature->arguments.size() != sizeof...(Arguments)) throw std::logic_error(text);
   const auto entry = [=](Arguments... arguments) {
@@ -168,7 +172,16 @@ void define(py::module_& m, const char* text, Body body, void (Body::*)(const Ca
       throw py::error_already_set();
     }
   };
-  m.def(signature->op.c_str(), entry, text);
+  // A None for a tensor is passed on in any case: the error of Call names the argument.
+  m.def(
+      signature->op.c_str(), entry, text,
+      py::arg(signature->arguments[i].name.c_str()).none(std::is_same_v<Arguments, Tensor> || signature->arguments[i].optional)...);
+  if (!py::hasattr(m, "signatures")) m.attr("signatures") = py::dict();
+  m.attr("signatures")[signature->op.c_str()] = text;
+}
+template <class Body, class... Arguments>
+void define(py::module_& m, const char* text, Body body, void (Body::*call)(const Call&, Arguments...) const) {
+  define(m, text, body, call, std::index_sequence_for<Arguments...>());
 }
 template <class Body>
 void define(py::module_& m, const char* text, Body body) {

@@ -56,11 +56,11 @@ inline void rearrange(const Call& call, const Tensors& videos, const Patch& patc
 
 template <class Kernels>
 void bind_patchify(py::module_& m, const Kernels* kernels) {
-  define(m, "patchify_3d(videos, patch_size) -> tokens", [=](const Call& call, Tensors videos, Patch patch, Tensor tokens) {
-    rearrange(call, videos, patch, tokens, kernels->patchify_3d);
+  define(m, "patchify_3d(videos, patch_size) -> tokens", [=](const Call& call, Tensors videos, Patch patch_size, Tensor tokens) {
+    rearrange(call, videos, patch_size, tokens, kernels->patchify_3d);
   });
-  define(m, "unpatchify_3d(tokens, patch_size) -> videos", [=](const Call& call, Tensor tokens, Patch patch, Tensors videos) {
-    rearrange(call, videos, patch, tokens, kernels->unpatchify_3d);
+  define(m, "unpatchify_3d(tokens, patch_size) -> videos", [=](const Call& call, Tensor tokens, Patch patch_size, Tensors videos) {
+    rearrange(call, videos, patch_size, tokens, kernels->unpatchify_3d);
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include "multiplier.h"
 #include "parallel.h"
+#include "simd_math.h"
 
 namespace sora::SORA_TIER {
 
@@ -115,8 +116,8 @@ struct ScoreTerms {
   }
 };
 
-// Scores [num_keys, ld] are made into probabilities two keys at a time: of an odd number of keys, the last one's other is seen by
-// nobody, and its dP, if there are any, is zero. Columns [begin, end), in whole vectors.
+// Scores [num_keys, ld] become probabilities two keys at a time. An odd number of keys gets another one, which is masked out for
+// every query and whose dP, if given, is zero. Columns [begin, end), in whole vectors.
 inline void complete_pairs(float* scores, float* dp, int num_keys, int ld, int begin, int end) {
   if (num_keys % 2 == 0) return;
   for (int at = num_keys * ld + begin; at < num_keys * ld + end; at += W) {

@@ -5,7 +5,8 @@
 // A work item is kTokens consecutive tokens; each element is read and written once. The backward adds up an item's part of the
 // bias's gradient, and a second pass adds the items in order.
 #include "parallel.h"
-#include "simd.h"
+#include "simd_math.h"
+#include "simd_stream.h"
 
 namespace sora::SORA_TIER {
 namespace {

@@ -1,4 +1,4 @@
-// Module _cpu: one instruction-set tier's kernels, behind the checks and argument decoding of bindings/, and memory for outputs.
+// Module _cpu: one instruction-set tier's kernels, behind the checks of csrc/bindings, and memory for outputs.
 //
 // The kernels are compiled once per tier. The best one this processor runs is chosen at import, or the one that SORA_KERNELS_ISA
 // names.
@@ -21,79 +21,37 @@
 #include <vector>
 
 #include "../bindings/adaln.h"
+#include "../bindings/attention.h"
 #include "../bindings/bias_gelu.h"
+#include "../bindings/patch_embed.h"
 #include "../bindings/patchify.h"
 #include "../bindings/rope.h"
-#include "bindings/attention.h"
-#include "bindings/memory.h"
-#include "bindings/patch_embed.h"
-#include "bindings/spatiotemporal_attention.h"
+#include "../bindings/spatiotemporal_attention.h"
+#include "kernels.h"
+#include "memory.h"
 
-#define SORA_DECLARE_TIER(tier, bytes)                                       \
-  namespace sora::tier {                                                     \
-  void attention_forward(const Attention&);                                  \
-  void attention_backward(const Attention&);                                 \
-  void spatiotemporal_attention_forward(const SpatiotemporalAttention&);     \
-  void spatiotemporal_attention_backward(const SpatiotemporalAttention&);    \
-  void rope_3d(const Rope&, const Tensor&, const Tensor&);                   \
-  void qk_norm_rope_3d_forward(const Rope&, QkNorm (&)[2], bool, float);     \
-  void qk_norm_rope_3d_backward(const Rope&, QkNorm (&)[2], bool);           \
-  void layer_norm_modulate_forward(const AdaLn&);                            \
-  void gate_residual_forward(const AdaLn&);                                  \
-  void gate_residual_layer_norm_modulate_forward(const AdaLn&);              \
-  void adaln_backward(const AdaLn&);                                         \
-  void bias_gelu_forward(const BiasGelu&);                                   \
-  void bias_gelu_backward(const BiasGelu&);                                  \
-  void patch_embed_3d_forward(const PatchEmbed&);                            \
-  void patch_embed_3d_backward(const PatchEmbed&);                           \
-  void patchify_3d(const PatchEmbed&);                                       \
-  void unpatchify_3d(const PatchEmbed&);                                     \
-  float multiply_adds(int64_t, double);                                      \
-  static const Kernels kernels = {#tier,                                     \
-                                  bytes,                                     \
-                                  attention_forward,                         \
-                                  attention_backward,                        \
-                                  spatiotemporal_attention_forward,          \
-                                  spatiotemporal_attention_backward,         \
-                                  rope_3d,                                   \
-                                  qk_norm_rope_3d_forward,                   \
-                                  qk_norm_rope_3d_backward,                  \
-                                  layer_norm_modulate_forward,               \
-                                  gate_residual_forward,                     \
-                                  gate_residual_layer_norm_modulate_forward, \
-                                  adaln_backward,                            \
-                                  bias_gelu_forward,                         \
-                                  bias_gelu_backward,                        \
-                                  patch_embed_3d_forward,                    \
-                                  patch_embed_3d_backward,                   \
-                                  patchify_3d,                               \
-                                  unpatchify_3d,                             \
-                                  multiply_adds};                            \
+// A tier's entry points and their table.
+#define SORA_TIER_TABLE(tier)                                         \
+  namespace sora::tier {                                              \
+  SORA_KERNELS(SORA_DECLARE)                                          \
+  static const Kernels kernels = {#tier, SORA_KERNELS(SORA_ADDRESS)}; \
   }
 
-SORA_DECLARE_TIER(baseline, 16)
+SORA_TIER_TABLE(baseline)
 #if defined(__x86_64__)
-SORA_DECLARE_TIER(avx2, 32)
-SORA_DECLARE_TIER(avx512, 64)
-SORA_DECLARE_TIER(avx512bf16, 64)
+SORA_TIER_TABLE(avx2)
+SORA_TIER_TABLE(avx512)
+SORA_TIER_TABLE(avx512bf16)
 
-// Matrix products on tiles; the other ops are those of AVX-512 BF16, which every processor with tiles has.
+// Matrix products on tiles. The other ops are those of AVX-512 BF16, which every processor with tiles has.
 namespace sora::amx {
-void attention_forward(const Attention&);
-void attention_backward(const Attention&);
-void spatiotemporal_attention_forward(const SpatiotemporalAttention&);
-void spatiotemporal_attention_backward(const SpatiotemporalAttention&);
-void patch_embed_3d_forward(const PatchEmbed&);
-void patch_embed_3d_backward(const PatchEmbed&);
+SORA_PRODUCT_KERNELS(SORA_DECLARE)
 static const Kernels kernels = [] {
   Kernels table = avx512bf16::kernels;
   table.name = "amx";
-  table.attention_forward = attention_forward;
-  table.attention_backward = attention_backward;
-  table.spatiotemporal_attention_forward = spatiotemporal_attention_forward;
-  table.spatiotemporal_attention_backward = spatiotemporal_attention_backward;
-  table.patch_embed_3d_forward = patch_embed_3d_forward;
-  table.patch_embed_3d_backward = patch_embed_3d_backward;
+#define SORA_REPLACE(result, name, arguments) table.name = name;
+  SORA_PRODUCT_KERNELS(SORA_REPLACE)
+#undef SORA_REPLACE
   return table;
 }();
 }  // namespace sora::amx
@@ -193,10 +151,14 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         return kernels->multiply_adds(items, operations);
       },
-      "On all threads, items * operations float32 operations that are fused multiply-adds; for benchmarks.");
-  m.def("empty", empty, "A tensor of like's dtype and these sizes, contents undefined, in memory that is kept for reuse.");
+      "On all threads, items * operations float32 operations that are fused multiply-adds; for benchmarks.", py::arg("items"),
+      py::arg("operations"));
+  m.def("empty", empty, "A tensor of like's dtype and these sizes, contents undefined, in memory that is kept for reuse.",
+        py::arg("like"), py::arg("shape"));
   m.def("cached_bytes", [] { return Pool::instance().cached(); }, "Memory kept for reuse.");
-  m.def("set_cache_limit", [](size_t bytes) { Pool::instance().set_limit(bytes); }, "The most memory to keep for reuse.");
+  m.def(
+      "set_cache_limit", [](size_t bytes) { Pool::instance().set_limit(bytes); }, "The most memory to keep for reuse.",
+      py::arg("bytes"));
   m.def("empty_cache", [] { Pool::instance().shrink(0); }, "Gives back the memory kept for reuse.");
   bind_attention(m, kernels);
   bind_spatiotemporal_attention(m, kernels);

@@ -4,12 +4,12 @@
 #include <cstdint>
 #include <new>
 
-#include "../arguments.h"
+#include "../kernels.h"
 
 namespace sora {
 
-// That a kernel cannot have memory for what it needs besides its outputs; Python's MemoryError. Tiers throw it by no_memory, whose
-// code the bindings have, so that none of it is in a tier.
+// A kernel cannot have the memory that it needs besides its outputs: Python's MemoryError. Tiers throw it by no_memory, which
+// bindings.cpp defines, so that none of its code is in a tier.
 class NoMemory : public std::bad_alloc {
  public:
   explicit NoMemory(int64_t bytes);
@@ -31,8 +31,8 @@ struct Sample {
   int64_t q_size, k_size;
 };
 
-// A piece of attention on one sample: some consecutive queries of a head (forward), or pairs of some queries and keys of a key head
-// and its query heads (backward), for dQ of these queries, dK and dV of these keys, or both.
+// A piece of attention on one sample. Forward, some consecutive queries of a head. Backward, some queries and some keys of a key
+// head and its query heads: for dQ of the queries, for dK and dV of the keys, or for both.
 struct AttentionItem {
   int32_t sample, head;
   int64_t q_begin, q_end, k_begin, k_end;
@@ -69,9 +69,9 @@ struct Axis {
   int64_t stride;  // tokens from one index to the next
 };
 
-// A span's grid with windows. Its axes are in the order in which it is walked: an item is a box of it, cut into panels along the
+// A span's grid with windows. Its axes are in the order in which it is walked. An item is a box of it, cut into panels along the
 // first two axes.
-struct Grid {
+struct SpanGrid {
   bool windowed;       // or else its tokens see all of their sample
   int64_t begin, end;  // tokens of the sample
   Axis axis[3];
@@ -81,8 +81,8 @@ struct Grid {
 constexpr int kWindowPanel = 64;                    // tokens of a panel, at most
 constexpr int kOuterPanels = 4, kMiddlePanels = 8;  // of an item, at most
 
-// A piece of windowed attention: the queries of a head (forward, and backward for dQ), or else the keys of a key head (for dK and
-// dV), of a box of a span's grid.
+// A piece of windowed attention: a box of a span's grid. It is of the queries of a head, forward and for dQ, or of the keys of a
+// key head, for dK and dV.
 struct WindowItem {
   int32_t sample, head, span;
   bool keys;
@@ -92,33 +92,29 @@ struct WindowItem {
 };
 
 struct SpatiotemporalAttention {
-  Attention attention;  // its items: of spans that see all of their samples
-  const Grid* grids;    // of the spans
+  Attention attention;    // its items: of spans that see all of their samples
+  const SpanGrid* grids;  // of the spans
   const WindowItem* items;
   int64_t num_items;
 };
 
+// Entry points as lists; see csrc/kernels.h. The first list is of the ops that multiply matrices: tier amx has these alone.
+#define SORA_PRODUCT_KERNELS(X)                                                \
+  X(void, attention_forward, (const Attention&))                               \
+  X(void, attention_backward, (const Attention&))                              \
+  X(void, spatiotemporal_attention_forward, (const SpatiotemporalAttention&))  \
+  X(void, spatiotemporal_attention_backward, (const SpatiotemporalAttention&)) \
+  X(void, patch_embed_3d_forward, (const PatchEmbed&))                         \
+  X(void, patch_embed_3d_backward, (const PatchEmbed&))
+#define SORA_KERNELS(X)   \
+  SORA_PRODUCT_KERNELS(X) \
+  SORA_SHARED_KERNELS(X)  \
+  X(float, multiply_adds, (int64_t items, double operations))
+
+// A tier's entry points.
 struct Kernels {
   const char* name;
-  int vector_bytes;
-  void (*attention_forward)(const Attention&);
-  void (*attention_backward)(const Attention&);
-  void (*spatiotemporal_attention_forward)(const SpatiotemporalAttention&);
-  void (*spatiotemporal_attention_backward)(const SpatiotemporalAttention&);
-  void (*rope_3d)(const Rope&, const Tensor& x, const Tensor& out);
-  void (*qk_norm_rope_3d_forward)(const Rope&, QkNorm (&)[2], bool across_heads, float eps);
-  void (*qk_norm_rope_3d_backward)(const Rope&, QkNorm (&)[2], bool across_heads);
-  void (*layer_norm_modulate_forward)(const AdaLn&);
-  void (*gate_residual_forward)(const AdaLn&);
-  void (*gate_residual_layer_norm_modulate_forward)(const AdaLn&);
-  void (*adaln_backward)(const AdaLn&);  // of all three
-  void (*bias_gelu_forward)(const BiasGelu&);
-  void (*bias_gelu_backward)(const BiasGelu&);
-  void (*patch_embed_3d_forward)(const PatchEmbed&);
-  void (*patch_embed_3d_backward)(const PatchEmbed&);
-  void (*patchify_3d)(const PatchEmbed&);
-  void (*unpatchify_3d)(const PatchEmbed&);
-  float (*multiply_adds)(int64_t items, double operations);
+  SORA_KERNELS(SORA_POINTER)
 };
 
 }  // namespace sora

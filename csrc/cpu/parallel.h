@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #include "simd.h"
+#include "simd_stream.h"
 
 namespace sora::SORA_TIER {
 

@@ -1,11 +1,12 @@
 // Patches of videos [C, T, H, W] of any sizes <-> packed tokens, with or without the embedding's matrix product.
 //
-// patch_embed_3d gathers kRows patches into a small block and multiplies it by the weight, which becomes operands of kColumns
-// columns once per call; the Conv3d it replaces is never built and no patch matrix is written to memory. The backward gathers the
-// patches once (dweight reads them for every column block) and scatters dvideos block by block.
+// patch_embed_3d gathers kRows patches into a small block and multiplies it by the weight. The weight becomes operands of kColumns
+// columns once per call. No patch matrix is written to memory. The backward gathers the patches once, as dweight reads them for
+// every column block, and scatters dvideos block by block.
 //
 // Work items are runs of kRows tokens of one video, or column blocks of the weight, so sums have a fixed order.
 #include "multiplier.h"
+#include "simd_stream.h"
 
 namespace sora::SORA_TIER {
 namespace {
@@ -13,7 +14,7 @@ namespace {
 constexpr int kRows = 96;
 constexpr int kColumns = 64;
 
-struct Grid {
+struct PatchGrid {
   int64_t t, h, w, first;  // tokens along each axis; the video's first token
   int64_t tokens() const { return t * h * w; }
 };
@@ -33,7 +34,7 @@ class Runs {
       }
   }
 
-  const Grid& grid(int64_t video) const { return grids_[video]; }
+  const PatchGrid& grid(int64_t video) const { return grids_[video]; }
   const Run& operator[](int64_t i) const { return runs_[i]; }
   int64_t count() const { return count_; }
 
@@ -50,7 +51,7 @@ class Runs {
     return runs;
   }
 
-  const Memory<Grid> grids_;
+  const Memory<PatchGrid> grids_;
   const int64_t count_;
   const Memory<Run> runs_;
 };
@@ -58,7 +59,7 @@ class Runs {
 // Calls body(row, width, c, i, j, line) for each stretch of a video's line that the patches of a run hold: of channel c, row (i, j)
 // of the patches of `width` tokens from `row` on. Element l of token row + x is line[(x * patch + l) * video.stride[3]].
 template <class T, class Body>
-SORA_INLINE void each_line(const PatchEmbed& a, const Tensor& video, const Grid& g, const Runs::Run& run, Body body) {
+SORA_INLINE void each_line(const PatchEmbed& a, const Tensor& video, const PatchGrid& g, const Runs::Run& run, Body body) {
   const int64_t *stride = video.stride, channels = video.size[0];
   for (int64_t row = 0; row < run.count;) {
     const int64_t token = run.begin + row, w = token % g.w, h = token / g.w % g.h, t = token / g.w / g.h;
@@ -96,7 +97,7 @@ void copy_line(int64_t width, int patch, Line<T> to, Line<const T> from) {
 
 // dst [run.count, ld] <- patches in the weight's order (C pt ph pw).
 template <class T>
-void gather(const PatchEmbed& a, const Tensor& video, const Grid& g, const Runs::Run& run, T* dst, int64_t ld) {
+void gather(const PatchEmbed& a, const Tensor& video, const PatchGrid& g, const Runs::Run& run, T* dst, int64_t ld) {
   const int pt = a.patch[0], ph = a.patch[1], pw = a.patch[2];
   const int64_t step = video.stride[3];
   each_line<const T>(a, video, g, run, [=](int64_t row, int64_t width, int64_t c, int i, int j, const T* line) {
@@ -109,7 +110,7 @@ struct Sizes {
   explicit Sizes(const Tensor& weight) : d(weight.size[0]), k(weight.size[1] * weight.size[2] * weight.size[3] * weight.size[4]) {}
 };
 
-// The operand A = x [rows, k], contiguous; made in `room` unless x serves as it is.
+// The operand A = x [rows, k], contiguous. It is written to `room` unless x serves as it is.
 template <class T>
 typename Multiplier<T>::Left left_of(T* x, int rows, int k, float* room) {
   if constexpr (Multiplier<T>::kInPlace && sizeof(T) == sizeof(float))
@@ -163,7 +164,7 @@ void embed_forward(const PatchEmbed& a) {
   parallel_for(runs.count(), [&](int64_t item) {
     const typename M::Session session;
     const Runs::Run& run = runs[item];
-    const Grid& g = runs.grid(run.video);
+    const PatchGrid& g = runs.grid(run.video);
     const int rows = static_cast<int>(run.count);
     const auto room = on_scratch<ForwardRoom<T>>(k);
     gather<T>(a, a.videos[run.video], g, run, room.patches, k);
@@ -246,7 +247,7 @@ void video_gradient(const PatchEmbed& a, const Operands<T>& operands, const Runs
   const typename M::Session session;
   const int d = operands.d, k = operands.k, rows = static_cast<int>(run.count);
   const int64_t stride = a.dtokens.stride[0], width = padded(k);
-  const Grid& g = runs.grid(run.video);
+  const PatchGrid& g = runs.grid(run.video);
   const auto room = on_scratch<VideoRoom<T>>(d, width);
   const T* from = static_cast<const T*>(a.dtokens.data) + (g.first + run.begin) * stride;
   const typename M::Left dtokens = M::left(from, stride, rows, d, room.dtokens);
@@ -286,7 +287,7 @@ void rearrange(const PatchEmbed& a) {
   parallel_for(runs.count(), [&](int64_t item) {
     const Runs::Run& run = runs[item];
     const Tensor& video = a.videos[run.video];
-    const Grid& g = runs.grid(run.video);
+    const PatchGrid& g = runs.grid(run.video);
     const int64_t channels = video.size[0], stride = a.tokens.stride[0];
     T* tokens = static_cast<T*>(a.tokens.data) + (g.first + run.begin) * stride;
     each_line<T>(a, video, g, run, [=, &video](int64_t row, int64_t width, int64_t c, int i, int j, T* line) {

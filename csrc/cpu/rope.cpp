@@ -1,15 +1,15 @@
 // 3D RoPE of packed tokens [N, H, d], alone or behind an RMS norm.
 //
 // cos and sin are computed in double once per index along each axis of a span: T + H + W rows instead of T * H * W. A work item is
-// kTokens consecutive tokens. Each token's row of cos and sin (d floats, which stay in L1) is put together from its three axis
-// rows, of which usually only W's has changed, and then serves all heads of q and k. Traffic is each element read and written once.
+// kTokens consecutive tokens. Each token's row of cos and sin (d floats, which stay in L1) joins its three axis rows, of which
+// usually only W's has changed. It serves all heads of q and k. Each element is read and written once.
 //
-// Table rows are laid out as they are used: interleaved pairs have (cos, cos) and (-sin, sin), so that a rotation is
-// x * cos + swap_pairs(x) * sin; the half layout has one cos and one sin per pair.
+// Table rows are laid out as they are used. Interleaved pairs have (cos, cos) and (-sin, sin), so that a rotation is
+// x * cos + swap_pairs(x) * sin. The half layout has one cos and one sin per pair.
 #include <cmath>
 
 #include "parallel.h"
-#include "simd.h"
+#include "simd_stream.h"
 
 namespace sora::SORA_TIER {
 namespace {

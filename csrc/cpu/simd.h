@@ -1,10 +1,10 @@
 // Vectors of float32, in GCC/Clang's vector extensions: one source for every instruction set.
 //
-// SORA_TIER names the namespace and SORA_VECTOR_BYTES the vector width of the tier being compiled; the compiler turns the operators
-// below into that tier's instructions. Storage types are widened to float32 on load and rounded to nearest even on store.
+// SORA_TIER names the namespace of the tier being compiled, and SORA_VECTOR_BYTES its vector width. The compiler turns the
+// operators below into that tier's instructions. Storage types are widened to float32 on load and rounded to nearest even on store.
 //
-// Code of a tier must not instantiate templates of the standard library: the linker keeps one copy of each, and if that is the
-// AVX-512 one, the baseline tier dies on an older machine.
+// Code of a tier must not instantiate templates of the standard library: the linker keeps one copy of each. If that is the AVX-512
+// one, the baseline tier dies on an older machine.
 #pragma once
 
 #include <cstdint>
@@ -219,107 +219,12 @@ SORA_INLINE vf column_sum(const float* first, int64_t stride, int64_t count, int
   return total.value();
 }
 
-// ---- outputs that pass the caches by
-
-// A plain store first reads the line it writes and pushes another one out of the cache. An output that the caches cannot hold until
-// it is used gains nothing from that.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
-
-SORA_INLINE bool streams(const Tensor& out) {
-  int64_t bytes = out.dtype == DType::kFloat32 ? 4 : 2;
-  for (int i = 0; i < out.ndim; ++i) bytes *= out.size[i];
-  return bytes >= kStreamBytes;
-}
-
-// store_lanes, past the caches if `stream`; finish_streams() orders such stores before what other threads do next.
-template <class T>
-SORA_INLINE void write_lanes(T* p, vf x, int n, bool stream) {
-#if defined(__x86_64__)
-  if (stream && n == W && reinterpret_cast<uintptr_t>(p) % (W * sizeof(T)) == 0) {
-    alignas(W * sizeof(T)) T line[W];
-    store(line, x);
-#if SORA_VECTOR_BYTES == 64
-    if constexpr (sizeof(T) == 4)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits<__m512i>(line));
-    else
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits<__m256i>(line));
-#elif SORA_VECTOR_BYTES == 32
-    if constexpr (sizeof(T) == 4)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits<__m256i>(line));
-    else
-      _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits<__m128i>(line));
-#else
-    if constexpr (sizeof(T) == 4)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits<__m128i>(line));
-    else
-      _mm_stream_si64(reinterpret_cast<long long*>(p), bits<long long>(line));
-#endif
-    return;
-  }
-#endif
-  store_lanes(p, x, n);
-}
-
-SORA_INLINE void finish_streams() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
 // Calls body(T{}) with the storage type; the bindings let no other dtype through.
 template <class Body>
 void dispatch(DType dtype, Body body) {
   if (dtype == DType::kFloat32) body(float{});
   if (dtype == DType::kBfloat16) body(bfloat16{});
   if (dtype == DType::kFloat16) body(float16{});
-}
-
-// ---- functions
-
-// 2**f for |f| <= 1/2: minimax fits that are exact at 0, of relative error 2e-09, or 3e-06, enough for numbers of 16 bits.
-template <bool rough = false>
-SORA_INLINE vf exp2_fraction(vf f) {
-  vf p;
-  if constexpr (rough) {
-    p = 0x1.3a02ccp-7f * f + 0x1.c9fc46p-5f;
-    p = p * f + 0x1.ec0378p-3f;
-    p = p * f + 0x1.62e12cp-1f;
-  } else {
-    p = 0x1.41fbbcp-13f * f + 0x1.5f3e54p-10f;
-    p = p * f + 0x1.3b2d4cp-7f;
-    p = p * f + 0x1.c6aee8p-5f;
-    p = p * f + 0x1.ebfbdcp-3f;
-    p = p * f + 0x1.62e43p-1f;
-  }
-  return p * f + 1.0f;
-}
-
-// 2**x to 1 ulp or so, unless rough; 0 far below, NaN for NaN.
-template <bool rough = false>
-SORA_INLINE vf exp2(vf x) {
-#if SORA_VECTOR_BYTES == 64
-  // Masked, as GCC takes the plain forms to read an uninitialised vector.
-  const __mmask16 all = 0xffff;
-  const vf f = bits<vf>(_mm512_maskz_reduce_ps(all, bits<__m512>(x), 0));  // x - n; 0 for infinity
-  return bits<vf>(_mm512_maskz_scalef_ps(all, bits<__m512>(exp2_fraction<rough>(f)), bits<__m512>(x - f)));
-#else
-  // Added to x, this leaves the nearest integer n as n + 127, the biased exponent of 2**n, in the sum's low bits.
-  constexpr float kMagic = 0x1.8p23f + 127.0f;
-  x = max(x, vf{} - 127.0f);
-  const vf shifted = x + kMagic;
-  return exp2_fraction<rough>(x - (shifted - kMagic)) * bits<vf>(bits<vu>(shifted) << 23);
-#endif
-}
-
-// tanh to a few ulp: from exp, but below 0.6, where 1 - exp(-2|x|) would cancel, by a minimax fit of relative error 3e-9.
-SORA_INLINE vf tanh(vf x) {
-  const vf magnitude = bits<vf>(bits<vu>(x) & 0x7fffffff), e = exp2(magnitude * -2.88539008f), s = x * x;
-  vf p = -0x1.82585p-8f * s + 0x1.54b8ap-6f;
-  p = p * s - 0x1.b898dep-5f;
-  p = p * s + 0x1.1109aep-3f;
-  p = p * s - 0x1.55553ep-2f;
-  const vf t = magnitude < 0.6f ? magnitude + magnitude * (s * p) : (1.0f - e) / (1.0f + e);
-  return bits<vf>(bits<vu>(t) | (bits<vu>(x) & 0x80000000));
 }
 
 // Lane i of the result is lane index(i) of a and b laid end to end; index must be known at compile time.
@@ -349,7 +254,7 @@ SORA_INLINE float sum(vf x) {
     return x[0];
 }
 
-// Transposes a W x W block held in W vectors: log2(W) rounds, each swapping the off-diagonal quarters of its 2S x 2S blocks.
+// Transposes a W x W block in W vectors: log2(W) rounds, each swapping the off-diagonal quarters of its 2S x 2S blocks.
 template <int S = 1>
 SORA_INLINE void transpose(vf (&row)[W]) {
   if constexpr (S < W) {

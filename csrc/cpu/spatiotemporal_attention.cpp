@@ -48,7 +48,7 @@ void forward(const SpatiotemporalAttention& w, const WindowItem& item) {
 
   const Rows<const T> k(a.k, 0, s.k_start, head_k), v(a.v, 0, s.k_start, head_k);
   typename M::Left k_block, v_block;
-  const auto pack = [&](const Grid& grid, const Box& box, int count) {
+  const auto pack = [&](const SpanGrid& grid, const Box& box, int count) {
     gather(k, grid, box, d, room.rows);
     k_block = M::left(room.rows, d, count, d, room.k);
     gather(v, grid, box, d, room.rows);

@@ -131,7 +131,7 @@ class Backward {
   void add_head(int head, int head_k) {
     const ScoreTerms terms(a_, s_, head);
     const Rows<const T> y[2] = {keys ? rows(a_.q, head) : rows(a_.k, head_k), keys ? rows(a_.dout, head) : rows(a_.v, head_k)};
-    const auto pack = [&](const Grid& grid, const Box& box, int count) {
+    const auto pack = [&](const SpanGrid& grid, const Box& box, int count) {
       for (int n = 0; n < 2; ++n) {
         gather(y[n], grid, box, d_, room_.rows[n]);
         y_[n] = M::left(room_.rows[n], d_, count, d_, room_.y[n]);

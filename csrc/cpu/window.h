@@ -1,10 +1,12 @@
 // Windows in space and time: a panel of a box's tokens on the vector lanes, and the blocks of tokens that meet it.
 //
-// It serves both directions: a panel's tokens are queries and the blocks' are the keys that they see, or the panel's are keys and
-// the blocks' the queries that see them: what they meet. An item's panels are stacked along the outer and the middle axis of the
-// grid, and what they meet in their own span is a box. It is walked along the outer axis. A block, some planes of that box, is
-// gathered once for all panels, row by row of the middle axis, so that what one panel meets of it is a run of its rows; and of the
-// panel's columns, whole vectors of queries or keys, only those take part that meet any of these planes.
+// It serves both directions. A panel's tokens are queries that meet the keys which they see, or keys that meet the queries which
+// see them. An item's panels are stacked along the outer and the middle axis of the grid. What they meet in their span is a box,
+// which is walked along the outer axis.
+//
+// A block is some planes of that box. It is gathered once for all panels, row by row of the middle axis, so that what one panel
+// meets of it is a run of its rows. A panel's columns are whole vectors of queries or keys. Only those take part that meet any of
+// the block's planes.
 #pragma once
 
 #include "attention.h"
@@ -23,13 +25,13 @@ inline int32_t length(Interval x) { return x.end - x.begin; }
 inline bool holds(Interval x, Interval y) { return x.begin <= y.begin && y.end <= x.end; }
 inline Interval common(Interval x, Interval y) { return {larger(x.begin, y.begin), smaller(x.end, y.end)}; }
 
-inline int64_t grid_token(const Grid& grid, int32_t x, int32_t y, int32_t z) {
+inline int64_t grid_token(const SpanGrid& grid, int32_t x, int32_t y, int32_t z) {
   return grid.begin + x * grid.axis[0].stride + y * grid.axis[1].stride + z * grid.axis[2].stride;
 }
 
 // body(i, n): token n of the sample is the i-th of a block, which is in rows along the middle axis.
 template <class Body>
-void each_token(const Grid& grid, const Box& box, Body body) {
+void each_token(const SpanGrid& grid, const Box& box, Body body) {
   const auto [x, y, z] = box.axis;
   int i = 0;
   for (int32_t b = y.begin; b < y.end; ++b)
@@ -38,7 +40,7 @@ void each_token(const Grid& grid, const Box& box, Body body) {
 }
 
 template <class T>
-void gather(const Rows<const T>& rows, const Grid& grid, const Box& box, int d, T* to) {
+void gather(const Rows<const T>& rows, const SpanGrid& grid, const Box& box, int d, T* to) {
   each_token(grid, box, [&](int i, int64_t n) { memcpy(to + int64_t{i} * d, rows[n], d * sizeof(T)); });
 }
 
@@ -48,7 +50,7 @@ struct WindowPanel {
   Box all;                      // and that all of them meet; may be empty
   int count;
 
-  void start(const Grid& grid, const Box& box, bool keys) {
+  void start(const SpanGrid& grid, const Box& box, bool keys) {
     count = 1;
     for (int a = 0; a < 3; ++a) {
       count *= length(box.axis[a]);
@@ -122,7 +124,7 @@ struct WindowPanel {
 
 // The panels of an item.
 struct WindowStack {
-  const Grid& grid;
+  const SpanGrid& grid;
   int panels = 0;
   WindowPanel panel[kWindowPanels];
   Box meets;  // the box that holds all that any panel meets
@@ -157,7 +159,7 @@ struct WindowStack {
   void walk_others(int64_t begin, int64_t end, int gathered, int at_once, Pack pack, Add add) const {
     for (; begin < end; begin += gathered) {
       const int count = at_most(end - begin, gathered);
-      const Grid row{false, begin, begin + count, {{1, 1, false, 0}, {1, 1, false, 0}, {count, count, false, 1}}, {}, 1};
+      const SpanGrid row{false, begin, begin + count, {{1, 1, false, 0}, {1, 1, false, 0}, {count, count, false, 1}}, {}, 1};
       pack(row, Box{{{0, 1}, {0, 1}, {0, count}}}, count);
       for (int i = 0; i < panels; ++i)
         for (int first = 0; first < count; first += at_once)

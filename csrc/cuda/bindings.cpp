@@ -58,21 +58,6 @@ void release(void* owner) {
   managed->deleter(managed);
 }
 
-struct Kernels {
-  decltype(&cuda::rope_3d) rope_3d = cuda::rope_3d;
-  decltype(&cuda::qk_norm_rope_3d_forward) qk_norm_rope_3d_forward = cuda::qk_norm_rope_3d_forward;
-  decltype(&cuda::qk_norm_rope_3d_backward) qk_norm_rope_3d_backward = cuda::qk_norm_rope_3d_backward;
-  decltype(&cuda::layer_norm_modulate_forward) layer_norm_modulate_forward = cuda::layer_norm_modulate_forward;
-  decltype(&cuda::gate_residual_forward) gate_residual_forward = cuda::gate_residual_forward;
-  decltype(&cuda::gate_residual_layer_norm_modulate_forward) gate_residual_layer_norm_modulate_forward =
-      cuda::gate_residual_layer_norm_modulate_forward;
-  decltype(&cuda::adaln_backward) adaln_backward = cuda::adaln_backward;
-  decltype(&cuda::bias_gelu_forward) bias_gelu_forward = cuda::bias_gelu_forward;
-  decltype(&cuda::bias_gelu_backward) bias_gelu_backward = cuda::bias_gelu_backward;
-  decltype(&cuda::patchify_3d) patchify_3d = cuda::patchify_3d;
-  decltype(&cuda::unpatchify_3d) unpatchify_3d = cuda::unpatchify_3d;
-};
-
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of sora_kernels, writing into outputs the caller allocated.";
   this_module = {"sora_kernels._cuda", false, SORA_DEVICE_TYPE};
@@ -81,7 +66,7 @@ PYBIND11_MODULE(_cuda, m) {
   if (api == nullptr) throw py::import_error("torch >= 2.10 is needed: torch.Tensor has no DLPack exchange table");
   m.def("archs", archs, "The GPU architectures this module was built for.");
   m.def("unavailable", unavailable, "Why nothing of this module can run on the present GPU, or None.");
-  static const Kernels kernels;
+  static const Kernels kernels = {SORA_SHARED_KERNELS(SORA_ADDRESS)};
   bind_rope(m, &kernels);
   bind_adaln(m, &kernels);
   bind_bias_gelu(m, &kernels);

@@ -10,11 +10,11 @@ namespace {
 constexpr int kTokens = 8;
 
 template <class T, int VEC, int U, bool NORM>
-__global__ void __launch_bounds__(kMaxThreads, 1) rope_forward(const __grid_constant__ Call<T> a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) rope_forward(const __grid_constant__ RopeCall<T> a) {
   const Part<T>& p = a.parts[blockIdx.y];
   const int units = p.heads * (a.pairs / VEC), groups = a.across_heads ? 1 : p.heads;
   const float channels = 2 * a.pairs * (a.across_heads ? p.heads : 1);
-  const Shared shared(a.pairs, NORM ? units : 0, NORM ? p.heads : 0);
+  const SharedMemory shared(a.pairs, NORM ? units : 0, NORM ? p.heads : 0);
   for (int i = threadIdx.x; i < a.pairs; i += blockDim.x) shared.frequency[i] = a.frequency[i];
   Unit unit[U > 0 ? U : 1];
   Pairs<T, VEC> x[U > 0 ? U : 1];
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rope_forward(const __grid_cons
       x[j].read(p.x.at(n, unit[j].head), unit[j]);
     };
     if constexpr (U > 0) each_vector<U>(units, read);
-    const int span = find_row(a.cu, a.spans, n);
+    const int span = find_row(a.cu_spans, a.spans, n);
     if (span == a.spans) {  // slack
       zero_token(a, p, p.out, n);
       if (NORM)
@@ -78,11 +78,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rope_forward(const __grid_cons
 
 template <class T>
 void run_rope(const Rope& rope, const Tensor& x, const Tensor& out) {
-  Call<T> a = make_call<T>("rope_3d", rope, x);
+  RopeCall<T> a = make_call<T>("rope_3d", rope, x);
   a.parts[0].x = heads<const T>(x), a.parts[0].out = heads<T>(out), a.parts[0].heads = static_cast<int>(x.size[1]);
-  with_width(a, {&x, &out}, [&](auto vec, auto held, int units) {
-    launch({"rope_3d", current_stream(x)}, rope_forward<T, vec, held, false>, static_cast<unsigned>(ceil_div(a.tokens, kTokens)),
-           block_size(units), Shared::bytes(a.pairs, 0, 0, 0), a);
+  with_width(a, {&x, &out}, [&](auto vec, auto u, int units) {
+    launch({"rope_3d", current_stream(x)}, rope_forward<T, vec, u, false>, static_cast<unsigned>(ceil_div(a.tokens, kTokens)),
+           block_size(units), SharedMemory::bytes(a.pairs, 0, 0, 0), a);
   });
 }
 
@@ -90,12 +90,12 @@ template <class T>
 void run_norm(const Rope& rope, const QkNorm (&parts)[2], bool across_heads, float eps) {
   const QkNorm &q = parts[0], &k = parts[1];
   const char* op = "qk_norm_rope_3d";
-  Call<T> a = make_call<T>(op, rope, q.x);
+  RopeCall<T> a = make_call<T>(op, rope, q.x);
   for (int i = 0; i < 2; ++i) a.parts[i] = make_part<T>(parts[i]);
   a.across_heads = across_heads, a.eps = eps;
-  with_width(a, {&q.x, &k.x, &q.weight, &k.weight, &q.out, &k.out}, [&](auto vec, auto held, int units) {
-    launch({op, current_stream(q.x)}, rope_forward<T, vec, held, true>, dim3(static_cast<unsigned>(ceil_div(a.tokens, kTokens)), 2),
-           block_size(units), Shared::bytes(a.pairs, units, std::max(a.parts[0].heads, a.parts[1].heads), 0), a);
+  with_width(a, {&q.x, &k.x, &q.weight, &k.weight, &q.out, &k.out}, [&](auto vec, auto u, int units) {
+    launch({op, current_stream(q.x)}, rope_forward<T, vec, u, true>, dim3(static_cast<unsigned>(ceil_div(a.tokens, kTokens)), 2),
+           block_size(units), SharedMemory::bytes(a.pairs, units, std::max(a.parts[0].heads, a.parts[1].heads), 0), a);
   });
 }
 

@@ -1,14 +1,14 @@
 // What the kernels of RoPE share: the angles of a token, and the units in which its heads are moved.
 //
 // A block owns some consecutive tokens of q or of k (blockIdx.y), one after the other. For each it first computes the cosines and
-// sines of the d / 2 pairs, one pair to a thread, into shared memory; they serve all heads. A unit is VEC pairs of one head in two
-// vectors half a head apart: neighbouring threads move neighbouring vectors, be the pairs interleaved or halves. A thread owns up
-// to kUnits units (U), which stay in registers between the norm's sum and the rotation.
+// sines of the d / 2 pairs, one pair to a thread, into shared memory. They serve all heads. A unit is VEC pairs of one head in two
+// vectors half a head apart. So neighbouring threads move neighbouring vectors, be the pairs interleaved or halves. A thread owns
+// up to kUnits units (U), which stay in registers between the norm's sum and the rotation.
 //
-// The norm's sum of a head is made of its units' in order, a token's (across heads) of its heads' in order.
+// The norm's sum of a head adds its units' sums in order. Across heads, a token's adds its heads' in order.
 //
-// Angles are in turns, in float64: (origin + step index) frequency, where the frequencies theta^(-p/n) / 2 pi of all pairs come as
-// a kernel argument. What is left after whole quarter turns is exact, and float32 from there on loses no more than its rounding.
+// Angles are in turns, in float64: (origin + step index) frequency. The frequencies theta^(-p/n) / 2 pi of all pairs are a kernel
+// argument. What is left after whole quarter turns is exact, and float32 from there on loses no more than its rounding.
 //
 // Heads that cannot be moved in vectors of at least four, or are too many, take the variant U = 0, which reads them again.
 #pragma once
@@ -48,9 +48,9 @@ struct Part {  // q or k
 };
 
 template <class T>
-struct Call {
+struct RopeCall {
   Part<T> parts[2];
-  const int32_t *cu, *grid;
+  const int32_t *cu_spans, *grid;
   const float *origin, *step;
   int64_t tokens;
   int spans, pairs, first_h, first_w;  // the first pairs that turn with h and with w
@@ -85,14 +85,14 @@ __device__ __forceinline__ Turn turn(double turns) {
 }
 
 // What a block keeps in shared memory.
-struct Shared {
+struct SharedMemory {
   double* frequency;  // [pairs]
   Turn* table;        // [pairs], of the present token
   float* unit_sums;   // [units]
   float* head_sums;   // [heads]
   float* totals;      // backward: g xhat of each unit, in the order of `total_index`
 
-  __device__ Shared(int pairs, int units, int num_heads)
+  __device__ SharedMemory(int pairs, int units, int num_heads)
       : frequency(reinterpret_cast<double*>(shared_memory)),
         table(reinterpret_cast<Turn*>(frequency + pairs)),
         unit_sums(reinterpret_cast<float*>(table + pairs)),
@@ -104,9 +104,9 @@ struct Shared {
 };
 
 template <class T>
-__device__ __forceinline__ void fill_table(const Call<T>& a, const Shared& shared, int span, int64_t n) {
+__device__ __forceinline__ void fill_table(const RopeCall<T>& a, const SharedMemory& shared, int span, int64_t n) {
   const int32_t* size = a.grid + 3 * span;
-  const int height = max(size[1], 1), width = max(size[2], 1), raster = static_cast<int>(n - a.cu[span]);
+  const int height = max(size[1], 1), width = max(size[2], 1), raster = static_cast<int>(n - a.cu_spans[span]);
   for (int p = threadIdx.x; p < a.pairs; p += blockDim.x) {
     const int axis = p < a.first_h ? 0 : p < a.first_w ? 1 : 2;
     const int index = axis == 0 ? raster / width / height : axis == 1 ? raster / width % height : raster % width;
@@ -122,7 +122,7 @@ struct Unit {
   int pair, other_pair;     // pair k of the unit is pair + k of the head, in the unit's second half other_pair + k
 };
 template <int VEC, class T>
-__device__ __forceinline__ Unit unit_at(const Call<T>& a, int q) {
+__device__ __forceinline__ Unit unit_at(const RopeCall<T>& a, int q) {
   const int per_head = a.pairs / VEC, head = q / per_head, i = (q - head * per_head) * VEC;
   if (!a.interleaved) return {head, i, i + a.pairs, i, i};
   if (VEC == 1) return {head, 2 * i, 2 * i + 1, i, i};
@@ -168,20 +168,21 @@ __device__ __forceinline__ void rotate(const Turn* table, const Unit& unit, floa
 
 // The norm's weight of a unit.
 template <int VEC, class T>
-__device__ __forceinline__ void weights(const Call<T>& a, const Part<T>& p, const Unit& unit, float (&u)[VEC], float (&v)[VEC]) {
+__device__ __forceinline__ void weights(const RopeCall<T>& a, const Part<T>& p, const Unit& unit, float (&u)[VEC],
+                                        float (&v)[VEC]) {
   Pairs<T, VEC> weight;
   weight.read(p.weight + (a.across_heads ? unit.head * 2 * a.pairs : 0), unit);
   weight.get(a.interleaved, u, v);
 }
 
 template <class T>
-__device__ __forceinline__ void zero_token(const Call<T>& a, const Part<T>& p, const Heads<T>& out, int64_t n) {
+__device__ __forceinline__ void zero_token(const RopeCall<T>& a, const Part<T>& p, const Heads<T>& out, int64_t n) {
   for (int i = threadIdx.x; i < p.heads * 2 * a.pairs; i += blockDim.x) out.at(n, i / (2 * a.pairs))[i % (2 * a.pairs)] = to<T>(0);
 }
 
 // From unit_sums, finish(sum) of each head or of all heads, as a function of the head. All threads of the block must call it.
 template <int VEC, class T, class Finish>
-__device__ __forceinline__ auto group_sums(const Call<T>& a, const Part<T>& p, const Shared& shared, Finish finish) {
+__device__ __forceinline__ auto group_sums(const RopeCall<T>& a, const Part<T>& p, const SharedMemory& shared, Finish finish) {
   const int per_head = a.pairs / VEC;
   __syncthreads();
   for (int h = threadIdx.x; h < p.heads; h += blockDim.x) {
@@ -199,9 +200,9 @@ __device__ __forceinline__ auto group_sums(const Call<T>& a, const Part<T>& p, c
 }
 
 template <class T>
-Call<T> make_call(const char* op, const Rope& rope, const Tensor& x) {
-  Call<T> a{};
-  a.cu = rope.cu_spans.ints(), a.grid = rope.grid.ints(), a.spans = static_cast<int>(rope.grid.size[0]);
+RopeCall<T> make_call(const char* op, const Rope& rope, const Tensor& x) {
+  RopeCall<T> a{};
+  a.cu_spans = rope.cu_spans.ints(), a.grid = rope.grid.ints(), a.spans = static_cast<int>(rope.grid.size[0]);
   a.origin = static_cast<const float*>(rope.origin.data), a.step = static_cast<const float*>(rope.step.data);
   a.tokens = x.size[0], a.pairs = static_cast<int>(x.size[2] / 2), a.interleaved = rope.interleaved, a.inverse = rope.inverse;
   a.first_h = rope.axes_dim[0] / 2, a.first_w = a.first_h + rope.axes_dim[1] / 2;
@@ -216,7 +217,7 @@ Call<T> make_call(const char* op, const Rope& rope, const Tensor& x) {
 
 // Calls body(VEC, U), as compile-time constants, with the widest vectors that all rows allow.
 template <class T, class Body>
-void with_width(const Call<T>& a, std::initializer_list<const Tensor*> tensors, Body body) {
+void with_width(const RopeCall<T>& a, std::initializer_list<const Tensor*> tensors, Body body) {
   const int units = std::max(a.parts[0].heads, a.parts[1].heads) * a.pairs;  // of one pair
   const auto fits = [&](int vec) {
     return a.pairs % vec == 0 && units / vec <= kMaxThreads * kUnits && aligned(vec * sizeof(T), sizeof(T), tensors);

@@ -1,12 +1,14 @@
 // Videos [C, T, H, W] to packed patches [N, pt ph pw C] and back: a transpose, element by element, of any 2-byte or 4-byte type.
 //
-// A block owns a tile of up to kTokens consecutive tokens of one video, all channels, and some of the pt ph lines of a patch (all
-// of them where they fit). It goes through shared memory: on the video's side, neighbouring threads take neighbouring positions
-// along W and loop over lines and channels, so that warps read or write whole sectors; on the tokens' side they take neighbouring
-// elements of a token, 16 bytes at a time where rows allow it. Each element moves once in and once out.
+// A block owns a tile of up to kTokens consecutive tokens of one video, with all channels. Of the pt ph lines of a patch it takes
+// all if they fit, or else one. The tile goes through shared memory, and each element moves once in and once out:
 //
-// A video may have any strides, and videos any number and sizes: their addresses, strides and grids are kernel arguments, up to
-// kVideos to a launch, so that nothing is copied to the device and a graph can capture the launch.
+//   the video's side    neighbouring threads take neighbouring positions along W and loop over lines and channels, so that warps
+//                       read or write whole sectors
+//   the tokens' side    neighbouring threads take neighbouring elements of a token, 16 bytes at a time where rows allow it
+//
+// A video may have any strides, and videos any number and sizes. Their addresses, strides and grids are kernel arguments, up to
+// kVideos to a launch. So nothing is copied to the device, and a graph can capture the launch.
 #include "common.cuh"
 #include "kernels.h"
 

@@ -1,10 +1,11 @@
 // Memory of large outputs, kept for the next one.
 //
-// To the system, a fresh output of many megabytes is a promise: each of its pages is found and zeroed when first written, which
-// takes longer than a memory-bound kernel needs to fill it. So memory of outputs that are no longer used stays here and serves the
-// next output of about that size, as torch does on a GPU. All blocks together are at most twice what was once in use at the same
-// time, so that outputs of ever new sizes do not pile up: the sizes of one model take turns in less, and a backward's in as much as
-// they take. Blocks are whole huge pages, so that a block's first use costs one fault per 2 MiB and not per 4 KiB.
+// The system maps and zeroes each page of a fresh output when it is first written. For an output of many megabytes that takes
+// longer than a memory-bound kernel needs to fill it. So memory of outputs that are no longer used stays here and serves the next
+// output of about that size, as torch does on a GPU.
+//
+// All blocks together are at most twice the most that was in use at one time, so that outputs of ever new sizes do not pile up.
+// Blocks are whole huge pages: a block's first use costs one page fault per 2 MiB and not per 4 KiB.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -20,8 +21,8 @@
 #include <string>
 #include <vector>
 
-#include "../../bindings/checks.h"
-#include "../../dlpack.h"
+#include "../bindings/checks.h"
+#include "../dlpack.h"
 
 namespace sora {
 
