@@ -20,8 +20,9 @@ struct QkNorm {
   Tensor dout, dx, dweight;  // backward
 };
 
+// What is absent is left out: a factor, a summand, a gradient with the sums for it. Without cu_rows one row serves all tokens.
 struct AdaLn {
-  Tensor residual, x, gate, shift, scale, cu_seqlens, weight, bias;
+  Tensor residual, x, gate, shift, scale, cu_rows, weight, bias;
   bool rms;
   float eps;
   Tensor residual_out, out, mean, rstd;

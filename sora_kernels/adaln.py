@@ -4,14 +4,17 @@
     gate_residual                        residual + gate[r] * x
     gate_residual_layer_norm_modulate    residual <- residual + gate[r] * x;  y = norm(residual) * (1 + scale[r]) + shift[r]
 
-Row r of shift, scale and gate serves tokens cu_seqlens[r]:cu_seqlens[r+1]: a sample, a latent frame (`layout.cu_frames`) or a
-single token alike. norm is LayerNorm or RMSNorm over the last axis, with or without its own weight and bias. Each function reads
-its inputs once; sums and the gradients of shift, scale and gate are float32.
+Row r of shift, scale and gate serves tokens cu_rows[r]:cu_rows[r+1]: a sample, a latent frame (`layout.cu_frames`) or a single
+token alike. Each of the three may be None: its factor or summand is left out. Without shift and scale the first is a plain norm,
+without a gate the second is residual + x. norm is LayerNorm or RMSNorm over the last axis, with or without its own weight and bias.
+Each function reads its inputs once; sums and the gradients of shift, scale and gate are float32.
 
 Source: Peebles and Xie, Scalable Diffusion Models with Transformers (2023), adaLN-Zero.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,14 +22,14 @@ from torch import Tensor
 from . import backends
 from .checks import check_boundaries, check_choice, check_cu_seqlens, check_number, check_tensor, fail
 from .library import cotangent, register, rows
-from .memory import empty_like
+from .memory import empty, empty_like
 
 
 def layer_norm_modulate(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    cu_seqlens: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    cu_rows: Tensor | None = None,
     *,
     norm: str = "layer",
     weight: Tensor | None = None,
@@ -35,15 +38,18 @@ def layer_norm_modulate(
 ) -> Tensor:
     """norm(x) * (1 + scale[r]) + shift[r].
 
-    >>> x, cu = torch.randn(400, 1152), torch.tensor([0, 256, 400], dtype=torch.int32)
+    >>> x, cu_rows = torch.randn(400, 1152), torch.tensor([0, 256, 400], dtype=torch.int32)
     >>> shift, scale, gate = torch.randn(2, 3 * 1152).chunk(3, dim=1)
-    >>> layer_norm_modulate(x, shift, scale, cu).shape
+    >>> layer_norm_modulate(x, shift, scale, cu_rows).shape
+    torch.Size([400, 1152])
+    >>> layer_norm_modulate(x, norm="rms").shape
     torch.Size([400, 1152])
 
     Args:
         x: [N, D].
-        shift, scale: [R, D] in x's dtype; views into one projection are fine.
-        cu_seqlens: int32 [R+1], from 0, never falling, at most N. Tokens past its end give zeros.
+        shift, scale: [R, D] in x's dtype; views into one projection are fine. None: no summand, no factor.
+        cu_rows: int32 [R+1], from 0, never falling, at most N. Tokens past its end give zeros. None, which takes no shift and no
+            scale: all N tokens.
         norm: "layer" subtracts the mean and divides by the standard deviation; "rms" divides by the root mean square.
         weight, bias: the norm's own, [D] in x's dtype, before the modulation. "rms" takes no bias.
         eps: added to the variance or mean square, at least 0.
@@ -55,35 +61,35 @@ def layer_norm_modulate(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     op = "layer_norm_modulate"
-    _check(op, x, cu_seqlens, {"shift": shift, "scale": scale})
+    _check(op, x, cu_rows, {"shift": shift, "scale": scale})
     options = _check_norm(op, x, norm, weight, bias, eps)
-    return _modulate(x, shift, scale, cu_seqlens, *options)[0]
+    return _modulate(x, shift, scale, cu_rows, *options)[0]
 
 
-def gate_residual(residual: Tensor, x: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
+def gate_residual(residual: Tensor, x: Tensor, gate: Tensor | None = None, cu_rows: Tensor | None = None) -> Tensor:
     """residual + gate[r] * x.
 
     Args:
         residual, x: [N, D].
-        gate: [R, D].
-        cu_seqlens: int32 [R+1].
+        gate: [R, D]. None: residual + x.
+        cu_rows: int32 [R+1]. None, which takes no gate: all N tokens.
 
     Returns:
         [N, D] in x's dtype; tokens past the last boundary give zeros.
     """
     op = "gate_residual"
-    _check(op, x, cu_seqlens, {"gate": gate})
+    _check(op, x, cu_rows, {"gate": gate})
     check_tensor(op, "residual", residual, tuple(x.shape), dtype=x.dtype, like=x)
-    return _gate(residual, x, gate, cu_seqlens)
+    return _gate(residual, x, gate, cu_rows)
 
 
 def gate_residual_layer_norm_modulate(
     residual: Tensor,
     x: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    cu_seqlens: Tensor,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    cu_rows: Tensor | None = None,
     *,
     norm: str = "layer",
     weight: Tensor | None = None,
@@ -101,17 +107,22 @@ def gate_residual_layer_norm_modulate(
         (residual, y), both [N, D] in x's dtype.
     """
     op = "gate_residual_layer_norm_modulate"
-    _check(op, x, cu_seqlens, {"gate": gate, "shift": shift, "scale": scale})
+    _check(op, x, cu_rows, {"gate": gate, "shift": shift, "scale": scale})
     check_tensor(op, "residual", residual, tuple(x.shape), dtype=x.dtype, like=x)
     options = _check_norm(op, x, norm, weight, bias, eps)
-    return _gate_modulate(residual, x, gate, shift, scale, cu_seqlens, *options)[:2]
+    return _gate_modulate(residual, x, gate, shift, scale, cu_rows, *options)[:2]
 
 
-def _check(op: str, x: Tensor, cu_seqlens: Tensor, rows: dict[str, Tensor]) -> None:
+def _check(op: str, x: Tensor, cu_rows: Tensor | None, rows: dict[str, Tensor | None]) -> None:
     check_tensor(op, "x", x, ("N", "D"))
-    check_cu_seqlens(op, "cu_seqlens", cu_seqlens, x, "R+1")
+    if cu_rows is not None:
+        check_cu_seqlens(op, "cu_rows", cu_rows, x, "R+1")
     for name, row in rows.items():
-        check_tensor(op, name, row, (cu_seqlens.shape[0] - 1, x.shape[1]), dtype=x.dtype, like=x)
+        if row is None:
+            continue
+        if cu_rows is None:
+            fail(op, "cu_rows", f"int32 boundaries [R+1] of the rows of {name}", "None")
+        check_tensor(op, name, row, (cu_rows.shape[0] - 1, x.shape[1]), dtype=x.dtype, like=x)
 
 
 def _check_norm(
@@ -127,17 +138,30 @@ def _check_norm(
     return norm == "rms", weight, bias, check_number(op, "eps", eps, at_least=0)
 
 
-def _empty(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(map(empty_like, tensors))
+def _check_values(op: str, x: Tensor, cu_rows: Tensor | None) -> None:
+    if cu_rows is not None:
+        check_boundaries(op, "cu_rows", cu_rows, x.shape[0])
 
 
-def _empty_affine(x: Tensor, *affine: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradients of the norm's weight and bias; empty where there is none, as an op cannot return None."""
-    return tuple(x.new_empty(0 if tensor is None else tensor.shape) for tensor in affine)
+# An op cannot return None: a gradient of what was not given is a tensor without elements. Backends get None for it.
 
 
-def _present(grads: tuple[Tensor, ...], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else grad for grad, tensor in zip(grads, inputs, strict=True))
+def _given(tensor: Tensor | bool | None) -> bool:
+    return tensor is not None and tensor is not False
+
+
+def _gradients(x: Tensor, shape: tuple[int, ...], *inputs: Tensor | bool | None) -> tuple[Tensor, ...]:
+    """Uninitialised gradients of inputs of one shape: each the input, or whether there was one."""
+    return tuple(empty(x, shape) if _given(tensor) else x.new_empty(0) for tensor in inputs)
+
+
+def _present(grads: Sequence[Tensor], *inputs: Tensor | bool | None) -> tuple[Tensor | None, ...]:
+    return tuple(grad if _given(tensor) else None for grad, tensor in zip(grads, inputs, strict=True))
+
+
+def _rows_shape(x: Tensor, cu_rows: Tensor | None) -> tuple[int, int]:
+    """[R, D]; without boundaries one row serves all tokens."""
+    return 1 if cu_rows is None else cu_rows.shape[0] - 1, x.shape[1]
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,140 +170,161 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
 
 
-def _run_modulate(x, shift, scale, cu_seqlens, rms, weight, bias, eps):
-    check_boundaries("layer_norm_modulate", "cu_seqlens", cu_seqlens, x.shape[0])
-    x, shift, scale, cu_seqlens, weight, bias = rows(x, shift, scale, cu_seqlens, weight, bias)
-    outputs = *_empty(x), *_statistics(x)
-    backends.call("layer_norm_modulate_forward", x, x, shift, scale, cu_seqlens, rms, weight, bias, eps, *outputs)
+def _run_modulate(x, shift, scale, cu_rows, rms, weight, bias, eps):
+    _check_values("layer_norm_modulate", x, cu_rows)
+    x, shift, scale, cu_rows, weight, bias = rows(x, shift, scale, cu_rows, weight, bias)
+    outputs = empty_like(x), *_statistics(x)
+    backends.call("layer_norm_modulate_forward", x, x, shift, scale, cu_rows, rms, weight, bias, eps, *outputs)
     return outputs
 
 
-def _run_modulate_backward(dout, x, scale, cu_seqlens, rms, weight, bias, mean, rstd):
-    dout, x, scale, cu_seqlens, weight, bias = rows(dout, x, scale, cu_seqlens, weight, bias)
-    grads = _fake_modulate_backward(dout, x, scale, cu_seqlens, rms, weight, bias)
-    args = dout, x, scale, cu_seqlens, rms, weight, bias, mean, rstd
-    backends.call("layer_norm_modulate_backward", x, *args, *grads[:3], *_present(grads[3:], weight, bias))
+def _run_modulate_backward(dout, x, scale, cu_rows, rms, weight, bias, mean, rstd, shifted):
+    dout, x, scale, cu_rows, weight, bias = rows(dout, x, scale, cu_rows, weight, bias)
+    args = dout, x, scale, cu_rows, rms, weight, bias, mean, rstd
+    grads = dx, *others = _fake_modulate_backward(*args, shifted)
+    backends.call("layer_norm_modulate_backward", x, *args, dx, *_present(others, shifted, scale, weight, bias))
     return grads
 
 
-def _fake_modulate_backward(dout, x, scale, cu_seqlens, rms, weight, bias, *_):
-    return *_empty(x, scale, scale), *_empty_affine(x, weight, bias)
+def _fake_modulate_backward(dout, x, scale, cu_rows, rms, weight, bias, mean, rstd, shifted):
+    of_rows = _gradients(x, _rows_shape(x, cu_rows), shifted, scale)
+    return empty_like(x), *of_rows, *_gradients(x, x.shape[1:], weight, bias)
 
 
 def _save_modulate(ctx, inputs, output):
-    x, _, scale, cu_seqlens, ctx.rms, weight, bias, _ = inputs
+    x, shift, scale, cu_rows, ctx.rms, weight, bias, _ = inputs
+    ctx.shifted = shift is not None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, scale, cu_seqlens, weight, bias, *output[1:])
+    ctx.save_for_backward(x, scale, cu_rows, weight, bias, *output[1:])
 
 
 def _grad_modulate(ctx, dout, *_):
-    x, scale, cu_seqlens, weight, bias, mean, rstd = ctx.saved_tensors
-    dx, *grads = _modulate_backward(cotangent(dout, x), x, scale, cu_seqlens, ctx.rms, weight, bias, mean, rstd)
-    return dx, *grads[:2], None, None, *_present(grads[2:], weight, bias), None
+    x, scale, cu_rows, weight, bias, mean, rstd = ctx.saved_tensors
+    args = x, scale, cu_rows, ctx.rms, weight, bias, mean, rstd, ctx.shifted
+    dx, *others = _modulate_backward(cotangent(dout, x), *args)
+    dshift, dscale, *affine = _present(others, ctx.shifted, scale, weight, bias)
+    return dx, dshift, dscale, None, None, *affine, None
 
 
-_NORM = "Tensor cu_seqlens, bool rms, Tensor? weight, Tensor? bias"
+_NORM = "Tensor? cu_rows, bool rms, Tensor? weight, Tensor? bias"
 _modulate_backward = register(
-    f"layer_norm_modulate_backward(Tensor dout, Tensor x, Tensor scale, {_NORM}, Tensor mean, Tensor rstd) "
+    f"layer_norm_modulate_backward(Tensor dout, Tensor x, Tensor? scale, {_NORM}, Tensor mean, Tensor rstd, bool shifted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_modulate_backward,
     _fake_modulate_backward,
 )
 _modulate = register(
-    f"layer_norm_modulate_forward(Tensor x, Tensor shift, Tensor scale, {_NORM}, float eps) -> (Tensor, Tensor, Tensor)",
+    f"layer_norm_modulate_forward(Tensor x, Tensor? shift, Tensor? scale, {_NORM}, float eps) -> (Tensor, Tensor, Tensor)",
     _run_modulate,
-    lambda x, *_: (*_empty(x), *_statistics(x)),
+    lambda x, *_: (empty_like(x), *_statistics(x)),
     _grad_modulate,
     _save_modulate,
 )
 
 
-def _run_gate(residual, x, gate, cu_seqlens):
-    check_boundaries("gate_residual", "cu_seqlens", cu_seqlens, x.shape[0])
-    residual, x, gate, cu_seqlens = rows(residual, x, gate, cu_seqlens)
-    (out,) = _empty(x)
-    backends.call("gate_residual_forward", x, residual, x, gate, cu_seqlens, out)
+# Without a gate, x and the residual have the same gradient: the backward takes no x and gives that of the residual alone.
+
+
+def _run_gate(residual, x, gate, cu_rows):
+    _check_values("gate_residual", x, cu_rows)
+    residual, x, gate, cu_rows = rows(residual, x, gate, cu_rows)
+    out = empty_like(x)
+    backends.call("gate_residual_forward", x, residual, x, gate, cu_rows, out)
     return out
 
 
-def _run_gate_backward(dout, x, gate, cu_seqlens):
-    dout, x, gate, cu_seqlens = rows(dout, x, gate, cu_seqlens)
-    grads = _empty(x, x, gate)
-    backends.call("gate_residual_backward", x, dout, x, gate, cu_seqlens, *grads)
+def _run_gate_backward(dout, x, gate, cu_rows):
+    args = dout, *_ = rows(dout, x, gate, cu_rows)
+    grads = dresidual, *others = _fake_gate_backward(*args)
+    backends.call("gate_residual_backward", dout, *args, dresidual, *_present(others, gate, gate))
     return grads
 
 
+def _fake_gate_backward(dout, x, gate, cu_rows):
+    return empty_like(dout), *_gradients(dout, dout.shape, gate), *_gradients(dout, _rows_shape(dout, cu_rows), gate)
+
+
 def _save_gate(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:])
+    _, x, gate, cu_rows = inputs
+    ctx.save_for_backward(None if gate is None else x, gate, cu_rows)
 
 
 def _grad_gate(ctx, dout):
-    return *_gate_backward(dout, *ctx.saved_tensors), None
+    x, gate, cu_rows = ctx.saved_tensors
+    dresidual, dx, dgate = _gate_backward(dout, x, gate, cu_rows)
+    return (dresidual, dresidual, None, None) if gate is None else (dresidual, dx, dgate, None)
 
 
 _gate_backward = register(
-    "gate_residual_backward(Tensor dout, Tensor x, Tensor gate, Tensor cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    "gate_residual_backward(Tensor dout, Tensor? x, Tensor? gate, Tensor? cu_rows) -> (Tensor, Tensor, Tensor)",
     _run_gate_backward,
-    lambda dout, x, gate, cu_seqlens: _empty(x, x, gate),
+    _fake_gate_backward,
 )
 _gate = register(
-    "gate_residual_forward(Tensor residual, Tensor x, Tensor gate, Tensor cu_seqlens) -> Tensor",
+    "gate_residual_forward(Tensor residual, Tensor x, Tensor? gate, Tensor? cu_rows) -> Tensor",
     _run_gate,
-    lambda residual, x, *_: _empty(x)[0],
+    lambda residual, x, *_: empty_like(x),
     _grad_gate,
     _save_gate,
 )
 
 
-def _run_gate_modulate(residual, x, gate, shift, scale, cu_seqlens, *norm):
-    check_boundaries("gate_residual_layer_norm_modulate", "cu_seqlens", cu_seqlens, x.shape[0])
-    args = *rows(residual, x, gate, shift, scale, cu_seqlens), norm[0], *rows(*norm[1:3]), norm[3]
-    outputs = *_empty(x, x), *_statistics(x)
+def _run_gate_modulate(residual, x, gate, shift, scale, cu_rows, rms, weight, bias, eps):
+    _check_values("gate_residual_layer_norm_modulate", x, cu_rows)
+    args = *rows(residual, x, gate, shift, scale, cu_rows), rms, *rows(weight, bias), eps
+    outputs = empty_like(x), empty_like(x), *_statistics(x)
     backends.call("gate_residual_layer_norm_modulate_forward", x, *args, *outputs)
     return outputs
 
 
-def _run_gate_modulate_backward(dresidual_out, dout, residual_out, x, gate, scale, cu_seqlens, rms, weight, bias, mean, rstd):
-    tensors = rows(dresidual_out, dout, residual_out, x, gate, scale, cu_seqlens)
-    args = *tensors, rms, *rows(weight, bias)
-    grads = _fake_gate_modulate_backward(*args)
-    outputs = *grads[:5], *_present(grads[5:], weight, bias)
-    backends.call("gate_residual_layer_norm_modulate_backward", x, *args, mean, rstd, *outputs)
+def _run_gate_modulate_backward(dresidual_out, dout, residual_out, x, gate, scale, cu_rows, rms, weight, bias, mean, rstd, shifted):
+    tensors = rows(dresidual_out, dout, residual_out, x, gate, scale, cu_rows)
+    args = *tensors, rms, *rows(weight, bias), mean, rstd, shifted
+    grads = dresidual, *others = _fake_gate_modulate_backward(*args)
+    outputs = dresidual, *_present(others, gate, gate, shifted, scale, weight, bias)
+    backends.call("gate_residual_layer_norm_modulate_backward", dout, *args[:-1], *outputs)
     return grads
 
 
-def _fake_gate_modulate_backward(dresidual_out, dout, residual_out, x, gate, scale, cu_seqlens, rms, weight, bias, *_):
-    return *_empty(x, x, gate, gate, gate), *_empty_affine(x, weight, bias)
+def _fake_gate_modulate_backward(
+    dresidual_out, dout, residual_out, x, gate, scale, cu_rows, rms, weight, bias, mean, rstd, shifted
+):
+    of_tokens = empty_like(dout), *_gradients(dout, dout.shape, gate)
+    of_rows = _gradients(dout, _rows_shape(dout, cu_rows), gate, shifted, scale)
+    return *of_tokens, *of_rows, *_gradients(dout, dout.shape[1:], weight, bias)
 
 
 def _save_gate_modulate(ctx, inputs, output):
-    _, x, gate, _, scale, cu_seqlens, ctx.rms, weight, bias, _ = inputs
+    _, x, gate, shift, scale, cu_rows, ctx.rms, weight, bias, _ = inputs
     residual_out, _, mean, rstd = output
+    ctx.shifted = shift is not None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(residual_out, x, gate, scale, cu_seqlens, weight, bias, mean, rstd)
+    ctx.save_for_backward(residual_out, None if gate is None else x, gate, scale, cu_rows, weight, bias, mean, rstd)
 
 
 def _grad_gate_modulate(ctx, dresidual_out, dout, *_):
-    residual_out, x, gate, scale, cu_seqlens, weight, bias, mean, rstd = ctx.saved_tensors
-    douts = cotangent(dresidual_out, x), cotangent(dout, x)
-    args = *douts, residual_out, x, gate, scale, cu_seqlens, ctx.rms, weight, bias, mean, rstd
-    dresidual, dx, dgate, dshift, dscale, *affine = _gate_modulate_backward(*args)
-    return dresidual, dx, dgate, dshift, dscale, None, None, *_present(affine, weight, bias), None
+    residual_out, x, gate, scale, cu_rows, weight, bias, mean, rstd = ctx.saved_tensors
+    douts = cotangent(dresidual_out, residual_out), cotangent(dout, residual_out)
+    args = *douts, residual_out, x, gate, scale, cu_rows, ctx.rms, weight, bias, mean, rstd, ctx.shifted
+    dresidual, *others = _gate_modulate_backward(*args)
+    dx, dgate, dshift, dscale, *affine = _present(others, gate, gate, ctx.shifted, scale, weight, bias)
+    return dresidual, dresidual if gate is None else dx, dgate, dshift, dscale, None, None, *affine, None
 
 
 _gate_modulate_backward = register(
-    "gate_residual_layer_norm_modulate_backward(Tensor dresidual_out, Tensor dout, Tensor residual_out, Tensor x, Tensor gate, "
-    f"Tensor scale, {_NORM}, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gate_residual_layer_norm_modulate_backward(Tensor dresidual_out, Tensor dout, Tensor residual_out, Tensor? x, Tensor? gate, "
+    f"Tensor? scale, {_NORM}, Tensor mean, Tensor rstd, bool shifted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_gate_modulate_backward,
     _fake_gate_modulate_backward,
 )
 _gate_modulate = register(
-    f"gate_residual_layer_norm_modulate_forward(Tensor residual, Tensor x, Tensor gate, Tensor shift, Tensor scale, {_NORM}, "
-    "float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "gate_residual_layer_norm_modulate_forward(Tensor residual, Tensor x, Tensor? gate, Tensor? shift, Tensor? scale, "
+    f"{_NORM}, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_gate_modulate,
-    lambda residual, x, *_: (*_empty(x, x), *_statistics(x)),
+    lambda residual, x, *_: (empty_like(x), empty_like(x), *_statistics(x)),
     _grad_gate_modulate,
     _save_gate_modulate,
 )

@@ -90,7 +90,8 @@ def caught_launches() -> Iterator[list[tuple[Any, tuple, dict]]]:
 def specialized(value: Any, path: tuple[int, ...], specialize: bool, constants: dict, attributes: dict) -> Any:
     """The type of an argument as Triton's launcher would see it; what is constant or divisible by 16 goes into the dicts."""
     if isinstance(value, tuple):
-        return tuple(specialized(x, (*path, i), specialize, constants, attributes) for i, x in enumerate(value))
+        items = (specialized(x, (*path, i), specialize, constants, attributes) for i, x in enumerate(value))
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if value is None or (type(value) is int and value == 1 and specialize):
         constants[path] = value
         return "constexpr"

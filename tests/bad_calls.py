@@ -61,9 +61,12 @@ def workload(dtype: torch.dtype) -> None:
     shift, scale, gate = randn(3, rows, 24).unbind()
     for weight in (None, randn(24)):
         backward(layer_norm_modulate(x, shift, scale, cu, norm="rms" if weight is None else "layer", weight=weight))
+        backward(layer_norm_modulate(x, weight=weight, bias=weight))
         backward(gate_residual_layer_norm_modulate(y, x, gate, shift, scale, cu, weight=weight, bias=weight))
+        backward(gate_residual_layer_norm_modulate(y, x, None, None, scale, cu, weight=weight))
         backward(bias_gelu(x, None if weight is None else bias))
     backward(gate_residual(y, x, gate, cu))
+    backward(gate_residual(y, x))
 
     q, k, v = randn(n, 4, d), randn(n, 2, d), randn(n, 2, d)
     backward(rope_3d(q, layout, interleaved=False))

@@ -1,8 +1,10 @@
 """adaLN: normalize and modulate, gate and add, and both at once."""
 
 import inspect
+import itertools
 import re
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -78,63 +80,133 @@ def make_inputs(target: Target, names: list[str], lengths=LENGTHS, d=64, slack=0
     return inputs
 
 
-def plain_modulate(x, shift, scale, cu, norm="layer", weight=None, bias=None, eps=1e-6):
+def used_tokens(x, cu_rows):
+    return len(x) if cu_rows is None else int(cu_rows[-1])
+
+
+def spread(rows, cu_rows):
+    return rows[torch.arange(len(rows), device=rows.device).repeat_interleave(cu_rows.diff())]
+
+
+def plain_modulate(x, shift=None, scale=None, cu_rows=None, norm="layer", weight=None, bias=None, eps=1e-6):
     """Eager PyTorch at x's dtype."""
-    d, n = x.shape[1], int(cu[-1])
-    rows = torch.arange(len(scale), device=x.device).repeat_interleave(cu.diff())
+    d, n = x.shape[1], used_tokens(x, cu_rows)
     y = layer_norm(x[:n], (d,), eps=eps) if norm == "layer" else rms_norm(x[:n], (d,), eps=eps)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
-    return pad(y * (1 + scale[rows]) + shift[rows], (0, 0, 0, len(x) - n))
+    y = y if scale is None else y * (1 + spread(scale, cu_rows))
+    y = y if shift is None else y + spread(shift, cu_rows)
+    return pad(y, (0, 0, 0, len(x) - n))
 
 
-def plain_gate(residual, x, gate, cu):
-    n, rows = int(cu[-1]), torch.arange(len(gate), device=x.device).repeat_interleave(cu.diff())
-    return pad(residual[:n] + gate[rows] * x[:n], (0, 0, 0, len(x) - n))
+def plain_gate(residual, x, gate=None, cu_rows=None):
+    n = used_tokens(x, cu_rows)
+    gated = x[:n] if gate is None else spread(gate, cu_rows) * x[:n]
+    return pad(residual[:n] + gated, (0, 0, 0, len(x) - n))
 
 
-def plain_gate_modulate(residual, x, gate, shift, scale, cu, **norm):
-    added = plain_gate(residual, x, gate, cu)
-    return added, plain_modulate(added, shift, scale, cu, **norm)
+def plain_gate_modulate(residual, x, gate=None, shift=None, scale=None, cu_rows=None, **norm):
+    added = plain_gate(residual, x, gate, cu_rows)
+    return added, plain_modulate(added, shift, scale, cu_rows, **norm)
 
 
-def exact_modulate(x, shift, scale, cu, norm="layer", weight=None, bias=None, eps=1e-6):
-    return reference.layer_norm_modulate(x, shift, scale, cu, norm == "rms", weight, bias, eps)[0]
+def exact_modulate(x, shift=None, scale=None, cu_rows=None, norm="layer", weight=None, bias=None, eps=1e-6):
+    return reference.layer_norm_modulate(x, shift, scale, cu_rows, norm == "rms", weight, bias, eps)[0]
 
 
-def exact_gate_modulate(residual, x, gate, shift, scale, cu, norm="layer", weight=None, bias=None, eps=1e-6):
-    args = residual, x, gate, shift, scale, cu, norm == "rms", weight, bias, eps
+def exact_gate(residual, x, gate=None, cu_rows=None):
+    return reference.gate_residual(residual, x, gate, cu_rows)
+
+
+def exact_gate_modulate(
+    residual, x, gate=None, shift=None, scale=None, cu_rows=None, norm="layer", weight=None, bias=None, eps=1e-6
+):
+    args = residual, x, gate, shift, scale, cu_rows, norm == "rms", weight, bias, eps
     return reference.gate_residual_layer_norm_modulate(*args)[:2]
 
 
-def check(target: Target, functions: tuple, tokens: list[str], rows: list[str], lengths=LENGTHS, weights=(), **options) -> None:
-    """(op, plain, exact) on inputs in the order in which they are named; the slack of all tokens is exactly 0."""
-    cu = target.boundaries(*lengths)
+MODULATION = ops.layer_norm_modulate, plain_modulate, exact_modulate
+GATING = ops.gate_residual, plain_gate, exact_gate
+BOTH = ops.gate_residual_layer_norm_modulate, plain_gate_modulate, exact_gate_modulate
+
+
+def check(
+    target: Target, functions: tuple, tokens: list[str], rows: list[str], lengths=LENGTHS, weights=(), bounded=True, **options
+) -> None:
+    """(op, plain, exact) on inputs of these names; the slack of all tokens is exactly 0. Not bounded: without cu_rows."""
     norm = {name: options.pop(name) for name in ("norm", "eps") if name in options}
     inputs = make_inputs(target, [*tokens, *rows, *weights], lengths, **options)
-    positional = len(tokens) + len(rows)
+    norm["cu_rows"] = target.boundaries(*lengths) if bounded else None
 
     def bind(function):
-        return lambda *args: function(*args[:positional], cu, **dict(zip(weights, args[positional:], strict=True)), **norm)
+        return lambda *args: function(**dict(zip(inputs, args, strict=True)), **norm)
 
     outputs, gradients = check_accuracy(*map(bind, functions), inputs)
     assert_zero(*(x[sum(lengths) :] for x in (*outputs, *gradients[: len(tokens)])))
 
 
+def some_of(*names: str) -> list:
+    """Every choice of these rows, all of them excepted: the other tests have those."""
+    choices = [choice for count in range(len(names)) for choice in itertools.combinations(names, count)]
+    return [pytest.param(list(choice), id="+".join(choice) or "none") for choice in choices]
+
+
 @pytest.mark.parametrize("options", CASES)
 def test_layer_norm_modulate(target: Target, options: dict) -> None:
-    check(target, (ops.layer_norm_modulate, plain_modulate, exact_modulate), ["x"], ["shift", "scale"], **options)
+    check(target, MODULATION, ["x"], ["shift", "scale"], **options)
 
 
 @pytest.mark.parametrize("options", [*CASES, SHARED_MEMORY])
 def test_gate_residual_layer_norm_modulate(target: Target, options: dict) -> None:
-    functions = ops.gate_residual_layer_norm_modulate, plain_gate_modulate, exact_gate_modulate
-    check(target, functions, ["residual", "x"], ["gate", "shift", "scale"], **options)
+    check(target, BOTH, ["residual", "x"], ["gate", "shift", "scale"], **options)
 
 
 @pytest.mark.parametrize("shape", [name for name in SHAPES if name != "eps"])
 def test_gate_residual(target: Target, shape: str) -> None:
-    check(target, (ops.gate_residual, plain_gate, reference.gate_residual), ["residual", "x"], ["gate"], **SHAPES[shape])
+    check(target, GATING, ["residual", "x"], ["gate"], **SHAPES[shape])
+
+
+@pytest.mark.parametrize("norm", ["layer", "layer_affine", "rms_weight"])
+@pytest.mark.parametrize("rows", some_of("shift", "scale"))
+def test_modulate_without_rows(target: Target, rows: list[str], norm: str) -> None:
+    check(target, MODULATION, ["x"], rows, d=40, slack=3, **NORMS[norm])
+
+
+@pytest.mark.parametrize("norm", ["layer", "layer_affine", "rms_weight"])
+@pytest.mark.parametrize("rows", some_of("gate", "shift", "scale"))
+def test_gate_modulate_without_rows(target: Target, rows: list[str], norm: str) -> None:
+    check(target, BOTH, ["residual", "x"], rows, d=40, slack=3, **NORMS[norm])
+
+
+def test_residual_without_gate(target: Target) -> None:
+    check(target, GATING, ["residual", "x"], [], slack=3)
+
+
+@pytest.mark.parametrize("shape", ["D37", "one_row", "long_rows", "very_wide"])
+@pytest.mark.parametrize("norm", ["layer", "layer_affine", "layer_bias", "rms", "rms_weight"])
+def test_without_boundaries(target: Target, norm: str, shape: str) -> None:
+    """LayerNorm and RMSNorm of all tokens, alone and of a sum."""
+    check(target, MODULATION, ["x"], [], bounded=False, **NORMS[norm], **SHAPES[shape])
+    check(target, BOTH, ["residual", "x"], [], bounded=False, **NORMS[norm], **SHAPES[shape])
+    check(target, GATING, ["residual", "x"], [], bounded=False, **SHAPES[shape])
+
+
+@pytest.mark.parametrize("rows", some_of("gate", "shift", "scale"))
+def test_only_what_is_wanted_is_computed(target: Target, rows: list[str]) -> None:
+    """A backend is given no output for what is absent, nor the x that only a gate multiplies; autograd saves and returns none."""
+    inputs = {name: x.requires_grad_() for name, x in make_inputs(target, ["residual", "x", *rows]).items()}
+    outputs = ops.gate_residual_layer_norm_modulate(**inputs, cu_rows=target.boundaries(*LENGTHS))
+    assert ("gate" in rows) == any(
+        x is not None and x.data_ptr() == inputs["x"].data_ptr() for x in outputs[0].grad_fn.saved_tensors
+    )
+    with mock.patch.object(backends, "call", wraps=backends.call) as call:
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    ((name, _, *args),) = (each.args for each in call.call_args_list)
+    given = dict(zip(inspect.signature(getattr(reference, name)).parameters, args, strict=True))
+    optional = {"dx": "gate", "dgate": "gate", "x": "gate", "dshift": "shift", "dscale": "scale", "dweight": "w", "dbias": "b"}
+    for output, row in optional.items():
+        assert (given[output] is not None) == (row in rows), output
+    assert all(x.grad is not None for x in inputs.values())
 
 
 @pytest.mark.parametrize("width", [72, 1152, 3000])
@@ -203,32 +275,57 @@ def make_case(op, operator: str, names: list[str], weights: list[str], target: T
 
 
 MODULATE, GATE = ["x", "shift", "scale"], ["residual", "x", "gate"]
+
+
+def norm_alone(cu, x, weight, bias):
+    return ops.layer_norm_modulate(x, weight=weight, bias=bias)
+
+
+def scale_alone(cu, residual, x, scale, weight, bias):
+    return ops.gate_residual_layer_norm_modulate(residual, x, scale=scale, cu_rows=cu, weight=weight, bias=bias)
+
+
+def shift_gate(cu, residual, x, gate, shift):
+    return ops.gate_residual_layer_norm_modulate(residual, x, gate, shift, None, cu, norm="rms")
+
+
+def add(cu, residual, x):
+    return ops.gate_residual(residual, x, cu_rows=cu)
+
+
+BOTH_NAME = "gate_residual_layer_norm_modulate"
 OPS = {
     "modulate": partial(make_case, modulate, "layer_norm_modulate", MODULATE, ["weight", "bias"]),
     "modulate_rms": partial(make_case, modulate_rms, "layer_norm_modulate", MODULATE, []),
     "gate": partial(make_case, gate_add, "gate_residual", GATE, []),
-    "both": partial(make_case, gate_modulate, "gate_residual_layer_norm_modulate", [*GATE, "shift", "scale"], ["weight"]),
+    "both": partial(make_case, gate_modulate, BOTH_NAME, [*GATE, "shift", "scale"], ["weight"]),
+    "norm": partial(make_case, norm_alone, "layer_norm_modulate", ["x"], ["weight", "bias"]),
+    "scale": partial(make_case, scale_alone, BOTH_NAME, ["residual", "x", "scale"], ["weight", "bias"]),
+    "shift_gate": partial(make_case, shift_gate, BOTH_NAME, [*GATE, "shift"], []),
+    "add": partial(make_case, add, "gate_residual", ["residual", "x"], []),
 }
 
 X, R, CU = torch.zeros(6, 8), torch.zeros(2, 8), torch.tensor([0, 4, 6], dtype=torch.int32)
 GOOD = {
-    "layer_norm_modulate": {"x": X, "shift": R, "scale": R, "cu_seqlens": CU},
-    "gate_residual": {"residual": X, "x": X, "gate": R, "cu_seqlens": CU},
+    "layer_norm_modulate": {"x": X, "shift": R, "scale": R, "cu_rows": CU},
+    "gate_residual": {"residual": X, "x": X, "gate": R, "cu_rows": CU},
 }
 GOOD["gate_residual_layer_norm_modulate"] = GOOD["layer_norm_modulate"] | GOOD["gate_residual"]
 EVERYWHERE = [
+    ({"cu_rows": None}, "cu_rows: expected int32 boundaries [R+1] of the rows of ~, got None"),
     ({"x": 1}, "x: expected a torch.Tensor, got int"),
     ({"x": X.int()}, "x: expected dtype float32 or ~, got int32"),
     ({"x": X[0]}, "x: expected shape [N, D], got [8]"),
-    ({"cu_seqlens": [0, 4, 6]}, "cu_seqlens: expected a torch.Tensor, got list"),
-    ({"cu_seqlens": CU.long()}, "cu_seqlens: expected dtype int32, got int64"),
-    ({"cu_seqlens": CU[:0]}, "cu_seqlens: expected at least one entry~, got none"),
-    ({"cu_seqlens": CU + 1}, "cu_seqlens: expected a first entry of 0, got 1"),
-    ({"cu_seqlens": CU * 2}, "cu_seqlens: expected a last entry of at most 6~, got 12"),
-    ({"cu_seqlens": CU[[0, 2, 1]]}, "cu_seqlens: expected entries that never fall, got 6 then 4~"),
+    ({"cu_rows": [0, 4, 6]}, "cu_rows: expected a torch.Tensor, got list"),
+    ({"cu_rows": CU.long()}, "cu_rows: expected dtype int32, got int64"),
+    ({"cu_rows": CU[:0]}, "cu_rows: expected at least one entry~, got none"),
+    ({"cu_rows": CU + 1}, "cu_rows: expected a first entry of 0, got 1"),
+    ({"cu_rows": CU * 2}, "cu_rows: expected a last entry of at most 6~, got 12"),
+    ({"cu_rows": CU[[0, 2, 1]]}, "cu_rows: expected entries that never fall, got 6 then 4~"),
 ]
 BAD = {
     "layer_norm_modulate": [
+        ({"cu_rows": None, "shift": None}, "cu_rows: expected int32 boundaries [R+1] of the rows of ~, got None"),
         ({"shift": R[:1]}, "shift: expected shape [2, 8], got [1, 8]"),
         ({"scale": X}, "scale: expected shape [2, 8], got [6, 8]"),
         ({"scale": R.half()}, "scale: expected dtype float32, got float16"),
@@ -253,18 +350,25 @@ def test_bad_input(name: str, wrong: dict, message: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in backends.FUNCTIONS if re.match("layer_norm|gate_residual", name)])
 def test_missing_tensor(name: str) -> None:
-    """The compiled functions may lack the norm's weight and bias and their gradients, and no other tensor."""
+    """The compiled functions may lack rows, the norm's weight and bias and the gradients of those, and no other tensor."""
     mean = torch.zeros(6)
-    others = {"cu": CU, "rms": False, "eps": 1e-6, "mean": mean, "rstd": mean + 1}
+    others = {"cu_rows": CU, "rms": False, "eps": 1e-6, "mean": mean, "rstd": mean + 1}
     others |= dict.fromkeys(["weight", "bias", "dweight", "dbias"])
     names = inspect.signature(getattr(reference, name)).parameters
     good = {key: others[key] if key in others else (R if key.removeprefix("d") in ROWS else X).clone() for key in names}
     function = getattr(backends.BACKENDS["cpu"].load(), name)
     function(*good.values())
     for key, value in good.items():
-        if isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor):
+            continue
+        without = {**good, key: None}.values()
+        if key.removeprefix("d") in ("shift", "scale") or (key == "gate" and name.endswith("_forward")):
+            function(*without)
+        else:
             with pytest.raises(ValueError, match=r"sora_kernels\._cpu: "):
-                function(*{**good, key: None}.values())
+                function(*without)
+    if "dgate" in good:  # what belongs to the gate goes together
+        function(*{**good, **dict.fromkeys(["x", "gate", "dx", "dgate"])}.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

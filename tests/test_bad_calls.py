@@ -240,7 +240,7 @@ def test_outputs_keep_to_memory_of_their_own(cpu):
     q = torch.randn(16, 1, 8)
     everything = torch.zeros(16 * 8 + 2)
     everything[:2] = cu.view(torch.float32)
-    with pytest.raises(ValueError, match="out: expected memory of its own, got some of cu_seqlens's"):
+    with pytest.raises(ValueError, match="out: expected memory of its own, got some of cu_rows's"):
         cpu.gate_residual_forward(
             x, x.clone(), torch.zeros(1, 8), everything[:2].view(torch.int32), everything.as_strided((16, 8), (8, 1), 1)
         )

@@ -44,11 +44,17 @@ CASES: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
         [(N, 3), ROWS, ROWS, (3,), (3,)],
     ),
     "rms": (lambda x, a, b: layer_norm_modulate(x, a, b, CU, norm="rms"), [(N, 3), ROWS, ROWS]),
+    "layer_norm": (lambda x, w, c: layer_norm_modulate(x, weight=w, bias=c), [(N, 3), (3,), (3,)]),
     "gate_residual": (lambda r, x, g: gate_residual(r, x, g, CU), [(N, 3), (N, 3), ROWS]),
     "gate_residual_layer_norm_modulate": (
         lambda r, x, g, a, b: gate_residual_layer_norm_modulate(r, x, g, a, b, CU),
         [(N, 3), (N, 3), ROWS, ROWS, ROWS],
     ),
+    "without a gate": (
+        lambda r, x, b: gate_residual_layer_norm_modulate(r, x, scale=b, cu_rows=CU),
+        [(N, 3), (N, 3), ROWS],
+    ),
+    "residual": (gate_residual, [(N, 3), (N, 3)]),
     "bias_gelu": (bias_gelu, [(4, 3), (3,)]),
     "gelu": (bias_gelu, [(4, 3)]),
     "patch_embed_3d": (

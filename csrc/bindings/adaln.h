@@ -7,13 +7,15 @@
 namespace sora {
 
 inline void check_adaln(const AdaLn& a) {
-  rank(a.x, 2, "[N, D]");
-  at_most(a.x, 1);
-  boundaries(a.cu_seqlens, a.x.size[0]);
-  const int64_t n = a.x.size[0], d = a.x.size[1], rows = a.cu_seqlens.size[0] - 1;
+  const Tensor& tokens = a.dout ? a.dout : a.x;  // without a gate a backward has no x
+  rank(tokens, 2, "[N, D]");
+  at_most(tokens, 1);
+  const int64_t n = tokens.size[0], d = tokens.size[1];
+  if (a.cu_rows) boundaries(a.cu_rows, n);
+  const int64_t rows = a.cu_rows ? a.cu_rows.size[0] - 1 : 1;
   same_storage({&a.x, &a.residual, &a.gate, &a.shift, &a.scale, &a.weight, &a.bias, &a.residual_out, &a.out, &a.dresidual_out,
                 &a.dout, &a.dresidual, &a.dx, &a.dgate, &a.dshift, &a.dscale, &a.dweight, &a.dbias});
-  for (const Tensor* t : {&a.residual, &a.residual_out, &a.out, &a.dresidual_out, &a.dout, &a.dresidual, &a.dx})
+  for (const Tensor* t : {&a.residual, &a.x, &a.residual_out, &a.out, &a.dresidual_out, &a.dout, &a.dresidual, &a.dx})
     if (*t) shape(*t, {n, d});
   for (const Tensor* t : {&a.gate, &a.shift, &a.scale, &a.dgate, &a.dshift, &a.dscale})
     if (*t) shape(*t, {rows, d});
@@ -21,71 +23,58 @@ inline void check_adaln(const AdaLn& a) {
     if (*t) shape(*t, {d});
   for (const Tensor* t : {&a.mean, &a.rstd})
     if (*t) float_table(*t, {n});
+  if (!a.dresidual) return;
+  for (const Tensor* t : {&a.x, &a.dx, &a.dgate})  // of a gate, in the backward
+    if (static_cast<bool>(*t) != static_cast<bool>(a.gate))
+      fail(*t, a.gate ? "a tensor, as there is a gate" : "None, as there is no gate", *t ? "a tensor" : "None");
 }
 
-inline void run_adaln(const Call& call, const AdaLn& a, void (*kernel)(const AdaLn&)) {
-  check_adaln(a);
-  call.run([&] { kernel(a); });
+template <class Field>
+struct FieldType;
+template <class T>
+struct FieldType<T AdaLn::*> {
+  using type = T;
+};
+
+// Defines an entry point whose arguments are these fields of AdaLn, in the order of `text`.
+template <auto... fields>
+void define_adaln(py::module_& m, const char* text, void (*kernel)(const AdaLn&)) {
+  define(m, text, [=](const Call& call, typename FieldType<decltype(fields)>::type... values) {
+    AdaLn a{};
+    ((a.*fields = values), ...);
+    check_adaln(a);
+    call.run([&] { kernel(a); });
+  });
 }
 
 template <class Kernels>
 void bind_adaln(py::module_& m, const Kernels* kernels) {
-  define(m, "layer_norm_modulate_forward(x, shift, scale, cu_seqlens, rms, weight?, bias?, eps) -> out, mean, rstd",
-         [=](const Call& call, Tensor x, Tensor shift, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias, float eps,
-             Tensor out, Tensor mean, Tensor rstd) {
-           AdaLn a{};
-           a.x = x, a.shift = shift, a.scale = scale, a.cu_seqlens = cu, a.rms = rms, a.weight = weight, a.bias = bias, a.eps = eps;
-           a.out = out, a.mean = mean, a.rstd = rstd;
-           run_adaln(call, a, kernels->layer_norm_modulate_forward);
-         });
-  define(m,
-         "layer_norm_modulate_backward(dout, x, scale, cu_seqlens, rms, weight?, bias?, mean, rstd) -> dx, dshift, dscale, "
-         "dweight?, dbias?",
-         [=](const Call& call, Tensor dout, Tensor x, Tensor scale, Tensor cu, bool rms, Tensor weight, Tensor bias, Tensor mean,
-             Tensor rstd, Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias) {
-           AdaLn a{};
-           a.dout = dout, a.x = x, a.scale = scale, a.cu_seqlens = cu, a.rms = rms, a.weight = weight, a.bias = bias, a.mean = mean,
-           a.rstd = rstd;
-           a.dx = dx, a.dshift = dshift, a.dscale = dscale, a.dweight = dweight, a.dbias = dbias;
-           run_adaln(call, a, kernels->adaln_backward);
-         });
-  define(m, "gate_residual_forward(residual, x, gate, cu_seqlens) -> out",
-         [=](const Call& call, Tensor residual, Tensor x, Tensor gate, Tensor cu, Tensor out) {
-           AdaLn a{};
-           a.residual = residual, a.x = x, a.gate = gate, a.cu_seqlens = cu, a.out = out;
-           run_adaln(call, a, kernels->gate_residual_forward);
-         });
-  define(m, "gate_residual_backward(dout, x, gate, cu_seqlens) -> dresidual, dx, dgate",
-         [=](const Call& call, Tensor dout, Tensor x, Tensor gate, Tensor cu, Tensor dresidual, Tensor dx, Tensor dgate) {
-           AdaLn a{};
-           a.dout = dout, a.x = x, a.gate = gate, a.cu_seqlens = cu, a.dresidual = dresidual, a.dx = dx, a.dgate = dgate;
-           run_adaln(call, a, kernels->adaln_backward);
-         });
-  define(m,
-         "gate_residual_layer_norm_modulate_forward(residual, x, gate, shift, scale, cu_seqlens, rms, weight?, bias?, eps) -> "
-         "residual_out, out, mean, rstd",
-         [=](const Call& call, Tensor residual, Tensor x, Tensor gate, Tensor shift, Tensor scale, Tensor cu, bool rms,
-             Tensor weight, Tensor bias, float eps, Tensor residual_out, Tensor out, Tensor mean, Tensor rstd) {
-           AdaLn a{};
-           a.residual = residual, a.x = x, a.gate = gate, a.shift = shift, a.scale = scale, a.cu_seqlens = cu;
-           a.rms = rms, a.weight = weight, a.bias = bias, a.eps = eps, a.residual_out = residual_out, a.out = out, a.mean = mean,
-           a.rstd = rstd;
-           run_adaln(call, a, kernels->gate_residual_layer_norm_modulate_forward);
-         });
-  define(m,
-         "gate_residual_layer_norm_modulate_backward(dresidual_out, dout, residual_out, x, gate, scale, cu_seqlens, rms, weight?, "
-         "bias?, mean, rstd) -> dresidual, dx, dgate, dshift, dscale, dweight?, dbias?",
-         [=](const Call& call, Tensor dresidual_out, Tensor dout, Tensor residual_out, Tensor x, Tensor gate, Tensor scale,
-             Tensor cu, bool rms, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor dresidual, Tensor dx, Tensor dgate,
-             Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias) {
-           AdaLn a{};
-           a.dresidual_out = dresidual_out, a.dout = dout, a.residual_out = residual_out, a.x = x, a.gate = gate, a.scale = scale,
-           a.cu_seqlens = cu;
-           a.rms = rms, a.weight = weight, a.bias = bias, a.mean = mean, a.rstd = rstd;
-           a.dresidual = dresidual, a.dx = dx, a.dgate = dgate, a.dshift = dshift, a.dscale = dscale, a.dweight = dweight,
-           a.dbias = dbias;
-           run_adaln(call, a, kernels->adaln_backward);
-         });
+  using A = AdaLn;
+  define_adaln<&A::x, &A::shift, &A::scale, &A::cu_rows, &A::rms, &A::weight, &A::bias, &A::eps, &A::out, &A::mean, &A::rstd>(
+      m, "layer_norm_modulate_forward(x, shift?, scale?, cu_rows?, rms, weight?, bias?, eps) -> out, mean, rstd",
+      kernels->layer_norm_modulate_forward);
+  define_adaln<&A::dout, &A::x, &A::scale, &A::cu_rows, &A::rms, &A::weight, &A::bias, &A::mean, &A::rstd, &A::dx, &A::dshift,
+               &A::dscale, &A::dweight, &A::dbias>(
+      m,
+      "layer_norm_modulate_backward(dout, x, scale?, cu_rows?, rms, weight?, bias?, mean, rstd) -> dx, dshift?, dscale?, dweight?, "
+      "dbias?",
+      kernels->adaln_backward);
+  define_adaln<&A::residual, &A::x, &A::gate, &A::cu_rows, &A::out>(m, "gate_residual_forward(residual, x, gate?, cu_rows?) -> out",
+                                                                    kernels->gate_residual_forward);
+  define_adaln<&A::dout, &A::x, &A::gate, &A::cu_rows, &A::dresidual, &A::dx, &A::dgate>(
+      m, "gate_residual_backward(dout, x?, gate?, cu_rows?) -> dresidual, dx?, dgate?", kernels->adaln_backward);
+  define_adaln<&A::residual, &A::x, &A::gate, &A::shift, &A::scale, &A::cu_rows, &A::rms, &A::weight, &A::bias, &A::eps,
+               &A::residual_out, &A::out, &A::mean, &A::rstd>(
+      m,
+      "gate_residual_layer_norm_modulate_forward(residual, x, gate?, shift?, scale?, cu_rows?, rms, weight?, bias?, eps) -> "
+      "residual_out, out, mean, rstd",
+      kernels->gate_residual_layer_norm_modulate_forward);
+  define_adaln<&A::dresidual_out, &A::dout, &A::residual_out, &A::x, &A::gate, &A::scale, &A::cu_rows, &A::rms, &A::weight,
+               &A::bias, &A::mean, &A::rstd, &A::dresidual, &A::dx, &A::dgate, &A::dshift, &A::dscale, &A::dweight, &A::dbias>(
+      m,
+      "gate_residual_layer_norm_modulate_backward(dresidual_out, dout, residual_out, x?, gate?, scale?, cu_rows?, rms, weight?, "
+      "bias?, mean, rstd) -> dresidual, dx?, dgate?, dshift?, dscale?, dweight?, dbias?",
+      kernels->adaln_backward);
 }
 
 }  // namespace sora

@@ -1,4 +1,4 @@
-// adaLN: gated residual, normalisation and modulation of packed tokens [N, D], rows of shift, scale and gate by cu_seqlens.
+// adaLN: gated residual, normalisation and modulation of packed tokens [N, D], rows of shift, scale and gate by cu_rows.
 //
 // Forward: a work item is kTokens consecutive tokens; a row of D elements stays in L1 between the mean, the variance and the
 // result, so memory sees each input once. Backward: an item is up to kTokens tokens of one row r; it sums the gradients of that
@@ -45,46 +45,62 @@ SORA_INLINE float row_sum(int64_t length, Term term) {
   return sums[0];
 }
 
-int64_t num_rows(const AdaLn& a) { return a.cu_seqlens.size[0] - 1; }
-int64_t used_tokens(const AdaLn& a) { return a.cu_seqlens.ints()[num_rows(a)]; }
+// Row r serves tokens begin(r) to begin(r + 1); without boundaries one row serves all.
+struct Boundaries {
+  Boundaries(const AdaLn& a, int64_t tokens)
+      : cu(a.cu_rows ? a.cu_rows.ints() : nullptr), rows(a.cu_rows ? a.cu_rows.size[0] - 1 : 1), tokens(tokens) {}
+  int64_t begin(int64_t r) const { return cu != nullptr ? cu[r] : r * tokens; }
+  int64_t used() const { return begin(rows); }
 
-// The first row that ends after token n.
-int64_t find_row(const AdaLn& a, int64_t n) {
-  const int32_t* cu = a.cu_seqlens.ints();
-  int64_t low = 0, high = num_rows(a);
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (cu[middle + 1] > n)
-      high = middle;
-    else
-      low = middle + 1;
+  // The first row that ends after token n.
+  int64_t find(int64_t n) const {
+    int64_t low = 0, high = rows;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (begin(middle + 1) > n)
+        high = middle;
+      else
+        low = middle + 1;
+    }
+    return low;
   }
-  return low;
-}
 
-// What modulation and the norm's own weight and bias do to xhat for all tokens of a row r: xhat * factor + offset.
+  const int32_t* cu;
+  int64_t rows, tokens;
+};
+
+// What modulation and the norm's own weight and bias do to xhat for all tokens of a row r: xhat * factor + offset. The backward has
+// no offset.
 struct Modulation {
-  Modulation(Pieces& pieces, int64_t d) : factor(pieces.take(d)), offset(pieces.take(d)) {}
+  Modulation(Pieces& pieces, const AdaLn& a, int64_t d)
+      : factor(a.scale || a.weight ? pieces.take(d) : nullptr), offset(a.out && (a.shift || a.bias) ? pieces.take(d) : nullptr) {}
 
   template <class T>
-  void read(const AdaLn& a, int64_t r) {
+  void read(const AdaLn& a, int64_t d, int64_t r) {
     const T *scale = row<const T>(a.scale, r), *weight = static_cast<const T*>(a.weight.data);
     const T *shift = row<const T>(a.shift, r), *bias = static_cast<const T*>(a.bias.data);
-    each_vector(a.x.size[1], [&](int64_t i, int lanes) {
-      const vf f = 1.0f + load_lanes(scale + i, lanes);
-      store_lanes(factor + i, weight != nullptr ? f * load_lanes(weight + i, lanes) : f, lanes);
-      if (!a.shift) return;  // the backward has none
-      const vf o = load_lanes(shift + i, lanes);
-      store_lanes(offset + i, bias != nullptr ? f * load_lanes(bias + i, lanes) + o : o, lanes);
+    each_vector(d, [&](int64_t i, int lanes) {
+      vf f = vf{} + 1.0f, o = {};
+      if (scale != nullptr) f += load_lanes(scale + i, lanes);
+      if (bias != nullptr) o = f * load_lanes(bias + i, lanes);
+      if (shift != nullptr) o += load_lanes(shift + i, lanes);
+      if (weight != nullptr) f *= load_lanes(weight + i, lanes);
+      if (factor != nullptr) store_lanes(factor + i, f, lanes);
+      if (offset != nullptr) store_lanes(offset + i, o, lanes);
     });
   }
+  SORA_INLINE vf scaled(vf x, int64_t i, int lanes) const { return factor != nullptr ? x * load_lanes(factor + i, lanes) : x; }
+  SORA_INLINE vf modulated(vf xhat, int64_t i, int lanes) const {
+    const vf y = scaled(xhat, i, lanes);
+    return offset != nullptr ? y + load_lanes(offset + i, lanes) : y;
+  }
 
-  float *factor, *offset;
+  float *factor, *offset;  // null: there is none
 };
 
 // Normalises and modulates token n: x_at(i, lanes) gives its elements, once; after that they are at x.
 template <class T, class X>
-SORA_INLINE void norm_token(const AdaLn& a, const Modulation& m, int64_t n, const T* x, X x_at) {
+SORA_INLINE void norm_token(const AdaLn& a, const Modulation m, int64_t n, const T* x, X x_at) {
   const int64_t d = a.x.size[1];
   const auto square = [](vf y) { return y * y; };
   float mean = 0, variance = 0;
@@ -107,11 +123,10 @@ SORA_INLINE void norm_token(const AdaLn& a, const Modulation& m, int64_t n, cons
   static_cast<float*>(a.mean.data)[n] = mean;
   static_cast<float*>(a.rstd.data)[n] = rstd;
   T* out = row<T>(a.out, n);
-  const float *factor = m.factor, *offset = m.offset;
   const bool stream = streams(a.out);
   each_vector(d, [=](int64_t i, int lanes) {
     const vf xhat = (load_lanes(x + i, lanes) - mean) * rstd;
-    write_lanes(out + i, xhat * load_lanes(factor + i, lanes) + load_lanes(offset + i, lanes), lanes, stream);
+    write_lanes(out + i, m.modulated(xhat, i, lanes), lanes, stream);
   });
 }
 
@@ -125,23 +140,25 @@ template <class T>
 auto gated(const AdaLn& a, int64_t n, int64_t r) {
   const T *residual = row<const T>(a.residual, n), *x = row<const T>(a.x, n), *gate = row<const T>(a.gate, r);
   return [=](int64_t i, int lanes) {
-    return load_lanes(residual + i, lanes) + load_lanes(gate + i, lanes) * load_lanes(x + i, lanes);
+    const vf added = load_lanes(x + i, lanes);
+    return load_lanes(residual + i, lanes) + (gate != nullptr ? load_lanes(gate + i, lanes) * added : added);
   };
 }
 
 // token(n, r, modulation of r) for every token inside the boundaries; zeros in all outputs for the slack.
 template <class T, class Token>
 void forward(const AdaLn& a, Token token) {
-  const int64_t total = a.x.size[0], used = used_tokens(a);
-  const int32_t* cu = a.cu_seqlens.ints();
+  const int64_t total = a.x.size[0], d = a.x.size[1];
+  const Boundaries boundaries(a, total);
+  const int64_t used = boundaries.used();
   parallel_for((total + kTokens - 1) / kTokens, [&](int64_t item) {
     const int64_t end = (item + 1) * kTokens < total ? (item + 1) * kTokens : total;
-    Modulation modulation = on_scratch<Modulation>(a.x.size[1]);
-    int64_t r = find_row(a, item * kTokens), read = -1;
+    Modulation modulation = on_scratch<Modulation>(a, d);
+    int64_t r = boundaries.find(item * kTokens), read = -1;
     for (int64_t n = item * kTokens; n < end; ++n) {
       if (n < used) {
-        while (n >= cu[r + 1]) ++r;
-        if (a.scale && r != read) modulation.read<T>(a, read = r);
+        while (n >= boundaries.begin(r + 1)) ++r;
+        if (a.mean && r != read) modulation.read<T>(a, d, read = r);
         token(n, r, modulation);
       } else {
         zero_row<T>(a.out, n), zero_row<T>(a.residual_out, n);
@@ -152,66 +169,83 @@ void forward(const AdaLn& a, Token token) {
   });
 }
 
-// The sums over the tokens of a row r that the second pass needs: without a norm the last, without a gate the first two.
-enum Sum { kShift, kScale, kGate, kSums };  // dout; dout * xhat; d(residual) * x
+// Where the sums over the tokens of a row begin in a row of `length` floats, and -1 for those that nobody asked for.
+struct Sums {
+  Sums(const AdaLn& a, int64_t d) {
+    if (a.dshift || a.dbias || (a.dscale && a.bias)) shift = take(d);
+    if (a.dscale || a.dweight) scale = take(d);
+    if (a.dgate) gate = take(d);
+  }
+  int64_t take(int64_t d) {
+    length += d;
+    return length - d;
+  }
+  static float* at(float* sums, int64_t begin) { return begin < 0 ? nullptr : sums + begin; }
+
+  int64_t shift = -1, scale = -1, gate = -1;  // of dout; dout * xhat; d(residual) * x
+  int64_t length = 0;
+};
 
 // With u = dout (1 + scale) weight:  d(norm input) = rstd (u - mean(u) - xhat mean(u xhat)), without mean(u) for RMS.
 template <class T>
-void backward_token(const AdaLn& a, const Modulation& m, int64_t n, int64_t r, float* sums) {
-  const int64_t d = a.x.size[1];
-  const bool norm = static_cast<bool>(a.scale), gate = static_cast<bool>(a.gate);
+void backward_token(const AdaLn& a, const Modulation m, const Sums& where, int64_t n, int64_t r, float* sums) {
+  const int64_t d = a.dout.size[1];
+  const bool norm = static_cast<bool>(a.mean);
   // Without a norm, dout is the residual's own gradient.
   const T* dout = norm ? row<const T>(a.dout, n) : nullptr;
-  const T* normed = norm ? row<const T>(gate ? a.residual_out : a.x, n) : nullptr;
+  const T* normed = norm ? row<const T>(a.residual_out ? a.residual_out : a.x, n) : nullptr;
   const float mean = norm ? static_cast<const float*>(a.mean.data)[n] : 0,
               rstd = norm ? static_cast<const float*>(a.rstd.data)[n] : 0;
-  const float* factor = m.factor;
   const auto xhat_at = [=](int64_t i, int lanes) { return (load_lanes(normed + i, lanes) - mean) * rstd; };
-  const auto add = [=](Sum k, int64_t i, vf value, int lanes) {
-    float* to = sums + k * d + i;
-    store_lanes(to, load_lanes(to, lanes) + value, lanes);
-  };
+  const auto add = [](float* to, vf value, int lanes) { store_lanes(to, load_lanes(to, lanes) + value, lanes); };
   float means[2] = {};  // of u, of u xhat
   if (norm) {
+    float *shift_sum = Sums::at(sums, where.shift), *scale_sum = Sums::at(sums, where.scale);
     row_sums(d, means, [=](int64_t i, int lanes, vf(&values)[2]) {
       const vf g = load_lanes(dout + i, lanes), xhat = xhat_at(i, lanes);
-      add(kShift, i, g, lanes);
-      add(kScale, i, g * xhat, lanes);
-      values[0] = g * load_lanes(factor + i, lanes);
+      if (shift_sum != nullptr) add(shift_sum + i, g, lanes);
+      if (scale_sum != nullptr) add(scale_sum + i, g * xhat, lanes);
+      values[0] = m.scaled(g, i, lanes);
       values[1] = values[0] * xhat;
     });
     means[0] = a.rms ? 0 : means[0] / d, means[1] /= d;
   }
   const float mean_u = means[0], mean_ux = means[1];
   const auto through_norm = [=](int64_t i, int lanes) {
-    const vf u = load_lanes(dout + i, lanes) * load_lanes(factor + i, lanes);
+    const vf u = m.scaled(load_lanes(dout + i, lanes), i, lanes);
     return (u - mean_u - xhat_at(i, lanes) * mean_ux) * rstd;
   };
-  const bool stream = streams(a.dx);
   T* dx = row<T>(a.dx, n);
-  if (!gate) {
+  if (!a.dresidual) {
+    const bool stream = streams(a.dx);
     each_vector(d, [=](int64_t i, int lanes) { write_lanes(dx + i, through_norm(i, lanes), lanes, stream); });
     return;
   }
+  const bool stream = streams(a.dresidual);
   const T *dresidual_out = row<const T>(norm ? a.dresidual_out : a.dout, n), *x = row<const T>(a.x, n);
-  const T* gates = row<const T>(a.gate, r);
+  const T* gates = a.gate ? row<const T>(a.gate, r) : nullptr;
   T* dresidual = row<T>(a.dresidual, n);
+  float* gate_sum = Sums::at(sums, where.gate);
   each_vector(d, [=](int64_t i, int lanes) {
     vf gradient = load_lanes(dresidual_out + i, lanes);
     if (norm) gradient += through_norm(i, lanes);
     write_lanes(dresidual + i, gradient, lanes, stream);
-    add(kGate, i, gradient * load_lanes(x + i, lanes), lanes);
+    if (gates == nullptr) return;
+    add(gate_sum + i, gradient * load_lanes(x + i, lanes), lanes);
     write_lanes(dx + i, gradient * load_lanes(gates + i, lanes), lanes, stream);
   });
 }
 
 template <class T>
 void backward(const AdaLn& a) {
-  const int64_t rows = num_rows(a), d = a.x.size[1], stride = kSums * d;
-  const int32_t* cu = a.cu_seqlens.ints();
+  const Boundaries boundaries(a, a.dout.size[0]);
+  const int64_t rows = boundaries.rows, d = a.dout.size[1];
+  const Sums where(a, d);
+  const int64_t stride = where.length;
   const Memory<int64_t> first(rows + 1);  // first item of each row
   first[0] = 0;
-  for (int64_t r = 0; r < rows; ++r) first[r + 1] = first[r] + (cu[r + 1] - cu[r] + kTokens - 1) / kTokens;
+  for (int64_t r = 0; r < rows; ++r)
+    first[r + 1] = first[r] + (boundaries.begin(r + 1) - boundaries.begin(r) + kTokens - 1) / kTokens;
   const Zeros partial(first[rows], stride);
 
   parallel_for(first[rows], [&](int64_t item) {
@@ -220,37 +254,39 @@ void backward(const AdaLn& a) {
       const int64_t middle = (r + high) / 2;
       (first[middle] <= item ? r : high) = middle;
     }
-    const int64_t begin = cu[r] + (item - first[r]) * kTokens, end = begin + kTokens < cu[r + 1] ? begin + kTokens : cu[r + 1];
+    const int64_t begin = boundaries.begin(r) + (item - first[r]) * kTokens, row_end = boundaries.begin(r + 1);
+    const int64_t end = begin + kTokens < row_end ? begin + kTokens : row_end;
     Pieces pieces{Scratch::get(2 * padded(d) + padded(stride))};
-    Modulation modulation(pieces, d);
-    if (a.scale) modulation.read<T>(a, r);
-    const int64_t first_sum = (a.scale ? kShift : kGate) * d, sums = (a.gate ? kSums : kGate) * d - first_sum;
-    float *group = pieces.take(stride), *from = group + first_sum, *total = partial.data() + item * stride + first_sum;
+    Modulation modulation(pieces, a, d);
+    if (a.mean) modulation.read<T>(a, d, r);
+    float *group = pieces.take(stride), *total = partial.data() + item * stride;
     for (int64_t n = begin; n < end; n += kGroup) {
-      memset(from, 0, sums * sizeof(float));
-      for (int64_t token = n; token < end && token < n + kGroup; ++token) backward_token<T>(a, modulation, token, r, group);
-      add_row(total, from, sums);
+      memset(group, 0, stride * sizeof(float));
+      for (int64_t token = n; token < end && token < n + kGroup; ++token) backward_token<T>(a, modulation, where, token, r, group);
+      add_row(total, group, stride);
     }
     finish_streams();
   });
-  for (int64_t n = used_tokens(a); n < a.x.size[0]; ++n) zero_row<T>(a.dx, n), zero_row<T>(a.dresidual, n);
+  for (int64_t n = boundaries.used(); n < a.dout.size[0]; ++n) zero_row<T>(a.dx, n), zero_row<T>(a.dresidual, n);
+  if (stride == 0) return;
 
   parallel_vectors(d, [&](int64_t i, int lanes) {
-    const vf one = vf{} + 1.0f;
-    const vf weight = a.weight ? load_lanes(static_cast<const T*>(a.weight.data) + i, lanes) : one;
-    const vf bias = a.bias ? load_lanes(static_cast<const T*>(a.bias.data) + i, lanes) : vf{};
+    const T *weight = static_cast<const T*>(a.weight.data), *bias = static_cast<const T*>(a.bias.data);
     Total dweight, dbias;
     for (int64_t r = 0; r < rows; ++r) {
-      const auto total = [&](Sum k) {
-        return column_sum(partial.data() + first[r] * stride + k * d + i, stride, first[r + 1] - first[r], lanes);
+      const auto total = [&](int64_t sum) {
+        return column_sum(partial.data() + first[r] * stride + sum + i, stride, first[r + 1] - first[r], lanes);
       };
-      if (a.scale) {
-        const vf shift = total(kShift), scale = total(kScale), factor = 1.0f + load_lanes(row<const T>(a.scale, r) + i, lanes);
-        store_lanes(row<T>(a.dshift, r) + i, shift, lanes);
-        store_lanes(row<T>(a.dscale, r) + i, scale * weight + shift * bias, lanes);
-        dweight.add(scale * factor), dbias.add(shift * factor);
+      const vf shift = where.shift < 0 ? vf{} : total(where.shift), scale = where.scale < 0 ? vf{} : total(where.scale);
+      const vf factor = a.scale ? 1.0f + load_lanes(row<const T>(a.scale, r) + i, lanes) : vf{} + 1.0f;
+      if (a.dshift) store_lanes(row<T>(a.dshift, r) + i, shift, lanes);
+      if (a.dscale) {
+        const vf dscale = weight != nullptr ? scale * load_lanes(weight + i, lanes) : scale;
+        store_lanes(row<T>(a.dscale, r) + i, bias != nullptr ? dscale + shift * load_lanes(bias + i, lanes) : dscale, lanes);
       }
-      if (a.gate) store_lanes(row<T>(a.dgate, r) + i, total(kGate), lanes);
+      if (a.dgate) store_lanes(row<T>(a.dgate, r) + i, total(where.gate), lanes);
+      if (a.dweight) dweight.add(scale * factor);
+      if (a.dbias) dbias.add(shift * factor);
     }
     if (a.dweight) store_lanes(static_cast<T*>(a.dweight.data) + i, dweight.value(), lanes);
     if (a.dbias) store_lanes(static_cast<T*>(a.dbias.data) + i, dbias.value(), lanes);
@@ -296,7 +332,7 @@ void gate_residual_layer_norm_modulate_forward(const AdaLn& a) {
 }
 
 void adaln_backward(const AdaLn& a) {
-  dispatch(a.x.dtype, [&](auto t) { backward<decltype(t)>(a); });
+  dispatch(a.dout.dtype, [&](auto t) { backward<decltype(t)>(a); });
 }
 
 }  // namespace sora::SORA_TIER

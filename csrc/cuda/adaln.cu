@@ -1,6 +1,6 @@
 // adaLN: norm, modulation and gated residual, forward.
 //
-//   residual_out = residual + gate[r] x                      (GATE)
+//   residual_out = residual + gate[r] x                      (RESIDUAL)
 //   out = norm(residual_out or x) (1 + scale[r]) + shift[r]  (NORM)
 //
 // A row of threads (threadIdx.x) owns a token: a warp up to 160 vectors of 16 bytes (1280 channels of bfloat16), then one more warp
@@ -10,8 +10,8 @@
 // the search for its modulation row begins, which then costs no time of its own; the modulation rows are those of neighbouring
 // tokens and come from L1. Statistics are float32; the variance is the mean of (x - mean)^2.
 //
-// With 2-byte types the arithmetic takes nearly as long as the memory, so what a call does not need (AFFINE: the norm's own weight
-// and bias) is compiled away.
+// With 2-byte types the arithmetic takes nearly as long as the memory, so adaLN-Zero's own variant asks no questions: it has all
+// rows, and neither weight nor bias. The variant OPTIONAL asks for each of them.
 //
 // Rows that are too long (more than 2560 vectors) or cannot be moved in vectors take the variant V = 0, which reads them again
 // from memory for each pass, mostly from L1.
@@ -37,7 +37,7 @@ struct Forward {
   float eps;
 };
 
-template <class T, int VEC, int V, bool GATE, bool NORM, bool AFFINE>
+template <class T, int VEC, int V, bool RESIDUAL, bool NORM, bool OPTIONAL>
 __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(const __grid_constant__ Forward<T> a) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool inside = n < a.tokens;  // the last block's spare rows take part in the barriers only
@@ -48,14 +48,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(const __grid_con
   if constexpr (V > 0)
     each_vector<V>(count, [&](int j, int i) {
       row[j] = load<VEC>(x_row + i * VEC);
-      if constexpr (GATE) other[j] = load<VEC>(residual_row + i * VEC);
+      if constexpr (RESIDUAL) other[j] = load<VEC>(residual_row + i * VEC);
     });
-  const int r = inside ? find_row(a.cu, a.num_rows, n) : 0;
+  const int r = !inside || (OPTIONAL && a.cu == nullptr) ? 0 : find_row(a.cu, a.num_rows, n);
   const T *const gate_row = a.gate[r], *const shift_row = a.shift[r], *const scale_row = a.scale[r];
 
   if (inside && r == a.num_rows) {  // slack
     each_vector<0>(count, [&](int, int i) {
-      if constexpr (GATE) store_zeros<VEC>(residual_out_row + i * VEC);
+      if constexpr (RESIDUAL) store_zeros<VEC>(residual_out_row + i * VEC);
       if constexpr (NORM) store_zeros<VEC>(out_row + i * VEC);
     });
     if (NORM && threadIdx.x == 0) a.mean[n] = a.rstd[n] = 0;
@@ -63,15 +63,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(const __grid_con
   }
   const bool used = count > 0;
 
-  if constexpr (GATE) {
+  if constexpr (RESIDUAL) {
     // All before the first store, which the compiler must take for one into the next load.
-    if constexpr (V > 0) each_vector<V>(count, [&](int j, int i) { gates[j] = load<VEC>(gate_row + i * VEC); });
+    const bool gated = !OPTIONAL || a.gate.data != nullptr;
+    if constexpr (V > 0)
+      if (gated) each_vector<V>(count, [&](int j, int i) { gates[j] = load<VEC>(gate_row + i * VEC); });
     each_vector<V>(count, [&](int j, int i) {
       if constexpr (V == 0) {
-        gates[0] = load<VEC>(gate_row + i * VEC);
+        if (gated) gates[0] = load<VEC>(gate_row + i * VEC);
         row[0] = load<VEC>(x_row + i * VEC), other[0] = load<VEC>(residual_row + i * VEC);
       }
-      for (int k = 0; k < VEC; ++k) row[j].set(k, fmaf(gates[j][k], row[j][k], other[j][k]));
+      for (int k = 0; k < VEC; ++k) row[j].set(k, gated ? fmaf(gates[j][k], row[j][k], other[j][k]) : row[j][k] + other[j][k]);
       store(residual_out_row + i * VEC, row[j]);
     });
   }
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(const __grid_con
         keep_packed(row[j]);
         return row[j];
       }
-      return load<VEC>((GATE ? residual_out_row : x_row) + i * VEC);
+      return load<VEC>((RESIDUAL ? residual_out_row : x_row) + i * VEC);
     };
     float* scratch = reinterpret_cast<float*>(shared_memory);  // three floats per warp
     float mean[1] = {}, sums[2] = {};                          // of x - mean and its square
@@ -113,34 +115,39 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(const __grid_con
     const float rstd = 1 / sqrtf(fmaxf(sums[1] / a.width - left * left, 0) + a.eps);
     if (used && threadIdx.x == 0) a.mean[n] = mean[0], a.rstd[n] = rstd;
 
+    const bool scaled = !OPTIONAL || a.scale.data != nullptr, shifted = !OPTIONAL || a.shift.data != nullptr;
     each_vector<V>(count, [&](int j, int i) {
-      const auto x = value(j, i), scale = load<VEC>(scale_row + i * VEC), shift = load<VEC>(shift_row + i * VEC);
+      const auto x = value(j, i);
+      Vector<T, VEC> scale, shift;
+      if (scaled) scale = load<VEC>(scale_row + i * VEC);
+      if (shifted) shift = load<VEC>(shift_row + i * VEC);
       float y[VEC];
       for (int k = 0; k < VEC; ++k) y[k] = (x[k] - mean[0]) * rstd;
-      if (AFFINE && a.weight != nullptr) {
+      if (OPTIONAL && a.weight != nullptr) {
         const auto weight = load<VEC>(a.weight + i * VEC);
         for (int k = 0; k < VEC; ++k) y[k] *= weight[k];
       }
-      if (AFFINE && a.bias != nullptr) {
+      if (OPTIONAL && a.bias != nullptr) {
         const auto bias = load<VEC>(a.bias + i * VEC);
         for (int k = 0; k < VEC; ++k) y[k] += bias[k];
       }
       Vector<T, VEC> out;
-      for (int k = 0; k < VEC; ++k) out.set(k, fmaf(y[k], 1 + scale[k], shift[k]));
+      for (int k = 0; k < VEC; ++k) out.set(k, fmaf(y[k], scaled ? 1 + scale[k] : 1, shifted ? shift[k] : 0));
       store(out_row + i * VEC, out);
     });
   }
 }
 
-template <class T, bool GATE, bool NORM>
+template <class T, bool RESIDUAL, bool NORM>
 void run_forward(const char* op, const AdaLn& a) {
   Forward<T> f{};
   f.residual = rows<const T>(a.residual), f.x = rows<const T>(a.x), f.gate = rows<const T>(a.gate);
   f.shift = rows<const T>(a.shift), f.scale = rows<const T>(a.scale);
-  f.weight = static_cast<const T*>(a.weight.data), f.bias = static_cast<const T*>(a.bias.data), f.cu = a.cu_seqlens.ints();
+  f.weight = static_cast<const T*>(a.weight.data), f.bias = static_cast<const T*>(a.bias.data), f.cu = a.cu_rows.ints();
   f.residual_out = rows<T>(NORM ? a.residual_out : a.out), f.out = rows<T>(a.out);
   f.mean = static_cast<float*>(a.mean.data), f.rstd = static_cast<float*>(a.rstd.data);
-  f.tokens = a.x.size[0], f.width = static_cast<int>(a.x.size[1]), f.num_rows = static_cast<int>(a.cu_seqlens.size[0] - 1);
+  f.tokens = a.x.size[0], f.width = static_cast<int>(a.x.size[1]),
+  f.num_rows = a.cu_rows ? static_cast<int>(a.cu_rows.size[0] - 1) : 1;
   f.rms = a.rms, f.eps = a.eps;
 
   constexpr int kWide = 16 / sizeof(T);
@@ -152,11 +159,12 @@ void run_forward(const char* op, const AdaLn& a) {
   const dim3 grid(static_cast<unsigned>(ceil_div(f.tokens, block.y)));
   const size_t shared = NORM ? 3 * block.x * block.y / kWarp * sizeof(float) : 0;
   const bool held = static_cast<int>(block.x) * kVectors >= vectors;
+  const bool whole = a.cu_rows && (!NORM || (a.shift && a.scale && !a.weight && !a.bias)) && (!RESIDUAL || a.gate);
   launch({op, current_stream(a.x)},
-         wide && held && (a.weight || a.bias) ? adaln_forward<T, kWide, kVectors, GATE, NORM, NORM>
-         : wide && held                       ? adaln_forward<T, kWide, kVectors, GATE, NORM, false>
-         : wide                               ? adaln_forward<T, kWide, 0, GATE, NORM, NORM>
-                                              : adaln_forward<T, 1, 0, GATE, NORM, NORM>,
+         wide && held && whole ? adaln_forward<T, kWide, kVectors, RESIDUAL, NORM, false>
+         : wide && held        ? adaln_forward<T, kWide, kVectors, RESIDUAL, NORM, true>
+         : wide                ? adaln_forward<T, kWide, 0, RESIDUAL, NORM, true>
+                               : adaln_forward<T, 1, 0, RESIDUAL, NORM, true>,
          grid, block, shared, f);
 }
 

@@ -3,6 +3,8 @@
 norm(x) = (x - mean) / sqrt(var + eps) · weight + bias      ("rms": x / sqrt(mean(x²) + eps) · weight + bias)
 layer_norm_modulate = norm(x) · (1 + scale[r]) + shift[r]
 gate_residual = residual + gate[r] · x
+
+Of shift, scale and gate each may be None: its factor or summand is left out. Without `cu_rows` one row serves all tokens.
 """
 
 from collections.abc import Sequence
@@ -13,9 +15,16 @@ from torch import Tensor
 from sora_kernels.reference import widen, write, write_gradients, zero_rows
 
 
-def per_token(rows: Tensor, cu: Tensor) -> Tensor:
-    """rows [R,D] -> [n,D], in the dtype of computation: row r once for each token of sample r."""
-    lengths = cu.diff().tolist()
+def num_used(x: Tensor, cu_rows: Tensor | None) -> int:
+    """Tokens of x up to the last boundary."""
+    return len(x) if cu_rows is None else int(cu_rows[-1])
+
+
+def per_token(rows: Tensor, cu_rows: Tensor | None) -> Tensor:
+    """rows [R,D] -> [n,D], in the dtype of computation: row r once for each token of sample r; [1,D] without boundaries."""
+    if cu_rows is None:
+        return widen(rows)
+    lengths = cu_rows.diff().tolist()
     # expand and cat rather than an index, whose backward sums in an order that differs from run to run on a GPU
     return torch.cat([widen(rows[:0]), *(widen(rows[r]).expand(n, -1) for r, n in enumerate(lengths))])
 
@@ -29,64 +38,70 @@ def moments(x: Tensor, rms: bool) -> tuple[Tensor, Tensor, Tensor]:
     return mean, x - mean, (x - mean).square().mean(dim=-1, keepdim=True)
 
 
-def eps_of_forward(x: Tensor, cu: Tensor, rms: bool, rstd: Tensor) -> Tensor:
+def eps_of_forward(x: Tensor, cu_rows: Tensor | None, rms: bool, rstd: Tensor) -> Tensor:
     """The eps [n,1] with which the forward pass reached `rstd`: the backward functions are given rstd but not eps."""
-    count = int(cu[-1])
+    count = num_used(x, cu_rows)
     return rstd[:count, None].detach() ** -2 - moments(x[:count].detach(), rms)[2]
 
 
 def layer_norm_modulate(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    cu: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    cu_rows: Tensor | None,
     rms: bool,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [N,D], shift and scale [R,D], weight and bias [D] -> y [N,D], mean [N], rstd [N]; the mean of RMSNorm is 0."""
-    shift, scale = per_token(shift, cu), per_token(scale, cu)
-    mean, centred, variance = moments(x[: len(shift)], rms)
+    mean, centred, variance = moments(x[: num_used(x, cu_rows)], rms)
     rstd = torch.rsqrt(variance + eps)
     normed = centred * rstd
     if weight is not None:
         normed = normed * widen(weight)
     if bias is not None:
         normed = normed + widen(bias)
-    y, mean, rstd = (zero_rows(rows, len(x)) for rows in (normed * (1 + scale) + shift, mean, rstd))
+    if scale is not None:
+        normed = normed * (1 + per_token(scale, cu_rows))
+    if shift is not None:
+        normed = normed + per_token(shift, cu_rows)
+    y, mean, rstd = (zero_rows(rows, len(x)) for rows in (normed, mean, rstd))
     return y, mean.squeeze(-1), rstd.squeeze(-1)
 
 
-def gate_residual(residual: Tensor, x: Tensor, gate: Tensor, cu: Tensor) -> Tensor:
+def gate_residual(residual: Tensor, x: Tensor, gate: Tensor | None, cu_rows: Tensor | None) -> Tensor:
     """residual and x [N,D], gate [R,D] -> [N,D]."""
-    gate = per_token(gate, cu)
-    return zero_rows(widen(residual[: len(gate)]) + gate * widen(x[: len(gate)]), len(x))
+    count = num_used(x, cu_rows)
+    added = widen(x[:count])
+    if gate is not None:
+        added = per_token(gate, cu_rows) * added
+    return zero_rows(widen(residual[:count]) + added, len(x))
 
 
 def gate_residual_layer_norm_modulate(
     residual: Tensor,
     x: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    cu: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    cu_rows: Tensor | None,
     rms: bool,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """gate_residual, then norm and modulation of the unrounded sum -> residual_out and y [N,D], mean [N], rstd [N]."""
-    added = gate_residual(residual, x, gate, cu)
-    y, mean, rstd = layer_norm_modulate(added, shift, scale, cu, rms, weight, bias, eps)
+    added = gate_residual(residual, x, gate, cu_rows)
+    y, mean, rstd = layer_norm_modulate(added, shift, scale, cu_rows, rms, weight, bias, eps)
     return added, y, mean, rstd
 
 
 def layer_norm_modulate_forward(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    cu: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    cu_rows: Tensor | None,
     rms: bool,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -95,54 +110,65 @@ def layer_norm_modulate_forward(
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    write(layer_norm_modulate(x, shift, scale, cu, rms, weight, bias, eps), (out, mean, rstd))
+    write(layer_norm_modulate(x, shift, scale, cu_rows, rms, weight, bias, eps), (out, mean, rstd))
 
 
 def layer_norm_modulate_backward(
     dout: Tensor,
     x: Tensor,
-    scale: Tensor,
-    cu: Tensor,
+    scale: Tensor | None,
+    cu_rows: Tensor | None,
     rms: bool,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     dx: Tensor,
-    dshift: Tensor,
-    dscale: Tensor,
+    dshift: Tensor | None,
+    dscale: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
 ) -> None:
-    eps = eps_of_forward(x, cu, rms, rstd)
+    eps = eps_of_forward(x, cu_rows, rms, rstd)
 
-    def function(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
-        return layer_norm_modulate(x, shift, scale, cu, rms, weight, bias, eps)
+    def function(
+        x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Sequence[Tensor]:
+        return layer_norm_modulate(x, shift, scale, cu_rows, rms, weight, bias, eps)
 
     # any shift has the same gradients
-    inputs = (x, torch.zeros_like(scale), scale, weight, bias)
+    inputs = (x, None if dshift is None else torch.zeros_like(dshift), scale, weight, bias)
     write_gradients(function, inputs, (dout, None, None), (dx, dshift, dscale, dweight, dbias))
 
 
-def gate_residual_forward(residual: Tensor, x: Tensor, gate: Tensor, cu: Tensor, out: Tensor) -> None:
-    write([gate_residual(residual, x, gate, cu)], [out])
+def gate_residual_forward(residual: Tensor, x: Tensor, gate: Tensor | None, cu_rows: Tensor | None, out: Tensor) -> None:
+    write([gate_residual(residual, x, gate, cu_rows)], [out])
 
 
-def gate_residual_backward(dout: Tensor, x: Tensor, gate: Tensor, cu: Tensor, dresidual: Tensor, dx: Tensor, dgate: Tensor) -> None:
-    def function(residual: Tensor, x: Tensor, gate: Tensor) -> Sequence[Tensor]:
-        return [gate_residual(residual, x, gate, cu)]
+def gate_residual_backward(
+    dout: Tensor,
+    x: Tensor | None,
+    gate: Tensor | None,
+    cu_rows: Tensor | None,
+    dresidual: Tensor,
+    dx: Tensor | None,
+    dgate: Tensor | None,
+) -> None:
+    def function(residual: Tensor, x: Tensor, gate: Tensor | None) -> Sequence[Tensor]:
+        return [gate_residual(residual, x, gate, cu_rows)]
 
-    # any residual has the same gradients
-    write_gradients(function, (torch.zeros_like(x), x, gate), [dout], (dresidual, dx, dgate))
+    # any residual has the same gradients, and without a gate any x
+    inputs = (torch.zeros_like(dout), torch.zeros_like(dout) if x is None else x, gate)
+    write_gradients(function, inputs, [dout], (dresidual, dx, dgate))
 
 
 def gate_residual_layer_norm_modulate_forward(
     residual: Tensor,
     x: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    cu: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    cu_rows: Tensor | None,
     rms: bool,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -152,8 +178,8 @@ def gate_residual_layer_norm_modulate_forward(
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    added = gate_residual(residual, x, gate, cu).to(residual_out.dtype)  # the norm is taken of the residual as stored
-    normed = layer_norm_modulate(added, shift, scale, cu, rms, weight, bias, eps)
+    added = gate_residual(residual, x, gate, cu_rows).to(residual_out.dtype)  # the norm is taken of the residual as stored
+    normed = layer_norm_modulate(added, shift, scale, cu_rows, rms, weight, bias, eps)
     write((added, *normed), (residual_out, out, mean, rstd))
 
 
@@ -161,37 +187,39 @@ def gate_residual_layer_norm_modulate_backward(
     dresidual_out: Tensor,
     dout: Tensor,
     residual_out: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    cu: Tensor,
+    x: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    cu_rows: Tensor | None,
     rms: bool,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     dresidual: Tensor,
-    dx: Tensor,
-    dgate: Tensor,
-    dshift: Tensor,
-    dscale: Tensor,
+    dx: Tensor | None,
+    dgate: Tensor | None,
+    dshift: Tensor | None,
+    dscale: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
 ) -> None:
-    eps = eps_of_forward(residual_out, cu, rms, rstd)
+    eps = eps_of_forward(residual_out, cu_rows, rms, rstd)
 
     def function(
         residual: Tensor,
         x: Tensor,
-        gate: Tensor,
-        shift: Tensor,
-        scale: Tensor,
+        gate: Tensor | None,
+        shift: Tensor | None,
+        scale: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Sequence[Tensor]:
-        return gate_residual_layer_norm_modulate(residual, x, gate, shift, scale, cu, rms, weight, bias, eps)
+        return gate_residual_layer_norm_modulate(residual, x, gate, shift, scale, cu_rows, rms, weight, bias, eps)
 
-    residual = widen(residual_out) - gate_residual(torch.zeros_like(x), x, gate, cu)
-    inputs = (residual, x, gate, torch.zeros_like(scale), scale, weight, bias)
+    # any x without a gate, and any shift, has the same gradients
+    x = torch.zeros_like(dout) if x is None else x
+    residual = widen(residual_out) - gate_residual(torch.zeros_like(x), x, gate, cu_rows)
+    inputs = (residual, x, gate, None if dshift is None else torch.zeros_like(dshift), scale, weight, bias)
     outputs = (dresidual, dx, dgate, dshift, dscale, dweight, dbias)
     write_gradients(function, inputs, (dresidual_out, dout, None, None), outputs)

@@ -1,7 +1,7 @@
 """The CUDA kernels as a Python module that runs them on CPU tensors, thread by thread, and watches every memory access.
 
 >>> from simt.build import load
->>> load().layer_norm_modulate_forward(x, shift, scale, cu_seqlens, False, None, None, 1e-6, out, mean, rstd)
+>>> load().layer_norm_modulate_forward(x, shift, scale, cu_rows, False, None, None, 1e-6, out, mean, rstd)
 
 The .cu files are compiled as C++ against the headers in include/, together with simt.cpp. A kernel that reads or writes outside
 its tensors, reads what was never written, deadlocks or races raises RuntimeError, and so does a call that leaves part of an
@@ -128,7 +128,7 @@ def outputs_from(name: str, parameters: list[str]) -> int:
     """The place of the first output among a backend function's parameters, which come last."""
     if name in ("patchify_3d", "unpatchify_3d"):
         return len(parameters) - 1
-    last_input = "bias" if "gelu" in name else "cu_spans" if "rope" in name else "cu"
+    last_input = "bias" if "gelu" in name else "cu_spans" if "rope" in name else "cu_rows"
     return next(i for i in range(parameters.index(last_input), len(parameters)) if parameters[i] in FIRST_OUTPUTS)
 
 
