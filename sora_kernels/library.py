@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 
 from .derivatives import carry_tangents, composed, through
+
+Context = Any  # of an autograd.Function: torch's own class knows no attributes of ours
+Grads = tuple[Tensor | None, ...]
+Rows = TypeVar("Rows", bound=Tensor | None)
 
 _LIBRARY = torch.library.Library("sora_kernels", "DEF")
 
@@ -132,9 +136,12 @@ def autocast(*tensors: Any) -> tuple:
     )
 
 
-def rows(*tensors: Tensor | None) -> list[Tensor | None]:
+def rows(*tensors: Rows) -> list[Rows]:
     """The tensors as kernels want them: any strides but a contiguous last axis. Only one that lacks it is copied."""
-    return [x if x is None or x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in tensors]
+    return [
+        x if x is None or x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()  # type: ignore[misc]
+        for x in tensors
+    ]
 
 
 def cotangent(grad: Tensor | None, output: Tensor) -> Tensor:
@@ -142,18 +149,3 @@ def cotangent(grad: Tensor | None, output: Tensor) -> Tensor:
     have none by nature, such as statistics, in every backward.
     """
     return torch.zeros_like(output) if grad is None else grad
-
-
-def lse_like(q: Tensor, *lead: int) -> Tensor:
-    """Uninitialised numbers per query: [*lead, B, H, S] for dense q [B, S, H, d], [*lead, H, N] for packed q [N, H, d]."""
-    shape = (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
-    return q.new_empty((*lead, *shape), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-
-
-def statistics_like(q: Tensor) -> Tensor:
-    """Uninitialised maximum and sum of each query's softmax, from which the backward computes the probabilities again.
-
-    The maximum is of the products q.k where they are multiplied by a positive scale and nothing else, or else of the scores. It may
-    be any number near it, as kernels do not raise it for every key; the sum is of exponentials less that very number.
-    """
-    return lse_like(q, 2)

@@ -255,7 +255,7 @@ def test_bad_input(name: str, wrong: dict, message: str) -> None:
 def test_missing_tensor(name: str) -> None:
     """The compiled functions may lack the norm's weight and bias and their gradients, and no other tensor."""
     mean = torch.zeros(6)
-    others = {"cu": CU, "rms": False, "eps": 1e-6, "mean": mean, "rstd": mean + 1}
+    others = {"cu_seqlens": CU, "rms": False, "eps": 1e-6, "mean": mean, "rstd": mean + 1}
     others |= dict.fromkeys(["weight", "bias", "dweight", "dbias"])
     names = inspect.signature(getattr(reference, name)).parameters
     good = {key: others[key] if key in others else (R if key.removeprefix("d") in ROWS else X).clone() for key in names}

@@ -196,22 +196,22 @@ def _tile(width: int) -> dict[str, int]:
     return {"TOKENS": tokens, "BLOCK_D": block, "num_warps": min(max(tokens * block // 512, 1), 32), **OPTIONS}
 
 
-def _forward(residual, x, gate, shift, scale, cu, rms, weight, bias, eps, residual_out, out, mean, rstd) -> None:
-    (num_tokens, width), num_rows = x.shape, cu.shape[0] - 1
+def _forward(residual, x, gate, shift, scale, cu_seqlens, rms, weight, bias, eps, residual_out, out, mean, rstd) -> None:
+    (num_tokens, width), num_rows = x.shape, cu_seqlens.shape[0] - 1
     tile = _tile(width)
     if num_tokens and width:
         forward_kernel[(triton.cdiv(num_tokens, tile["TOKENS"]),)](
-            residual, x, gate, shift, scale, cu, weight, bias, residual_out, out, mean, rstd,
+            residual, x, gate, shift, scale, cu_seqlens, weight, bias, residual_out, out, mean, rstd,
             *map(stride, (residual, x, gate, shift, scale)), num_tokens, num_rows, num_rows.bit_length(), eps,
             D=width, RMS=rms, GATE=gate is not None, NORM=scale is not None, **tile,
         )  # fmt: skip
 
 
 def _backward(
-    dresidual_out, dout, h, x, gate, scale, cu, rms, weight, bias, mean, rstd,
+    dresidual_out, dout, residual_out, x, gate, scale, cu_seqlens, rms, weight, bias, mean, rstd,
     dresidual, dx, dgate, dshift, dscale, dweight, dbias,
 ) -> None:  # fmt: skip
-    (num_tokens, width), num_rows = dx.shape, cu.shape[0] - 1
+    (num_tokens, width), num_rows = dx.shape, cu_seqlens.shape[0] - 1
     constants = {"D": width, "GATE": gate is not None, "NORM": scale is not None, "K": K}
     slots = num_slots(num_tokens, num_rows, K)
     sums = dx.new_empty((3, slots, width), dtype=torch.float32)
@@ -219,50 +219,52 @@ def _backward(
     if not width:
         return
     backward_kernel[(slots,)](
-        dresidual_out, dout, h, x, gate, scale, cu, weight, mean, rstd, dresidual, dx, sums,
-        *map(stride, (dresidual_out, dout, h, x, gate, scale)), num_tokens, num_rows, num_rows.bit_length(),
+        dresidual_out, dout, residual_out, x, gate, scale, cu_seqlens, weight, mean, rstd, dresidual, dx, sums,
+        *map(stride, (dresidual_out, dout, residual_out, x, gate, scale)), num_tokens, num_rows, num_rows.bit_length(),
         RMS=rms, **constants, **_tile(width),
     )  # fmt: skip
     block = min(power_of_2(width), 128)
     blocks = triton.cdiv(width, block)
     if num_rows:
         rows_kernel[(num_rows, blocks)](
-            sums, cu, weight, bias, dshift, dscale, dgate, rows, slots, num_tokens, num_rows, **constants, CHUNKS=16, BLOCK_D=block,
-            **OPTIONS,
+            sums, cu_seqlens, weight, bias, dshift, dscale, dgate, rows, slots, num_tokens, num_rows, **constants, CHUNKS=16,
+            BLOCK_D=block, **OPTIONS,
         )  # fmt: skip
     if rows is not None:
         affine_kernel[(blocks,)](rows, scale, dweight, dbias, stride(scale), num_rows, D=width, ROWS=16, BLOCK_D=block, **OPTIONS)
 
 
 def layer_norm_modulate_forward(
-    x: Tensor, shift: Tensor, scale: Tensor, cu: Tensor, rms: bool, weight: Tensor | None, bias: Tensor | None, eps: float,
+    x: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, rms: bool, weight: Tensor | None, bias: Tensor | None, eps: float,
     out: Tensor, mean: Tensor, rstd: Tensor,
 ) -> None:  # fmt: skip
-    _forward(None, x, None, shift, scale, cu, rms, weight, bias, eps, None, out, mean, rstd)
+    _forward(None, x, None, shift, scale, cu_seqlens, rms, weight, bias, eps, None, out, mean, rstd)
 
 
 def layer_norm_modulate_backward(
-    dout: Tensor, x: Tensor, scale: Tensor, cu: Tensor, rms: bool, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
+    dout: Tensor, x: Tensor, scale: Tensor, cu_seqlens: Tensor, rms: bool, weight: Tensor | None, bias: Tensor | None, mean: Tensor,
     rstd: Tensor, dx: Tensor, dshift: Tensor, dscale: Tensor, dweight: Tensor | None, dbias: Tensor | None,
 ) -> None:  # fmt: skip
-    norm = scale, cu, rms, weight, bias, mean, rstd
+    norm = scale, cu_seqlens, rms, weight, bias, mean, rstd
     _backward(None, dout, x, None, None, *norm, None, dx, None, dshift, dscale, dweight, dbias)
 
 
-def gate_residual_forward(residual: Tensor, x: Tensor, gate: Tensor, cu: Tensor, out: Tensor) -> None:
-    _forward(residual, x, gate, None, None, cu, False, None, None, 0.0, out, None, None, None)
+def gate_residual_forward(residual: Tensor, x: Tensor, gate: Tensor, cu_seqlens: Tensor, out: Tensor) -> None:
+    _forward(residual, x, gate, None, None, cu_seqlens, False, None, None, 0.0, out, None, None, None)
 
 
-def gate_residual_backward(dout: Tensor, x: Tensor, gate: Tensor, cu: Tensor, dresidual: Tensor, dx: Tensor, dgate: Tensor) -> None:
-    norm = None, cu, False, None, None, None, None
+def gate_residual_backward(
+    dout: Tensor, x: Tensor, gate: Tensor, cu_seqlens: Tensor, dresidual: Tensor, dx: Tensor, dgate: Tensor
+) -> None:
+    norm = None, cu_seqlens, False, None, None, None, None
     _backward(dout, None, None, x, gate, *norm, dresidual, dx, dgate, None, None, None, None)
 
 
 def gate_residual_layer_norm_modulate_forward(
-    residual: Tensor, x: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu: Tensor, rms: bool, weight: Tensor | None,
+    residual: Tensor, x: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, rms: bool, weight: Tensor | None,
     bias: Tensor | None, eps: float, residual_out: Tensor, out: Tensor, mean: Tensor, rstd: Tensor,
 ) -> None:  # fmt: skip
-    _forward(residual, x, gate, shift, scale, cu, rms, weight, bias, eps, residual_out, out, mean, rstd)
+    _forward(residual, x, gate, shift, scale, cu_seqlens, rms, weight, bias, eps, residual_out, out, mean, rstd)
 
 
 gate_residual_layer_norm_modulate_backward = _backward
