@@ -149,16 +149,22 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def _run_modulate(x, shift, scale, cu_seqlens, rms, weight, bias, eps):
     check_boundaries("layer_norm_modulate", "cu_seqlens", cu_seqlens, x.shape[0])
     x, shift, scale, cu_seqlens, weight, bias = rows(x, shift, scale, cu_seqlens, weight, bias)
-    outputs = *_empty(x), *_statistics(x)
-    backends.call("layer_norm_modulate_forward", x, x, shift, scale, cu_seqlens, rms, weight, bias, eps, *outputs)
-    return outputs
+    out, mean, rstd = *_empty(x), *_statistics(x)
+    backends.call(
+        "layer_norm_modulate_forward", x, x=x, shift=shift, scale=scale, cu_seqlens=cu_seqlens, rms=rms, weight=weight, bias=bias,
+        eps=eps, out=out, mean=mean, rstd=rstd,
+    )  # fmt: skip
+    return out, mean, rstd
 
 
 def _run_modulate_backward(dout, x, scale, cu_seqlens, rms, weight, bias, mean, rstd):
     dout, x, scale, cu_seqlens, weight, bias = rows(dout, x, scale, cu_seqlens, weight, bias)
     grads = _fake_modulate_backward(dout, x, scale, cu_seqlens, rms, weight, bias)
-    args = dout, x, scale, cu_seqlens, rms, weight, bias, mean, rstd
-    backends.call("layer_norm_modulate_backward", x, *args, *grads[:3], *_present(grads[3:], weight, bias))
+    (dx, dshift, dscale), (dweight, dbias) = grads[:3], _present(grads[3:], weight, bias)
+    backends.call(
+        "layer_norm_modulate_backward", x, dout=dout, x=x, scale=scale, cu_seqlens=cu_seqlens, rms=rms, weight=weight, bias=bias,
+        mean=mean, rstd=rstd, dx=dx, dshift=dshift, dscale=dscale, dweight=dweight, dbias=dbias,
+    )  # fmt: skip
     return grads
 
 
@@ -199,14 +205,16 @@ def _run_gate(residual, x, gate, cu_seqlens):
     check_boundaries("gate_residual", "cu_seqlens", cu_seqlens, x.shape[0])
     residual, x, gate, cu_seqlens = rows(residual, x, gate, cu_seqlens)
     (out,) = _empty(x)
-    backends.call("gate_residual_forward", x, residual, x, gate, cu_seqlens, out)
+    backends.call("gate_residual_forward", x, residual=residual, x=x, gate=gate, cu_seqlens=cu_seqlens, out=out)
     return out
 
 
 def _run_gate_backward(dout, x, gate, cu_seqlens):
     dout, x, gate, cu_seqlens = rows(dout, x, gate, cu_seqlens)
-    grads = _empty(x, x, gate)
-    backends.call("gate_residual_backward", x, dout, x, gate, cu_seqlens, *grads)
+    dresidual, dx, dgate = grads = _empty(x, x, gate)
+    backends.call(
+        "gate_residual_backward", x, dout=dout, x=x, gate=gate, cu_seqlens=cu_seqlens, dresidual=dresidual, dx=dx, dgate=dgate
+    )
     return grads
 
 
@@ -232,20 +240,29 @@ _gate = register(
 )
 
 
-def _run_gate_modulate(residual, x, gate, shift, scale, cu_seqlens, *norm):
+def _run_gate_modulate(residual, x, gate, shift, scale, cu_seqlens, rms, weight, bias, eps):
     check_boundaries("gate_residual_layer_norm_modulate", "cu_seqlens", cu_seqlens, x.shape[0])
-    args = *rows(residual, x, gate, shift, scale, cu_seqlens), norm[0], *rows(*norm[1:3]), norm[3]
-    outputs = *_empty(x, x), *_statistics(x)
-    backends.call("gate_residual_layer_norm_modulate_forward", x, *args, *outputs)
-    return outputs
+    residual, x, gate, shift, scale, cu_seqlens, weight, bias = rows(residual, x, gate, shift, scale, cu_seqlens, weight, bias)
+    residual_out, out, mean, rstd = *_empty(x, x), *_statistics(x)
+    backends.call(
+        "gate_residual_layer_norm_modulate_forward", x, residual=residual, x=x, gate=gate, shift=shift, scale=scale,
+        cu_seqlens=cu_seqlens, rms=rms, weight=weight, bias=bias, eps=eps, residual_out=residual_out, out=out, mean=mean, rstd=rstd,
+    )  # fmt: skip
+    return residual_out, out, mean, rstd
 
 
 def _run_gate_modulate_backward(dresidual_out, dout, residual_out, x, gate, scale, cu_seqlens, rms, weight, bias, mean, rstd):
-    tensors = rows(dresidual_out, dout, residual_out, x, gate, scale, cu_seqlens)
-    args = *tensors, rms, *rows(weight, bias)
-    grads = _fake_gate_modulate_backward(*args)
-    outputs = *grads[:5], *_present(grads[5:], weight, bias)
-    backends.call("gate_residual_layer_norm_modulate_backward", x, *args, mean, rstd, *outputs)
+    dresidual_out, dout, residual_out, x, gate, scale, cu_seqlens = rows(
+        dresidual_out, dout, residual_out, x, gate, scale, cu_seqlens
+    )
+    weight, bias = rows(weight, bias)
+    grads = _fake_gate_modulate_backward(dresidual_out, dout, residual_out, x, gate, scale, cu_seqlens, rms, weight, bias)
+    (dresidual, dx, dgate, dshift, dscale), (dweight, dbias) = grads[:5], _present(grads[5:], weight, bias)
+    backends.call(
+        "gate_residual_layer_norm_modulate_backward", x, dresidual_out=dresidual_out, dout=dout, residual_out=residual_out, x=x,
+        gate=gate, scale=scale, cu_seqlens=cu_seqlens, rms=rms, weight=weight, bias=bias, mean=mean, rstd=rstd,
+        dresidual=dresidual, dx=dx, dgate=dgate, dshift=dshift, dscale=dscale, dweight=dweight, dbias=dbias,
+    )  # fmt: skip
     return grads
 
 

@@ -151,13 +151,11 @@ def candidates(function: str, device: str, dtype: torch.dtype, width: int = 0) -
     return [(name, BACKENDS[name].unavailable(function, device, dtype, width)) for name in order]
 
 
-def call(function: str, like: Tensor, /, *positional: object, **arguments: object) -> None:
+def call(function: str, like: Tensor, /, **arguments: object) -> None:
     """Runs `function` on the backend that serves tensors such as `like`, on like's GPU if it is on one.
 
     The arguments come in the order of the function's signature; tests hold every caller to that.
     """
-    if positional:
-        arguments = dict(zip(SIGNATURES[function].arguments, positional, strict=True))
     if like.is_cuda and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):  # before a backend is asked, too, as it answers for the present GPU
             return call(function, like, **arguments)

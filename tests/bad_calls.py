@@ -92,9 +92,9 @@ def recorded() -> dict[str, list[tuple]]:
     calls: dict[str, list[tuple]] = collections.defaultdict(list)
     call = backends.call
 
-    def record(function: str, like: Tensor, *positional: Any, **arguments: Any) -> None:
-        call(function, like, *positional, **arguments)
-        calls[function].append((*positional, *arguments.values()))
+    def record(function: str, like: Tensor, **arguments: Any) -> None:
+        call(function, like, **arguments)
+        calls[function].append(tuple(arguments.values()))
 
     with mock.patch.object(backends, "call", record), backends.use_backend("cpu"):
         for dtype in DTYPES:

@@ -2,8 +2,13 @@
 
 import inspect
 import re
+from typing import Any
+from unittest import mock
 
+import bad_calls
 import pytest
+import torch
+from torch import Tensor
 
 from sora_kernels import backends
 from sora_kernels.signatures import SIGNATURES, parse
@@ -38,3 +43,18 @@ def test_compiled(backend: str, function: str) -> None:
         return
     (text,) = re.findall(rf"^{function}\(.*\) -> [\w?, ]+$", compiled.__doc__, re.MULTILINE)[-1:]
     assert parse(text) == (function, SIGNATURES[function])
+
+
+def test_ops_pass_what_is_declared() -> None:
+    """Every argument by its name and in its place, and None only where it may be."""
+    call, seen = backends.call, set()
+
+    def checked(function: str, like: Tensor, **arguments: Any) -> None:
+        assert tuple(arguments) == SIGNATURES[function].arguments
+        assert {name for name, value in arguments.items() if value is None} <= SIGNATURES[function].optional
+        seen.add(function)
+        call(function, like, **arguments)
+
+    with mock.patch.object(backends, "call", checked):
+        bad_calls.workload(torch.float32)
+    assert seen == set(SIGNATURES)
