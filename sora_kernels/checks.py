@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._torch_private import transforms_active
+
 _STRIDED = torch.strided
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -71,7 +73,7 @@ def check_boundaries(op: str, argument: str, boundaries: Tensor, num_tokens: int
     if not boundaries.is_cpu:
         return
     # Where torch.func transforms, not even tensors that it leaves alone can lend NumPy their memory.
-    values = np.array(boundaries.tolist()) if torch._C._are_functorch_transforms_active() else boundaries.numpy()
+    values = np.array(boundaries.tolist()) if transforms_active() else boundaries.numpy()
     if values[0] != 0:
         fail(op, argument, "a first entry of 0", str(values[0]))
     if values[-1] > num_tokens:

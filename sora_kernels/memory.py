@@ -20,6 +20,10 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ._torch_private import transforms_active
+
+__all__ = ["cache_limit", "cached_bytes", "empty_cache"]  # what users call
+
 LARGE = 4 << 20  # bytes; below, malloc keeps memory by itself
 # Where a container finds how many bytes it may use, "max" for no limit: cgroup 2 and 1.
 _LIMIT_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -85,7 +89,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 def _eager_cpu() -> ModuleType | None:
     """Module _cpu, but where torch.func transforms: its tensors have no memory of their own."""
-    return None if torch._C._are_functorch_transforms_active() else _cpu()
+    return None if transforms_active() else _cpu()
 
 
 def _is_plain(x: Tensor) -> bool:

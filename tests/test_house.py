@@ -1,6 +1,7 @@
 """The house keeps its rules: who imports whom, twins in every folder, nothing of the standard library leaks out of a tier."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,51 @@ def test_tiers_leak_no_shared_symbols(op, tmp_path):
     weak = [line.split(maxsplit=2)[2] for line in symbols if line[17:18] in "WVu"]
     assert weak or op != "attention", "expected the tier's own templates: is nm's output read right?"
     assert not [name for name in weak if "sora::sometier::" not in name and not name.startswith("DW.ref.")]
+
+
+def private_torch(path: Path) -> list[str]:
+    """Names of torch that begin with an underscore, as a file imports or reads them."""
+    of_torch, found = {}, []
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            of_torch |= {alias.asname or "torch": alias.name for alias in node.names if is_torch(alias.name)}
+            found += [alias.name for alias in node.names if is_torch(alias.name)]
+        elif isinstance(node, ast.ImportFrom) and not node.level and is_torch(node.module or ""):
+            names = {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            of_torch |= names
+            found += names.values()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            root, _, rest = dotted.partition(".")
+            if root in of_torch:
+                found.append(f"{of_torch[root]}.{rest}")
+    return sorted({name for name in found if re.search(r"\._(?!_)", name)})
+
+
+def is_torch(module: str) -> bool:
+    return module.partition(".")[0] == "torch"
+
+
+@pytest.mark.parametrize("path", files("sora_kernels") + files("sora_model"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_parts_of_torch_are_in_one_file(path):
+    found = private_torch(path)
+    assert bool(found) == (path.name == "_torch_private.py"), found
+
+
+def test_private_parts_of_torch_are_found(tmp_path):
+    file = tmp_path / "file.py"
+    lines = [
+        "import torch",
+        "import torch._dynamo as dynamo",
+        "from torch._library import infer",
+        "from torch.autograd import forward_ad",
+    ]
+    file.write_text("\n".join([*lines, "torch._C.f()", "forward_ad._current_level", "torch.nn.Module.__init__", "self._C", ""]))
+    assert private_torch(file) == [
+        "torch._C", "torch._C.f", "torch._dynamo", "torch._library.infer", "torch.autograd.forward_ad._current_level"
+    ]  # fmt: skip
 
 
 def test_cpu_and_cuda_never_include_each_other():

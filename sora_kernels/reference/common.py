@@ -67,16 +67,21 @@ def write_gradients(function: Callable[..., Sequence[Tensor]], inputs: Tensors, 
         write(pull_back(function, inputs, cotangents), outputs)
         return
     # A registered op runs with autograd switched off in the dispatcher, where enable_grad alone has no effect.
-    autograd_on = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with torch.enable_grad(), autograd_on:
-        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-        pairs = zip(function(*leaves), cotangents, strict=True)
+    with torch.inference_mode(False):
+        leaves = [None if x is None else _ordinary(x).detach().requires_grad_() for x in inputs]
+        given = [None if c is None else _ordinary(c) for c in cotangents]
+        pairs = zip(function(*leaves), given, strict=True)
         # a result of no sample at all depends on nothing
         used = [(r, c.to(r.dtype).contiguous()) for r, c in pairs if c is not None and r.requires_grad]
         present = [x for x in leaves if x is not None]
         found = torch.autograd.grad([r for r, _ in used], present, [c for _, c in used], materialize_grads=True)
     gradients = iter(found)
     write([None if x is None else next(gradients) for x in inputs], outputs)
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    """`x`, or a copy that autograd can follow of a tensor that was made in inference mode."""
+    return x.clone() if x.is_inference() else x
 
 
 def pull_back(function: Callable[..., Sequence[Tensor]], inputs: Tensors, cotangents: Tensors) -> Tensors:
