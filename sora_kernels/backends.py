@@ -30,6 +30,8 @@ from torch import Tensor
 from .checks import check_choice
 from .signatures import SIGNATURES
 
+__all__ = ["forced_backend", "record", "use_backend"]  # what users call
+
 _STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
 FUNCTIONS = tuple(SIGNATURES)

@@ -59,6 +59,7 @@ class Span:
 
     @property
     def num_tokens(self) -> int:
+        """T * H * W."""
         t, h, w = self.grid
         return t * h * w
 
@@ -157,18 +158,22 @@ class PackedLayout:
 
     @property
     def num_samples(self) -> int:
+        """B."""
         return len(self.spans)
 
     @property
     def num_spans(self) -> int:
+        """S, of all samples."""
         return self.grid.shape[0]
 
     @property
     def num_frames(self) -> int:
+        """F, the latent frames of all spans."""
         return self.cu_frames.shape[0] - 1
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors are."""
         return self.cu_seqlens.device
 
     def to(self, device: torch.device | str) -> PackedLayout:
