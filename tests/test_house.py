@@ -67,6 +67,12 @@ def test_model_imports_public_names_only():
                 assert name.removeprefix("sora_kernels.") in (*STORIES, "layout", "info", "backends"), f"{path.name} imports {name}"
 
 
+@pytest.mark.parametrize("package", ["sora_kernels", "sora_model"])
+def test_type_checkers_of_users_read_the_types(package):
+    assert (ROOT / package / "py.typed").is_file()
+    assert re.search(rf'^package-data = .*{package} = \[[^]]*"py.typed"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_one_basename_everywhere(op):
     for twin in (
