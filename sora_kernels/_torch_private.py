@@ -22,7 +22,6 @@ class _Probe(torch.autograd.Function):
         return None
 
 
-@torch.compiler.assume_constant_result
 def transforms_active_publicly() -> bool:
     try:
         _Probe.apply(None)
@@ -31,7 +30,6 @@ def transforms_active_publicly() -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
 def is_dual_level_open_publicly() -> bool:
     try:
         level = forward_ad.enter_dual_level()
@@ -92,4 +90,9 @@ def choose() -> Ways:
     return Ways(active, _is_dual_level_open, below, _past_autograd)
 
 
-transforms_active, is_dual_level_open, below_autograd, past_autograd = choose()
+_ways = choose()
+if _ways is PUBLIC:
+    # torch.compile cannot trace how these find out. Only here, as it imports the compiler.
+    torch.compiler.assume_constant_result(transforms_active_publicly)
+    torch.compiler.assume_constant_result(is_dual_level_open_publicly)
+transforms_active, is_dual_level_open, below_autograd, past_autograd = _ways
