@@ -24,6 +24,7 @@ from .attention_op import attention_forward
 from .checks import (
     FLOATS,
     UNBOUNDED,
+    AttentionNames,
     check_bool,
     check_cu_seqlens,
     check_number,
@@ -256,7 +257,8 @@ def varlen_attn(
     if return_aux is not None and not hasattr(return_aux, "lse"):
         fail(op, "return_aux", "None or torch's AuxRequest", repr(return_aux), TypeError)
     want_lse = return_aux is not None and return_aux.lse
-    result = _flash(op, query, key, value, cu_seq_q, cu_seq_k, 0.0, scale, False, window_size, 0.0, None, want_lse)
+    names = AttentionNames("query", "key", "value", "scale", "cu_seq_q", "cu_seq_k")
+    result = _flash(op, query, key, value, cu_seq_q, cu_seq_k, 0.0, scale, False, window_size, 0.0, None, want_lse, names)
     return result[:2] if want_lse else result
 
 
@@ -297,7 +299,7 @@ def scaled_dot_product_attention(
     q, k, v = (x.reshape(batch, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value))
     scores = (*lead, query.shape[-3], query.shape[-2], key.shape[-2])
     bias = None if attn_mask is None else _bias(op, attn_mask, scores, is_causal, q).reshape(batch, *scores[-3:])
-    scale = check_qkv(op, q, k, v, dropout_p, scale)
+    scale = check_qkv(op, q, k, v, dropout_p, scale, AttentionNames("query", "key", "value", "scale"))
     right = q.shape[1] - k.shape[1] if check_bool(op, "is_causal", is_causal) else UNBOUNDED
     out, *_ = attention_forward(q, k, v, None, None, bias, None, scale, UNBOUNDED, right, 0.0)
     return out.transpose(1, 2).reshape(query.shape)
@@ -317,14 +319,15 @@ def _flash(
     softcap: float,
     alibi_slopes: Tensor | None,
     return_attn_probs: bool,
+    names: AttentionNames = AttentionNames(),  # noqa: B008
 ) -> Any:
     dense = op in ("flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_kvpacked_func")
     check_tensor(op, "q", q, ("B", "S", "H", "d") if dense else ("Nq", "H", "d"))
     q, k, v = autocast(q, k, v)
-    scale = check_qkv(op, q, k, v, dropout_p, softmax_scale)
+    scale = check_qkv(op, q, k, v, dropout_p, softmax_scale, names)
     if not dense:
-        check_cu_seqlens(op, "cu_seqlens_q", cu_q, q)  # type: ignore[arg-type]
-        check_cu_seqlens(op, "cu_seqlens_k", cu_k, q, cu_q.shape[0])  # type: ignore[arg-type,union-attr]
+        check_cu_seqlens(op, names.cu_q, cu_q, q)  # type: ignore[arg-type]
+        check_cu_seqlens(op, names.cu_k, cu_k, q, cu_q.shape[0])  # type: ignore[arg-type,union-attr]
     left, right = _decode_window(op, window_size, causal)
     softcap = check_number(op, "softcap", softcap)
     largest = math.inf if q.dtype == torch.float64 else _LARGEST

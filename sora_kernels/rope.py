@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_bool, check_boundaries, check_cu_seqlens, check_number, check_tables, check_tensor, fail, triple
+from .checks import (
+    check_bool,
+    check_boundaries,
+    check_cu_seqlens,
+    check_int,
+    check_number,
+    check_tables,
+    check_tensor,
+    fail,
+    triple,
+)
 from .layout import PackedLayout
 from .library import Context, Grads, cotangent, register, rows
 from .memory import empty_like
@@ -31,6 +41,7 @@ def default_axes_dim(head_dim: int) -> tuple[int, int, int]:
     >>> default_axes_dim(64), default_axes_dim(128)
     ((24, 20, 20), (44, 42, 42))
     """
+    head_dim = check_int("default_axes_dim", "head_dim", head_dim, 0)
     third = head_dim // 2 // 3
     return head_dim - 4 * third, 2 * third, 2 * third
 
