@@ -173,16 +173,22 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def _run_modulate(x, shift, scale, cu_rows, rms, weight, bias, eps):
     _check_values("layer_norm_modulate", x, cu_rows)
     x, shift, scale, cu_rows, weight, bias = rows(x, shift, scale, cu_rows, weight, bias)
-    outputs = empty_like(x), *_statistics(x)
-    backends.call("layer_norm_modulate_forward", x, x, shift, scale, cu_rows, rms, weight, bias, eps, *outputs)
-    return outputs
+    out, mean, rstd = empty_like(x), *_statistics(x)
+    backends.call(
+        "layer_norm_modulate_forward", x, x=x, shift=shift, scale=scale, cu_rows=cu_rows, rms=rms, weight=weight, bias=bias,
+        eps=eps, out=out, mean=mean, rstd=rstd,
+    )  # fmt: skip
+    return out, mean, rstd
 
 
 def _run_modulate_backward(dout, x, scale, cu_rows, rms, weight, bias, mean, rstd, shifted):
     dout, x, scale, cu_rows, weight, bias = rows(dout, x, scale, cu_rows, weight, bias)
-    args = dout, x, scale, cu_rows, rms, weight, bias, mean, rstd
-    grads = dx, *others = _fake_modulate_backward(*args, shifted)
-    backends.call("layer_norm_modulate_backward", x, *args, dx, *_present(others, shifted, scale, weight, bias))
+    grads = dx, *others = _fake_modulate_backward(dout, x, scale, cu_rows, rms, weight, bias, mean, rstd, shifted)
+    dshift, dscale, dweight, dbias = _present(others, shifted, scale, weight, bias)
+    backends.call(
+        "layer_norm_modulate_backward", x, dout=dout, x=x, scale=scale, cu_rows=cu_rows, rms=rms, weight=weight, bias=bias,
+        mean=mean, rstd=rstd, dx=dx, dshift=dshift, dscale=dscale, dweight=dweight, dbias=dbias,
+    )  # fmt: skip
     return grads
 
 
@@ -230,14 +236,17 @@ def _run_gate(residual, x, gate, cu_rows):
     _check_values("gate_residual", x, cu_rows)
     residual, x, gate, cu_rows = rows(residual, x, gate, cu_rows)
     out = empty_like(x)
-    backends.call("gate_residual_forward", x, residual, x, gate, cu_rows, out)
+    backends.call("gate_residual_forward", x, residual=residual, x=x, gate=gate, cu_rows=cu_rows, out=out)
     return out
 
 
 def _run_gate_backward(dout, x, gate, cu_rows):
-    args = dout, *_ = rows(dout, x, gate, cu_rows)
-    grads = dresidual, *others = _fake_gate_backward(*args)
-    backends.call("gate_residual_backward", dout, *args, dresidual, *_present(others, gate, gate))
+    dout, x, gate, cu_rows = rows(dout, x, gate, cu_rows)
+    grads = dresidual, *others = _fake_gate_backward(dout, x, gate, cu_rows)
+    dx, dgate = _present(others, gate, gate)
+    backends.call(
+        "gate_residual_backward", dout, dout=dout, x=x, gate=gate, cu_rows=cu_rows, dresidual=dresidual, dx=dx, dgate=dgate
+    )
     return grads
 
 
@@ -272,18 +281,27 @@ _gate = register(
 
 def _run_gate_modulate(residual, x, gate, shift, scale, cu_rows, rms, weight, bias, eps):
     _check_values("gate_residual_layer_norm_modulate", x, cu_rows)
-    args = *rows(residual, x, gate, shift, scale, cu_rows), rms, *rows(weight, bias), eps
-    outputs = empty_like(x), empty_like(x), *_statistics(x)
-    backends.call("gate_residual_layer_norm_modulate_forward", x, *args, *outputs)
-    return outputs
+    residual, x, gate, shift, scale, cu_rows, weight, bias = rows(residual, x, gate, shift, scale, cu_rows, weight, bias)
+    residual_out, out, mean, rstd = empty_like(x), empty_like(x), *_statistics(x)
+    backends.call(
+        "gate_residual_layer_norm_modulate_forward", x, residual=residual, x=x, gate=gate, shift=shift, scale=scale,
+        cu_rows=cu_rows, rms=rms, weight=weight, bias=bias, eps=eps, residual_out=residual_out, out=out, mean=mean, rstd=rstd,
+    )  # fmt: skip
+    return residual_out, out, mean, rstd
 
 
 def _run_gate_modulate_backward(dresidual_out, dout, residual_out, x, gate, scale, cu_rows, rms, weight, bias, mean, rstd, shifted):
-    tensors = rows(dresidual_out, dout, residual_out, x, gate, scale, cu_rows)
-    args = *tensors, rms, *rows(weight, bias), mean, rstd, shifted
-    grads = dresidual, *others = _fake_gate_modulate_backward(*args)
-    outputs = dresidual, *_present(others, gate, gate, shifted, scale, weight, bias)
-    backends.call("gate_residual_layer_norm_modulate_backward", dout, *args[:-1], *outputs)
+    dresidual_out, dout, residual_out, x, gate, scale, cu_rows = rows(dresidual_out, dout, residual_out, x, gate, scale, cu_rows)
+    weight, bias = rows(weight, bias)
+    grads = dresidual, *others = _fake_gate_modulate_backward(
+        dresidual_out, dout, residual_out, x, gate, scale, cu_rows, rms, weight, bias, mean, rstd, shifted
+    )
+    dx, dgate, dshift, dscale, dweight, dbias = _present(others, gate, gate, shifted, scale, weight, bias)
+    backends.call(
+        "gate_residual_layer_norm_modulate_backward", dout, dresidual_out=dresidual_out, dout=dout, residual_out=residual_out, x=x,
+        gate=gate, scale=scale, cu_rows=cu_rows, rms=rms, weight=weight, bias=bias, mean=mean, rstd=rstd, dresidual=dresidual,
+        dx=dx, dgate=dgate, dshift=dshift, dscale=dscale, dweight=dweight, dbias=dbias,
+    )  # fmt: skip
     return grads
 
 

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from .attention_op import attention_forward
 from .checks import (
     FLOATS,
     UNBOUNDED,
+    AttentionNames,
     check_bool,
-    check_boundaries,
     check_cu_seqlens,
     check_number,
     check_qkv,
@@ -33,8 +33,7 @@ from .checks import (
     fail,
     side,
 )
-from .library import autocast, cotangent, lse_like, register, rows, statistics_like
-from .memory import empty_like
+from .library import autocast
 from .spatiotemporal_attention import spatiotemporal_attention as spatiotemporal_attention
 
 # Of softcap, which kernels divide and multiply by in float32.
@@ -258,7 +257,8 @@ def varlen_attn(
     if return_aux is not None and not hasattr(return_aux, "lse"):
         fail(op, "return_aux", "None or torch's AuxRequest", repr(return_aux), TypeError)
     want_lse = return_aux is not None and return_aux.lse
-    result = _flash(op, query, key, value, cu_seq_q, cu_seq_k, 0.0, scale, False, window_size, 0.0, None, want_lse)
+    names = AttentionNames("query", "key", "value", "scale", "cu_seq_q", "cu_seq_k")
+    result = _flash(op, query, key, value, cu_seq_q, cu_seq_k, 0.0, scale, False, window_size, 0.0, None, want_lse, names)
     return result[:2] if want_lse else result
 
 
@@ -299,9 +299,9 @@ def scaled_dot_product_attention(
     q, k, v = (x.reshape(batch, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value))
     scores = (*lead, query.shape[-3], query.shape[-2], key.shape[-2])
     bias = None if attn_mask is None else _bias(op, attn_mask, scores, is_causal, q).reshape(batch, *scores[-3:])
-    scale = check_qkv(op, q, k, v, dropout_p, scale)
+    scale = check_qkv(op, q, k, v, dropout_p, scale, AttentionNames("query", "key", "value", "scale"))
     right = q.shape[1] - k.shape[1] if check_bool(op, "is_causal", is_causal) else UNBOUNDED
-    out, *_ = _forward(q, k, v, None, None, bias, None, scale, UNBOUNDED, right, 0.0)
+    out, *_ = attention_forward(q, k, v, None, None, bias, None, scale, UNBOUNDED, right, 0.0)
     return out.transpose(1, 2).reshape(query.shape)
 
 
@@ -319,14 +319,15 @@ def _flash(
     softcap: float,
     alibi_slopes: Tensor | None,
     return_attn_probs: bool,
+    names: AttentionNames = AttentionNames(),  # noqa: B008
 ) -> Any:
     dense = op in ("flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_kvpacked_func")
     check_tensor(op, "q", q, ("B", "S", "H", "d") if dense else ("Nq", "H", "d"))
     q, k, v = autocast(q, k, v)
-    scale = check_qkv(op, q, k, v, dropout_p, softmax_scale)
+    scale = check_qkv(op, q, k, v, dropout_p, softmax_scale, names)
     if not dense:
-        check_cu_seqlens(op, "cu_seqlens_q", cu_q, q)  # type: ignore[arg-type]
-        check_cu_seqlens(op, "cu_seqlens_k", cu_k, q, cu_q.shape[0])  # type: ignore[arg-type,union-attr]
+        check_cu_seqlens(op, names.cu_q, cu_q, q)  # type: ignore[arg-type]
+        check_cu_seqlens(op, names.cu_k, cu_k, q, cu_q.shape[0])  # type: ignore[arg-type,union-attr]
     left, right = _decode_window(op, window_size, causal)
     softcap = check_number(op, "softcap", softcap)
     largest = math.inf if q.dtype == torch.float64 else _LARGEST
@@ -341,7 +342,7 @@ def _flash(
         if alibi_slopes.requires_grad and torch.is_grad_enabled():
             fail(op, "alibi_slopes", "slopes that need no gradient", "requires_grad=True")
         alibi = alibi_slopes.expand(batch, heads)
-    out, lse, _ = _forward(q, k, v, cu_q, cu_k, None, alibi, scale, left, right, softcap)
+    out, lse, _ = attention_forward(q, k, v, cu_q, cu_k, None, alibi, scale, left, right, softcap)
     return (out, lse, out.new_empty(0)) if return_attn_probs else out
 
 
@@ -367,55 +368,3 @@ def _bias(op: str, mask: Tensor, scores: tuple[int, ...], is_causal: bool, q: Te
         return mask.to(compute).expand(scores)
     except RuntimeError:
         fail(op, "attn_mask", f"a shape that broadcasts to {list(scores)}", str(list(mask.shape)))
-
-
-def _run_forward(q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap):
-    if cu_q is not None:
-        check_boundaries("attention", "cu_seqlens_q", cu_q, q.shape[0])
-        check_boundaries("attention", "cu_seqlens_k", cu_k, k.shape[0])
-    q, k, v, cu_q, cu_k = rows(q, k, v, cu_q, cu_k)
-    outputs = _fake_forward(q)
-    backends.call("attention_forward", q, q, k, v, cu_q, cu_k, bias, alibi, scale, left, right, softcap, *outputs)
-    return outputs
-
-
-def _fake_forward(q, *_):
-    return empty_like(q), lse_like(q), statistics_like(q)
-
-
-def _run_backward(dout, dlse, q, k, v, out, statistics, cu_q, cu_k, *rest):
-    dout, dlse, q, k, v, cu_q, cu_k = rows(dout, dlse, q, k, v, cu_q, cu_k)
-    grads = empty_like(q), empty_like(k), empty_like(v)
-    backends.call("attention_backward", q, dout, dlse, q, k, v, out, statistics, cu_q, cu_k, *rest, *grads)
-    return grads
-
-
-def _save(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, bias, alibi, *ctx.scalars = inputs
-    out, _, statistics = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(q, k, v, out, statistics, cu_q, cu_k, bias, alibi)
-
-
-def _grad(ctx, dout, dlse, _):
-    if dout is None and dlse is None:
-        return (None,) * 11
-    q, *saved = ctx.saved_tensors
-    return *_backward(cotangent(dout, q), dlse, q, *saved, *ctx.scalars), *(None,) * 8
-
-
-_ARGUMENTS = "Tensor? cu_q, Tensor? cu_k, Tensor? bias, Tensor? alibi, float scale, SymInt left, SymInt right, float softcap"
-_backward = register(
-    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, "
-    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    _run_backward,
-    lambda dout, dlse, q, k, v, *_: (empty_like(q), empty_like(k), empty_like(v)),
-)
-_forward = register(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    _run_forward,
-    _fake_forward,
-    _grad,
-    _save,
-)

@@ -1,9 +1,9 @@
 """Which implementation runs: an ordered list per device, with the reason why one is passed over.
 
-A backend is a namespace (a module) with one function per op and pass, the same name and argument order everywhere, that writes into
-outputs the caller allocated. The first backend in the list of the tensor's device that can do the work does it. Nothing falls back
-in silence: `python -m sora_kernels.info` prints the list, `record()` tells which backend ran, and a forced backend that cannot
-run raises with the reason.
+A backend is a namespace (a module) with one function per op and pass, with the names and arguments of signatures.py, that writes
+into outputs the caller allocated. The first backend in the list of the tensor's device that can do the work does it. Nothing
+falls back in silence: `python -m sora_kernels.info` prints the list, `record()` tells which backend ran, and a forced backend that
+cannot run raises with the reason.
 
 Force one with the environment variable `SORA_KERNELS_BACKEND` or `with use_backend("reference"):`. Both hold for the whole
 process, so that autograd's own threads, which run the backward passes, obey too. Derivatives that no kernel computes
@@ -15,40 +15,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import os
 import threading
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .checks import check_choice
+from .signatures import SIGNATURES
+
+__all__ = ["forced_backend", "record", "use_backend"]  # what users call
 
 _STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
-FUNCTIONS = (
-    "attention_forward",
-    "attention_backward",
-    "spatiotemporal_attention_forward",
-    "spatiotemporal_attention_backward",
-    "rope_3d",
-    "qk_norm_rope_3d_forward",
-    "qk_norm_rope_3d_backward",
-    "layer_norm_modulate_forward",
-    "layer_norm_modulate_backward",
-    "gate_residual_forward",
-    "gate_residual_backward",
-    "gate_residual_layer_norm_modulate_forward",
-    "gate_residual_layer_norm_modulate_backward",
-    "bias_gelu_forward",
-    "bias_gelu_backward",
-    "patch_embed_3d_forward",
-    "patch_embed_3d_backward",
-    "patchify_3d",
-    "unpatchify_3d",
-)
+FUNCTIONS = tuple(SIGNATURES)
 
 
 @dataclass(frozen=True)
@@ -90,20 +76,62 @@ class Backend:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ATTENTION, _ROPE = ([name for name in FUNCTIONS if word in name] for word in ("attention", "rope"))
 
-BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Backend("cpu", "._cpu", ("cpu",), _STORAGE),
-        Backend("cuda", "._cuda", ("cuda",), _STORAGE, dict.fromkeys(_ROPE, 512)),
-        Backend("triton", ".triton", ("cuda", "cpu") if INTERPRETED else ("cuda",), _STORAGE, dict.fromkeys(_ATTENTION, 256)),
-        Backend("reference", ".reference", None, None),
-    )
-}
+Entry = TypeVar("Entry")
+
+
+class Registry(UserDict[str, Entry]):
+    """A dict that `call` may remember answers of: a change of an entry makes it ask anew."""
+
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        super().__setitem__(name, entry)
+        _select.cache_clear()
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        _select.cache_clear()
+
+
+class Selected(NamedTuple):
+    """A backend function, and the backend's name."""
+
+    backend: str
+    run: Callable[..., None]
+    takes_keywords: bool
+
+    @classmethod
+    def of(cls, backend: str, function: str) -> Selected:
+        run = getattr(BACKENDS[backend].load(), function)
+        return cls(backend, run, takes_keywords=not inspect.isbuiltin(run))  # compiled functions know no names
+
+
+@functools.cache
+def _select(function: str, on: torch.device, dtype: torch.dtype, width: int, forced: str | None) -> Selected:
+    device = on.type
+    if forced is not None:
+        reason = BACKENDS[forced].unavailable(function, device, dtype, width)
+        if reason is not None:
+            raise ValueError(f"{function}: backend {forced!r} was forced but {reason}")
+        return Selected.of(forced, function)
+    asked = candidates(function, device, dtype, width)
+    for name, reason in asked:
+        if reason is None:
+            return Selected.of(name, function)
+    raise ValueError(f"{function}: no backend can run: " + "; ".join(f"{name} {reason}" for name, reason in asked))
+
+
+BACKENDS: Registry[Backend] = Registry()
+for _backend in (
+    Backend("cpu", "._cpu", ("cpu",), _STORAGE),
+    Backend("cuda", "._cuda", ("cuda",), _STORAGE, dict.fromkeys(_ROPE, 512)),
+    Backend("triton", ".triton", ("cuda", "cpu") if INTERPRETED else ("cuda",), _STORAGE, dict.fromkeys(_ATTENTION, 256)),
+    Backend("reference", ".reference", None, None),
+):
+    BACKENDS[_backend.name] = _backend
 # The order in which backends are asked, per device type; other devices ask the reference only.
-ORDER = {
-    "cpu": ("cpu", "triton", "reference") if INTERPRETED else ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
-}
+ORDER: Registry[tuple[str, ...]] = Registry(
+    cpu=("cpu", "triton", "reference") if INTERPRETED else ("cpu", "reference"),
+    cuda=("cuda", "triton", "reference"),
+)
 
 
 class _Here(threading.local):
@@ -125,34 +153,24 @@ def candidates(function: str, device: str, dtype: torch.dtype, width: int = 0) -
     return [(name, BACKENDS[name].unavailable(function, device, dtype, width)) for name in order]
 
 
-@functools.cache
-def _select(function: str, on: torch.device, dtype: torch.dtype, width: int, forced: str | None) -> tuple[str, Callable]:
-    device = on.type
-    if forced is not None:
-        reason = BACKENDS[forced].unavailable(function, device, dtype, width)
-        if reason is not None:
-            raise ValueError(f"{function}: backend {forced!r} was forced but {reason}")
-        return forced, getattr(BACKENDS[forced].load(), function)
-    asked = candidates(function, device, dtype, width)
-    for name, reason in asked:
-        if reason is None:
-            return name, getattr(BACKENDS[name].load(), function)
-    raise ValueError(f"{function}: no backend can run: " + "; ".join(f"{name} {reason}" for name, reason in asked))
+def call(function: str, like: Tensor, /, **arguments: object) -> None:
+    """Runs `function` on the backend that serves tensors such as `like`, on like's GPU if it is on one.
 
-
-def call(function: str, like: Tensor, *args: object) -> None:
-    """Runs `function` on the backend that serves tensors such as `like`, on like's GPU if it is on one."""
+    The arguments come in the order of the function's signature; tests hold every caller to that.
+    """
     if like.is_cuda and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):  # before a backend is asked, too, as it answers for the present GPU
-            return call(function, like, *args)
-    name, run = _select(function, like.device, like.dtype, like.shape[-1], _here.forced or _forced)
+            return call(function, like, **arguments)
+    backend, run, takes_keywords = _select(function, like.device, like.dtype, like.shape[-1], _here.forced or _forced)
     for record_ in list(_records):
-        record_.append((function, name))
-    if name == "reference":
+        record_.append((function, backend))
+    if not takes_keywords:
+        run(*arguments.values())
+    elif backend == "reference":
         with without_autocast(like.device.type):
-            run(*args)
+            run(**arguments)
     else:
-        run(*args)
+        run(**arguments)
 
 
 @contextlib.contextmanager

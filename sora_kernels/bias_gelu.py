@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_tensor
-from .library import register, rows
+from .library import Context, register, rows
 from .memory import empty_like
 
 
@@ -40,29 +40,29 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return _bias_gelu(x, bias)
 
 
-def _run(x, bias):
-    x, bias = rows(x, bias)
+def _run(x: Tensor, bias: Tensor | None) -> Tensor:
+    (x,), (bias,) = rows(x), rows(bias)
     out = empty_like(x)
-    backends.call("bias_gelu_forward", x, x, bias, out)
+    backends.call("bias_gelu_forward", x, x=x, bias=bias, out=out)
     return out
 
 
-def _run_backward(dout, x, bias):
-    dout, x, bias = rows(dout, x, bias)
+def _run_backward(dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    (dout, x), (bias,) = rows(dout, x), rows(bias)
     dx, dbias = _fake_backward(dout, x, bias)
-    backends.call("bias_gelu_backward", x, dout, x, bias, dx, None if bias is None else dbias)
+    backends.call("bias_gelu_backward", x, dout=dout, x=x, bias=bias, dx=dx, dbias=None if bias is None else dbias)
     return dx, dbias
 
 
-def _fake_backward(dout, x, bias):
+def _fake_backward(dout: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return empty_like(x), x.new_empty(0 if bias is None else bias.shape)  # an op cannot return None
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Context, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _grad(ctx, dout):
+def _grad(ctx: Context, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, bias = ctx.saved_tensors
     dx, dbias = _bias_gelu_backward(dout, x, bias)
     return dx, None if bias is None else dbias

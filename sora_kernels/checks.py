@@ -6,11 +6,13 @@ import math
 import numbers
 import operator
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ._torch_private import transforms_active
 
 _STRIDED = torch.strided
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -71,7 +73,7 @@ def check_boundaries(op: str, argument: str, boundaries: Tensor, num_tokens: int
     if not boundaries.is_cpu:
         return
     # Where torch.func transforms, not even tensors that it leaves alone can lend NumPy their memory.
-    values = np.array(boundaries.tolist()) if torch._C._are_functorch_transforms_active() else boundaries.numpy()
+    values = np.array(boundaries.tolist()) if transforms_active() else boundaries.numpy()
     if values[0] != 0:
         fail(op, argument, "a first entry of 0", str(values[0]))
     if values[-1] > num_tokens:
@@ -96,17 +98,36 @@ def check_tables(op: str, like: Tensor, cu_spans: Tensor, grid: Tensor, *others:
             fail(op, name, "a contiguous tensor", f"strides {table.stride()}")
 
 
-def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float | None) -> float:
+class AttentionNames(NamedTuple):
+    """What an attention function calls its arguments."""
+
+    q: str = "q"
+    k: str = "k"
+    v: str = "v"
+    scale: str = "softmax_scale"
+    cu_q: str = "cu_seqlens_q"
+    cu_k: str = "cu_seqlens_k"
+
+
+def check_qkv(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    names: AttentionNames = AttentionNames(),  # noqa: B008
+) -> float:
     """Checks k and v against q ([..., H, d], already checked) and returns the softmax scale."""
-    check_tensor(op, "k", k, (*q.shape[:-3], "Nk", "Hk", q.shape[-1]), dtype=q.dtype, like=q)
-    check_tensor(op, "v", v, tuple(k.shape), dtype=q.dtype, like=q)
+    check_tensor(op, names.k, k, (*q.shape[:-3], "Nk", "Hk", q.shape[-1]), dtype=q.dtype, like=q)
+    check_tensor(op, names.v, v, tuple(k.shape), dtype=q.dtype, like=q)
     if q.shape[-2] % k.shape[-2] if k.shape[-2] else q.shape[-2]:
-        fail(op, "k", f"a head count that divides q's {q.shape[-2]}", f"{k.shape[-2]}")
+        fail(op, names.k, f"a head count that divides {names.q}'s {q.shape[-2]}", f"{k.shape[-2]}")
     if q.shape[-1] == 0:
-        fail(op, "q", "a head dim of at least 1", "0")
+        fail(op, names.q, "a head dim of at least 1", "0")
     if check_number(op, "dropout_p", dropout_p) != 0.0:
         fail(op, "dropout_p", "0 (attention dropout is not supported)", repr(dropout_p))
-    return q.shape[-1] ** -0.5 if softmax_scale is None else check_number(op, "softmax_scale", softmax_scale)
+    return q.shape[-1] ** -0.5 if softmax_scale is None else check_number(op, names.scale, softmax_scale)
 
 
 UNBOUNDED = 2**30  # a side of a window without a limit: no sample that fits into memory is as long
@@ -121,8 +142,20 @@ def check_list(op: str, argument: str, expected: str, value: object) -> list:
     """What can be gone through, as a list."""
     try:
         return list(value)  # type: ignore[call-overload]
-    except TypeError:
+    except (TypeError, RuntimeError):  # a sparse tensor's is a RuntimeError
         fail(op, argument, expected, repr(value), TypeError)
+
+
+def check_device(op: str, argument: str, device: object) -> torch.device:
+    """`device`, or what torch makes one of."""
+    if isinstance(device, torch.device):
+        return device
+    if not isinstance(device, str | int) or isinstance(device, bool):
+        fail(op, argument, "a device", repr(device), TypeError)
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        fail(op, argument, "a device", repr(device))
 
 
 def check_choice(op: str, argument: str, value: object, choices: tuple[str, ...]) -> None:
@@ -189,7 +222,7 @@ def triple(op: str, argument: str, value: object, kind: type) -> list:
     expected = f"three {kind.__name__}s (T, H, W)"
     try:
         items = [] if isinstance(value, str) else list(value)  # type: ignore[call-overload]
-    except TypeError:
+    except (TypeError, RuntimeError):
         items = []
     if len(items) != 3:
         fail(op, argument, expected, repr(value))

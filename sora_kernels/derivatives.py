@@ -6,7 +6,7 @@ and dtype, but slow, and attention takes memory for its score matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
+from ._torch_private import is_dual_level_open, transforms_active
 
 
 def composed(run: Callable[..., Any], *args: Any) -> Any:
@@ -21,24 +22,23 @@ def composed(run: Callable[..., Any], *args: Any) -> Any:
     values: dict[int, tuple[Tensor, Tensor]] = {}
     with backends.only_here("reference"), backends.BACKENDS["reference"].load().collecting(values):
         outputs = run(*args)
-    return _map(lambda x: values[id(x)][1] if id(x) in values else x, outputs)  # what is empty as it is not wanted stays
+    return map_tensors(lambda x: values[id(x)][1] if id(x) in values else x, outputs)  # what is empty as it is not wanted stays
 
 
 def carry_tangents(args: Any) -> bool:
     """Whether forward-mode differentiation is going on and goes through these arguments of an op."""
-    if forward_ad._current_level < 0:
+    if not is_dual_level_open():
         return False
-    if torch._C._are_functorch_transforms_active():  # then a tangent may lie below what can be seen of a tensor
+    if transforms_active():  # then a tangent may lie below what can be seen of a tensor
         return True
-    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in _flat(args))
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in flat(args))
 
 
 def through(formula: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., None]]:
     """(backward, setup_context) of an op, as torch.library takes them, that differentiate `formula`, the op in plain torch."""
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        tensors: list[Tensor] = []
-        ctx.arguments = [_map(lambda x: tensors.append(x) or _Saved(len(tensors) - 1), x) for x in inputs]  # type: ignore[func-returns-value]
+        tensors, ctx.arguments = take_apart(inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
@@ -48,34 +48,53 @@ def through(formula: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[.
 
         def of_moving(*given: Tensor) -> tuple[Tensor, ...]:
             tensors = dict(enumerate(saved)) | dict(zip(moving, given, strict=True))
-            return tuple(_flat(formula(*_map(lambda x: tensors[x.index], ctx.arguments))))
+            return tuple(flat(formula(*put_together(ctx.arguments, tensors))))
 
         with backends.without_autocast(saved[0].device.type):
             results, pullback, *_ = torch.func.vjp(of_moving, *(saved[i] for i in moving))
-            given = zip(results, _flat(cotangents), strict=True)
-            grads = dict(zip(moving, pullback(tuple(torch.zeros_like(r) if c is None else c for r, c in given)), strict=True))
-        return tuple(_map(lambda x: grads.get(x.index), x) if _has_saved(x) else None for x in ctx.arguments)
+            pairs = zip(results, flat(cotangents), strict=True)
+            found = pullback(tuple(torch.zeros_like(r) if c is None else c for r, c in pairs))
+        grads: dict[int, Tensor | None] = dict.fromkeys(range(len(saved))) | dict(zip(moving, found, strict=True))
+        return tuple(put_together(x, grads) if has_place(x) else None for x in ctx.arguments)
 
     return backward, setup_context
 
 
-class _Saved:
-    """The place of a tensor among those that are saved."""
+class Place:
+    """Stands for the tensor with this index in a list."""
 
     def __init__(self, index: int) -> None:
         self.index = index
 
 
-def _has_saved(x: Any) -> bool:
-    return any(isinstance(item, _Saved) for item in _flat(x))
+def take_apart(x: Any) -> tuple[list[Tensor], Any]:
+    """The tensors that `x` is or lists, and `x` with a `Place` for each of them."""
+    tensors: list[Tensor] = []
+
+    def placed(tensor: Tensor) -> Place:
+        tensors.append(tensor)
+        return Place(len(tensors) - 1)
+
+    return tensors, map_tensors(placed, x)
 
 
-def _map(function: Callable[[Any], Any], x: Any) -> Any:
-    """`x` with `function` of every tensor, or what stands for one, that it is or lists."""
-    if isinstance(x, Tensor | _Saved):
+def put_together(x: Any, tensors: Sequence[Any] | Mapping[int, Any]) -> Any:
+    """`x` with the tensors in their places."""
+    if isinstance(x, Place):
+        return tensors[x.index]
+    return type(x)(put_together(item, tensors) for item in x) if isinstance(x, list | tuple) else x
+
+
+def has_place(x: Any) -> bool:
+    return any(isinstance(item, Place) for item in flat(x))
+
+
+def map_tensors(function: Callable[[Tensor], Any], x: Any) -> Any:
+    """`x` with `function` of every tensor that it is or lists."""
+    if isinstance(x, Tensor):
         return function(x)
-    return type(x)(_map(function, item) for item in x) if isinstance(x, list | tuple) else x
+    return type(x)(map_tensors(function, item) for item in x) if isinstance(x, list | tuple) else x
 
 
-def _flat(x: Any) -> list:
-    return [item for part in x for item in _flat(part)] if isinstance(x, list | tuple) else [x]
+def flat(x: Any) -> list:
+    return [item for part in x for item in flat(part)] if isinstance(x, list | tuple) else [x]

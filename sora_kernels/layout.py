@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_int, check_list, check_tensor, fail, triple
+from .checks import check_device, check_int, check_list, check_tensor, fail, triple
 from .library import define
 
 Grid = tuple[int, int, int]
@@ -59,6 +59,7 @@ class Span:
 
     @property
     def num_tokens(self) -> int:
+        """T * H * W."""
         t, h, w = self.grid
         return t * h * w
 
@@ -70,7 +71,9 @@ class Span:
     @staticmethod
     def text(length: int, origin: Position = (0.0, 0.0, 0.0)) -> Span:
         """`length` tokens that all sit at `origin`: text next to video in a joint sequence."""
-        return Span((1, 1, length), origin, (0.0, 0.0, 0.0))
+        op = "Span.text"
+        x, y, z = triple(op, "origin", origin, float)
+        return Span((1, 1, check_int(op, "length", length, 0, _MOST)), (x, y, z), (0.0, 0.0, 0.0))
 
 
 class PackedLayout:
@@ -105,14 +108,8 @@ class PackedLayout:
     _tensors = ("cu_seqlens", "cu_spans", "cu_frames", "grid", "origin", "step")
 
     def __init__(self, spans: Iterable[Iterable[Span]], device: torch.device | str | None = None) -> None:
-        try:
-            self.spans: tuple[tuple[Span, ...], ...] = tuple(tuple(sample) for sample in spans)
-        except TypeError:
-            fail("PackedLayout", "spans", "a list of Spans for each sample", repr(spans), TypeError)
+        self.spans: tuple[tuple[Span, ...], ...] = _check_spans("PackedLayout", spans)
         flat = [span for sample in self.spans for span in sample]
-        for span in flat:
-            if not isinstance(span, Span):
-                fail("PackedLayout", "spans", "Span objects", type(span).__name__, TypeError)
         seqlens = [sum(span.num_tokens for span in sample) for sample in self.spans]
         self.seqlens: tuple[int, ...] = tuple(seqlens)
         self.num_tokens = sum(seqlens)
@@ -130,19 +127,21 @@ class PackedLayout:
             self.origin, self.step = (_rows(x, np.float32) for x in positions)
         self.cu_seqlens, self.cu_spans, self.cu_frames, self.grid = tables
         if device is not None:
-            self._move(device)
+            self._move(check_device("PackedLayout", "device", device))
 
     @classmethod
     def from_grids(cls, grids: Iterable[Sequence[int]], device: torch.device | str | None = None) -> PackedLayout:
         """One sample per (T, H, W) grid, positions counted from zero."""
-        if not isinstance(grids, Iterable):
-            fail("PackedLayout.from_grids", "grids", "a list of (T, H, W)", repr(grids), TypeError)
-        return cls([[Span(grid)] for grid in grids], device)  # type: ignore[arg-type]
+        op = "PackedLayout.from_grids"
+        listed = check_list(op, "grids", "a list of (T, H, W)", grids)
+        sizes = [triple(op, f"grids[{i}]", grid, int) for i, grid in enumerate(listed)]
+        return cls([[Span((t, h, w))] for t, h, w in sizes], None if device is None else check_device(op, "device", device))
 
     @classmethod
     def from_spans(cls, spans: Iterable[Iterable[Span]], device: torch.device | str | None = None) -> PackedLayout:
         """One sample per inner list of spans."""
-        return cls(spans, device)
+        op = "PackedLayout.from_spans"
+        return cls(_check_spans(op, spans), None if device is None else check_device(op, "device", device))
 
     @classmethod
     def concat(cls, layouts: Sequence[PackedLayout]) -> PackedLayout:
@@ -157,30 +156,32 @@ class PackedLayout:
 
     @property
     def num_samples(self) -> int:
+        """B."""
         return len(self.spans)
 
     @property
     def num_spans(self) -> int:
+        """S, of all samples."""
         return self.grid.shape[0]
 
     @property
     def num_frames(self) -> int:
+        """F, the latent frames of all spans."""
         return self.cu_frames.shape[0] - 1
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors are."""
         return self.cu_seqlens.device
 
     def to(self, device: torch.device | str) -> PackedLayout:
         """The same layout with its tensors on `device`."""
         moved = object.__new__(PackedLayout)
         moved.__dict__.update(self.__dict__)
-        moved._move(device)
+        moved._move(check_device("PackedLayout.to", "device", device))
         return moved
 
-    def _move(self, device: torch.device | str) -> None:
-        if not isinstance(device, torch.device | str | int):
-            fail("PackedLayout", "device", "a device", repr(device), TypeError)
+    def _move(self, device: torch.device) -> None:
         for name in self._tensors:
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
 
@@ -240,6 +241,15 @@ class PackedLayout:
             f"PackedLayout({self.num_samples} samples, {self.num_tokens} tokens, longest {self.max_seqlen}, "
             f"{self.device}: {', '.join(shown)})"
         )
+
+
+def _check_spans(op: str, spans: Iterable[Iterable[Span]]) -> tuple[tuple[Span, ...], ...]:
+    expected = "a list of Spans for each sample"
+    samples = tuple(tuple(check_list(op, "spans", expected, sample)) for sample in check_list(op, "spans", expected, spans))
+    for span in itertools.chain.from_iterable(samples):
+        if not isinstance(span, Span):
+            fail(op, "spans", "Span objects", type(span).__name__, TypeError)
+    return samples
 
 
 def _tables(seqlens: Sequence[int], sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._library.autograd import Info, make_autograd_impl
 
-from .derivatives import carry_tangents, composed, through
+from ._torch_private import below_autograd, past_autograd, transforms_active
+from .derivatives import carry_tangents, composed, flat, has_place, put_together, take_apart, through
+
+Context = Any  # of an autograd.Function: torch's own class knows no attributes of ours
+Grads = tuple[Tensor | None, ...]
+Rows = TypeVar("Rows", bound=Tensor | None)
 
 _LIBRARY = torch.library.Library("sora_kernels", "DEF")
 
@@ -54,18 +60,30 @@ def register(
     in_plain_torch = partial(composed, run)
     if backward is None or setup_context is None:
         backward, setup_context = through(in_plain_torch)
-    in_reverse = make_autograd_impl(op, Info(backward, setup_context))
+    apply = _with_lists(op, backward, setup_context)
 
     def autograd(keyset: Any, *args: Any) -> Any:
         # What was traced or exported comes here without passing `call`.
-        return in_plain_torch(*args) if carry_tangents(args) else in_reverse(keyset, *args)
+        if carry_tangents(args):
+            return in_plain_torch(*args)
 
-    # As torch.library.register_autograd does, whose ops take the tangents of forward-mode differentiation for zeros.
-    _LIBRARY.impl(op._opname, autograd, "Autograd", with_keyset=True)
+        def below(args: tuple) -> Any:
+            with below_autograd():
+                return op.redispatch(past_autograd(keyset), *args)
+
+        return apply(below, args)
+
+    # Not torch.library.register_autograd, whose ops take the tangents of forward-mode differentiation for zeros.
+    _LIBRARY.impl(op, autograd, "Autograd", with_keyset=True)
     eager: Callable[..., Any]
     transformed: Callable[..., Any]
-    if "Tensor[]" in schema:  # a Function does not look for tensors inside lists
-        eager, transformed = op, in_plain_torch
+    if "Tensor[]" in schema:
+
+        def below(args: tuple) -> Any:
+            with below_autograd():
+                return op(*args)
+
+        eager, transformed = lambda *args: apply(below, args), in_plain_torch
     else:
         eager, transformed = _eager(op, backward, setup_context), _transformed(op, backward, setup_context)
 
@@ -74,7 +92,7 @@ def register(
             return in_plain_torch(*args)
         if torch.compiler.is_compiling():
             return op(*args)
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             return transformed(*args)
         return eager(*args)
 
@@ -89,7 +107,7 @@ def _eager(op: Any, backward: Callable[..., Any], setup_context: Callable[..., N
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             output = op(*args)
         setup_context(ctx, args, output)
         return output
@@ -99,7 +117,7 @@ def _eager(op: Any, backward: Callable[..., Any], setup_context: Callable[..., N
     def call(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return op(*args)
 
     return call
@@ -114,9 +132,52 @@ def _transformed(op: Any, backward: Callable[..., Any], setup_context: Callable[
     return _function(op, forward=forward, backward=backward, setup_context=setup_context, generate_vmap_rule=True).apply
 
 
+@dataclass
+class _Call:
+    """One call of an op, without its tensors."""
+
+    run: Callable[[Any], Any]
+    arguments: Any
+    output: Any = None
+
+
+def _with_lists(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
+    """What calls `run(args)`, the op below autograd, and records it.
+
+    A Function sees no tensor inside a list. It gets all of them one by one, and the arguments with a `Place` for each.
+    """
+
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args = put_together(call.arguments, tensors)
+        output = call.run(args)
+        setup_context(ctx, args, output)
+        outputs, call.output = take_apart(output)
+        ctx.call = call
+        return tuple(outputs)
+
+    def of_tensors(ctx: Any, *cotangents: Tensor | None) -> Grads:
+        given = put_together(ctx.call.output, cotangents)
+        grads = backward(ctx, *given) if isinstance(given, tuple) else backward(ctx, given)
+        pairs = zip(ctx.call.arguments, grads if isinstance(grads, tuple) else (grads,), strict=True)
+        return None, *itertools.chain.from_iterable(flat(grad) for argument, grad in pairs if has_place(argument))
+
+    function = _function(op, forward=forward, backward=of_tensors)
+
+    def apply(run: Callable[[Any], Any], args: tuple) -> Any:
+        tensors, arguments = take_apart(args)
+        if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+            return run(args)
+        call = _Call(run, arguments)
+        outputs = function.apply(call, *tensors)
+        return put_together(call.output, outputs)
+
+    return apply
+
+
 def _function(op: Any, generate_vmap_rule: bool = False, **members: Callable[..., Any]) -> Any:
     methods = {name: staticmethod(member) for name, member in members.items()}
-    return type(op._opname, (torch.autograd.Function,), {**methods, "generate_vmap_rule": generate_vmap_rule})
+    name = op.name().partition("::")[2]
+    return type(name, (torch.autograd.Function,), {**methods, "generate_vmap_rule": generate_vmap_rule})
 
 
 def autocast(*tensors: Any) -> tuple:
@@ -132,9 +193,12 @@ def autocast(*tensors: Any) -> tuple:
     )
 
 
-def rows(*tensors: Tensor | None) -> list[Tensor | None]:
+def rows(*tensors: Rows) -> list[Rows]:
     """The tensors as kernels want them: any strides but a contiguous last axis. Only one that lacks it is copied."""
-    return [x if x is None or x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in tensors]
+    return [
+        x if x is None or x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()  # type: ignore[misc]
+        for x in tensors
+    ]
 
 
 def cotangent(grad: Tensor | None, output: Tensor) -> Tensor:
@@ -142,18 +206,3 @@ def cotangent(grad: Tensor | None, output: Tensor) -> Tensor:
     have none by nature, such as statistics, in every backward.
     """
     return torch.zeros_like(output) if grad is None else grad
-
-
-def lse_like(q: Tensor, *lead: int) -> Tensor:
-    """Uninitialised numbers per query: [*lead, B, H, S] for dense q [B, S, H, d], [*lead, H, N] for packed q [N, H, d]."""
-    shape = (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
-    return q.new_empty((*lead, *shape), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-
-
-def statistics_like(q: Tensor) -> Tensor:
-    """Uninitialised maximum and sum of each query's softmax, from which the backward computes the probabilities again.
-
-    The maximum is of the products q.k where they are multiplied by a positive scale and nothing else, or else of the scores. It may
-    be any number near it, as kernels do not raise it for every key; the sum is of exponentials less that very number.
-    """
-    return lse_like(q, 2)

@@ -3,8 +3,13 @@
 A fresh CPU tensor of many megabytes costs more in page faults than a memory-bound kernel needs to fill it, so memory of large
 outputs that nobody uses any more is kept for the next ones, as torch does on a GPU. The tensors are ordinary ones, except that
 their storage cannot be resized in place. What is kept and what is in use are at most twice what was once in use at the same time,
-and what is kept is at most a quarter of the machine's memory (or of the container's), or as many MiB as the environment variable
-`SORA_KERNELS_CACHE_MB` says, for each process; 0 keeps nothing. A training step frees all that it held for its backward at once and
+and what is kept has a limit for each process:
+
+- a quarter of the machine's memory (or of the container's), divided by the processes that torchrun started on the machine,
+- at most 64 MiB in a child process that lives for another one, such as a DataLoader's worker,
+- or as many MiB as the environment variable `SORA_KERNELS_CACHE_MB` says; 0 keeps nothing.
+
+A training step frees all that it held for its backward at once and
 asks for it again: what the limit does not let it keep costs page faults in every step.
 """
 
@@ -12,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import multiprocessing
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,15 +25,27 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
+
+from ._torch_private import transforms_active
+from .checks import fail
+
+__all__ = ["cache_limit", "cached_bytes", "empty_cache"]  # what users call
 
 LARGE = 4 << 20  # bytes; below, malloc keeps memory by itself
+_OF_A_WORKER = 64 << 20
 # Where a container finds how many bytes it may use, "max" for no limit: cgroup 2 and 1.
 _LIMIT_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-@functools.cache
 def _cpu() -> ModuleType | None:
     """Module _cpu, its limit set; None where it cannot be imported (`python -m sora_kernels.info` says why)."""
+    return _cpu_of(os.getpid())
+
+
+@functools.cache
+def _cpu_of(process: int) -> ModuleType | None:
+    """Once for each process: one that was forked sets a limit of its own."""
     try:
         module = importlib.import_module("._cpu", __package__)
     except ImportError:
@@ -40,14 +58,27 @@ def cache_limit() -> int:
     """The most bytes that are kept.
 
     Raises:
-        ValueError: SORA_KERNELS_CACHE_MB is not a whole number of at least 0.
+        ValueError: SORA_KERNELS_CACHE_MB is not a whole number of at least 0, or torchrun's LOCAL_WORLD_SIZE not one of at least 1.
     """
-    text = os.environ.get("SORA_KERNELS_CACHE_MB")
+    wanted = _whole_number("SORA_KERNELS_CACHE_MB", "MiB", at_least=0)
+    if wanted is not None:
+        return min(wanted << 20, _machine_bytes())
+    share = _machine_bytes() // 4 // (_whole_number("LOCAL_WORLD_SIZE", "processes", at_least=1) or 1)
+    return min(share, _OF_A_WORKER) if _is_worker() else share
+
+
+def _whole_number(variable: str, unit: str, at_least: int) -> int | None:
+    text = os.environ.get(variable)
     if not text:
-        return _machine_bytes() // 4
-    if not text.isdecimal():
-        raise ValueError(f"sora_kernels: SORA_KERNELS_CACHE_MB: expected a whole number of MiB of at least 0, got {text!r}")
-    return min(int(text) << 20, _machine_bytes())
+        return None
+    if not text.isdecimal() or int(text) < at_least:
+        fail("sora_kernels", variable, f"a whole number of {unit} of at least {at_least}", repr(text))
+    return int(text)
+
+
+def _is_worker() -> bool:
+    """Whether this process lives for another one: there may be many, and what they make is handed over."""
+    return get_worker_info() is not None or multiprocessing.current_process().daemon
 
 
 def _machine_bytes() -> int:
@@ -85,7 +116,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 def _eager_cpu() -> ModuleType | None:
     """Module _cpu, but where torch.func transforms: its tensors have no memory of their own."""
-    return None if torch._C._are_functorch_transforms_active() else _cpu()
+    return None if transforms_active() else _cpu()
 
 
 def _is_plain(x: Tensor) -> bool:

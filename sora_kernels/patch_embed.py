@@ -19,7 +19,7 @@ from torch import Tensor
 from . import backends
 from .checks import check_tensor, fail, triple
 from .layout import PackedLayout
-from .library import autocast, register, rows
+from .library import Context, Grads, autocast, register, rows
 from .memory import empty, empty_like
 
 Videos = Sequence[Tensor] | Tensor
@@ -151,36 +151,58 @@ def _num_tokens(clips: Sequence[Tensor], patch: Sequence[int]) -> int:
     return sum((c.shape[1] // patch[0]) * (c.shape[2] // patch[1]) * (c.shape[3] // patch[2]) for c in clips)
 
 
-def _run_embed(videos, weight, bias, patch_size):
+def _run_embed(videos: list[Tensor], weight: Tensor, bias: Tensor | None, patch_size: list[int]) -> Tensor:
     tokens = _fake_embed(videos, weight, bias, patch_size)
-    backends.call("patch_embed_3d_forward", weight, videos, weight.contiguous(), *rows(bias), patch_size, tokens)
+    (bias,) = rows(bias)
+    backends.call(
+        "patch_embed_3d_forward",
+        weight,
+        videos=videos,
+        weight=weight.contiguous(),
+        bias=bias,
+        patch_size=patch_size,
+        tokens=tokens,
+    )
     return tokens
 
 
-def _fake_embed(videos, weight, bias, patch_size):
+def _fake_embed(videos: list[Tensor], weight: Tensor, bias: Tensor | None, patch_size: list[int]) -> Tensor:
     return empty(weight, (_num_tokens(videos, patch_size), weight.shape[0]))
 
 
-def _run_embed_backward(dtokens, videos, weight, patch_size, videos_need_grad, has_bias):
-    args = videos_need_grad, has_bias
-    dvideos, dweight, dbias = grads = _fake_embed_backward(dtokens, videos, weight, patch_size, *args)
-    outputs = dvideos or None, dweight, dbias if has_bias else None
-    backends.call("patch_embed_3d_backward", weight, *rows(dtokens), videos, weight.contiguous(), patch_size, *outputs)
-    return grads
+def _run_embed_backward(
+    dtokens: Tensor, videos: list[Tensor], weight: Tensor, patch_size: list[int], videos_need_grad: bool, has_bias: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    dvideos, dweight, dbias = _fake_embed_backward(dtokens, videos, weight, patch_size, videos_need_grad, has_bias)
+    (dtokens,) = rows(dtokens)
+    backends.call(
+        "patch_embed_3d_backward",
+        weight,
+        dtokens=dtokens,
+        videos=videos,
+        weight=weight.contiguous(),
+        patch_size=patch_size,
+        dvideos=dvideos or None,
+        dweight=dweight,
+        dbias=dbias if has_bias else None,
+    )
+    return dvideos, dweight, dbias
 
 
-def _fake_embed_backward(dtokens, videos, weight, patch_size, videos_need_grad, has_bias):
+def _fake_embed_backward(
+    dtokens: Tensor, videos: list[Tensor], weight: Tensor, patch_size: list[int], videos_need_grad: bool, has_bias: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
     dvideos = [empty_like(video) for video in videos] if videos_need_grad else []
     return dvideos, empty_like(weight), weight.new_empty(weight.shape[0] if has_bias else 0)
 
 
-def _save_embed(ctx, inputs, output):
+def _save_embed(ctx: Context, inputs: tuple, output: Tensor) -> None:
     videos, weight, bias, ctx.patch_size = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(weight, *videos)
 
 
-def _grad_embed(ctx, dtokens):
+def _grad_embed(ctx: Context, dtokens: Tensor) -> tuple:
     weight, *videos = ctx.saved_tensors
     # The latents of a first layer need no gradient, which saves a third of the work.
     needed = any(video.requires_grad for video in videos)
@@ -203,43 +225,44 @@ _embed = register(
 )
 
 
-def _run_patchify(videos, patch_size):
+def _run_patchify(videos: list[Tensor], patch_size: list[int]) -> Tensor:
     tokens = _fake_patchify(videos, patch_size)
-    backends.call("patchify_3d", tokens, videos, patch_size, tokens)
+    backends.call("patchify_3d", tokens, videos=videos, patch_size=patch_size, tokens=tokens)
     return tokens
 
 
-def _fake_patchify(videos, patch_size):
+def _fake_patchify(videos: list[Tensor], patch_size: list[int]) -> Tensor:
     volume = patch_size[0] * patch_size[1] * patch_size[2]
     return empty(videos[0], (_num_tokens(videos, patch_size), volume * videos[0].shape[0]))
 
 
-def _run_unpatchify(tokens, sizes, patch_size):
+def _run_unpatchify(tokens: Tensor, sizes: list[int], patch_size: list[int]) -> list[Tensor]:
     videos = _fake_unpatchify(tokens, sizes, patch_size)
-    backends.call("unpatchify_3d", tokens, *rows(tokens), patch_size, videos)
+    (tokens,) = rows(tokens)
+    backends.call("unpatchify_3d", tokens, tokens=tokens, patch_size=patch_size, videos=videos)
     return videos
 
 
-def _fake_unpatchify(tokens, sizes, patch_size):
+def _fake_unpatchify(tokens: Tensor, sizes: list[int], patch_size: list[int]) -> list[Tensor]:
     channels = tokens.shape[1] // (patch_size[0] * patch_size[1] * patch_size[2])
     return [empty(tokens, (channels, *sizes[i : i + 3])) for i in range(0, len(sizes), 3)]
 
 
-def _save_patchify(ctx, inputs, output):
+def _save_patchify(ctx: Context, inputs: tuple, output: Tensor) -> None:
     videos, ctx.patch_size = inputs
     ctx.sizes = [n for video in videos for n in video.shape[1:]]
 
 
-def _grad_patchify(ctx, dtokens):
+def _grad_patchify(ctx: Context, dtokens: Tensor) -> tuple:
     return _unpatchify(dtokens, ctx.sizes, ctx.patch_size), None
 
 
-def _save_unpatchify(ctx, inputs, output):
+def _save_unpatchify(ctx: Context, inputs: tuple, output: list[Tensor]) -> None:
     tokens, _, ctx.patch_size = inputs
     ctx.num_tokens = tokens.shape[0]
 
 
-def _grad_unpatchify(ctx, dvideos):
+def _grad_unpatchify(ctx: Context, dvideos: list[Tensor]) -> Grads:
     dtokens = _patchify(dvideos, ctx.patch_size)
     slack = ctx.num_tokens - dtokens.shape[0]
     return torch.nn.functional.pad(dtokens, (0, 0, 0, slack)), None, None

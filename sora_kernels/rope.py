@@ -17,9 +17,19 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_bool, check_boundaries, check_cu_seqlens, check_number, check_tables, check_tensor, fail, triple
+from .checks import (
+    check_bool,
+    check_boundaries,
+    check_cu_seqlens,
+    check_int,
+    check_number,
+    check_tables,
+    check_tensor,
+    fail,
+    triple,
+)
 from .layout import PackedLayout
-from .library import cotangent, register, rows
+from .library import Context, Grads, cotangent, register, rows
 from .memory import empty_like
 
 Theta = float | tuple[float, float, float]
@@ -31,6 +41,7 @@ def default_axes_dim(head_dim: int) -> tuple[int, int, int]:
     >>> default_axes_dim(64), default_axes_dim(128)
     ((24, 20, 20), (44, 42, 42))
     """
+    head_dim = check_int("default_axes_dim", "head_dim", head_dim, 0)
     third = head_dim // 2 // 3
     return head_dim - 4 * third, 2 * third, 2 * third
 
@@ -139,21 +150,44 @@ def _check_angles(op: str, d: int, theta: Theta, axes_dim: tuple[int, int, int] 
     return thetas, axes
 
 
-def _run_rope(x, cu_spans, grid, origin, step, theta, axes_dim, interleaved, inverse):
+def _run_rope(
+    x: Tensor,
+    cu_spans: Tensor,
+    grid: Tensor,
+    origin: Tensor,
+    step: Tensor,
+    theta: list[float],
+    axes_dim: list[int],
+    interleaved: bool,
+    inverse: bool,
+) -> Tensor:
     check_boundaries("rope_3d", "layout.cu_spans", cu_spans, x.shape[0])
     check_tables("rope_3d", x, cu_spans, grid, origin, step)
     (x,) = rows(x)
     out = empty_like(x)
-    backends.call("rope_3d", x, x, cu_spans, grid, origin, step, theta, axes_dim, interleaved, inverse, out)
+    backends.call(
+        "rope_3d",
+        x,
+        x=x,
+        cu_spans=cu_spans,
+        grid=grid,
+        origin=origin,
+        step=step,
+        theta=theta,
+        axes_dim=axes_dim,
+        interleaved=interleaved,
+        inverse=inverse,
+        out=out,
+    )
     return out
 
 
-def _save_rope(ctx, inputs, output):
+def _save_rope(ctx: Context, inputs: tuple, output: Tensor) -> None:
     _, *tables, ctx.theta, ctx.axes_dim, ctx.interleaved, ctx.inverse = inputs
     ctx.save_for_backward(*tables)
 
 
-def _grad_rope(ctx, dout):
+def _grad_rope(ctx: Context, dout: Tensor) -> Grads:
     # A rotation's transpose is the rotation back.
     dx = _rope(dout, *ctx.saved_tensors, ctx.theta, ctx.axes_dim, ctx.interleaved, not ctx.inverse)
     return dx, *(None,) * 8
@@ -169,57 +203,122 @@ _rope = register(
 )
 
 
-def _run_norm_rope(q, k, q_weight, k_weight, *rest):
-    check_boundaries("qk_norm_rope_3d", "layout.cu_spans", rest[0], q.shape[0])
-    check_tables("qk_norm_rope_3d", q, *rest[:4])
-    q, k, q_weight, k_weight = rows(q, k, q_weight, k_weight)
-    outputs = _fake_norm_rope(q, k, q_weight, k_weight, *rest)
-    backends.call("qk_norm_rope_3d_forward", q, q, k, q_weight, k_weight, *rest, *outputs)
-    return outputs
+def _run_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cu_spans: Tensor,
+    grid: Tensor,
+    origin: Tensor,
+    step: Tensor,
+    theta: list[float],
+    axes_dim: list[int],
+    interleaved: bool,
+    across_heads: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_boundaries("qk_norm_rope_3d", "layout.cu_spans", cu_spans, q.shape[0])
+    check_tables("qk_norm_rope_3d", q, cu_spans, grid, origin, step)
+    (q, k), (q_weight, k_weight) = rows(q, k), rows(q_weight, k_weight)
+    q_out, k_out, q_rstd, k_rstd = _empty_norm_rope(q, k, across_heads)
+    backends.call(
+        "qk_norm_rope_3d_forward",
+        q,
+        q=q,
+        k=k,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        cu_spans=cu_spans,
+        grid=grid,
+        origin=origin,
+        step=step,
+        theta=theta,
+        axes_dim=axes_dim,
+        interleaved=interleaved,
+        across_heads=across_heads,
+        eps=eps,
+        q_out=q_out,
+        k_out=k_out,
+        q_rstd=q_rstd,
+        k_rstd=k_rstd,
+    )
+    return q_out, k_out, q_rstd, k_rstd
 
 
-def _fake_norm_rope(q, k, q_weight, k_weight, *rest):
-    across_heads = rest[-2]
-    stats = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rstd = (x.new_empty((x.shape[0], 1 if across_heads else x.shape[1]), dtype=stats) for x in (q, k))
-    return empty_like(q), empty_like(k), *rstd
+def _empty_norm_rope(q: Tensor, k: Tensor, across_heads: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q_rstd, k_rstd = (x.new_empty((x.shape[0], 1 if across_heads else x.shape[1]), dtype=dtype) for x in (q, k))
+    return empty_like(q), empty_like(k), q_rstd, k_rstd
 
 
-def _run_norm_rope_backward(dq_out, dk_out, q, k, q_weight, k_weight, *rest):
-    dq_out, dk_out, q, k, q_weight, k_weight = rows(dq_out, dk_out, q, k, q_weight, k_weight)
-    grads = _fake_norm_rope_backward(dq_out, dk_out, q, k, q_weight, k_weight)
-    weights = (grads[2] if q_weight is not None else None, grads[3] if k_weight is not None else None)
-    args = dq_out, dk_out, q, k, q_weight, k_weight, *rest
-    backends.call("qk_norm_rope_3d_backward", q, *args, *grads[:2], *weights)
-    return grads
+def _run_norm_rope_backward(
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_rstd: Tensor,
+    k_rstd: Tensor,
+    cu_spans: Tensor,
+    grid: Tensor,
+    origin: Tensor,
+    step: Tensor,
+    theta: list[float],
+    axes_dim: list[int],
+    interleaved: bool,
+    across_heads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (dq_out, dk_out, q, k), (q_weight, k_weight) = rows(dq_out, dk_out, q, k), rows(q_weight, k_weight)
+    dq, dk, dq_weight, dk_weight = _fake_norm_rope_backward(dq_out, dk_out, q, k, q_weight, k_weight)
+    backends.call(
+        "qk_norm_rope_3d_backward",
+        q,
+        dq_out=dq_out,
+        dk_out=dk_out,
+        q=q,
+        k=k,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        q_rstd=q_rstd,
+        k_rstd=k_rstd,
+        cu_spans=cu_spans,
+        grid=grid,
+        origin=origin,
+        step=step,
+        theta=theta,
+        axes_dim=axes_dim,
+        interleaved=interleaved,
+        across_heads=across_heads,
+        dq=dq,
+        dk=dk,
+        dq_weight=None if q_weight is None else dq_weight,
+        dk_weight=None if k_weight is None else dk_weight,
+    )
+    return dq, dk, dq_weight, dk_weight
 
 
-def _fake_norm_rope_backward(dq_out, dk_out, q, k, q_weight, k_weight, *_):
-    weights = (x.new_empty(0 if w is None else w.shape) for x, w in ((q, q_weight), (k, k_weight)))
-    return empty_like(q), empty_like(k), *weights
+def _fake_norm_rope_backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq_weight, dk_weight = (x.new_empty(0 if w is None else w.shape) for x, w in ((q, q_weight), (k, k_weight)))
+    return empty_like(q), empty_like(k), dq_weight, dk_weight
 
 
-def _save_norm_rope(ctx, inputs, output):
+def _save_norm_rope(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     q, k, q_weight, k_weight, *tables, ctx.theta, ctx.axes_dim, ctx.interleaved, ctx.across_heads, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(q, k, q_weight, k_weight, *output[2:], *tables)
 
 
-def _grad_norm_rope(ctx, dq_out, dk_out, *_):
-    saved = ctx.saved_tensors
-    args = (
-        cotangent(dq_out, saved[0]),
-        cotangent(dk_out, saved[1]),
-        *saved,
-        ctx.theta,
-        ctx.axes_dim,
-        ctx.interleaved,
-        ctx.across_heads,
-    )
-    dq, dk, dq_weight, dk_weight = _norm_rope_backward(*args)
-    weights = (dq_weight if saved[2] is not None else None, dk_weight if saved[3] is not None else None)
-    return dq, dk, *weights, *(None,) * 9
+def _grad_norm_rope(ctx: Context, dq_out: Tensor | None, dk_out: Tensor | None, *_: None) -> Grads:
+    q, k, q_weight, k_weight, *saved = ctx.saved_tensors
+    cotangents = cotangent(dq_out, q), cotangent(dk_out, k)
+    options = ctx.theta, ctx.axes_dim, ctx.interleaved, ctx.across_heads
+    dq, dk, dq_weight, dk_weight = _norm_rope_backward(*cotangents, q, k, q_weight, k_weight, *saved, *options)
+    return dq, dk, None if q_weight is None else dq_weight, None if k_weight is None else dk_weight, *(None,) * 9
 
 
 _norm_rope_backward = register(
@@ -232,7 +331,7 @@ _norm_rope = register(
     f"qk_norm_rope_3d_forward(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, {_TABLES}, bool across_heads, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _run_norm_rope,
-    _fake_norm_rope,
+    lambda q, k, *rest: _empty_norm_rope(q, k, rest[-2]),
     _grad_norm_rope,
     _save_norm_rope,
 )

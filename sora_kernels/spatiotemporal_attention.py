@@ -13,9 +13,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import backends
-from .checks import check_cu_seqlens, check_qkv, check_tables, check_tensor, fail, side, triple
+from .attention_op import attention_forward, statistics_like
+from .checks import UNBOUNDED, check_cu_seqlens, check_qkv, check_tables, check_tensor, fail, side, triple
 from .layout import PackedLayout
-from .library import autocast, cotangent, register, rows, statistics_like
+from .library import Context, Grads, autocast, cotangent, register, rows
 from .memory import empty_like
 
 
@@ -68,40 +69,98 @@ def spatiotemporal_attention(
     sizes = [0 if w is None else side(w) for w in axes]
     causal_axes = triple(op, "causal", causal, bool)
     if not any(sizes) and not any(causal_axes):
-        from .attention import flash_attn_varlen_func  # here, as that module imports this one
-
-        return flash_attn_varlen_func(q, k, v, layout.cu_seqlens, layout.cu_seqlens, softmax_scale=scale)
+        boundaries = layout.cu_seqlens, layout.cu_seqlens
+        return attention_forward(q, k, v, *boundaries, None, None, scale, UNBOUNDED, UNBOUNDED, 0.0)[0]
     tables = layout.cu_seqlens, layout.cu_spans, layout.grid, layout.step
     return _forward(q, k, v, *tables, sizes, causal_axes, scale)[0]
 
 
-def _run_forward(q, k, v, *rest):
-    check_tables("spatiotemporal_attention", q, *rest[1:4])
+def _run_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_spans: Tensor,
+    grid: Tensor,
+    step: Tensor,
+    window: list[int],
+    causal: list[bool],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    check_tables("spatiotemporal_attention", q, cu_spans, grid, step)
     q, k, v = rows(q, k, v)
     out, statistics = _fake_forward(q)
-    backends.call("spatiotemporal_attention_forward", q, q, k, v, *rest, out, statistics)
+    backends.call(
+        "spatiotemporal_attention_forward",
+        q,
+        q=q,
+        k=k,
+        v=v,
+        cu_seqlens=cu_seqlens,
+        cu_spans=cu_spans,
+        grid=grid,
+        step=step,
+        window=window,
+        causal=causal,
+        scale=scale,
+        out=out,
+        statistics=statistics,
+    )
     return out, statistics
 
 
-def _run_backward(dout, q, k, v, out, statistics, *rest):
+def _run_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    cu_seqlens: Tensor,
+    cu_spans: Tensor,
+    grid: Tensor,
+    step: Tensor,
+    window: list[int],
+    causal: list[bool],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v = rows(dout, q, k, v)
-    grads = empty_like(q), empty_like(k), empty_like(v)
-    backends.call("spatiotemporal_attention_backward", q, dout, q, k, v, out, statistics, *rest, *grads)
-    return grads
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+    backends.call(
+        "spatiotemporal_attention_backward",
+        q,
+        dout=dout,
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        statistics=statistics,
+        cu_seqlens=cu_seqlens,
+        cu_spans=cu_spans,
+        grid=grid,
+        step=step,
+        window=window,
+        causal=causal,
+        scale=scale,
+        dq=dq,
+        dk=dk,
+        dv=dv,
+    )
+    return dq, dk, dv
 
 
-def _fake_forward(q, *_):
+def _fake_forward(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return empty_like(q), statistics_like(q)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Context, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_seqlens, cu_spans, grid, step, *ctx.scalars = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_spans, grid, step)
 
 
-def _grad(ctx, dout, _):
+def _grad(ctx: Context, dout: Tensor | None, _: None) -> Grads:
     q, *saved = ctx.saved_tensors
     return *_backward(cotangent(dout, q), q, *saved, *ctx.scalars), *(None,) * 7
 

@@ -72,7 +72,9 @@ def works(
     def tensor(*shape: int) -> Tensor:
         return make(shape, dtype=dtype).requires_grad_()
 
-    def passes(op: str, unit: str, units: int, forward: tuple, backward: tuple, inputs: Sequence[Tensor], run: Callable):
+    def passes(
+        op: str, unit: str, units: int, forward: tuple, backward: tuple, inputs: Sequence[Tensor], run: Callable
+    ) -> Iterator[Work]:
         """Forward and backward, each with its (bytes, FLOPs)."""
         yield Work(op, unit, units, forward[0] / 1e9, forward[1] / 1e12, run, inputs)
         yield Work(f"{op}, backward", unit, units, backward[0] / 1e9, backward[1] / 1e12, run, inputs, True)

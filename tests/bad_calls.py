@@ -95,9 +95,9 @@ def recorded() -> dict[str, list[tuple]]:
     calls: dict[str, list[tuple]] = collections.defaultdict(list)
     call = backends.call
 
-    def record(function: str, like: Tensor, *args: Any) -> None:
-        call(function, like, *args)
-        calls[function].append(args)
+    def record(function: str, like: Tensor, **arguments: Any) -> None:
+        call(function, like, **arguments)
+        calls[function].append(tuple(arguments.values()))
 
     with mock.patch.object(backends, "call", record), backends.use_backend("cpu"):
         for dtype in DTYPES:

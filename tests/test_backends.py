@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -150,6 +151,52 @@ def test_records_end_each_for_its_own_list():
         bias_gelu(x)
     assert len(outer) == 1
     assert inner == []
+
+
+def test_records_in_several_threads_end_each_for_its_own_list() -> None:
+    """Those that are still open are equal lists, and go on."""
+    x = torch.zeros(3, 4)
+    opened, closed = threading.Barrier(3), threading.Barrier(3)
+    found: list[int] = []
+
+    def other(stays: bool) -> None:
+        with record() as calls:
+            opened.wait()
+            if stays:
+                closed.wait()
+                bias_gelu(x)
+                found.append(len(calls))
+        if not stays:
+            closed.wait()
+
+    threads = [threading.Thread(target=other, args=(stays,)) for stays in (True, False)]
+    for thread in threads:
+        thread.start()
+    opened.wait()
+    closed.wait()
+    for thread in threads:
+        thread.join()
+    assert found == [1]
+
+
+def test_a_change_of_the_order_holds_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend() -> str:
+        with record() as calls:
+            rotate()
+        return calls[0][1]
+
+    assert backend() == "cpu"
+    with monkeypatch.context() as patch:
+        patch.setitem(backends.ORDER, "cpu", ("reference",))
+        assert backend() == "reference"
+    assert backend() == "cpu"
+    with monkeypatch.context() as patch:
+        patch.setitem(backends.BACKENDS, "cpu", backends.Backend("cpu", "._no_such_module", ("cpu",), (torch.float32,)))
+        assert backend() != "cpu"
+    assert backend() == "cpu"
+    with mock.patch.dict(backends.ORDER, cpu=("reference",)):
+        assert backend() == "reference"
+    assert backend() == "cpu"
 
 
 def test_a_backend_forced_here_is_not_forced_in_other_threads():

@@ -42,9 +42,9 @@ def test_triton_takes_nothing_from_the_host() -> None:
     run, inputs = block(PackedLayout.from_spans([[Span((2, 2, 3))], [], [Span((1, 3, 2))]], "cpu"), theta=777.0)
     recorded, call = RecordHost(), backends.call
 
-    def watched(function: str, like: Tensor, *args: object) -> None:
+    def watched(function: str, like: Tensor, **arguments: object) -> None:
         with recorded:
-            call(function, like, *args)
+            call(function, like, **arguments)
 
     with backends.use_backend("triton"), backends.record() as calls, mock.patch.object(backends, "call", watched):
         step(run, inputs)

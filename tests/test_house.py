@@ -3,6 +3,7 @@
 import ast
 import functools
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -12,16 +13,21 @@ from unittest import mock
 
 import pytest
 
+import sora_kernels
+
 ROOT = Path(__file__).parent.parent
 OPS = ("attention", "rope", "adaln", "bias_gelu", "patch_embed")
 STORIES = (*OPS, "spatiotemporal_attention")
 
 
-def imports(path: Path) -> set[str]:
+def imports(path: Path, for_type_checkers: bool = True) -> set[str]:
     """Absolute names of the modules that a file imports anywhere."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    if not for_type_checkers:
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -63,11 +69,74 @@ def test_kernels_never_import_the_model():
     assert not [path for path in files("sora_kernels") if any(name.startswith("sora_model") for name in imports(path))]
 
 
-def test_model_imports_public_names_only():
-    for path in files("sora_model"):
-        for name in imports(path):
-            if name.startswith("sora_kernels"):
-                assert name.removeprefix("sora_kernels.") in (*STORIES, "layout", "info", "backends"), f"{path.name} imports {name}"
+def private_names(tree: ast.AST) -> list[str]:
+    """What is imported from sora_kernels, anywhere, that users are not offered: whole modules among it."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.partition(".")[0] == "sora_kernels"]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "sora_kernels":
+            origin = (node.module or "").partition(".")[2]
+            public = origin in ("", *sora_kernels._PUBLIC.values())
+            found += [f"{node.module}.{a.name}" for a in node.names if not public or a.name not in sora_kernels.__all__]
+    return found
+
+
+@pytest.mark.parametrize("path", files("sora_model"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_model_imports_public_names_only(path):
+    assert not private_names(ast.parse(path.read_text()))
+
+
+def test_private_names_are_found():
+    good = "from sora_kernels import rope_3d, use_backend\nfrom sora_kernels.attention import spatiotemporal_attention"
+    bad = "from sora_kernels.library import rows\nfrom sora_kernels import backends\nfrom sora_kernels.rope import Theta"
+    assert private_names(ast.parse(good)) == []
+    assert private_names(ast.parse(f"{good}\n{bad}\nimport sora_kernels.layout")) == [
+        "sora_kernels.library.rows", "sora_kernels.backends", "sora_kernels.rope.Theta", "sora_kernels.layout"
+    ]  # fmt: skip
+
+
+def import_graph(package: str) -> dict[str, set[str]]:
+    """module of a package -> the modules of it that it imports anywhere, but for type checkers only."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files(package)}
+    graph = {}
+    for module, path in modules.items():
+        names = {name if name in modules else name.rpartition(".")[0] for name in imports(path, for_type_checkers=False)}
+        graph[module] = {name for name in names if name in modules} - {module}
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules of which each imports the next, and the last the first; none if there is no such thing."""
+    done: set[str] = set()
+
+    def search(path: list[str]) -> list[str]:
+        for name in sorted(graph[path[-1]] - done):
+            found = path[path.index(name) :] if name in path else search([*path, name])
+            if found:
+                return found
+        done.add(path[-1])
+        return []
+
+    return next(filter(None, (search([name]) for name in graph)), [])
+
+
+@pytest.mark.parametrize("package", ["sora_kernels"])
+def test_no_module_imports_one_that_imports_it(package):
+    graph = import_graph(package)
+    assert any(graph.values())
+    assert not circle(graph)
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b", "d"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+@pytest.mark.parametrize("package", ["sora_kernels", "sora_model"])
+def test_type_checkers_of_users_read_the_types(package):
+    assert (ROOT / package / "py.typed").is_file()
+    assert re.search(rf'^package-data = .*{package} = \[[^]]*"py.typed"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -118,6 +187,51 @@ def test_tiers_leak_no_shared_symbols(tier, width, flags, source, tmp_path):
     weak = [line.split(maxsplit=2)[2] for line in symbols if line[17:18] in "WVu"]
     assert weak or source != "attention", "expected the tier's own templates: is nm's output read right?"
     assert not [name for name in weak if f"sora::{tier}::" not in name and not name.startswith("DW.ref.")]
+
+
+def private_torch(path: Path) -> list[str]:
+    """Names of torch that begin with an underscore, as a file imports or reads them."""
+    of_torch, found = {}, []
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            of_torch |= {alias.asname or "torch": alias.name for alias in node.names if is_torch(alias.name)}
+            found += [alias.name for alias in node.names if is_torch(alias.name)]
+        elif isinstance(node, ast.ImportFrom) and not node.level and is_torch(node.module or ""):
+            names = {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            of_torch |= names
+            found += names.values()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            root, _, rest = dotted.partition(".")
+            if root in of_torch:
+                found.append(f"{of_torch[root]}.{rest}")
+    return sorted({name for name in found if re.search(r"\._(?!_)", name)})
+
+
+def is_torch(module: str) -> bool:
+    return module.partition(".")[0] == "torch"
+
+
+@pytest.mark.parametrize("path", files("sora_kernels") + files("sora_model"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_parts_of_torch_are_in_one_file(path):
+    found = private_torch(path)
+    assert bool(found) == (path.name == "_torch_private.py"), found
+
+
+def test_private_parts_of_torch_are_found(tmp_path):
+    file = tmp_path / "file.py"
+    lines = [
+        "import torch",
+        "import torch._dynamo as dynamo",
+        "from torch._library import infer",
+        "from torch.autograd import forward_ad",
+    ]
+    file.write_text("\n".join([*lines, "torch._C.f()", "forward_ad._current_level", "torch.nn.Module.__init__", "self._C", ""]))
+    assert private_torch(file) == [
+        "torch._C", "torch._C.f", "torch._dynamo", "torch._library.infer", "torch.autograd.forward_ad._current_level"
+    ]  # fmt: skip
 
 
 def test_cpu_and_cuda_never_include_each_other():

@@ -101,7 +101,11 @@ def test_repr_is_readable(layout):
         (lambda: Span((1, 1, 1), step=(1, float("nan"), 1)), ValueError, "Span: step: expected three floats"),
         (lambda: PackedLayout([Span((1, 1, 1))]), TypeError, "PackedLayout: spans: expected a list of Spans for each sample, got"),
         (lambda: PackedLayout.from_grids(5), TypeError, r"PackedLayout.from_grids: grids: expected a list of \(T, H, W\), got 5"),
-        (lambda: PackedLayout.from_grids([5]), ValueError, r"Span: grid: expected three ints \(T, H, W\), got 5"),
+        (
+            lambda: PackedLayout.from_grids([5]),
+            ValueError,
+            r"PackedLayout.from_grids: grids\[0\]: expected three ints \(T, H, W\), got 5",
+        ),
         (lambda: PackedLayout.concat([1]), TypeError, "PackedLayout.concat: layouts: expected PackedLayouts, got int"),
         (
             lambda: PackedLayout.from_grids([(1, 1, 2)]).select([0.0]),
@@ -118,7 +122,11 @@ def test_repr_is_readable(layout):
             TypeError,
             "PackedLayout.unpack: tokens: expected a torch.Tensor",
         ),
-        (lambda: PackedLayout.from_spans([[(1, 2, 3)]]), TypeError, "PackedLayout: spans: expected Span objects, got tuple"),
+        (
+            lambda: PackedLayout.from_spans([[(1, 2, 3)]]),
+            TypeError,
+            "PackedLayout.from_spans: spans: expected Span objects, got tuple",
+        ),
         (lambda: PackedLayout.from_grids([(2**15, 2**15, 2)]), ValueError, r"fewer than 2\*\*31 tokens, got 2147483648"),
         (lambda: PackedLayout.concat([]), ValueError, "PackedLayout.concat: layouts: expected at least one layout, got none"),
         (lambda: PackedLayout.concat(1), TypeError, "PackedLayout.concat: layouts: expected a list of layouts, got 1"),
@@ -137,7 +145,7 @@ def test_repr_is_readable(layout):
         (
             lambda: PackedLayout.from_grids([]).to(torch.float32),
             TypeError,
-            "PackedLayout: device: expected a device, got torch.float32",
+            "PackedLayout.to: device: expected a device, got torch.float32",
         ),
         (lambda: PackedLayout.from_grids([(1, 1, 2)]).select([1]), IndexError, "PackedLayout.select: samples: .* got 1"),
         (lambda: PackedLayout.from_grids([(1, 1, 2)]).pack([torch.zeros(3)]), ValueError, r"expected lengths \[2\], got \[3\]"),

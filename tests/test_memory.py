@@ -136,3 +136,42 @@ def test_sizes_that_never_come_back_do_not_pile_up():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "True\n", done.stderr
+
+
+def limit_in_a_process(**environment: str) -> subprocess.CompletedProcess:
+    code = "from sora_kernels import cache_limit; print(cache_limit())"
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("limit", "divisor"), [("", 4), ("7", None)])
+def test_processes_of_torchrun_share_the_machine(limit, divisor):
+    done = limit_in_a_process(LOCAL_WORLD_SIZE="4", SORA_KERNELS_CACHE_MB=limit)
+    expected = 7 << 20 if divisor is None else memory._machine_bytes() // 4 // divisor
+    assert done.stdout == f"{expected}\n", done.stderr
+
+
+def test_a_wrong_number_of_processes_is_named():
+    done = limit_in_a_process(LOCAL_WORLD_SIZE="none", SORA_KERNELS_CACHE_MB="")
+    assert "sora_kernels: LOCAL_WORLD_SIZE: expected a whole number of processes of at least 1, got 'none'" in done.stderr
+
+
+class Outputs(torch.utils.data.Dataset):
+    """(the limit, whether what is kept after 200 MiB of outputs is below it), where it is read."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        many = [memory.empty(LARGE, (5000, 1024)) for _ in range(10)]
+        del many
+        return memory.cache_limit(), memory.cached_bytes() <= memory.cache_limit()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_worker_keeps_little(workers, monkeypatch):
+    monkeypatch.delenv("SORA_KERNELS_CACHE_MB", raising=False)
+    memory.empty_like(LARGE)  # so that a worker that is forked finds the limit of this process
+    ((limit, is_kept),) = torch.utils.data.DataLoader(Outputs(), batch_size=None, num_workers=workers)
+    assert is_kept
+    assert limit == (64 << 20 if workers else memory._machine_bytes() // 4)

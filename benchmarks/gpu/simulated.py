@@ -194,9 +194,9 @@ class Simulated(backends.Backend):
         return self.stand_in
 
 
-def _launched_and_computed(launch: Callable[..., None], compute: Callable[..., None], *args: Any) -> None:
-    launch(*args)
-    compute(*args)
+def _launched_and_computed(launch: Callable[..., None], compute: Callable[..., None], **arguments: Any) -> None:
+    launch(**arguments)
+    compute(*arguments.values())  # it is compiled
 
 
 def _set_backends(computed: bool) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sora_kernels.reference import widen, write, write_gradients, zero_rows
+from .common import widen, write, write_gradients, zero_rows
 
 
 def num_used(x: Tensor, cu_rows: Tensor | None) -> int:

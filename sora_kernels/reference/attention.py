@@ -14,8 +14,8 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sora_kernels.reference import widen, write, write_gradients
-from sora_kernels.reference.rope import token_coordinates
+from .common import widen, write, write_gradients
+from .rope import token_coordinates
 
 
 def attend(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from sora_kernels.reference import widen, write, write_gradients
+from .common import widen, write, write_gradients
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:

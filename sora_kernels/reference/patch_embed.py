@@ -9,7 +9,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from sora_kernels.reference import widen, write, write_gradients
+from .common import widen, write, write_gradients
 
 PATCHES = "c (t pt) (h ph) (w pw) -> (t h w) (pt ph pw c)"
 

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sora_kernels.reference import widen, write, write_gradients, zero_rows
+from .common import widen, write, write_gradients, zero_rows
 
 
 def token_coordinates(cu_spans: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data import Batch, PackedSampler
 from ..storage.files import whole_file
@@ -239,7 +239,7 @@ class Trainer:
     @torch.no_grad()
     def _move_average(self, averages: Any, parameters: Any, updates: Any) -> None:
         decay = min(self.config.ema_decay, (1 + int(updates)) / (10 + int(updates)))
-        torch._foreach_lerp_(averages, parameters, 1 - decay)
+        get_ema_multi_avg_fn(decay)(averages, parameters, updates)
 
 
 class _Loss(nn.Module):

@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sora_kernels import reference
+from sora_kernels.signatures import SIGNATURES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -45,8 +45,6 @@ WATCH = (
 FLAGS = f"-std=c++17 -O1 -g1 -fPIC -Wno-unknown-pragmas -Wno-attributes {'-march=native' if platform.machine() == 'x86_64' else ''}"
 # See workspace.cpp.
 WRAPPED = ("_ZN4sora4cuda8allocateERKNS_6TensorEl", "_ZN4sora4cuda7releaseEPv")
-# The first output of a function has one of these names in the reference's signature.
-FIRST_OUTPUTS = ("out", "dx", "dresidual", "residual_out", "q_out", "dq", "tokens", "videos")
 
 
 COMPILER = os.environ.get("SIMT_CXX", "g++")
@@ -117,19 +115,10 @@ def load() -> ModuleType:
     extension, watched = load_extension("_cuda", path), Watched(path)
     module = ModuleType("simt")
     for name, function in inspect.getmembers(extension, callable):
-        if hasattr(reference, name):
-            parameters = list(inspect.signature(getattr(reference, name)).parameters)
-            function = watched.function(function, outputs_from(name, parameters))
+        if name in SIGNATURES:
+            function = watched.function(function, len(SIGNATURES[name].inputs))
         setattr(module, name, function)
     return module
-
-
-def outputs_from(name: str, parameters: list[str]) -> int:
-    """The place of the first output among a backend function's parameters, which come last."""
-    if name in ("patchify_3d", "unpatchify_3d"):
-        return len(parameters) - 1
-    last_input = "bias" if "gelu" in name else "cu_spans" if "rope" in name else "cu_rows"
-    return next(i for i in range(parameters.index(last_input), len(parameters)) if parameters[i] in FIRST_OUTPUTS)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -154,7 +143,8 @@ class Watched:
         """`function`, whose arguments from `first_output` on are outputs, with every access checked."""
 
         @functools.wraps(function)
-        def call(*args: Any) -> None:
+        def call(*args: Any, **arguments: Any) -> None:
+            args = (*args, *arguments.values())
             with self.lock:
                 try:
                     for i, arg in enumerate(args):

@@ -1,0 +1,140 @@
+"""The registered op under dense and packed attention, which both of attention's stories call; the formulas are attention.py's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .checks import check_boundaries
+from .library import Context, Grads, cotangent, register, rows
+from .memory import empty_like
+
+
+def lse_like(q: Tensor, *lead: int) -> Tensor:
+    """Uninitialised numbers per query: [*lead, B, H, S] for dense q [B, S, H, d], [*lead, H, N] for packed q [N, H, d]."""
+    shape = (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
+    return q.new_empty((*lead, *shape), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def statistics_like(q: Tensor) -> Tensor:
+    """Uninitialised maximum and sum of each query's softmax, from which the backward computes the probabilities again.
+
+    The maximum is of the products q.k where they are multiplied by a positive scale and nothing else, or else of the scores. It may
+    be any number near it, as kernels do not raise it for every key; the sum is of exponentials less that very number.
+    """
+    return lse_like(q, 2)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if cu_q is not None and cu_k is not None:
+        check_boundaries("attention", "cu_seqlens_q", cu_q, q.shape[0])
+        check_boundaries("attention", "cu_seqlens_k", cu_k, k.shape[0])
+    (q, k, v), (cu_q, cu_k) = rows(q, k, v), rows(cu_q, cu_k)
+    out, lse, statistics = _fake(q)
+    backends.call(
+        "attention_forward",
+        q,
+        q=q,
+        k=k,
+        v=v,
+        cu_q=cu_q,
+        cu_k=cu_k,
+        bias=bias,
+        alibi=alibi,
+        scale=scale,
+        left=left,
+        right=right,
+        softcap=softcap,
+        out=out,
+        lse=lse,
+        statistics=statistics,
+    )
+    return out, lse, statistics
+
+
+def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_like(q), lse_like(q), statistics_like(q)
+
+
+def _run_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (dout, q, k, v), (dlse, cu_q, cu_k) = rows(dout, q, k, v), rows(dlse, cu_q, cu_k)
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+    backends.call(
+        "attention_backward",
+        q,
+        dout=dout,
+        dlse=dlse,
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        statistics=statistics,
+        cu_q=cu_q,
+        cu_k=cu_k,
+        bias=bias,
+        alibi=alibi,
+        scale=scale,
+        left=left,
+        right=right,
+        softcap=softcap,
+        dq=dq,
+        dk=dk,
+        dv=dv,
+    )
+    return dq, dk, dv
+
+
+def _save(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    q, k, v, cu_q, cu_k, bias, alibi, *ctx.scalars = inputs
+    out, _, statistics = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(q, k, v, out, statistics, cu_q, cu_k, bias, alibi)
+
+
+def _grad(ctx: Context, dout: Tensor | None, dlse: Tensor | None, _: None) -> Grads:
+    if dout is None and dlse is None:
+        return (None,) * 11
+    q, *saved = ctx.saved_tensors
+    return *_backward(cotangent(dout, q), dlse, q, *saved, *ctx.scalars), *(None,) * 8
+
+
+_ARGUMENTS = "Tensor? cu_q, Tensor? cu_k, Tensor? bias, Tensor? alibi, float scale, SymInt left, SymInt right, float softcap"
+_backward = register(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    lambda dout, dlse, q, k, v, *_: (empty_like(q), empty_like(k), empty_like(v)),
+)
+attention_forward = register(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _run, _fake, _grad, _save
+)

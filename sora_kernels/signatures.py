@@ -1,0 +1,77 @@
+"""What every backend function takes: the one declaration of names and order that all backends are held to.
+
+    function(inputs) -> outputs           a "?" behind a name: may be None
+
+The caller allocates the outputs, and the function writes into them: they are its last arguments. An output of None is not wanted.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Signature(NamedTuple):
+    """The arguments of a backend function by name, in their order."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    optional: frozenset[str]
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return self.inputs + self.outputs
+
+
+def parse(text: str) -> tuple[str, Signature]:
+    """Name and signature of a declaration.
+
+    >>> parse("bias_gelu_forward(x, bias?) -> out")
+    ('bias_gelu_forward', Signature(inputs=('x', 'bias'), outputs=('out',), optional=frozenset({'bias'})))
+    """
+    found = re.fullmatch(r"(\w+)\(([\w?, ]+)\) -> ([\w?, ]+)", text)
+    if found is None:
+        raise ValueError(f"signatures: text: expected 'function(inputs) -> outputs', got {text!r}")
+    inputs, outputs = (found[group].split(", ") for group in (2, 3))
+    optional = frozenset(name.rstrip("?") for name in inputs + outputs if name.endswith("?"))
+    return found[1], Signature(_names(inputs), _names(outputs), optional)
+
+
+def _names(texts: list[str]) -> tuple[str, ...]:
+    return tuple(text.rstrip("?") for text in texts)
+
+
+_TABLES = "cu_spans, grid, origin, step, theta, axes_dim, interleaved"
+_WINDOWS = "cu_seqlens, cu_spans, grid, step, window, causal, scale"
+_SCORES = "cu_q?, cu_k?, bias?, alibi?, scale, left, right, softcap"
+_NORM = "cu_rows?, rms, weight?, bias?"
+
+SIGNATURES = dict(
+    map(
+        parse,
+        (
+            f"attention_forward(q, k, v, {_SCORES}) -> out, lse, statistics",
+            f"attention_backward(dout, dlse?, q, k, v, out, statistics, {_SCORES}) -> dq, dk, dv",
+            f"spatiotemporal_attention_forward(q, k, v, {_WINDOWS}) -> out, statistics",
+            f"spatiotemporal_attention_backward(dout, q, k, v, out, statistics, {_WINDOWS}) -> dq, dk, dv",
+            f"rope_3d(x, {_TABLES}, inverse) -> out",
+            f"qk_norm_rope_3d_forward(q, k, q_weight?, k_weight?, {_TABLES}, across_heads, eps) -> q_out, k_out, q_rstd, k_rstd",
+            f"qk_norm_rope_3d_backward(dq_out, dk_out, q, k, q_weight?, k_weight?, q_rstd, k_rstd, {_TABLES}, across_heads)"
+            " -> dq, dk, dq_weight?, dk_weight?",
+            f"layer_norm_modulate_forward(x, shift?, scale?, {_NORM}, eps) -> out, mean, rstd",
+            f"layer_norm_modulate_backward(dout, x, scale?, {_NORM}, mean, rstd) -> dx, dshift?, dscale?, dweight?, dbias?",
+            "gate_residual_forward(residual, x, gate?, cu_rows?) -> out",
+            "gate_residual_backward(dout, x?, gate?, cu_rows?) -> dresidual, dx?, dgate?",
+            f"gate_residual_layer_norm_modulate_forward(residual, x, gate?, shift?, scale?, {_NORM}, eps)"
+            " -> residual_out, out, mean, rstd",
+            f"gate_residual_layer_norm_modulate_backward(dresidual_out, dout, residual_out, x?, gate?, scale?, {_NORM}, mean, rstd)"
+            " -> dresidual, dx?, dgate?, dshift?, dscale?, dweight?, dbias?",
+            "bias_gelu_forward(x, bias?) -> out",
+            "bias_gelu_backward(dout, x, bias?) -> dx, dbias?",
+            "patch_embed_3d_forward(videos, weight, bias?, patch_size) -> tokens",
+            "patch_embed_3d_backward(dtokens, videos, weight, patch_size) -> dvideos?, dweight, dbias?",
+            "patchify_3d(videos, patch_size) -> tokens",
+            "unpatchify_3d(tokens, patch_size) -> videos",
+        ),
+    )
+)

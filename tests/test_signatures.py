@@ -1,0 +1,60 @@
+"""The declaration of signatures.py is what every backend takes and every op passes."""
+
+import inspect
+import re
+from typing import Any
+from unittest import mock
+
+import bad_calls
+import pytest
+import torch
+from torch import Tensor
+
+from sora_kernels import backends
+from sora_kernels.signatures import SIGNATURES, parse
+
+
+def test_a_declaration() -> None:
+    name, signature = parse("rotate(x, weight?, eps) -> out, dweight?")
+    assert name == "rotate"
+    assert signature.arguments == ("x", "weight", "eps", "out", "dweight")
+    assert (len(signature.inputs), signature.optional) == (3, {"weight", "dweight"})
+    with pytest.raises(ValueError, match=r"expected 'function\(inputs\) -> outputs', got 'rotate\(x\)'"):
+        parse("rotate(x)")
+
+
+@pytest.mark.parametrize("function", SIGNATURES)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_written_in_python(backend: str, function: str) -> None:
+    parameters = inspect.signature(getattr(backends.BACKENDS[backend].load(), function)).parameters
+    assert tuple(parameters) == SIGNATURES[function].arguments
+
+
+@pytest.mark.parametrize("function", SIGNATURES)
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_compiled(backend: str, function: str) -> None:
+    """Where a compiled module has a function, its own text declares the same."""
+    try:
+        compiled = getattr(backends.BACKENDS[backend].load(), function, None)
+    except ImportError as error:
+        pytest.skip(str(error))
+    if compiled is None:
+        assert backend == "cuda"
+        return
+    (text,) = re.findall(rf"^{function}\(.*\) -> [\w?, ]+$", compiled.__doc__, re.MULTILINE)[-1:]
+    assert parse(text) == (function, SIGNATURES[function])
+
+
+def test_ops_pass_what_is_declared() -> None:
+    """Every argument by its name and in its place, and None only where it may be."""
+    call, seen = backends.call, set()
+
+    def checked(function: str, like: Tensor, **arguments: Any) -> None:
+        assert tuple(arguments) == SIGNATURES[function].arguments
+        assert {name for name, value in arguments.items() if value is None} <= SIGNATURES[function].optional
+        seen.add(function)
+        call(function, like, **arguments)
+
+    with mock.patch.object(backends, "call", checked):
+        bad_calls.workload(torch.float32)
+    assert seen == set(SIGNATURES)

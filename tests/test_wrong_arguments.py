@@ -1,0 +1,116 @@
+"""Whatever is passed to whatever public function: the complaint names the op and the argument, what was expected and what came."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import sora_kernels
+
+LAYOUT = sora_kernels.PackedLayout.from_grids([(1, 2, 2)])
+X, HEADS, DENSE = torch.zeros(4, 8), torch.zeros(4, 2, 8), torch.zeros(1, 2, 4, 8)
+ROW, VIDEO = torch.zeros(1, 8), torch.zeros(1, 2, 2, 2)
+# A right value of every argument by its name; some functions give a name another meaning.
+RIGHT: dict[str, Any] = {
+    **dict.fromkeys(("x", "residual"), X),
+    **dict.fromkeys(("gate", "shift", "scale"), ROW),
+    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seq_q", "cu_seq_k"), LAYOUT.cu_seqlens),
+    **dict.fromkeys(("q", "k", "v", "query", "key", "value"), HEADS),
+    **dict.fromkeys(("q_weight", "k_weight", "weight", "bias"), torch.zeros(8)),
+    "qkv": torch.zeros(4, 3, 2, 8),
+    "kv": torch.zeros(4, 2, 2, 8),
+    "alibi_slopes": torch.zeros(2),
+    "attn_mask": torch.zeros(4, 4),
+    "layout": LAYOUT,
+    "layouts": [LAYOUT],
+    "videos": [VIDEO],
+    "tokens": torch.zeros(4, 8),
+    "patch_size": (1, 2, 2),
+    "grid": (1, 2, 2),
+    "grids": [(1, 2, 2)],
+    "spans": [[sora_kernels.Span((1, 2, 2))]],
+    "samples": [0],
+    "length": 4,
+    "head_dim": 64,
+    "name": "reference",
+    "device": "cpu",
+}
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "flash_attn_func": {"q": DENSE, "k": DENSE, "v": DENSE},
+    "flash_attn_qkvpacked_func": {"qkv": torch.zeros(1, 4, 3, 2, 8)},
+    "flash_attn_kvpacked_func": {"q": DENSE, "kv": torch.zeros(1, 2, 2, 4, 8)},
+    "scaled_dot_product_attention": {"query": DENSE, "key": DENSE, "value": DENSE},
+    "rope_3d": {"x": HEADS},
+    "patch_embed_3d": {"weight": torch.zeros(8, 1, 1, 2, 2)},
+    "PackedLayout.pack": {"samples": [X]},
+}
+# Taken for compatibility with flash_attn and torch, and read by nobody.
+IGNORED = {"deterministic", "max_seqlen", "max_seqlen_q", "max_seqlen_k", "max_q", "max_k"}
+
+
+class Wrong:
+    """An object of no use."""
+
+    def __repr__(self) -> str:
+        return "Wrong()"
+
+
+def wrong_values() -> dict[str, Any]:
+    return {
+        "object": Wrong(),
+        "text": "wrong",
+        "complex": 1j,
+        "list of objects": [Wrong()],
+        "sparse": torch.eye(4).to_sparse(),
+        "nested": torch.nested.nested_tensor([torch.zeros(2, 4)], layout=torch.jagged),
+        "int64": torch.zeros(2, 2, dtype=torch.int64),
+        "infinity": float("inf"),
+    }
+
+
+def functions() -> Iterator[tuple[str, Callable]]:
+    """Every exported function, constructor and method, by the name that its complaints begin with."""
+    for name in sora_kernels.__all__:
+        value = getattr(sora_kernels, name)
+        yield name, value
+        if inspect.isclass(value):
+            for attribute, member in inspect.getmembers(value, callable):
+                if not attribute.startswith("_"):
+                    own = not isinstance(inspect.getattr_static(value, attribute), classmethod | staticmethod)
+                    yield f"{name}.{attribute}", getattr(LAYOUT, attribute) if own else member
+
+
+FUNCTIONS = dict(functions())
+ARGUMENTS = [
+    (name, argument)
+    for name, function in FUNCTIONS.items()
+    for argument in inspect.signature(function).parameters
+    if argument not in IGNORED
+]
+
+
+def right(name: str) -> dict[str, Any]:
+    parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
+    return {p.name: {**RIGHT, **OTHERWISE.get(name, {})}[p.name] for p in parameters if p.default is p.empty}
+
+
+def call(name: str, arguments: dict[str, Any]) -> None:
+    result = FUNCTIONS[name](**arguments)
+    if hasattr(result, "__enter__"):
+        with result:
+            pass
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_right_is_taken(name: str) -> None:
+    call(name, right(name))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", wrong_values())
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+def test_what_is_wrong_is_named(name: str, argument: str, kind: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}: \S*{argument}\S*: expected .+, got .+"):
+        call(name, {**right(name), argument: wrong_values()[kind]})
