@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_tensor, fail, triple
-from .layout import PackedLayout
+from .layout import Grid, PackedLayout
 from .library import Context, Grads, autocast, register, rows
 from .memory import empty, empty_like
 
@@ -26,7 +26,12 @@ Videos = Sequence[Tensor] | Tensor
 
 
 def patch_embed_3d(
-    videos: Videos, weight: Tensor, bias: Tensor | None, *, patch_size: tuple[int, int, int]
+    videos: Videos,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    patch_size: tuple[int, int, int],
+    layout: PackedLayout | None = None,
 ) -> tuple[Tensor, PackedLayout]:
     """Embeds every patch of every video -> packed tokens and their layout.
 
@@ -41,11 +46,13 @@ def patch_embed_3d(
         weight: [D, C, pt, ph, pw], as Conv3d's.
         bias: [D] or None.
         patch_size: (pt, ph, pw); must divide each video's (T, H, W).
+        layout: of the tokens, where it exists already or has positions of its own: one span per video, with the grid
+            (T/pt, H/ph, W/pw). Default: a new one.
 
     Returns:
-        tokens [N, D] in the videos' dtype (under autocast in its lower one, as of a Conv3d), and the layout of the
-        N = sum of T/pt * H/ph * W/pw tokens, on their device; while a CUDA graph is captured it stays on the host, so build the
-        layout that other ops in the graph use beforehand.
+        tokens [N, D] in the videos' dtype (under autocast in its lower one, as of a Conv3d), and `layout`, or a new layout of the
+        N = sum of T/pt * H/ph * W/pw tokens on their device. While a CUDA graph is captured a new layout stays on the host, so
+        pass one that was built beforehand.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -56,10 +63,10 @@ def patch_embed_3d(
     if patch != list(weight.shape[2:]):
         fail(op, "weight", f"shape [D, C, {', '.join(map(str, patch))}]", str(list(weight.shape)))
     weight, bias, *clips = autocast(weight, bias, *_clips(op, videos))
-    layout = _check_videos(op, clips, patch, weight)
+    grids = _check_videos(op, clips, patch, weight)
     if bias is not None:
         check_tensor(op, "bias", bias, (weight.shape[0],), dtype=weight.dtype, like=weight)
-    return _embed(clips, weight, bias, patch), layout
+    return _embed(clips, weight, bias, patch), _layout(clips, grids) if layout is None else _check_layout(op, layout, grids)
 
 
 def patchify_3d(videos: Videos, *, patch_size: tuple[int, int, int]) -> tuple[Tensor, PackedLayout]:
@@ -72,8 +79,8 @@ def patchify_3d(videos: Videos, *, patch_size: tuple[int, int, int]) -> tuple[Te
     op = "patchify_3d"
     patch = _check_patch(op, patch_size)
     clips = _clips(op, videos)
-    layout = _check_videos(op, clips, patch, None)
-    return _patchify(clips, patch), layout
+    grids = _check_videos(op, clips, patch, None)
+    return _patchify(clips, patch), _layout(clips, grids)
 
 
 def unpatchify_3d(tokens: Tensor, layout: PackedLayout, *, patch_size: tuple[int, int, int]) -> list[Tensor]:
@@ -123,7 +130,8 @@ def _clips(op: str, videos: Videos) -> list[Tensor]:
     return list(videos)
 
 
-def _check_videos(op: str, clips: list[Tensor], patch: list[int], weight: Tensor | None) -> PackedLayout:
+def _check_videos(op: str, clips: list[Tensor], patch: list[int], weight: Tensor | None) -> list[Grid]:
+    """Returns the grid of each video's tokens."""
     if not clips:
         fail(op, "videos", "at least one video", "none")
     check_tensor(op, "videos[0]", clips[0])
@@ -141,10 +149,21 @@ def _check_videos(op: str, clips: list[Tensor], patch: list[int], weight: Tensor
             fail(op, name, f"(T, H, W) divisible by patch_size {tuple(patch)}", f"{tuple(clip.shape[1:])}")
     if (tokens := _num_tokens(clips, patch)) >= 2**31:
         fail(op, "videos", "fewer than 2**31 tokens", str(tokens))
-    grids = [(clip.shape[1] // pt, clip.shape[2] // ph, clip.shape[3] // pw) for clip in clips]
+    return [(clip.shape[1] // pt, clip.shape[2] // ph, clip.shape[3] // pw) for clip in clips]
+
+
+def _layout(clips: list[Tensor], grids: list[Grid]) -> PackedLayout:
     # Nothing of pageable memory can be copied to a GPU while a graph is captured.
-    capturing = first.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
-    return PackedLayout.from_grids(grids, device=None if capturing else first.device)
+    capturing = clips[0].is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    return PackedLayout.from_grids(grids, device=None if capturing else clips[0].device)
+
+
+def _check_layout(op: str, layout: PackedLayout, grids: list[Grid]) -> PackedLayout:
+    if not isinstance(layout, PackedLayout):
+        fail(op, "layout", "a PackedLayout", type(layout).__name__, TypeError)
+    if [[span.grid for span in sample] for sample in layout.spans] != [[grid] for grid in grids]:
+        fail(op, "layout", f"one span per video, with the grids {grids}", repr(layout))
+    return layout
 
 
 def _num_tokens(clips: Sequence[Tensor], patch: Sequence[int]) -> int:

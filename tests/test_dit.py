@@ -171,6 +171,16 @@ def test_the_loss_bounds_what_a_clean_prediction_counts_at_low_noise(per_frame: 
         diffusion_loss(latents, ddpm, smallest_sigma=0.05)
 
 
+@pytest.mark.parametrize("frame_steps", [None, [1.0, 2.0, 1.0, 1.0]])
+@pytest.mark.parametrize("rope_size", [None, 4])
+def test_one_layout_is_built_in_a_step(rope_size, frame_steps, monkeypatch) -> None:
+    dit, built = DiT(small(rope_size=rope_size, text_dim=None)), []
+    init = PackedLayout.__init__
+    monkeypatch.setattr(PackedLayout, "__init__", lambda self, *args: built.append(1) or init(self, *args))
+    dit(latents_of(SIZES), torch.full([4], 500.0), frame_steps=frame_steps)
+    assert len(built) == 1
+
+
 def test_starts_as_zero_and_learns() -> None:
     torch.manual_seed(0)
     dit, encoder, latents = DiT(small()), WordEncoder(32), latents_of(SIZES)

@@ -160,6 +160,9 @@ BAD = {
         ({"weight": W[:, :0], "videos": [V[0][:0]]}, "videos[0]: expected at least one channel, got none"),
         ({"bias": torch.zeros(7)}, "bias: expected shape [8], got [7]"),
         ({"bias": torch.zeros(8).half()}, "bias: expected dtype float32, got float16"),
+        ({"layout": 3}, "layout: expected a PackedLayout, got int"),
+        ({"layout": PackedLayout.from_grids([(2, 2, 3)])}, "layout: expected one span per video, with the grids ~"),
+        ({"layout": PackedLayout.from_grids([(2, 3, 2), (1, 1, 1)])}, "layout: expected one span per video, with the grids ~"),
     ],
     "unpatchify_3d": [
         ({"tokens": torch.zeros(16)}, "tokens: expected shape [N, pt*ph*pw*C], got [16]"),
@@ -175,6 +178,13 @@ BAD = {
 @pytest.mark.parametrize(("name", "wrong", "message"), [(name, *row) for name, rows in BAD.items() for row in rows])
 def test_bad_input(name: str, wrong: dict, message: str) -> None:
     check_rejected(getattr(ops, name), {**GOOD[name], **wrong}, f"{name}: {message}")
+
+
+def test_a_layout_with_positions_of_its_own_is_returned() -> None:
+    layout = PackedLayout.from_spans([[Span((2, 2, 3), step=(1, 0.5, 0.5))], [Span((1, 1, 1))]])
+    tokens, returned = ops.patch_embed_3d(**GOOD["patch_embed_3d"], layout=layout)
+    assert returned is layout
+    assert_bit_equal([tokens], [ops.patch_embed_3d(**GOOD["patch_embed_3d"])[0]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

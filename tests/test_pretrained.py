@@ -1,5 +1,7 @@
 """The checkpoint that comes with the package: small, in float16, and able to do what the README says, on a few prompts."""
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from sora_model.world.evaluate import MEASUREMENTS, Judge
 
 @pytest.fixture(scope="module")
 def pipeline() -> SoraPipeline:
-    return SoraPipeline.from_pretrained(EMBEDDED)
+    return SoraPipeline.from_pretrained()
 
 
 def test_it_is_small() -> None:
@@ -29,7 +31,8 @@ def test_it_is_small() -> None:
 def test_it_does_what_it_is_for(pipeline: SoraPipeline, task: str) -> None:
     """Sixteen prompts or fewer: a wide margin below what `sora eval` holds it to on two hundred."""
     measured = MEASUREMENTS[task](Judge(pipeline, 32 if task.startswith("join") else 16, steps=12))
-    shares = {name: one.value for name, one in measured.figures.items() if one.value <= 1 and "seam" not in name}
+    assert all(math.isfinite(one.value) for one in measured.figures.values()), measured.figures
+    shares = {name: one.value for name, one in measured.figures.items() if not re.search("PSNR|worst|seam", name)}
     assert shares
     assert min(shares.values()) >= 0.5, measured.figures
     assert sum(shares.values()) / len(shares) >= 0.8, measured.figures

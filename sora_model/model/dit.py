@@ -1,14 +1,14 @@
 """A diffusion transformer over latents of any sizes, packed into one sequence.
 
-    x, layout = patches of every latent, laid end to end
+    x, layout = patches of every latent, packed end to end
     c         = embedding of the noise level + of the pooled text or the class, per sample or per token frame
     block     x <- x + gate * attention(modulate(norm(x)))            shift, scale, gate from c: adaLN-Zero
               x <- x + cross_attention(norm(x), text)                 with text only
               x <- x + gate * mlp(modulate(norm(x)))
     output    patches of linear(modulate(norm(x))), put back together
 
-Each residual step and the norm and modulation that follow it, even across blocks, are one pass over x. What goes from block to
-block is therefore the pair (x, y): the residual stream, and y = modulate(norm(x)), the next sub-layer's input.
+Adding a sub-layer's output to x is one pass over memory with the norm and the modulation that follow it, even across blocks. What
+a block hands on is therefore a `Residual`: x, and the update that the next norm adds first.
 
 Sources: Peebles and Xie, Scalable Diffusion Models with Transformers (2023): blocks, adaLN-Zero, embeddings, initialisation; Chen
 et al., PixArt-alpha (2023): ungated cross-attention between the two, its output projection zero at first; Li and He, Back to
@@ -18,6 +18,7 @@ Basics: Let Denoising Generative Models Denoise (JiT, 2025): a network that puts
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +113,26 @@ class Mlp(nn.Sequential):
         return self[2](bias_gelu(hidden, first.bias.to(hidden)))  # autocast leaves the bias as it is
 
 
+class Residual(NamedTuple):
+    """The residual stream x + gate * update, whose addition is fused with the norm that follows; `gate` None is 1.
+
+    x, update: [N, D]; update None is nothing to add. gate: [R, D].
+    """
+
+    x: Tensor
+    update: Tensor | None = None
+    gate: Tensor | None = None
+
+    def norm_modulate(self, shift: Tensor | None, scale: Tensor | None, cu_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream [N, D], and norm(stream) * (1 + scale) + shift, the input of the next sub-layer."""
+        if self.update is None:
+            return self.x, layer_norm_modulate(self.x, shift, scale, cu_rows)
+        return gate_residual_layer_norm_modulate(self.x, self.update, self.gate, shift, scale, cu_rows)
+
+
 class Block(nn.Module):
+    """Attention, cross-attention if there is text, and MLP, each behind a norm of the residual stream."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         dim = config.hidden_size
@@ -125,31 +145,22 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
 
     def forward(
-        self,
-        x: Tensor,
-        y: Tensor,
-        modulation: Sequence[Tensor],
-        following: Sequence[Tensor],
-        cu_rows: Tensor,
-        layout: PackedLayout,
-        text: PackedText | None,
-    ) -> tuple[Tensor, Tensor]:
-        """One block: (x, y) [N, D] -> (x, y), y being the input of what follows.
+        self, stream: Residual, modulation: Tensor, cu_rows: Tensor, layout: PackedLayout, text: PackedText | None
+    ) -> Residual:
+        """One block.
 
         Args:
-            modulation: [R, D] each: gate of the attention; shift, scale and gate of the MLP.
-            following: shift and scale of what comes next.
+            modulation: [R, 6D]: shift, scale and gate of the attention, then of the MLP.
             cu_rows: int32 [R+1], the tokens that each row serves.
         """
-        gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
-        y = self.attention(y, layout)
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+        x, y = stream.norm_modulate(shift_attention, scale_attention, cu_rows)
+        stream = Residual(x, self.attention(y, layout), gate_attention)
         if self.cross_attention is not None:
-            zero, one = torch.zeros_like(gate_attention), torch.ones_like(gate_attention)
-            x, y = gate_residual_layer_norm_modulate(x, y, gate_attention, zero, zero, cu_rows)
-            y, gate_attention = self.cross_attention(y, layout, text), one
-        x, y = gate_residual_layer_norm_modulate(x, y, gate_attention, shift_mlp, scale_mlp, cu_rows)
-        shift, scale = following
-        return gate_residual_layer_norm_modulate(x, self.mlp(y), gate_mlp, shift, scale, cu_rows)
+            x, y = stream.norm_modulate(None, None, cu_rows)
+            stream = Residual(x, self.cross_attention(y, layout, text))
+        x, y = stream.norm_modulate(shift_mlp, scale_mlp, cu_rows)
+        return Residual(x, self.mlp(y), gate_mlp)
 
 
 class DiT(nn.Module):
@@ -211,8 +222,8 @@ class DiT(nn.Module):
         """
         weight, patch = self.final.weight, self.config.patch_size
         inputs = [latent.to(weight) for latent in latents]
-        x, layout = patch_embed_3d(inputs, self.patch_embed.weight, self.patch_embed.bias, patch_size=patch)
-        layout = self._positioned(layout, frame_steps)
+        weights = self.patch_embed.weight, self.patch_embed.bias
+        x, layout = patch_embed_3d(inputs, *weights, patch_size=patch, layout=self._layout(inputs, frame_steps))
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, as it is what the kernels read and write
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.config.positions == "sincos":
@@ -223,29 +234,31 @@ class DiT(nn.Module):
             text = PackedText.empty(len(latents), text_dim) if text is None else text
             text = text.to(weight.device, weight.dtype)
         c, cu_rows = self._condition(layout, timesteps, text, labels)
-        rows = [row.chunk(6, dim=1) for row in self._modulations(c)]  # shift, scale, gate of attention; of MLP
-        following = [row[:2] for row in rows[1:]] + [self.final_modulation(c).chunk(2, dim=1)]
-        shift, scale = rows[0][:2]
-        y = layer_norm_modulate(x, shift, scale, cu_rows)
-        for block, row, after in zip(self.blocks, rows, following, strict=True):
-            args = x, y, row[2:], after, cu_rows, layout, text
+        stream = Residual(x)
+        for block, modulation in zip(self.blocks, self._modulations(c), strict=True):
+            args = stream, modulation, cu_rows, layout, text
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, y = checkpoint(block, *args, use_reentrant=False)
+                stream = checkpoint(block, *args, use_reentrant=False)
             else:
-                x, y = block(*args)
+                stream = block(*args)
+        shift, scale = self.final_modulation(c).chunk(2, dim=1)
+        _, y = stream.norm_modulate(shift, scale, cu_rows)
         outputs = unpatchify_3d(self.final(y), layout, patch_size=patch)
         return outputs if self.config.prediction == "direct" else self._velocities(latents, outputs, timesteps)
 
-    def _positioned(self, layout: PackedLayout, frame_steps: Sequence[float] | None) -> PackedLayout:
-        """The layout with rotary positions as the config and the frames' steps want them."""
+    def _layout(self, latents: Sequence[Tensor], frame_steps: Sequence[float] | None) -> PackedLayout | None:
+        """The tokens' layout, where the config or the frames' steps move their positions; None where they count from zero."""
         size = self.config.rope_size
         if size is None and (frame_steps is None or all(step == 1 for step in frame_steps)):
-            return layout
-        grids = [sample[0].grid for sample in layout.spans]
-        across = [1.0 if size is None else size / min(grid[1:]) for grid in grids]
+            return None
+        if any(x.ndim != 4 for x in latents):
+            return None  # patch_embed_3d says what is wrong
+        pt, ph, pw = self.config.patch_size
+        grids = [(x.shape[1] // pt, x.shape[2] // ph, x.shape[3] // pw) for x in latents]
+        across = [1.0 if size is None else size / max(min(grid[1:]), 1) for grid in grids]
         along = [1.0] * len(grids) if frame_steps is None else frame_steps
         spans = [[Span(grid, step=(t, s, s))] for grid, t, s in zip(grids, along, across, strict=True)]
-        return PackedLayout.from_spans(spans, layout.device)
+        return PackedLayout.from_spans(spans, latents[0].device)
 
     def _modulations(self, c: Tensor) -> list[Tensor]:
         """Every block's [R, 6D]."""

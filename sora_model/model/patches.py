@@ -49,6 +49,8 @@ def embed_patches(
     if patch_size[0] != 1:
         raise ValueError(f"embed_patches: patch_size: expected (1, ph, pw) with num_frames, got {patch_size}")
     frames, steps = zip(*(uniform_frames(clip, num_frames) for clip in clips), strict=True)
-    tokens, layout = patch_embed_3d(frames, weight, bias, patch_size=patch_size)
-    spans = [[Span(sample[0].grid, step=(step, 1.0, 1.0))] for sample, step in zip(layout.spans, steps, strict=True)]
-    return tokens, PackedLayout.from_spans(spans, layout.device)
+    _, ph, pw = patch_size
+    grids = [(clip.shape[1], clip.shape[2] // ph, clip.shape[3] // pw) for clip in frames]
+    spans = [[Span(grid, step=(step, 1.0, 1.0))] for grid, step in zip(grids, steps, strict=True)]
+    layout = PackedLayout.from_spans(spans, frames[0].device)
+    return patch_embed_3d(frames, weight, bias, patch_size=patch_size, layout=layout)
