@@ -1,4 +1,4 @@
-"""adaLN with modulation rows per sample and per latent frame, against eager and compiled torch.
+"""adaLN with modulation rows per sample and per latent frame, and LayerNorm without any, against eager and compiled torch.
 
 Neither quack (rmsnorm, layernorm) nor liger_kernel (LayerNorm, RMSNorm, FusedAddRMSNorm) is a peer: they scale by one weight for
 all tokens and have no shift, scale and gate per row.
@@ -90,6 +90,31 @@ def adaln(op: str, dtype: torch.dtype, which: str, *, per_frame: bool = False, l
         rows["torch.compile"] = Implementation(compiled(by_expand))
     name = f"{op}, rows per {'frame' if per_frame else 'sample'}"
     return Race(name, dtype, which, {"gbps": work}, inputs, cotangents, by_expand, rows)
+
+
+def norm(dtype: torch.dtype, which: str, *, layout: PackedLayout = LAYOUT) -> Race:
+    """LayerNorm with its own weight and bias."""
+    torch.manual_seed(0)
+    x, weight, bias = (
+        randn(*shape, dtype=dtype, grad=which != FORWARD) for shape in ((layout.num_tokens, WIDTH), (WIDTH,), (WIDTH,))
+    )
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps=1e-6)
+
+    work = of_pass(which, 2, 3) * gigabytes(x)
+    rows = {
+        OURS: Implementation(lambda x, weight, bias: layer_norm_modulate(x, weight=weight, bias=bias)),
+        "torch eager": Implementation(plain),
+        "torch.compile": Implementation(compiled(plain)),
+        "copy": copied(work),
+    }
+    return Race("layer_norm", dtype, which, {"gbps": work}, [x, weight, bias], [randn(*x.shape, dtype=dtype)], plain, rows)
+
+
+@pytest.mark.parametrize(("which", "implementation"), passes(OURS, "torch eager", "torch.compile"), ids=IDS.get)
+def test_layer_norm(measure, implementation, which):
+    measure(implementation, norm, MAIN, which)
 
 
 @pytest.mark.parametrize(("which", "implementation"), passes(OURS, "torch eager", "torch.compile"), ids=IDS.get)

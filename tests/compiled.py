@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sora_kernels.adaln import gate_residual_layer_norm_modulate
+from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
 from sora_kernels.attention import flash_attn_varlen_func, scaled_dot_product_attention, spatiotemporal_attention
 from sora_kernels.layout import PackedLayout
 from sora_kernels.patch_embed import patch_embed_3d
@@ -70,6 +70,12 @@ def variants() -> dict[str, tuple[Callable, list[Tensor]]]:
             lambda: gate_residual_layer_norm_modulate(*row, cu(0, 64), weight=affine[0], bias=affine[1]),
             row + affine,
         ),
+        "norm alone": (lambda: layer_norm_modulate(row[0], weight=affine[0], bias=affine[1]), [row[0], *affine]),
+        "scale, no gate": (
+            lambda: gate_residual_layer_norm_modulate(*row[:2], scale=row[4], cu_rows=cu(0, 64)),
+            [*row[:2], row[4]],
+        ),
+        "no gate": (lambda: gate_residual(*row[:2]), row[:2]),
         "one token, RoPE": (lambda: qk_norm_rope_3d(*heads, single), heads),
         "one patch": (lambda: patch_embed_3d([patches[0]], patches[1], None, patch_size=(1, 2, 2))[0], patches),
     }
