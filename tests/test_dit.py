@@ -67,12 +67,13 @@ def test_places_are_fractions_of_each_grid() -> None:
 def test_rotary_positions_may_be_stretched() -> None:
     """With rope_size a frame of any size spans the same positions, and frames sampled from a longer clip lie apart in time."""
     dit = DiT(small(rope_size=4))
-    layout = dit._positioned(PackedLayout.from_grids([(2, 8, 12), (3, 4, 2)]), [1.0, 2.5])
+    pt, ph, pw = dit.config.patch_size
+    clips = [torch.empty(4, pt * t, ph * h, pw * w) for t, h, w in ((2, 8, 12), (3, 4, 2))]
+    layout = dit._layout(clips, [1.0, 2.5])
     positions = layout.positions()
     assert positions[:192].amax(0).tolist() == [1.0, 3.5, 5.5]
     assert positions[192:].amax(0).tolist() == [5.0, 6.0, 2.0]
-    plain = PackedLayout.from_grids([(2, 8, 12)])
-    assert DiT(small())._positioned(plain, [1.0]) is plain
+    assert DiT(small())._layout(clips, [1.0, 1.0]) is None, "positions count from zero"
     latents, levels = [torch.randn(4, 3, 4, 4)], torch.tensor([500.0])
     model = awake(DiT(small()))
     near, far = (model(latents, levels, frame_steps=[step])[0] for step in (1.0, 3.0))
