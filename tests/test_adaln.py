@@ -8,7 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
-from tolerance import (  # noqa: F401
+from contract import PackedContract
+from tolerance import (
     LARGE_WIDTHS,
     Case,
     Target,
@@ -18,12 +19,6 @@ from tolerance import (  # noqa: F401
     check_large,
     check_rejected,
     large_lengths,
-    test_any_strides,
-    test_compiled,
-    test_default_backend,
-    test_packed_equals_separate,
-    test_registration,
-    test_repeatable,
 )
 from torch import Tensor
 from torch.nn.functional import layer_norm, pad, rms_norm
@@ -376,3 +371,7 @@ def test_missing_tensor(name: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_large(name: str, d: int, dtype: torch.dtype) -> None:
     check_large(OPS[name](Target("cpu", "cpu", dtype), lengths=large_lengths(d, dtype), d=d))
+
+
+class TestContract(PackedContract):
+    """What every op is held to, for each of OPS."""

@@ -8,7 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from tolerance import (  # noqa: F401
+from contract import PackedContract
+from tolerance import (
     Case,
     Run,
     Target,
@@ -18,12 +19,6 @@ from tolerance import (  # noqa: F401
     check_rejected,
     check_threads,
     run,
-    test_any_strides,
-    test_compiled,
-    test_default_backend,
-    test_packed_equals_separate,
-    test_registration,
-    test_repeatable,
 )
 from torch import Tensor
 from torch.nn.attention.varlen import AuxRequest
@@ -394,3 +389,7 @@ def test_bad_input(name: str, wrong: dict, message: str) -> None:
 def test_bad_boundaries(argument: str, bounds: Tensor, message: str) -> None:
     arguments = {**GOOD["flash_attn_varlen_func"], argument: bounds}
     check_rejected(ops.flash_attn_varlen_func, arguments, f"attention: {argument}: {message}")
+
+
+class TestContract(PackedContract):
+    """What every op is held to, for each of OPS."""

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tolerance import (  # noqa: F401
+from contract import PackedContract
+from tolerance import (
     LARGE_WIDTHS,
     Case,
     Target,
@@ -10,12 +11,6 @@ from tolerance import (  # noqa: F401
     check_large,
     check_rejected,
     large_lengths,
-    test_any_strides,
-    test_compiled,
-    test_default_backend,
-    test_packed_equals_separate,
-    test_registration,
-    test_repeatable,
 )
 from torch import Tensor
 from torch.nn.functional import gelu
@@ -91,3 +86,7 @@ def test_bad_input(wrong: dict, message: str) -> None:
 @pytest.mark.parametrize("d", LARGE_WIDTHS)
 def test_large(d: int, dtype: torch.dtype) -> None:
     check_large(make_case(Target("cpu", "cpu", dtype), large_lengths(d, dtype), d))
+
+
+class TestContract(PackedContract):
+    """What every op is held to, for each of OPS."""

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from tolerance import (  # noqa: F401
+from contract import OpContract
+from tolerance import (
     LARGE_WIDTHS,
     Case,
     Target,
@@ -14,11 +15,6 @@ from tolerance import (  # noqa: F401
     check_threads,
     large_lengths,
     run,
-    test_any_strides,
-    test_compiled,
-    test_default_backend,
-    test_registration,
-    test_repeatable,
 )
 from torch import Tensor
 from torch.nn.functional import conv3d
@@ -200,3 +196,7 @@ def test_large(d: int, dtype: torch.dtype) -> None:
 
     (together,), _ = check_threads(embed, [*weights, *videos])
     assert_bit_equal([together], [torch.cat([embed(*weights, video) for video in videos])])
+
+
+class TestContract(OpContract):
+    """What every op is held to, for each of OPS."""

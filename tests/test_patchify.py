@@ -4,18 +4,14 @@ import itertools
 
 import pytest
 import torch
+from contract import OpContract
 from test_patch_embed import CASES, make_videos
-from tolerance import (  # noqa: F401
+from tolerance import (
     Case,
     Target,
     assert_bit_equal,
     assert_zero,
     run,
-    test_any_strides,
-    test_compiled,
-    test_default_backend,
-    test_registration,
-    test_repeatable,
 )
 from torch import Tensor
 
@@ -89,3 +85,7 @@ def join_case(target: Target) -> Case:
 
 
 OPS = {"patchify": cut_case, "unpatchify": join_case}
+
+
+class TestContract(OpContract):
+    """What every op is held to, for each of OPS."""

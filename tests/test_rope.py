@@ -8,7 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from tolerance import (  # noqa: F401
+from contract import PackedContract
+from tolerance import (
     Case,
     Target,
     assert_zero,
@@ -16,12 +17,6 @@ from tolerance import (  # noqa: F401
     check_large,
     check_rejected,
     large_lengths,
-    test_any_strides,
-    test_compiled,
-    test_default_backend,
-    test_packed_equals_separate,
-    test_registration,
-    test_repeatable,
 )
 from torch import Tensor
 from torch.nn.functional import pad, rms_norm
@@ -316,3 +311,7 @@ def test_large(name: str, d: int, dtype: torch.dtype) -> None:
         check_large(Case.of_samples(lambda layout, x: ops.rope_3d(x, layout), layout, parts, {"rope_3d"}))
     else:
         check_large(Case.of_samples(norm_and_turn, layout, parts, BOTH, *(1 + target.randn(d, scale=0.3) for _ in range(2))))
+
+
+class TestContract(PackedContract):
+    """What every op is held to, for each of OPS."""

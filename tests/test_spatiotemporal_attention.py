@@ -5,8 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from contract import PackedContract
 from test_attention import plain_sample
-from tolerance import (  # noqa: F401
+from tolerance import (
     Case,
     Target,
     assert_bit_equal,
@@ -16,12 +17,6 @@ from tolerance import (  # noqa: F401
     check_threads,
     error,
     run,
-    test_any_strides,
-    test_compiled,
-    test_default_backend,
-    test_packed_equals_separate,
-    test_registration,
-    test_repeatable,
 )
 from torch import Tensor
 
@@ -157,3 +152,7 @@ BAD = [
 @pytest.mark.parametrize(("wrong", "message"), BAD)
 def test_bad_input(wrong: dict, message: str) -> None:
     check_rejected(spatiotemporal_attention, {**GOOD, **wrong}, f"spatiotemporal_attention: {message}")
+
+
+class TestContract(PackedContract):
+    """What every op is held to, for each of OPS."""
