@@ -21,12 +21,12 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.race import DEVICE, ON_GPU, REHEARSED
+from benchmarks.works import TYPICAL
 from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attention
 from sora_kernels.backends import use_backend
 from sora_kernels.layout import PackedLayout
 from sora_kernels.triton import configs
 from sora_kernels.triton.configs import Config
-from sora_kernels.works import TYPICAL
 
 GRIDS = [(1, 16, 16)] if REHEARSED else TYPICAL
 HEADS, WINDOW = 16, (5, 9, 9)

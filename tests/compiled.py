@@ -1,27 +1,31 @@
 """Launches that the report's workload does not have, compiled for sm90; run as a program where Triton does not interpret.
 
-Prints JSON: {"variants": {name: [kernels]}, "signatures": {kernel: how many versions of it a few batches of any size need}}.
+Prints JSON: {"variants": {name: [kernels]}, "versions": {kernel: how many of it a few batches of any size need}}.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections import defaultdict
+import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a program, from anywhere
+
+from benchmarks.gpu_report import measured
+from benchmarks.launches import Compiled, compilations
 from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
 from sora_kernels.attention import flash_attn_varlen_func, scaled_dot_product_attention, spatiotemporal_attention
 from sora_kernels.layout import PackedLayout
 from sora_kernels.patch_embed import patch_embed_3d
-from sora_kernels.report import caught_launches, compile_launch, specialized
 from sora_kernels.rope import qk_norm_rope_3d
-from sora_kernels.triton.configs import use_architecture
 
 
 def empty(*shape: int) -> Tensor:
@@ -81,47 +85,37 @@ def variants() -> dict[str, tuple[Callable, list[Tensor]]]:
     }
 
 
-def launches(forward: Callable, inputs: list[Tensor]) -> list[tuple]:
-    """Of a forward and its backward."""
-    with caught_launches() as caught, use_architecture("sm90"):
-        outputs = forward()
-        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-        torch.autograd.grad(outputs, inputs, [torch.empty_like(out) for out in outputs])
-    return caught
+def run(forward: Callable, inputs: list[Tensor]) -> None:
+    """A forward and its backward."""
+    outputs = forward()
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    torch.autograd.grad(outputs, inputs, [torch.empty_like(out) for out in outputs])
 
 
-def signature(kernel: Any, args: tuple, kwargs: dict) -> str:
-    """What Triton compiles anew for."""
-    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-    constants: dict = {}
-    attributes: dict = {}
-    types = [
-        values[p.name] if p.is_constexpr else specialized(values[p.name], (i,), not p.do_not_specialize, constants, attributes)
-        for i, p in enumerate(kernel.params)
-    ]
-    return repr((types, constants, attributes))
+def compiled(forward: Callable, inputs: list[Tensor]) -> list[Compiled]:
+    with compilations("sm90") as found:
+        run(forward, inputs)
+    return found
 
 
-def signatures() -> dict[str, int]:
+def versions() -> dict[str, int]:
     """Kernel -> versions that attention over batches of any number and sizes of videos needs."""
-    found = defaultdict(set)
     draw = random.Random(0)
-    for _ in range(20):
-        layout = PackedLayout.from_grids([[draw.randint(1, 12) for _ in range(3)] for _ in range(draw.randint(1, 20))])
-        tensors, bounds = qkv(layout.num_tokens), layout.cu_seqlens
-        caught = launches(lambda: flash_attn_varlen_func(*tensors, bounds, bounds), tensors)  # noqa: B023
-        caught += launches(lambda: spatiotemporal_attention(*tensors, layout, window=(3, 5, 5)), tensors)  # noqa: B023
-        for kernel, args, kwargs in caught:
-            found[f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"].add(signature(kernel, args, kwargs))
-    return {name: len(versions) for name, versions in found.items()}
+    with compilations("sm90") as found:
+        for _ in range(20):
+            layout = PackedLayout.from_grids([[draw.randint(1, 12) for _ in range(3)] for _ in range(draw.randint(1, 20))])
+            tensors, bounds = qkv(layout.num_tokens), layout.cu_seqlens
+            run(lambda: flash_attn_varlen_func(*tensors, bounds, bounds), tensors)  # noqa: B023
+            run(lambda: spatiotemporal_attention(*tensors, layout, window=(3, 5, 5)), tensors)  # noqa: B023
+    return Counter(kernel.name for kernel in found)
 
 
 def main() -> None:
-    compiled = {
-        name: [asdict(compile_launch(*launch, "sm90")) for launch in launches(forward, inputs)]
+    kernels = {
+        name: [asdict(measured(kernel, "sm90")) for kernel in compiled(forward, inputs)]
         for name, (forward, inputs) in variants().items()
     }
-    print(json.dumps({"variants": compiled, "signatures": signatures()}, default=str))
+    print(json.dumps({"variants": kernels, "versions": versions()}, default=str))
 
 
 if __name__ == "__main__":

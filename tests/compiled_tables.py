@@ -10,13 +10,17 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a program, from anywhere
+
+from benchmarks.gpu_report import measured, triton_kernels
+from benchmarks.launches import compilations
 from sora_kernels.patch_embed import patch_embed_3d
-from sora_kernels.report import caught_launches, compile_launch, triton_kernels
-from sora_kernels.triton.configs import CONFIGS, use_architecture
+from sora_kernels.triton.configs import CONFIGS
 
 
 def attention(arch: str) -> list[dict[str, Any]]:
@@ -35,9 +39,9 @@ def patch_embedding(arch: str) -> list[dict[str, Any]]:
     for dtype in (torch.bfloat16, torch.float32):
         videos = [torch.empty(16, 1, 64, 64, dtype=dtype)]
         weight = torch.empty(1152, 16, 1, 8, 8, dtype=dtype)
-        with caught_launches() as caught, use_architecture(arch):
+        with compilations(arch) as compiled:
             patch_embed_3d(videos, weight, None, patch_size=(1, 8, 8))
-        rows += [{"head_dim": 0, "dtype": str(dtype), **asdict(compile_launch(*launch, arch))} for launch in caught]
+        rows += [{"head_dim": 0, "dtype": str(dtype), **asdict(measured(kernel, arch))} for kernel in compiled]
     return rows
 
 

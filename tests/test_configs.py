@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import sora_kernels.triton as room
+from benchmarks.launches import ARCHS
 from sora_kernels import backends, info
-from sora_kernels.report import ARCHS
 from sora_kernels.triton import configs, devices
 from sora_kernels.triton.common import input_precision
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import triton
 
+from benchmarks.launches import ARCHS
 from sora_kernels import triton as room
-from sora_kernels.report import ARCHS
 from sora_kernels.triton.devices import SHARED_MEMORY
 
 MATRIX = {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "gfx942": "v_mfma", "gfx1100": "v_wmma"}
@@ -104,7 +104,7 @@ def run_without_interpreter(*arguments: str) -> str:
 def report(tmp_path_factory) -> tuple[str, list[dict]]:
     """The text, and the rows of the JSON."""
     path = tmp_path_factory.mktemp("report") / "report.json"
-    return run_without_interpreter("-m", "sora_kernels.report", "--json", str(path)), json.loads(path.read_text())
+    return run_without_interpreter("-m", "benchmarks.gpu_report", "--json", str(path)), json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_variants_spill_next_to_nothing(compiled):
 
 
 def test_attention_compiles_once_for_all_batches(compiled):
-    counts = compiled["signatures"]
+    counts = compiled["versions"]
     assert {"attention.forward_kernel", "spatiotemporal_attention.dkdv_kernel"} < counts.keys()
     # The list of tiles is made for each size of tile: of queries and of keys.
     assert counts == {name: 2 if "tile_list" in name else 1 for name in counts}
@@ -216,7 +216,7 @@ def test_the_report_in_the_documentation_is_this_one(report):
 
 def test_interpreted_kernels_cannot_be_reported():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "sora_kernels.report"]
+    command = [sys.executable, "-m", "benchmarks.gpu_report"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "TRITON_INTERPRET=1 is set; an interpreted kernel cannot be compiled" in done.stderr

@@ -28,6 +28,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.gpu import GPUS, NAME, SIMULATED, simulated_gpu
+from benchmarks.launches import run_on_triton
 from sora_kernels import backends
 
 _installed = False
@@ -46,14 +47,14 @@ def install() -> None:
     _installed = True
     _set_torch_cuda(arch)
     _set_triton_driver(arch)
-    _set_backends(computed=True)
+    _set_backends()
     OnCPU().__enter__()
 
 
 def launch_only(arch: str) -> None:
     """Ops on CPU tensors launch Triton's kernels for this GPU up to the driver, and compute nothing: what a call costs the host."""
     _set_triton_driver(arch)
-    _set_backends(computed=False)
+    run_on_triton()
 
 
 class OnCPU(TorchFunctionMode):
@@ -199,10 +200,10 @@ def _launched_and_computed(launch: Callable[..., None], compute: Callable[..., N
     compute(*arguments.values())  # it is compiled
 
 
-def _set_backends(computed: bool) -> None:
+def _set_backends() -> None:
     """Triton's functions launch their kernels and compute on the CPU; those of module _cuda, where it is built, only compute."""
     cpu = backends.BACKENDS["cpu"].load()
-    for name in ("triton", "cuda") if computed else ("triton",):
+    for name in ("triton", "cuda"):
         backend = backends.BACKENDS[name]
         try:
             module = backend.load()
@@ -213,7 +214,7 @@ def _set_backends(computed: bool) -> None:
             if hasattr(module, function):
                 launch, compute = getattr(module, function), getattr(cpu, function)
                 both = functools.partial(_launched_and_computed, launch, compute)
-                setattr(stand_in, function, compute if name == "cuda" else both if computed else launch)
+                setattr(stand_in, function, compute if name == "cuda" else both)
         devices = ("cuda", "cpu")
         backends.BACKENDS[name] = Simulated(name, backend.module, devices, backend.dtypes, backend.max_width, stand_in)
-    backends.ORDER["cpu"] = backends.ORDER["cuda"] if computed else ("triton", "reference")
+    backends.ORDER["cpu"] = backends.ORDER["cuda"]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.child import Item
+from benchmarks.works import Work, works
 from sora_kernels import backends
 from sora_kernels.layout import PackedLayout
-from sora_kernels.works import Work, works
 
 GRIDS, SLACK = [(2, 9, 7), (1, 1, 1), (3, 5, 6), (1, 17, 16)], 5
 HEAD_DIM, WIDTH = 64, 256

@@ -57,22 +57,23 @@ def gelu_kernel(
         tl.store(p_sums + chunk.to(tl.int64) * D + cols, total, mask=cols < D)
 
 
-def _run(x: Tensor, bias: Tensor | None, dout: Tensor | None, out: Tensor, sums: Tensor | None) -> None:
+def _run(*, x: Tensor, bias: Tensor | None, dout: Tensor | None, out: Tensor, sums: Tensor | None) -> None:
+    """out is the result, or with dout the gradient of x."""
     num_tokens, width = x.shape
     block = min(power_of_2(width), 512)
     if num_tokens and width:
         gelu_kernel[(triton.cdiv(num_tokens, K), triton.cdiv(width, block))](
-            x, bias, dout, out, sums, stride(x), stride(dout), num_tokens,
+            p_x=x, p_bias=bias, p_dout=dout, p_out=out, p_sums=sums, s_x=stride(x), s_dout=stride(dout), num_tokens=num_tokens,
             D=width, BACKWARD=dout is not None, K=K, TOKENS=4, BLOCK_D=block, num_warps=4, **OPTIONS,
         )  # fmt: skip
 
 
 def bias_gelu_forward(x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    _run(x, bias, None, out, None)
+    _run(x=x, bias=bias, dout=None, out=out, sums=None)
 
 
 def bias_gelu_backward(dout: Tensor, x: Tensor, bias: Tensor | None, dx: Tensor, dbias: Tensor | None) -> None:
     sums = None if dbias is None else x.new_empty((triton.cdiv(x.shape[0], K), x.shape[1]), dtype=torch.float32)
-    _run(x, bias, dout, dx, sums)
+    _run(x=x, bias=bias, dout=dout, out=dx, sums=sums)
     if sums is not None and dbias is not None:
         sum_parts(sums, dbias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,6 +12,16 @@ from torch import Tensor
 # Of every launch. Triton 3.10 no longer contracts a * b + c by default.
 OPTIONS = {"enable_fp_fusion": True}
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+# In kernels, what belongs together is a NamedTuple: Triton takes them as arguments, and functions build and return them.
+
+
+class Axes(NamedTuple):
+    """One of something along each axis of a span's grid."""
+
+    t: Any
+    h: Any
+    w: Any
 
 
 def power_of_2(n: int) -> int:
@@ -56,16 +66,29 @@ def head_constants(q: Tensor, k: Tensor, *others: Tensor) -> dict[str, Any]:
     }
 
 
-def by_row(x: Tensor, unit: int) -> tuple:
-    """x [B, S, H, d] or [N, H, d] with its strides of a batch entry, a token and a head."""
-    strides = x.stride()[:-1] if x.ndim == 4 else (0, *x.stride()[:-1])
-    return x, strides if unit == 1 else tuple(n // unit for n in strides)
+class HeadTensor(NamedTuple):
+    """A tensor of heads, [B, S, H, d] or [N, H, d], in a kernel: its first element and its strides in elements."""
+
+    pointer: Any
+    batch_stride: Any
+    token_stride: Any
+    head_stride: Any
+
+
+def head_tensors(unit: int, **tensors: Tensor) -> dict[str, tuple]:
+    """By name the fields of HeadTensors, strides divided by `unit`. Plain tuples: Triton takes twice as long over named ones."""
+    fields = {}
+    for name, x in tensors.items():
+        batch, token, head = x.stride()[:-1] if x.ndim == 4 else (0, *x.stride()[:-1])
+        fields[name] = (x, batch, token, head) if unit == 1 else (x, batch // unit, token // unit, head // unit)
+    return fields
 
 
 @triton.jit
 def strided(x, UNIT: tl.constexpr):
-    p, s = x
-    return p, (s[0] * UNIT, s[1] * UNIT, s[2] * UNIT)
+    """The HeadTensor of such fields."""
+    pointer, batch, token, head = x
+    return HeadTensor(pointer, batch * UNIT, token * UNIT, head * UNIT)
 
 
 @triton.jit
@@ -175,31 +198,53 @@ def tanh(x):
 # scores of any size the largest gives exactly 1; of scores of 1e10 the rounded product alone would be off by more than 2**7.
 
 
+class Softmax(NamedTuple):
+    """The running softmax of a block of queries: sum of p * v [rows, d], maximum of the scores and sum of p [rows]."""
+
+    acc: Any
+    maximum: Any
+    total: Any
+
+
+class Statistics(NamedTuple):
+    """Maximum and sum of the softmax of each row of a head: the first maximum, and the stride from a row's maximum to its sum."""
+
+    pointer: Any
+    stride: Any
+
+
 @triton.jit
-def softmax_step(acc, m, total, s, factor, v, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One block of keys into the running softmax: output, maximum and sum of each row."""
-    m_new = tl.maximum(m, tl.max(s, axis=1))
-    reference = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new  # a row may have seen no key yet
+def start_softmax(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    return Softmax(tl.zeros([ROWS, BLOCK_D], tl.float32), maximum, total)
+
+
+@triton.jit
+def softmax_step(state, s, factor, v, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One block of keys into the running softmax."""
+    maximum = tl.maximum(state.maximum, tl.max(s, axis=1))
+    reference = tl.where(maximum == float("-inf"), 0.0, maximum) if MASKED else maximum  # all keys so far may be masked
     p = tl.exp2((s - reference[:, None]) * factor)
-    correction = tl.exp2((m - reference) * factor)
-    total = total * correction + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
-    return acc, m_new, total
+    correction = tl.exp2((state.maximum - reference) * factor)
+    total = state.total * correction + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, state.acc * correction[:, None], input_precision=PRECISION)
+    return Softmax(acc, maximum, total)
 
 
 @triton.jit
-def load_softmax(p_statistics, num_rows, row, inside):
+def load_softmax(statistics, row, inside):
     """(maximum, 1 / sum) of the softmax of rows; (+inf, 0), which makes its probabilities 0, of one without keys."""
-    total = tl.load(p_statistics + num_rows + row, mask=inside, other=0.0)
-    maximum = tl.load(p_statistics + row, mask=inside, other=0.0)
+    total = tl.load(statistics.pointer + statistics.stride + row, mask=inside, other=0.0)
+    maximum = tl.load(statistics.pointer + row, mask=inside, other=0.0)
     empty = total == 0
     return tl.where(empty, float("inf"), maximum), tl.where(empty, 0.0, reciprocal(tl.where(empty, 1.0, total)))
 
 
 @triton.jit
-def store_softmax(p_statistics, num_rows, row, inside, maximum, total):
-    tl.store(p_statistics + row, maximum, mask=inside)
-    tl.store(p_statistics + num_rows + row, total, mask=inside)
+def store_softmax(statistics, row, inside, state):
+    tl.store(statistics.pointer + row, state.maximum, mask=inside)
+    tl.store(statistics.pointer + statistics.stride + row, state.total, mask=inside)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ Products are summed in float32. dweight is cuBLAS's product of dtokens and copie
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,40 +31,77 @@ GROUP = 8
 PROGRAMS = 512  # enough to fill a GPU
 
 
-@triton.jit
-def _decode(table):
-    return (
-        table[0].to(tl.int64) // 2 - 1, table[1].to(tl.int64) // 2 - 1, table[2].to(tl.int64) // 2 - 1,
-        table[3].to(tl.int64) // 2 - 1, table[4].to(tl.int64) // 2 - 1, table[5].to(tl.int64) // 2 - 1,
-        table[6].to(tl.int64) // 2 - 1, table[7].to(tl.int64) // 2 - 1, table[8].to(tl.int64) // 2 - 1,
-    )  # fmt: skip
+class Video(NamedTuple):
+    """Where a video's programs and tokens begin in a launch, its number of tokens, sizes in patches, and strides in elements."""
+
+    first_program: Any
+    first_token: Any
+    num_tokens: Any
+    height: Any
+    width: Any
+    s_c: Any
+    s_t: Any
+    s_h: Any
+    s_w: Any
+
+
+class Patches(NamedTuple):
+    """A program's patches: their video and its strides; of each, its offset there, whether it exists, its row among all tokens."""
+
+    p_video: Any
+    s_c: Any
+    s_t: Any
+    s_h: Any
+    s_w: Any
+    offset: Any
+    inside: Any
+    token: Any
+
+
+# Triton compiles a kernel anew for an integer that is 1 or that 16 divides, inside tuples also where it is asked not to. So the
+# integers n >= 0 of a Video travel as odd numbers above 1.
+
+
+def _odd(n: int) -> int:
+    return 2 * n + 3
 
 
 @triton.jit
-def _tokens(
-    videos, tables, program, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, RUN: tl.constexpr, BLOCK_N: tl.constexpr
+def _from_odd(n):
+    return n.to(tl.int64) // 2 - 1
+
+
+@triton.jit
+def _video(odd):
+    return Video(*[_from_odd(n) for n in odd])
+
+
+@triton.jit
+def _locate(
+    pointers, videos, program, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, RUN: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """A program's video and tokens: its pointer, their offsets and mask [BLOCK_N], their rows among all tokens, its strides."""
-    p_video = videos[0]
-    table = _decode(tables[0])
-    for i in tl.static_range(1, len(videos)):
-        later = _decode(tables[i])
-        if program >= later[0]:
-            p_video = videos[i]
-            table = later
-    first_program, first_token, count, height, width, s_c, s_t, s_h, s_w = table
-    n = ((program - first_program) * BLOCK_N).to(tl.int32) + tl.arange(0, BLOCK_N)
-    height = height.to(tl.int32)
-    width = width.to(tl.int32)
+    """A program's patches, BLOCK_N of one video."""
+    p_video = pointers[0]
+    video = _video(videos[0])
+    for i in tl.static_range(1, len(pointers)):
+        later = _video(videos[i])
+        if program >= later.first_program:
+            p_video = pointers[i]
+            video = later
+    n = ((program - video.first_program) * BLOCK_N).to(tl.int32) + tl.arange(0, BLOCK_N)
+    height = video.height.to(tl.int32)
+    width = video.width.to(tl.int32)
+    s_w = video.s_w
     if RUN > 1:
         s_w = 1
-    offset = n // (height * width) * (PT * s_t) + n // width % height * (PH * s_h) + n % width * (PW * s_w)
-    return p_video, tl.multiple_of(offset, RUN), n < count, first_token + n, s_c, s_t, s_h, s_w
+    offset = n // (height * width) * (PT * video.s_t) + n // width % height * (PH * video.s_h) + n % width * (PW * s_w)
+    inside = n < video.num_tokens
+    return Patches(p_video, video.s_c, video.s_t, video.s_h, s_w, tl.multiple_of(offset, RUN), inside, video.first_token + n)
 
 
 @triton.jit
-def _channels(
-    k, s_c, s_t, s_h, s_w, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, RUN: tl.constexpr,
+def _elements(
+    k, patches, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, RUN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Offsets of the elements k of a patch, in the order (C pt ph pw) or (pt ph pw C), and whether there are such."""
@@ -74,97 +111,105 @@ def _channels(
     else:
         c = k // (PT * PH * PW)
         inner = k % (PT * PH * PW)
-    offset = tl.multiple_of(c * s_c + inner // (PH * PW) * s_t + inner // PW % PH * s_h, RUN) + inner % PW * s_w
-    return offset, k < C * PT * PH * PW
+    offset = c * patches.s_c + inner // (PH * PW) * patches.s_t + inner // PW % PH * patches.s_h
+    return tl.multiple_of(offset, RUN) + inner % PW * patches.s_w, k < C * PT * PH * PW
+
+
+@triton.jit
+def _pointers(patches, offset):
+    """[k, n] of the elements at these offsets of a patch."""
+    return patches.p_video + offset[:, None] + patches.offset[None, :]
 
 
 @triton.jit(do_not_specialize=["splits", "blocks"])
 def embed_kernel(
-    videos, tables, p_weight, p_bias, p_tokens, splits, blocks, D: tl.constexpr, C: tl.constexpr, PT: tl.constexpr,
+    pointers, videos, p_weight, p_bias, p_tokens, splits, blocks, D: tl.constexpr, C: tl.constexpr, PT: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (tokens, split of D): `blocks` blocks of D."""
     K: tl.constexpr = C * PT * PH * PW
-    p_video, o_n, in_n, token, s_c, s_t, s_h, s_w = _tokens(videos, tables, tl.program_id(0) // splits, PT, PH, PW, RUN, BLOCK_N)
+    patches = _locate(pointers, videos, tl.program_id(0) // splits, PT, PH, PW, RUN, BLOCK_N)
+    in_n = patches.inside
     first_block = tl.program_id(0) % splits * blocks
     if K <= BLOCK_K:
         k = tl.arange(0, BLOCK_K)
-        o_k, in_k = _channels(k, s_c, s_t, s_h, s_w, C, PT, PH, PW, RUN, False)
-        patches = tl.load(p_video + o_k[:, None] + o_n[None, :], mask=in_k[:, None] & in_n[None, :], other=0.0)
+        o_k, in_k = _elements(k, patches, C, PT, PH, PW, RUN, False)
+        x = tl.load(_pointers(patches, o_k), mask=in_k[:, None] & in_n[None, :], other=0.0)
     for block in range(first_block, tl.minimum(first_block + blocks, tl.cdiv(D, BLOCK_D))):
         d = block * BLOCK_D + tl.arange(0, BLOCK_D)
         in_d = d < D
         acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         for first in range(0, K, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
-            o_k, in_k = _channels(k, s_c, s_t, s_h, s_w, C, PT, PH, PW, RUN, False)
+            o_k, in_k = _elements(k, patches, C, PT, PH, PW, RUN, False)
             if K > BLOCK_K:
-                patches = tl.load(p_video + o_k[:, None] + o_n[None, :], mask=in_k[:, None] & in_n[None, :], other=0.0)
+                x = tl.load(_pointers(patches, o_k), mask=in_k[:, None] & in_n[None, :], other=0.0)
             weight = tl.load(p_weight + d[:, None].to(tl.int64) * K + k[None, :], mask=in_d[:, None] & in_k[None, :], other=0.0)
-            acc = tl.dot(tl.trans(patches), tl.trans(weight), acc, input_precision=PRECISION)
+            acc = tl.dot(tl.trans(x), tl.trans(weight), acc, input_precision=PRECISION)
         if p_bias is not None:
             acc += tl.load(p_bias + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
-        tl.store(p_tokens + token[:, None] * D + d[None, :], acc.to(p_tokens.dtype.element_ty), mask=in_n[:, None] & in_d[None, :])
+        p_out = p_tokens + patches.token[:, None] * D + d[None, :]
+        tl.store(p_out, acc.to(p_tokens.dtype.element_ty), mask=in_n[:, None] & in_d[None, :])
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def scatter_kernel(
-    videos, tables, p_dtokens, p_weight, s_dtokens, blocks, D: tl.constexpr, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr,
-    PW: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    pointers, videos, p_dtokens, p_weight, s_dtokens, blocks, D: tl.constexpr, C: tl.constexpr, PT: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (tokens, block of k): each element of a video belongs to one patch."""
     K: tl.constexpr = C * PT * PH * PW
-    p_video, o_n, in_n, token, s_c, s_t, s_h, s_w = _tokens(videos, tables, tl.program_id(0) // blocks, PT, PH, PW, RUN, BLOCK_N)
+    patches = _locate(pointers, videos, tl.program_id(0) // blocks, PT, PH, PW, RUN, BLOCK_N)
+    in_n = patches.inside
     k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-    o_k, in_k = _channels(k, s_c, s_t, s_h, s_w, C, PT, PH, PW, RUN, False)
+    o_k, in_k = _elements(k, patches, C, PT, PH, PW, RUN, False)
     acc = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         in_d = d < D
         weight = tl.load(p_weight + d[:, None].to(tl.int64) * K + k[None, :], mask=in_d[:, None] & in_k[None, :], other=0.0)
-        dtokens = tl.load(p_dtokens + token[:, None] * s_dtokens + d[None, :], mask=in_n[:, None] & in_d[None, :], other=0.0)
+        p_rows = p_dtokens + patches.token[:, None] * s_dtokens + d[None, :]
+        dtokens = tl.load(p_rows, mask=in_n[:, None] & in_d[None, :], other=0.0)
         acc = tl.dot(tl.trans(weight), tl.trans(dtokens), acc, input_precision=PRECISION)
-    tl.store(p_video + o_k[:, None] + o_n[None, :], acc.to(p_video.dtype.element_ty), mask=in_k[:, None] & in_n[None, :])
+    tl.store(_pointers(patches, o_k), acc.to(patches.p_video.dtype.element_ty), mask=in_k[:, None] & in_n[None, :])
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def copy_kernel(
-    videos, tables, p_tokens, s_tokens, blocks, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    pointers, videos, p_tokens, s_tokens, blocks, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     RUN: tl.constexpr, CHANNELS_LAST: tl.constexpr, TO_VIDEOS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (tokens, block of k)."""
-    p_video, o_n, in_n, token, s_c, s_t, s_h, s_w = _tokens(videos, tables, tl.program_id(0) // blocks, PT, PH, PW, RUN, BLOCK_N)
+    patches = _locate(pointers, videos, tl.program_id(0) // blocks, PT, PH, PW, RUN, BLOCK_N)
     k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-    o_k, in_k = _channels(k, s_c, s_t, s_h, s_w, C, PT, PH, PW, RUN, CHANNELS_LAST)
-    mask = in_k[:, None] & in_n[None, :]
-    p_element = p_video + o_k[:, None] + o_n[None, :]
-    p_row = p_tokens + token[None, :] * s_tokens + k[:, None]
+    o_k, in_k = _elements(k, patches, C, PT, PH, PW, RUN, CHANNELS_LAST)
+    mask = in_k[:, None] & patches.inside[None, :]
+    p_element = _pointers(patches, o_k)
+    p_row = p_tokens + patches.token[None, :] * s_tokens + k[:, None]
     if TO_VIDEOS:
         tl.store(p_element, tl.load(p_row, mask=mask), mask=mask)
     else:
         tl.store(p_row, tl.load(p_element, mask=mask), mask=mask)
 
 
-def _launches(videos: Sequence[Tensor], patch_size: Sequence[int], block: int) -> Iterator[tuple[int, tuple, tuple]]:
-    """(programs, videos, tables) of each launch; a table is (first program, first token, tokens, height, width, *strides).
-
-    Triton compiles anew for integers that are 1 or divisible by 16, inside tuples whatever it is told, so they come as 2 n + 3.
-    """
+def _launches(videos: Sequence[Tensor], patch_size: Sequence[int], block: int) -> Iterator[tuple[int, dict[str, tuple]]]:
+    """(programs, the arguments that name the videos) of each launch."""
     first_token = 0
     for start in range(0, len(videos), GROUP):
         group = list(videos[start : start + GROUP])
-        tables, programs = [], 0
+        sizes, programs = [], 0
         for video in group:
             t, h, w = (n // p for n, p in zip(video.shape[1:], patch_size, strict=True))
-            tables.append((programs, first_token, t * h * w, h, w, *video.stride()))
+            sizes.append(Video(programs, first_token, t * h * w, h, w, *video.stride()))
             programs += triton.cdiv(t * h * w, block)
             first_token += t * h * w
         missing = power_of_2(len(group)) - len(group)  # few lengths of tuples to compile for
-        tables += [(programs,) * 9] * missing
+        sizes += [Video(programs, 0, 0, 1, 1, 0, 0, 0, 0)] * missing
         if programs:
-            yield programs, (*group, *group[:1] * missing), tuple(tuple(2 * n + 3 for n in table) for table in tables)
+            odd = tuple(tuple(map(_odd, video)) for video in sizes)
+            yield programs, {"pointers": (*group, *group[:1] * missing), "videos": odd}
 
 
 def _constants(videos: Sequence[Tensor], patch_size: Sequence[int]) -> dict[str, Any]:
@@ -188,14 +233,14 @@ def _matmul_tile(dtype: torch.dtype, inner: int, outer: int, vectors: bool) -> t
     return (128, inner, 128, 8) if outer >= 128 else (64, inner, outer, 4)
 
 
-def _copy(videos: Sequence[Tensor], patch_size: Sequence[int], tokens: Tensor, channels_last: bool, to_videos: bool) -> None:
+def _copy(videos: Sequence[Tensor], patch_size: Sequence[int], tokens: Tensor, *, channels_last: bool, to_videos: bool) -> None:
     constants = _constants(videos, patch_size)
     block_k = min(power_of_2(tokens.shape[1]), 64)
     blocks = triton.cdiv(tokens.shape[1], block_k)
-    for programs, group, tables in _launches(videos, patch_size, 64):
+    for programs, group in _launches(videos, patch_size, 64):
         copy_kernel[(programs * blocks,)](
-            group, tables, tokens, tokens.stride(0), blocks, **constants, CHANNELS_LAST=channels_last, TO_VIDEOS=to_videos,
-            BLOCK_N=64, BLOCK_K=block_k, **OPTIONS,
+            **group, p_tokens=tokens, s_tokens=tokens.stride(0), blocks=blocks, **constants, CHANNELS_LAST=channels_last,
+            TO_VIDEOS=to_videos, BLOCK_N=64, BLOCK_K=block_k, **OPTIONS,
         )  # fmt: skip
 
 
@@ -206,12 +251,12 @@ def patch_embed_3d_forward(
     constants = {"D": d, **_constants(videos, patch_size), "PRECISION": input_precision(weight.dtype)}
     block_n, block_k, block_d, num_warps = _matmul_tile(weight.dtype, k, d, patch_size[2] % 8 == 0)
     d_blocks = max(triton.cdiv(d, block_d), 1)
-    for programs, group, tables in _launches(videos, patch_size, block_n):
+    for programs, group in _launches(videos, patch_size, block_n):
         # All blocks of D to a program that keeps its patches, unless that leaves the GPU idle.
         blocks = min(max(d_blocks * programs // PROGRAMS, 1), d_blocks) if k <= block_k else 1
         splits = triton.cdiv(d_blocks, blocks)
         embed_kernel[(programs * splits,)](
-            group, tables, weight, bias, tokens, splits, blocks, **constants,
+            **group, p_weight=weight, p_bias=bias, p_tokens=tokens, splits=splits, blocks=blocks, **constants,
             BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=num_warps, **OPTIONS,
         )  # fmt: skip
 
@@ -222,7 +267,7 @@ def patch_embed_3d_backward(
 ) -> None:  # fmt: skip
     d, k = weight.shape[0], weight[0].numel()
     patches = weight.new_empty((dtokens.shape[0], k))
-    _copy(videos, patch_size, patches, False, False)
+    _copy(videos, patch_size, patches, channels_last=False, to_videos=False)
     torch.mm(dtokens.T, patches, out=dweight.view(d, k))
     if dbias is not None:
         torch.sum(dtokens, dim=0, out=dbias)
@@ -231,16 +276,16 @@ def patch_embed_3d_backward(
         # Blocks of 64: the address of each element scattered takes two registers.
         block_n, block_d, block_k, num_warps = _matmul_tile(weight.dtype, d, min(k, 64), True)
         blocks = triton.cdiv(k, block_k)
-        for programs, group, tables in _launches(dvideos, patch_size, block_n):
+        for programs, group in _launches(dvideos, patch_size, block_n):
             scatter_kernel[(programs * blocks,)](
-                group, tables, dtokens, weight, dtokens.stride(0), blocks, **constants,
+                **group, p_dtokens=dtokens, p_weight=weight, s_dtokens=dtokens.stride(0), blocks=blocks, **constants,
                 BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=num_warps, **OPTIONS,
             )  # fmt: skip
 
 
 def patchify_3d(videos: Sequence[Tensor], patch_size: Sequence[int], tokens: Tensor) -> None:
-    _copy(videos, patch_size, tokens, True, False)
+    _copy(videos, patch_size, tokens, channels_last=True, to_videos=False)
 
 
 def unpatchify_3d(tokens: Tensor, patch_size: Sequence[int], videos: Sequence[Tensor]) -> None:
-    _copy(videos, patch_size, tokens, True, True)
+    _copy(videos, patch_size, tokens, channels_last=True, to_videos=True)

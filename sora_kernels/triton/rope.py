@@ -21,22 +21,42 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS, find_row, power_of_2, sum_parts
+from .common import OPTIONS, Axes, find_row, power_of_2, sum_parts
 
 MAX_PARTS = 1024  # of dweight: enough programs to fill a GPU, few enough to add up in no time
 MIN_TOKENS = 16  # to a part, which costs as much memory traffic as one token or two
+# What must not compile a kernel anew; integers in tuples would.
+SIZES = ["octaves_t", "octaves_h", "octaves_w", "num_tokens", "num_spans", "search_steps"]
+
+
+class Tables(NamedTuple):
+    """Of the spans: boundaries, grids, and the positions of their first tokens and the steps from there, [spans, 3] each."""
+
+    cu: Any
+    grid: Any
+    origin: Any
+    step: Any
+
+
+class Rows(NamedTuple):
+    """The rows of x [N, H, d]."""
+
+    pointer: Any
+    token_stride: Any
+    head_stride: Any
 
 
 @triton.jit
-def _position(p_origin, p_step, span, axis: tl.constexpr, index, used):
-    origin = tl.load(p_origin + 3 * span + axis, mask=used, other=0.0).to(tl.float64)
-    return origin + tl.load(p_step + 3 * span + axis, mask=used, other=0.0).to(tl.float64) * index
+def _position(tables, span, axis: tl.constexpr, index, used):
+    origin = tl.load(tables.origin + 3 * span + axis, mask=used, other=0.0).to(tl.float64)
+    return origin + tl.load(tables.step + 3 * span + axis, mask=used, other=0.0).to(tl.float64) * index
 
 
 @triton.jit
@@ -47,24 +67,23 @@ def _frequency(octaves, pair, PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr):
     what is allocated while a graph is captured, or while torch.compile warms one up, is memory of that graph.
     """
     first = tl.where(pair < PAIRS_T, 0, tl.where(pair < PAIRS_T + PAIRS_H, PAIRS_T, PAIRS_T + PAIRS_H))
-    bits = tl.where(pair < PAIRS_T, octaves[0], tl.where(pair < PAIRS_T + PAIRS_H, octaves[1], octaves[2])).to(tl.int64)
+    bits = tl.where(pair < PAIRS_T, octaves.t, tl.where(pair < PAIRS_T + PAIRS_H, octaves.h, octaves.w)).to(tl.int64)
     return tl.exp2((first - pair) * bits.to(tl.float64, bitcast=True)) * 0.15915494309189535
 
 
 @triton.jit
 def _rotation(
-    p_cu, p_grid, p_origin, p_step, octaves, num_spans, search_steps, token, PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    tables, octaves, num_spans, search_steps, token, PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
     """cos and sin [1, TOKENS, BLOCK_P] of the tokens' angles, and whether a span has them [1, TOKENS, 1]."""
-    span = find_row(p_cu, num_spans, token, search_steps)
+    span = find_row(tables.cu, num_spans, token, search_steps)
     used = span < num_spans
-    raster = token - tl.load(p_cu + span)
-    height = tl.load(p_grid + 3 * span + 1, mask=used, other=1)
-    width = tl.load(p_grid + 3 * span + 2, mask=used, other=1)
-    t = _position(p_origin, p_step, span, 0, raster // (height * width), used)
-    h = _position(p_origin, p_step, span, 1, raster // width % height, used)
-    w = _position(p_origin, p_step, span, 2, raster % width, used)
+    raster = token - tl.load(tables.cu + span)
+    height = tl.load(tables.grid + 3 * span + 1, mask=used, other=1)
+    width = tl.load(tables.grid + 3 * span + 2, mask=used, other=1)
+    t = _position(tables, span, 0, raster // (height * width), used)
+    h = _position(tables, span, 1, raster // width % height, used)
+    w = _position(tables, span, 2, raster % width, used)
     pair = tl.arange(0, BLOCK_P)[None, :]
     position = tl.where(pair < PAIRS_T, t[:, None], tl.where(pair < PAIRS_T + PAIRS_H, h[:, None], w[:, None]))
     turns = position * _frequency(octaves, pair, PAIRS_T, PAIRS_H)
@@ -84,11 +103,12 @@ def _rotation(
 
 
 @triton.jit
-def _rows(p, s_token, s_head, token, head, D: tl.constexpr, DENSE: tl.constexpr):
-    """Pointers to the rows [HEADS, TOKENS, 1] of x [N, H, d]; heads that lie end to end are known to be aligned."""
+def _rows(x, token, head, D: tl.constexpr, DENSE: tl.constexpr):
+    """Pointers to the rows [HEADS, TOKENS, 1] of x; heads that lie end to end are known to be aligned."""
+    s_head = x.head_stride
     if DENSE:
         s_head = D
-    return p + token.to(tl.int64)[None, :, None] * s_token + head.to(tl.int64)[:, None, None] * s_head
+    return x.pointer + token.to(tl.int64)[None, :, None] * x.token_stride + head.to(tl.int64)[:, None, None] * s_head
 
 
 @triton.jit
@@ -161,20 +181,20 @@ def _groups(token, head, H: tl.constexpr, ACROSS: tl.constexpr):
         return token.to(tl.int64)[None, :, None] * H + head[:, None, None]
 
 
-@triton.jit(do_not_specialize=["octaves_t", "octaves_h", "octaves_w", "num_tokens", "num_spans", "search_steps"])
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    p_x, p_weight, p_cu, p_grid, p_origin, p_step, octaves_t, octaves_h, octaves_w, p_out, p_rstd, s_token, s_head, num_tokens,
-    num_spans, search_steps, eps, H: tl.constexpr, D: tl.constexpr, PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr,
-    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, NORM: tl.constexpr, ACROSS: tl.constexpr, DENSE: tl.constexpr,
-    HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_P: tl.constexpr,
+    p_x, p_weight, tables, octaves_t, octaves_h, octaves_w, p_out, p_rstd, s_token, s_head, num_tokens, num_spans, search_steps,
+    eps, H: tl.constexpr, D: tl.constexpr, PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr, INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr, NORM: tl.constexpr, ACROSS: tl.constexpr, DENSE: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    octaves = octaves_t, octaves_h, octaves_w
+    octaves = Axes(octaves_t, octaves_h, octaves_w)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     row = (token < num_tokens)[None, :, None] & (head < H)[:, None, None]
-    p_row = _rows(p_x, s_token, s_head, token, head, D, DENSE)
+    p_row = _rows(Rows(p_x, s_token, s_head), token, head, D, DENSE)
     u, v = _load_pairs(p_row, row, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)  # before the angles, which hide it
-    cos, sin, used = _rotation(p_cu, p_grid, p_origin, p_step, octaves, num_spans, search_steps, token, PAIRS_T, PAIRS_H, BLOCK_P)
+    cos, sin, used = _rotation(tables, octaves, num_spans, search_steps, token, PAIRS_T, PAIRS_H, BLOCK_P)
     if INVERSE:
         sin = -sin
     if NORM:
@@ -187,18 +207,18 @@ def forward_kernel(
         tl.store(p_rstd + group, tl.where(used, rstd, 0.0), mask=store_rstd)
     y_u = tl.where(used, u * cos - v * sin, 0.0)
     y_v = tl.where(used, u * sin + v * cos, 0.0)
-    _store_pairs(_rows(p_out, H * D, D, token, head, D, True), row, y_u, y_v, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)
+    _store_pairs(_rows(Rows(p_out, H * D, D), token, head, D, True), row, y_u, y_v, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)
 
 
-@triton.jit(do_not_specialize=["octaves_t", "octaves_h", "octaves_w", "num_tokens", "num_spans", "search_steps", "part"])
+@triton.jit(do_not_specialize=[*SIZES, "part"])
 def backward_kernel(
-    p_dout, p_x, p_weight, p_rstd, p_cu, p_grid, p_origin, p_step, octaves_t, octaves_h, octaves_w, p_dx, p_parts, s_dout_token,
-    s_dout_head, s_token, s_head, num_tokens, num_spans, search_steps, part, H: tl.constexpr, D: tl.constexpr,
-    PAIRS_T: tl.constexpr, PAIRS_H: tl.constexpr, INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, DENSE_DOUT: tl.constexpr,
-    DENSE: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_P: tl.constexpr,
+    p_dout, p_x, p_weight, p_rstd, tables, octaves_t, octaves_h, octaves_w, p_dx, p_parts, s_dout_token, s_dout_head, s_token,
+    s_head, num_tokens, num_spans, search_steps, part, H: tl.constexpr, D: tl.constexpr, PAIRS_T: tl.constexpr,
+    PAIRS_H: tl.constexpr, INTERLEAVED: tl.constexpr, ACROSS: tl.constexpr, DENSE_DOUT: tl.constexpr, DENSE: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Program (run of `part` tokens, block of heads)."""
-    octaves = octaves_t, octaves_h, octaves_w
+    octaves = Axes(octaves_t, octaves_h, octaves_w)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     ROWS: tl.constexpr = HEADS if ACROSS else 1  # of the weight
     dw_u = tl.zeros([ROWS, TOKENS, BLOCK_P], tl.float32)
@@ -207,15 +227,13 @@ def backward_kernel(
     for first in range(begin, tl.minimum(begin + part, num_tokens), TOKENS):
         token = first + tl.arange(0, TOKENS)
         row = (token < num_tokens)[None, :, None] & (head < H)[:, None, None]
-        p_row = _rows(p_dout, s_dout_token, s_dout_head, token, head, D, DENSE_DOUT)
+        p_row = _rows(Rows(p_dout, s_dout_token, s_dout_head), token, head, D, DENSE_DOUT)
         g_u, g_v = _load_pairs(p_row, row, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)  # before the angles, which hide them
-        p_row = _rows(p_x, s_token, s_head, token, head, D, DENSE)
+        p_row = _rows(Rows(p_x, s_token, s_head), token, head, D, DENSE)
         u, v = _load_pairs(p_row, row, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)
         group = _groups(token, head, H, ACROSS)
         rstd = tl.load(p_rstd + group, mask=(token < num_tokens)[None, :, None] if ACROSS else row, other=0.0)
-        cos, sin, used = _rotation(
-            p_cu, p_grid, p_origin, p_step, octaves, num_spans, search_steps, token, PAIRS_T, PAIRS_H, BLOCK_P
-        )
+        cos, sin, used = _rotation(tables, octaves, num_spans, search_steps, token, PAIRS_T, PAIRS_H, BLOCK_P)
         g_u = tl.where(used, g_u, 0.0)  # of the slack all counts as zero
         g_v = tl.where(used, g_v, 0.0)
         u = tl.where(used, u, 0.0)
@@ -236,7 +254,7 @@ def backward_kernel(
         mean = _group_mean(dn_u * u + dn_v * v, H, D, ACROSS)
         dx_u = rstd * (dn_u - u * mean)
         dx_v = rstd * (dn_v - v * mean)
-        _store_pairs(_rows(p_dx, H * D, D, token, head, D, True), row, dx_u, dx_v, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)
+        _store_pairs(_rows(Rows(p_dx, H * D, D), token, head, D, True), row, dx_u, dx_v, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)
     if p_parts is not None:
         slot = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         weight_row = tl.arange(0, ROWS)[:, None, None]
@@ -261,38 +279,53 @@ def _tile(x: Tensor, interleaved: bool, across: bool, per_thread: int) -> dict[s
     return {"HEADS": heads, "TOKENS": tokens, "BLOCK_P": block, "num_warps": threads // 32, **OPTIONS}
 
 
-def _octaves(theta: Sequence[float], axes_dim: Sequence[int]) -> list[int]:
+def _octaves(theta: Sequence[float], axes_dim: Sequence[int]) -> dict[str, int]:
     """By how many octaves an axis' frequency falls from pair to pair, log2(theta) / n: float64 numbers, as the integers of their
     bits, because Triton takes floats as float32.
     """
     # -0.0 for a theta of 1, whose bits, unlike those of 0.0, Triton takes for 64 of them: no other type, no other kernel.
     falls = [math.log2(base) / max(channels // 2, 1) or -0.0 for base, channels in zip(theta, axes_dim, strict=True)]
-    return list(struct.unpack("<3q", struct.pack("<3d", *falls)))
+    bits = struct.unpack("<3q", struct.pack("<3d", *falls))
+    return dict(zip(("octaves_t", "octaves_h", "octaves_w"), bits, strict=True))
 
 
-def _shape(x: Tensor, axes_dim, interleaved: bool, across: bool) -> dict[str, int]:
-    return {
-        "H": x.shape[1], "D": x.shape[2], "PAIRS_T": axes_dim[0] // 2, "PAIRS_H": axes_dim[1] // 2, "INTERLEAVED": interleaved,
-        "ACROSS": across,
-    }  # fmt: skip
+class Rope(NamedTuple):
+    """What a call's launches share."""
+
+    tables: Tables
+    theta: Sequence[float]
+    axes_dim: Sequence[int]
+    interleaved: bool
+    across_heads: bool = False
+
+    def arguments(self, x: Tensor) -> dict[str, Any]:
+        """Of every kernel, for x [N, H, d]."""
+        num_spans = self.tables.cu.shape[0] - 1
+        return {
+            "tables": self.tables, **_octaves(self.theta, self.axes_dim), "num_tokens": x.shape[0], "num_spans": num_spans,
+            "search_steps": num_spans.bit_length(), "s_token": x.stride(0), "s_head": x.stride(1),
+            "H": x.shape[1], "D": x.shape[2], "PAIRS_T": self.axes_dim[0] // 2, "PAIRS_H": self.axes_dim[1] // 2,
+            "INTERLEAVED": self.interleaved, "ACROSS": self.across_heads, "DENSE": x.stride(1) == x.shape[2],
+        }  # fmt: skip
 
 
-def _forward(x, weight, tables, theta, axes_dim, interleaved, inverse, across, eps, out, rstd) -> None:
-    num_tokens, heads, d = x.shape
-    num_spans = tables[0].shape[0] - 1
-    tile = _tile(x, interleaved, across, 64)
+def _forward(
+    rope: Rope, x: Tensor, weight: Tensor | None, out: Tensor, rstd: Tensor | None, *, inverse: bool = False, eps: float = 0.0
+) -> None:
+    num_tokens, heads, _ = x.shape
+    tile = _tile(x, rope.interleaved, rope.across_heads, 64)
     if num_tokens and heads:
         forward_kernel[triton.cdiv(num_tokens, tile["TOKENS"]), triton.cdiv(heads, tile["HEADS"])](
-            x, weight, *tables, *_octaves(theta, axes_dim), out, rstd, x.stride(0), x.stride(1),
-            num_tokens, num_spans, num_spans.bit_length(), eps,
-            **_shape(x, axes_dim, interleaved, across), INVERSE=inverse, NORM=rstd is not None, DENSE=x.stride(1) == d, **tile,
+            p_x=x, p_weight=weight, p_out=out, p_rstd=rstd, eps=eps, INVERSE=inverse, NORM=rstd is not None, **rope.arguments(x),
+            **tile,
         )  # fmt: skip
 
 
-def _backward(dout, x, weight, rstd, tables, theta, axes_dim, interleaved, across, dx, dweight) -> None:
+def _backward(
+    rope: Rope, dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dx: Tensor, dweight: Tensor | None
+) -> None:  # fmt: skip
     num_tokens, heads, d = x.shape
-    num_spans = tables[0].shape[0] - 1
-    tile = _tile(x, interleaved, across, 32)
+    tile = _tile(x, rope.interleaved, rope.across_heads, 32)
     blocks = triton.cdiv(heads, tile["HEADS"])
     part = max(triton.cdiv(num_tokens * blocks, MAX_PARTS), MIN_TOKENS)
     part = triton.cdiv(part, tile["TOKENS"]) * tile["TOKENS"]
@@ -300,11 +333,10 @@ def _backward(dout, x, weight, rstd, tables, theta, axes_dim, interleaved, acros
     parts = None if dweight is None else dweight.new_empty((runs * blocks, dweight.shape[0]), dtype=torch.float32)
     if runs:
         backward_kernel[runs, blocks](
-            dout, x, weight, rstd, *tables, *_octaves(theta, axes_dim), dx, parts,
-            dout.stride(0), dout.stride(1), x.stride(0), x.stride(1), num_tokens, num_spans, num_spans.bit_length(), part,
-            **_shape(x, axes_dim, interleaved, across), DENSE_DOUT=dout.stride(1) == d, DENSE=x.stride(1) == d, **tile,
+            p_dout=dout, p_x=x, p_weight=weight, p_rstd=rstd, p_dx=dx, p_parts=parts, part=part, s_dout_token=dout.stride(0),
+            s_dout_head=dout.stride(1), DENSE_DOUT=dout.stride(1) == d, **rope.arguments(x), **tile,
         )  # fmt: skip
-    if parts is not None:
+    if parts is not None and dweight is not None:
         sum_parts(parts, dweight)
 
 
@@ -312,7 +344,7 @@ def rope_3d(
     x: Tensor, cu_spans: Tensor, grid: Tensor, origin: Tensor, step: Tensor, theta: list[float], axes_dim: list[int],
     interleaved: bool, inverse: bool, out: Tensor,
 ) -> None:  # fmt: skip
-    _forward(x, None, (cu_spans, grid, origin, step), theta, axes_dim, interleaved, inverse, False, 0.0, out, None)
+    _forward(Rope(Tables(cu_spans, grid, origin, step), theta, axes_dim, interleaved), x, None, out, None, inverse=inverse)
 
 
 def qk_norm_rope_3d_forward(
@@ -320,9 +352,9 @@ def qk_norm_rope_3d_forward(
     step: Tensor, theta: list[float], axes_dim: list[int], interleaved: bool, across_heads: bool, eps: float,
     q_out: Tensor, k_out: Tensor, q_rstd: Tensor, k_rstd: Tensor,
 ) -> None:  # fmt: skip
-    tables = cu_spans, grid, origin, step
+    rope = Rope(Tables(cu_spans, grid, origin, step), theta, axes_dim, interleaved, across_heads)
     for x, weight, out, rstd in ((q, q_weight, q_out, q_rstd), (k, k_weight, k_out, k_rstd)):
-        _forward(x, weight, tables, theta, axes_dim, interleaved, False, across_heads, eps, out, rstd)
+        _forward(rope, x, weight, out, rstd, eps=eps)
 
 
 def qk_norm_rope_3d_backward(
@@ -330,7 +362,7 @@ def qk_norm_rope_3d_backward(
     k_rstd: Tensor, cu_spans: Tensor, grid: Tensor, origin: Tensor, step: Tensor, theta: list[float], axes_dim: list[int],
     interleaved: bool, across_heads: bool, dq: Tensor, dk: Tensor, dq_weight: Tensor | None, dk_weight: Tensor | None,
 ) -> None:  # fmt: skip
-    tables = cu_spans, grid, origin, step
+    rope = Rope(Tables(cu_spans, grid, origin, step), theta, axes_dim, interleaved, across_heads)
     sides = ((dq_out, q, q_weight, q_rstd, dq, dq_weight), (dk_out, k, k_weight, k_rstd, dk, dk_weight))
     for dout, x, weight, rstd, dx, dweight in sides:
-        _backward(dout, x, weight, rstd, tables, theta, axes_dim, interleaved, across_heads, dx, dweight)
+        _backward(rope, dout, x, weight, rstd, dx, dweight)

@@ -7,11 +7,13 @@ is packed with.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS, find_row, num_slots, row_range
+from .common import OPTIONS, Axes, find_row, num_slots, row_range
 
 
 @triton.jit(do_not_specialize=["num_samples", "num_tokens", "num_other", "capacity"])
@@ -102,6 +104,49 @@ def work_list(cu: Tensor, other: Tensor, num_tokens: int, num_other: int, block:
 # ---- windows: tiles of spans
 
 
+class Layout(NamedTuple):
+    """Which tokens belong together: the tensors of a PackedLayout."""
+
+    cu_seqlens: Any
+    cu_spans: Any
+    grid: Any
+    step: Any
+
+
+class Span(NamedTuple):
+    """A span, or a block of spans: first token, sizes of the grid, and whether windows apply (not in text)."""
+
+    begin: Any
+    t: Any
+    h: Any
+    w: Any
+    windowed: Any
+
+
+class SpanTiles(NamedTuple):
+    """What the tiles of a span have in common, as the tile list holds it."""
+
+    first_entry: Any
+    tile_t: Any
+    tile_h: Any
+    sample_begin: Any
+    sample_end: Any
+
+
+SPAN_TILES: tl.constexpr = tl.constexpr(len(SpanTiles._fields))
+
+
+class SpanWork(NamedTuple):
+    """Of a block of spans: how many tiles, about how many keys each of them attends to, their sizes, the samples' boundaries."""
+
+    num_tiles: Any
+    num_keys: Any
+    tile_t: Any
+    tile_h: Any
+    sample_begin: Any
+    sample_end: Any
+
+
 @triton.jit
 def _power_of_2(n, BLOCK: tl.constexpr):
     """The least power of two that is at least n, between 1 and BLOCK."""
@@ -122,86 +167,99 @@ def tile_shape(t, h, w, BLOCK: tl.constexpr):
     tile_t = tl.minimum(_power_of_2(t, BLOCK), BLOCK // (tile_w * tile_h))
     tile_w = tl.minimum(_power_of_2(w, BLOCK), BLOCK // (tile_t * tile_h))
     tile_h = tl.minimum(_power_of_2(h, BLOCK), BLOCK // (tile_t * tile_w))
-    return tile_t, tile_h, BLOCK // (tile_t * tile_h)
+    return Axes(tile_t, tile_h, BLOCK // (tile_t * tile_h))
 
 
 @triton.jit
-def load_span(p_cu_spans, p_grid, p_step, s, num_spans, num_tokens):
-    """First token, grid (t, h, w) and whether windows apply (not in text), of a span or a block of spans.
-
-    The slack counts as span num_spans, of grid (1, 1, its length).
-    """
+def load_span(layout, s, num_spans, num_tokens):
+    """Span s, or a block of spans. The slack counts as span num_spans, of grid (1, 1, its length)."""
     real = s < num_spans
-    begin = tl.load(p_cu_spans + tl.minimum(s, num_spans))
-    t = tl.load(p_grid + 3 * s, mask=real, other=1)
-    h = tl.load(p_grid + 3 * s + 1, mask=real, other=1)
-    w = tl.load(p_grid + 3 * s + 2, mask=real, other=0)
+    begin = tl.load(layout.cu_spans + tl.minimum(s, num_spans))
+    t = tl.load(layout.grid + 3 * s, mask=real, other=1)
+    h = tl.load(layout.grid + 3 * s + 1, mask=real, other=1)
+    w = tl.load(layout.grid + 3 * s + 2, mask=real, other=0)
     w = tl.where(real, w, tl.maximum(num_tokens - begin, 0))
-    step_t = tl.load(p_step + 3 * s, mask=real, other=0.0)
-    step_h = tl.load(p_step + 3 * s + 1, mask=real, other=0.0)
-    step_w = tl.load(p_step + 3 * s + 2, mask=real, other=0.0)
-    return begin, t, h, w, (step_t != 0) | (step_h != 0) | (step_w != 0)
+    step_t = tl.load(layout.step + 3 * s, mask=real, other=0.0)
+    step_h = tl.load(layout.step + 3 * s + 1, mask=real, other=0.0)
+    step_w = tl.load(layout.step + 3 * s + 2, mask=real, other=0.0)
+    return Span(begin, t, h, w, (step_t != 0) | (step_h != 0) | (step_w != 0))
 
 
 @triton.jit
 def span_work(layout, s, window, num_spans, num_samples, num_tokens, search_steps, BLOCK: tl.constexpr):
-    """Of a block of spans: tiles, about how many keys a tile walks, tile sizes along t and h, the sample's boundaries."""
-    p_cu_seqlens, p_cu_spans, p_grid, p_step = layout
-    begin, t, h, w, windowed = load_span(p_cu_spans, p_grid, p_step, s, num_spans, num_tokens)
-    tile_t, tile_h, tile_w = tile_shape(t, h, w, BLOCK)
-    tiles = tl.cdiv(t, tile_t) * tl.cdiv(h, tile_h) * tl.cdiv(w, tile_w)
-    sample = find_row(p_cu_seqlens, num_samples, begin, search_steps)
+    span = load_span(layout, s, num_spans, num_tokens)
+    tile = tile_shape(span.t, span.h, span.w, BLOCK)
+    num_tiles = tl.cdiv(span.t, tile.t) * tl.cdiv(span.h, tile.h) * tl.cdiv(span.w, tile.w)
+    sample = find_row(layout.cu_seqlens, num_samples, span.begin, search_steps)
     real = (s < num_spans) & (sample < num_samples)
-    sample_begin = tl.load(p_cu_seqlens + sample, mask=real, other=0)
-    sample_end = tl.load(p_cu_seqlens + sample + 1, mask=real, other=0)
-    union = tl.minimum(tl.where(windowed & (window[0] > 0), window[0] + tile_t - 1, t), t)
-    union *= tl.minimum(tl.where(windowed & (window[1] > 0), window[1] + tile_h - 1, h), h)
-    union *= tl.minimum(tl.where(windowed & (window[2] > 0), window[2] + tile_w - 1, w), w)
-    keys = tl.where(s < num_spans, sample_end - sample_begin - t * h * w + union, -1)
-    return tiles, keys, tile_t, tile_h, sample_begin, sample_end
+    sample_begin = tl.load(layout.cu_seqlens + sample, mask=real, other=0)
+    sample_end = tl.load(layout.cu_seqlens + sample + 1, mask=real, other=0)
+    union = tl.minimum(tl.where(span.windowed & (window.t > 0), window.t + tile.t - 1, span.t), span.t)
+    union *= tl.minimum(tl.where(span.windowed & (window.h > 0), window.h + tile.h - 1, span.h), span.h)
+    union *= tl.minimum(tl.where(span.windowed & (window.w > 0), window.w + tile.w - 1, span.w), span.w)
+    num_keys = tl.where(s < num_spans, sample_end - sample_begin - span.t * span.h * span.w + union, -1)
+    return SpanWork(num_tiles, num_keys, tile.t, tile.h, sample_begin, sample_end)
+
+
+# The tile list: SPAN_TILES integers for each span and the slack, the number of entries, and for each entry its span.
+
+
+@triton.jit
+def num_entries(p_list, num_spans):
+    return tl.load(p_list + SPAN_TILES * (num_spans + 1))
+
+
+@triton.jit
+def entries_of(p_list, num_spans):
+    """The pointer to the entries' spans."""
+    return p_list + SPAN_TILES * (num_spans + 1) + 1
+
+
+@triton.jit
+def load_span_tiles(p_list, s):
+    p = p_list + SPAN_TILES * s
+    return SpanTiles(tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3), tl.load(p + 4))
+
+
+@triton.jit
+def store_span_tiles(p_list, s, tiles):
+    p = p_list + SPAN_TILES * s
+    tl.store(p, tiles.first_entry)
+    tl.store(p + 1, tiles.tile_t)
+    tl.store(p + 2, tiles.tile_h)
+    tl.store(p + 3, tiles.sample_begin)
+    tl.store(p + 4, tiles.sample_end)
 
 
 @triton.jit(do_not_specialize=["num_spans", "num_samples", "num_tokens", "search_steps"])
 def tile_list_kernel(
     layout, p_list, window, num_spans, num_samples, num_tokens, search_steps, BLOCK: tl.constexpr, SPANS: tl.constexpr
 ):  # fmt: skip
-    """As work_list_kernel, of spans: program s writes span s's tiles, num_spans the slack's, which come last.
-
-    list[5 s] is what span s's tiles have in common: first entry, tile sizes along t and h, the sample's boundaries. Behind these
-    come the number of entries and, for each, its span.
-    """
+    """As work_list_kernel, of spans: program s writes span s's tiles, num_spans the slack's, which come last."""
     s = tl.program_id(0)
-    count, cost, tile_t, tile_h, sample_begin, sample_end = span_work(
-        layout, s, window, num_spans, num_samples, num_tokens, search_steps, BLOCK
-    )
-    start = count * 0
+    work = span_work(layout, s, window, num_spans, num_samples, num_tokens, search_steps, BLOCK)
+    start = work.num_tiles * 0
     for first in range(0, num_spans, SPANS):
         c = first + tl.arange(0, SPANS)
-        work = span_work(layout, tl.minimum(c, num_spans), window, num_spans, num_samples, num_tokens, search_steps, BLOCK)
-        before = (work[1] > cost) | ((work[1] == cost) & (c < s))
-        start += tl.sum(tl.where(before & (c < num_spans), work[0], 0), axis=0)
-    p_span = p_list + 5 * s
-    tl.store(p_span, start)
-    tl.store(p_span + 1, tile_t)
-    tl.store(p_span + 2, tile_h)
-    tl.store(p_span + 3, sample_begin)
-    tl.store(p_span + 4, sample_end)
-    p_entries = p_list + 5 * (num_spans + 1) + 1
+        other = span_work(layout, tl.minimum(c, num_spans), window, num_spans, num_samples, num_tokens, search_steps, BLOCK)
+        before = (other.num_keys > work.num_keys) | ((other.num_keys == work.num_keys) & (c < s))
+        start += tl.sum(tl.where(before & (c < num_spans), other.num_tiles, 0), axis=0)
+    store_span_tiles(p_list, s, SpanTiles(start, work.tile_t, work.tile_h, work.sample_begin, work.sample_end))
+    p_entries = entries_of(p_list, num_spans)
     if s == num_spans:
-        tl.store(p_entries - 1, start + count)
-    for first in range(0, count, SPANS):
+        tl.store(p_entries - 1, start + work.num_tiles)
+    for first in range(0, work.num_tiles, SPANS):
         i = first + tl.arange(0, SPANS)
-        tl.store(p_entries + start + i, s + i * 0, mask=i < count)
+        tl.store(p_entries + start + i, s + i * 0, mask=i < work.num_tiles)
 
 
-def tile_list(
-    layout: tuple[Tensor, ...], window: tuple[int, ...], num_spans: int, num_samples: int, num_tokens: int, block: int
-) -> tuple[Tensor, int]:
+def tile_list(layout: Layout, window: Axes, num_spans: int, num_samples: int, num_tokens: int, block: int) -> tuple[Tensor, int]:
     """(list, the most tiles that it may hold)."""
     # A tile's sides are less than twice the span's, so along each axis at least half of the tokens of the tiles are real.
     capacity = num_slots(8 * num_tokens, num_spans, block)
-    entries = layout[0].new_empty(5 * (num_spans + 1) + 1 + capacity)
+    entries = layout.cu_seqlens.new_empty(len(SpanTiles._fields) * (num_spans + 1) + 1 + capacity)
     tile_list_kernel[(num_spans + 1,)](
-        layout, entries, window, num_spans, num_samples, num_tokens, num_samples.bit_length(), BLOCK=block, SPANS=128, **OPTIONS
+        layout=layout, p_list=entries, window=window, num_spans=num_spans, num_samples=num_samples, num_tokens=num_tokens,
+        search_steps=num_samples.bit_length(), BLOCK=block, SPANS=128, **OPTIONS,
     )  # fmt: skip
     return entries, capacity

@@ -1,4 +1,4 @@
-"""What the GPU kernels need, on paper: `python -m sora_kernels.report [--arch sm90 ...] [--head-dim 64] [--dtype float16]`.
+"""What the GPU kernels need, on paper: `python -m benchmarks.gpu_report [--arch sm90 ...] [--head-dim 64] [--dtype float16]`.
 
 Runs every op on a typical workload with Triton's launches caught instead of made, compiles what would have been launched for each
 architecture, and reads registers, spills, shared memory and tensor-core instructions off the result; of module _cuda, which is
@@ -16,35 +16,22 @@ import multiprocessing
 import os
 import re
 import subprocess
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
 
-from . import backends
-from .works import Work, works
+from benchmarks.launches import ARCHS, Compiled, compilations
+from benchmarks.works import Work, works
+from sora_kernels import backends
 
-# Triton's target (backend, architecture, warp size), and the most shared memory of one block in KiB.
-ARCHS: dict[str, tuple[tuple, int]] = {
-    "sm80": (("cuda", 80, 32), 163),
-    "sm90": (("cuda", 90, 32), 227),
-    "sm100": (("cuda", 100, 32), 227),
-    "gfx942": (("hip", "gfx942", 64), 64),
-    "gfx1100": (("hip", "gfx1100", 32), 64),
-}
 # bfloat16 TFLOP/s without sparsity and TB/s of the vendors' data sheets (SXM parts).
 GPUS = {"A100": (312, 2.04), "H100": (989, 3.35), "H200": (989, 4.8), "B200": (2250, 8.0), "MI300X": (1307, 5.3)}
 TENSOR_CORE = r"wgmma\.mma_async|tcgen05\.mma\.|\bmma\.sync|v_mfma_\w+|v_wmma_\w+"
-TYPES = {
-    torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
-    torch.int64: "i64",
-}  # fmt: skip
+SASS = r"/\*[0-9a-f]{4,}\*/\s+(.*?);"  # an instruction behind its address
+GCN = r"^\t(?:v|s|ds|buffer|global|flat|scratch)_.*$"
 
 
 @dataclass
@@ -59,6 +46,7 @@ class Kernel:
     shared: int  # bytes per block
     tensor_core: dict[str, int]  # matrix instructions in the code, by name
     waits: int = 0  # for sm90's asynchronous matrix unit: as many as instructions if the compiler had to serialise them
+    instructions: int = 0  # in all, of Triton's kernels
     constants: dict[str, Any] = field(default_factory=dict)
 
 
@@ -68,79 +56,31 @@ def microseconds(work: Work, gpu: str) -> float:
     return max(work.teraflops / teraflops * 1e6, work.gigabytes / terabytes * 1e3)
 
 
-@contextmanager
-def caught_launches() -> Iterator[list[tuple[Any, tuple, dict]]]:
-    """Triton's kernels are listed instead of launched: (kernel, arguments, keyword arguments)."""
-    from triton.runtime.jit import JITFunction
-
-    from . import triton as room
-
-    launches: list[tuple[Any, tuple, dict]] = []
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append((self, args, kwargs))
-
-    def call(function: str, like: Tensor, *args: Any) -> None:
-        getattr(room, function)(*args)
-
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(backends, "call", call):
-        yield launches
-
-
-def specialized(value: Any, path: tuple[int, ...], specialize: bool, constants: dict, attributes: dict) -> Any:
-    """The type of an argument as Triton's launcher would see it; what is constant or divisible by 16 goes into the dicts."""
-    if isinstance(value, tuple):
-        items = (specialized(x, (*path, i), specialize, constants, attributes) for i, x in enumerate(value))
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if value is None or (type(value) is int and value == 1 and specialize):
-        constants[path] = value
-        return "constexpr"
-    if isinstance(value, bool):
-        return "u1"
-    if isinstance(value, float):
-        return "fp32"
-    divisible = value.data_ptr() % 16 == 0 if isinstance(value, Tensor) else value % 16 == 0
-    if divisible and specialize:
-        attributes[path] = [["tt.divisibility", 16]]
-    return f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def compile_launch(kernel: Any, args: tuple, kwargs: dict, arch: str) -> Kernel:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-    options = {name: values.pop(name) for name in kwargs if name not in kernel.arg_names}
-    signature: dict[str, Any] = {}
-    constants: dict[tuple, Any] = {}
-    attributes: dict[tuple, Any] = {}
-    for i, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-        else:
-            signature[parameter.name] = specialized(value, (i,), not parameter.do_not_specialize, constants, attributes)
-    target = GPUTarget(*ARCHS[arch][0])
-    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
-    shown = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
-    name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
-    code = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+def measured(compiled: Compiled, arch: str) -> Kernel:
+    """What a kernel that Triton compiled needs."""
+    files = {Path(name).suffix: Path(path) for name, path in compiled.files.items()}
+    code = files[".ptx" if ".ptx" in files else ".amdgcn"].read_text()
     found = re.findall(TENSOR_CORE, code)
     matrix = {word.rstrip("."): found.count(word) for word in sorted(set(found))}
-    if "cubin" in compiled.asm:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            (usage,) = resource_usage(Path(file.name)).values()
-            waits = cuobjdump("-sass", Path(file.name)).count("WARPGROUP.DEPBAR") if matrix else 0
+    if ".cubin" in files:
+        (usage,) = resource_usage(files[".cubin"]).values()
         registers, spilled = usage["REG"], usage["STACK"] + usage["LOCAL"]
+        instructions = re.findall(SASS, cuobjdump("-sass", files[".cubin"]))
     else:
-        waits = 0
-        number = lambda word: int(re.search(rf"\.{word}:\s+(\d+)", code)[1])  # type: ignore[index]  # noqa: E731
-        registers, spilled = number("vgpr_count"), 4 * number("vgpr_spill_count")
-    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    return Kernel(name, arch, warps, registers, spilled, shared, matrix, waits, shown)
+        registers, spilled = amd_metadata(code, "vgpr_count"), 4 * amd_metadata(code, "vgpr_spill_count")
+        instructions = re.findall(GCN, code, re.MULTILINE)
+    waits = sum("WARPGROUP.DEPBAR" in instruction for instruction in instructions) if matrix else 0
+    shared, warps = compiled.metadata["shared"], compiled.metadata["num_warps"]
+    return Kernel(
+        compiled.name, arch, warps, registers, spilled, shared, matrix, waits, len(instructions), compiled.constants
+    )  # fmt: skip
+
+
+def amd_metadata(code: str, key: str) -> int:
+    found = re.search(rf"\.{key}:\s+(\d+)", code)
+    if found is None:
+        raise ValueError(f"gpu_report: expected {key} in the kernel's metadata, got none")
+    return int(found[1])
 
 
 def cuobjdump(option: str, binary: Path) -> str:
@@ -165,17 +105,18 @@ def resource_usage(binary: Path) -> dict[tuple[str, str], dict[str, int]]:
 
 def triton_kernels(dtype: torch.dtype, head_dim: int, arch: str, word: str = "") -> dict[str, list[Kernel]]:
     """The Triton kernels of every work whose name has this word in it, by op, compiled for an architecture."""
-    from .triton import configs
-
     result: dict[str, list[Kernel]] = {}
+    known: list[Kernel] = []  # a backward repeats its forward
     for work in works(dtype, head_dim):
         if word not in work.op:
             continue
-        with caught_launches() as launches, configs.use_architecture(arch):
+        with compilations(arch) as compiled:
             work.run()
-        found = [compile_launch(*launch, arch) for launch in launches]
-        known = [kernel for kernels in result.values() for kernel in kernels]  # a backward repeats its forward
-        result[work.op] = [kernel for i, kernel in enumerate(found) if kernel not in known + found[:i]]
+        result[work.op] = []
+        for kernel in (measured(one, arch) for one in compiled):
+            if kernel not in known:
+                known.append(kernel)
+                result[work.op].append(kernel)
     return result
 
 
