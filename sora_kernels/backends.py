@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import inspect
 import os
 import threading
 from collections import UserDict
@@ -96,12 +95,10 @@ class Selected(NamedTuple):
 
     backend: str
     run: Callable[..., None]
-    takes_keywords: bool
 
     @classmethod
     def of(cls, backend: str, function: str) -> Selected:
-        run = getattr(BACKENDS[backend].load(), function)
-        return cls(backend, run, takes_keywords=not inspect.isbuiltin(run))  # compiled functions know no names
+        return cls(backend, getattr(BACKENDS[backend].load(), function))
 
 
 @functools.cache
@@ -156,17 +153,15 @@ def candidates(function: str, device: str, dtype: torch.dtype, width: int = 0) -
 def call(function: str, like: Tensor, /, **arguments: object) -> None:
     """Runs `function` on the backend that serves tensors such as `like`, on like's GPU if it is on one.
 
-    The arguments come in the order of the function's signature; tests hold every caller to that.
+    arguments: by the names in `signatures.SIGNATURES`.
     """
     if like.is_cuda and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):  # before a backend is asked, too, as it answers for the present GPU
             return call(function, like, **arguments)
-    backend, run, takes_keywords = _select(function, like.device, like.dtype, like.shape[-1], _here.forced or _forced)
+    backend, run = _select(function, like.device, like.dtype, like.shape[-1], _here.forced or _forced)
     for record_ in list(_records):
         record_.append((function, backend))
-    if not takes_keywords:
-        run(*arguments.values())
-    elif backend == "reference":
+    if backend == "reference":
         with without_autocast(like.device.type):
             run(**arguments)
     else:

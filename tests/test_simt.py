@@ -8,6 +8,8 @@ import pytest
 import torch
 from simt import build
 
+from sora_kernels.signatures import parse
+
 MISTAKES = {
     "reads_past_the_end": r"thread \(5,0,0\): out of bounds: read of 4 bytes at .*broken.cu",
     "writes_past_the_end": r"thread \(5,0,0\): out of bounds: write of 4 bytes at .*broken.cu",
@@ -25,7 +27,7 @@ MISTAKES = {
     "blocks_read_what_others_wrote": r"race: reads memory at .*, which thread \(0,0,0\) of block \(0,0,0\) wrote",
     "blocks_write_what_others_read": r"race: writes memory at .*, which thread \(0,0,0\) of block \(0,0,0\) read",
     "takes_too_many_threads": "a block of 544 threads",
-    "leaves_output_unwritten": r"output 0 \[32\] is not wholly written",
+    "leaves_output_unwritten": r"y \[32\] is not wholly written",
 }
 
 
@@ -36,7 +38,8 @@ def broken() -> Callable:
     except RuntimeError as error:
         pytest.skip(str(error))
     path = build.build("broken", [build.HERE / "broken.cu", build.HERE / "broken.cpp"])
-    return build.Watched(path).function(build.load_extension("broken", path).run, first_output=2)
+    _, signature = parse("run(kernel, x) -> y")
+    return build.Watched(path).function(build.load_extension("broken", path).run, signature)
 
 
 def test_good_kernel(broken: Callable) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sora_kernels.signatures import SIGNATURES
+from sora_kernels.signatures import SIGNATURES, Signature
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -116,7 +116,7 @@ def load() -> ModuleType:
     module = ModuleType("simt")
     for name, function in inspect.getmembers(extension, callable):
         if name in SIGNATURES:
-            function = watched.function(function, len(SIGNATURES[name].inputs))
+            function = watched.function(function, SIGNATURES[name])
         setattr(module, name, function)
     return module
 
@@ -139,22 +139,22 @@ class Watched:
         self.library = ctypes.CDLL(str(path))
         self.library.simt_written.restype = ctypes.c_bool
 
-    def function(self, function: Callable, first_output: int) -> Callable:
-        """`function`, whose arguments from `first_output` on are outputs, with every access checked."""
+    def function(self, function: Callable, signature: Signature) -> Callable:
+        """`function` with every access to its arguments checked."""
 
         @functools.wraps(function)
         def call(*args: Any, **arguments: Any) -> None:
-            args = (*args, *arguments.values())
+            named = {**dict(zip(signature.arguments, args, strict=False)), **arguments}
             with self.lock:
                 try:
-                    for i, arg in enumerate(args):
-                        for tensor in tensors(arg):
-                            self.library.simt_add(*self.describe(tensor), ctypes.c_bool(i >= first_output))
-                    function(*args)
-                    for i, arg in enumerate(args[first_output:]):
-                        for tensor in tensors(arg):
+                    for name, argument in named.items():
+                        for tensor in tensors(argument):
+                            self.library.simt_add(*self.describe(tensor), ctypes.c_bool(name in signature.outputs))
+                    function(*args, **arguments)
+                    for name in signature.outputs:
+                        for tensor in tensors(named.get(name)):
                             if not self.library.simt_written(*self.describe(tensor)):
-                                raise RuntimeError(f"{function.__name__}: output {i} {list(tensor.shape)} is not wholly written")
+                                raise RuntimeError(f"{function.__name__}: {name} {list(tensor.shape)} is not wholly written")
                 except RuntimeError as error:
                     raise RuntimeError(self.readable(str(error))) from None
                 finally:
