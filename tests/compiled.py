@@ -99,14 +99,17 @@ def compiled(forward: Callable, inputs: list[Tensor]) -> list[Compiled]:
 
 
 def versions() -> dict[str, int]:
-    """Kernel -> versions that attention over batches of any number and sizes of videos needs."""
+    """Kernel -> versions that batches of any number and sizes of videos need; of a patch embedding, three videos of any sizes."""
     draw = random.Random(0)
+    weight = empty(64, 16, 1, 2, 2)
     with compilations("sm90") as found:
         for _ in range(20):
             layout = PackedLayout.from_grids([[draw.randint(1, 12) for _ in range(3)] for _ in range(draw.randint(1, 20))])
             tensors, bounds = qkv(layout.num_tokens), layout.cu_seqlens
             run(lambda: flash_attn_varlen_func(*tensors, bounds, bounds), tensors)  # noqa: B023
             run(lambda: spatiotemporal_attention(*tensors, layout, window=(3, 5, 5)), tensors)  # noqa: B023
+            videos = [empty(16, *(2 * draw.randint(1, 12) for _ in range(3))) for _ in range(3)]
+            run(lambda: patch_embed_3d(videos, weight, None, patch_size=(1, 2, 2))[0], [weight, *videos])  # noqa: B023
     return Counter(kernel.name for kernel in found)
 
 
