@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..storage.files import check_replaceable, settle
-from .config import TrainConfig
+from .config import SettingError, TrainConfig
 
 STATE = "training.safetensors"
 
@@ -24,22 +24,21 @@ def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | 
     """Brings to an end what a killed process left half-written in a run's folder, and says whether a run can begin or go on there.
 
     Raises:
-        FileNotFoundError: nothing to resume.
-        ValueError: a fresh run where there is one already; settings that are not those that the run began with (see `Trainer`);
-            files of others in checkpoint/.
+        SettingError: nothing to resume; a fresh run where there is one already; settings that are not those that the run began
+            with (see `Trainer`).
+        ValueError: files of others in checkpoint/.
     """
     path = folder / STATE
     for name in ("checkpoint", STATE, "loss.csv"):
         settle(folder / name)
     check_replaceable(folder / "checkpoint")
     if not resume and path.exists():
-        raise ValueError(
-            f"Trainer: folder: {folder} already holds a run, at step {read_state(path)['step']}; resume it or choose another folder"
-        )
+        at = read_state(path)["step"]
+        raise SettingError("Trainer", "folder", f"{folder} already holds a run, at step {at}; resume it or choose another folder")
     if not resume:
         return
     if not path.is_file():
-        raise FileNotFoundError(f"Trainer: resume: expected {path}, which is not there: nothing was saved; begin without resume")
+        raise SettingError("Trainer", "resume", f"expected {path}, which is not there: nothing was saved; begin without resume")
     began = read_state(path)["settings"]
     other = [
         f"{name}: expected {began[name]}, as the run began with, got {value}"
@@ -47,7 +46,7 @@ def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | 
         if name in began and began[name] != value
     ]
     if other:
-        raise ValueError(f"Trainer: resume: {'; '.join(other)}")
+        raise SettingError("Trainer", "resume", "; ".join(other))
 
 
 def read_state(path: Path) -> dict[str, Any]:
