@@ -204,6 +204,50 @@ def small_run(out: Path, *more: object) -> list[str]:
     return [str(arg) for arg in ("train", out, "--size", "2x16x16", "--tokens", 32, *more)]
 
 
+def test_two_runs_in_one_folder(small, tmp_path):
+    """The second is refused while the first lives, before it loads anything; a killed one leaves nothing locked."""
+    out = tmp_path / "run"
+    code = "import sys, time\nfrom pathlib import Path\nfrom sora_model.training.resume import only_run\n"
+    code += "with only_run(Path(sys.argv[1]), fresh=True):\n    print('begun', flush=True)\n    time.sleep(600)\n"
+    first = subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    try:
+        assert first.stdout.readline() == "begun\n"
+        message = refused(*small_run(out, "--start", tmp_path / "none", "--steps", 1))
+        assert f"error: OUT: expected a folder that no other run is writing to, got {out}" in message
+        assert list(out.iterdir()) == []
+    finally:
+        first.kill()
+        first.wait()
+        first.stdout.close()
+    result = sora(*small_run(out, "--start", small, "--steps", 1))
+    assert result.exit_code == 0, result.output
+
+
+def test_a_trainer_has_its_folder_for_itself(small, tmp_path):
+    """From its first step on, and a run that has ended meanwhile is not written over."""
+    one = RunSettings(sizes=((2, 16, 16),), tokens=32, config=TrainConfig(steps=2))
+    other = RunSettings(sizes=((2, 16, 16),), tokens=32, config=TrainConfig(steps=2, seed=1))
+    refusals = []
+
+    def meanwhile(trainer) -> None:
+        steps = trainer.train()
+        next(steps)
+        with pytest.raises(SettingError, match="folder: expected a folder that no other run is writing to") as error:
+            train_dit(tmp_path / "run", DiTRecipe(start=small), other)
+        refusals.append(error.value)
+        list(steps)
+
+    def late(trainer) -> None:
+        train_dit(tmp_path / "late", DiTRecipe(start=small), other)
+        list(trainer.train())
+
+    train_dit(tmp_path / "run", DiTRecipe(start=small), one, meanwhile)
+    assert len(refusals) == 1
+    with pytest.raises(SettingError, match=r"folder: .* already holds a run, at step 2"):
+        train_dit(tmp_path / "late", DiTRecipe(start=small), one, late)
+
+
 def test_one_process_shows_what_several_do(ordinary, tmp_path):
     """One bar, and one line of each kind."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "sora_model.cli"]

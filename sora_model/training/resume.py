@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..storage.files import check_replaceable, settle
+from ..storage.files import check_replaceable, locked, settle, writing
 from .config import SettingError, TrainConfig
 
 STATE = "training.safetensors"
@@ -47,6 +48,29 @@ def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | 
     ]
     if other:
         raise SettingError("Trainer", "resume", "; ".join(other))
+
+
+@contextlib.contextmanager
+def only_run(folder: Path, *, fresh: bool) -> Iterator[None]:
+    """Keeps a run's folder for this process, until the end or until it is killed.
+
+    Raises SettingError where another process has it; for a fresh run also where another one has ended there meanwhile.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder) as free:
+        if not free:
+            raise SettingError("Trainer", "folder", f"expected a folder that no other run is writing to, got {folder}")
+        if fresh:
+            check_run(folder, resume=False, settings={})
+        yield
+
+
+def check_idle(folder: Path) -> None:
+    """Raises SettingError where a process is training in a folder."""
+    if folder.is_dir():
+        with only_run(folder, fresh=False):
+            pass
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ...data import PackedSampler
 from ...data.budget import TokenBudget, Wording
 from ...sizes import Size
 from ..config import SettingError, TrainConfig, check_above
-from ..resume import all_settings, check_run
+from ..resume import all_settings, check_idle, check_run
 from ..sources import Clips, FileLimits, TrainingData, Wanted, training_data
 from ..trainer import Objective, Trainer
 
@@ -86,7 +86,9 @@ class Preparation:
         self.data: TrainingData = training_data(run.data)
         self.data.check(purpose, run.sizes, run.files)
         self.device = run.own_device
-        if not PartialState().is_main_process:
+        if PartialState().is_main_process:
+            check_idle(out)
+        else:
             logging.getLogger("sora_model").setLevel(logging.ERROR)  # one process says what there is to say
         told = {"data": self.data.name, "size": list(run.sizes), "tokens": run.tokens, **run.files._asdict(), **own}
         self.settings = {f"--{name.replace('_', '-')}": _text(value) for name, value in told.items()}
