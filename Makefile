@@ -58,10 +58,10 @@ sanitize: $(READY)
 checkpoint: $(READY)
 	$(BIN)/sora train-vae outputs/vae --minutes 40
 	$(BIN)/sora train-vae outputs/decoder --start outputs/vae/checkpoint --decoder-only --learning-rate 1e-3 --minutes 50
-	$(BIN)/sora train outputs/studio --world studio --vae outputs/decoder/checkpoint --model XS --clips 20000 --lessons --large \
+	$(BIN)/sora train outputs/studio --data world:studio,lessons,large,clips=20000 --vae outputs/decoder/checkpoint --model XS \
 	  --per-frame 0.1 --precision bf16 --learning-rate 2e-3 --tokens 4096 --minutes 80
 	$(BIN)/sora train-captioner outputs/captioner --checkpoint outputs/studio/checkpoint --minutes 12 --tokens 1024
-	$(BIN)/sora train outputs/more --start outputs/studio/checkpoint --world studio --clips 12000 --seed 1 --lessons --large \
+	$(BIN)/sora train outputs/more --start outputs/studio/checkpoint --data world:studio,lessons,large,clips=12000 --seed 1 \
 	  --per-frame 0.1 --precision bf16 --learning-rate 1e-3 --tokens 4096 --minutes 46
 	$(BIN)/sora export outputs/more/checkpoint sora_model/pretrained
 

@@ -12,7 +12,7 @@
     data         folders of videos and images, batches of mixed sizes, video files
     storage      files that are written whole; configs and weights of others, read safely
     world        a procedural world with ground truth, and what needs it: evaluation, gallery, scaling study, demo
-    cli          the command `sora`
+    cli          the command `sora`; a room brings commands and training data of its own (`rooms.py`), as world does
 
 Letters are those of `sora_kernels`; M counts text tokens, and a *token frame* is the tokens of one t: pt latent frames.
 """

@@ -113,7 +113,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train a captioner into a checkpoint, caption files, caption a folder, and expand prompts before generating."""
     checkpoint, clips = tmp_path / "model", tmp_path / "clips"
     SoraPipeline.from_preset("tiny", patch=(1, 8, 8)).save_pretrained(checkpoint)
-    world = ["--world", "simple", "--size", "6x24x24", "--tokens", 128, "--steps", 2]
+    world = ["--data", "world:simple", "--size", "6x24x24", "--tokens", 128, "--steps", 2]
     result = sora("train-captioner", tmp_path / "run", "--checkpoint", checkpoint, *world)
     assert result.exit_code == 0, result.output
     assert SoraPipeline.from_pretrained(checkpoint).captioner is not None

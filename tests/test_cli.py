@@ -185,12 +185,12 @@ NO_CAPTIONER = "captioner: expected a checkpoint with a captioner, got one witho
         (["train", "{media}/new", "--model", "XXL"], "--model: expected one of tiny, XS, S, B, L, XL, got 'XXL'"),
         (["train", "{media}/new", "--patch", "8x8"], "--patch: expected TxHxW, such as 8x32x48, got '8x8'"),
         (["train", "{media}/new", "--size", "8x8"], "--size: expected TxHxW"),
-        (["train", "{media}/new", "--detailed", "2"], "--detailed: expected a share from 0 to 1, got 2"),
-        (["train", "{media}/new", "--per-frame", "2"], "per_frame"),
+        (["train", "{media}/new", "--detailed", "2"], "--detailed: expected a number from 0 to 1, got 2"),
+        (["train", "{media}/new", "--per-frame", "2"], "--per-frame"),
         (["train", "{media}/new", "--learning-rate", "nan"], "--learning-rate: expected a finite number, got nan"),
         (["train", "{media}/new", "--steps", "0"], "steps: expected a number above 0, got 0"),
         (["train", "{media}/new", "--resume"], "training.safetensors, which is not there"),
-        (["train-vae", "{media}/new", "--ema", "2"], "ema_decay: expected a number from 0 to 1, got 2"),
+        (["train-vae", "{media}/new", "--ema", "2"], "--ema: expected a number from 0 to 1, got 2"),
         (
             ["train-captioner", "{media}/new", "--checkpoint", "{media}"],
             "expected an empty folder or one with a checkpoint to replace",
@@ -230,8 +230,8 @@ def test_a_run_goes_on_with_what_it_learns_from(small, media, tmp_path) -> None:
     """Where it began with files, and they are not named again, it must not learn from a world."""
     common = ["--start", small, "--tokens", 32]
     for name, began, other, message in (
-        ("files", ["--data", media], ["--size", "2x16x16"], f"--data: expected {media}, as the run began with, got None"),
-        ("world", ["--size", "2x16x16"], ["--data", media], "--world: expected simple, as the run began with, got None"),
+        ("files", ["--data", media], ["--size", "2x16x16"], f"--data: expected {media}, as the run began with, got world:simple"),
+        ("world", ["--size", "2x16x16"], ["--data", media], f"--data: expected world:simple, as the run began with, got {media}"),
     ):
         assert sora("train", tmp_path / name, *common, *began, "--steps", 1).exit_code == 0
         assert message in refused("train", tmp_path / name, *common, *other, "--steps", 2, "--resume")

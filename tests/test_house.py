@@ -251,3 +251,10 @@ def test_readme_has_the_gpu_results():
     readme = (ROOT / "README.md").read_text()
     assert results.updated(readme) == readme, "run python -m benchmarks.gpu.results"
     assert results.BEGIN in readme
+
+
+def test_nothing_outside_the_world_imports_it():
+    """Its commands and its data are found by name; see `sora_model/rooms.py`."""
+    outside = [path for path in files("sora_model") if path.relative_to(ROOT).parts[1] != "world"]
+    found = {path.relative_to(ROOT): [n for n in imports(path) if f"{n}.".startswith("sora_model.world.")] for path in outside}
+    assert not {path: names for path, names in found.items() if names}

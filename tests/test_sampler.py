@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from sora_model.data import MediaError, PackedSampler, Repeated, Sample
+from sora_model.data.budget import Wording
+from sora_model.data.sampler import _fill
 from sora_model.world.config import WorldConfig
 from sora_model.world.source import WorldSource
 from sora_model.world.world import World
@@ -270,3 +272,22 @@ def test_a_batch_costs_little():
         sampler.batch(step)
         times.append(perf_counter() - start)
     assert min(times) < 0.02  # typically 0.004 s
+
+
+@pytest.mark.parametrize("tokens", [10**7, 10**20])
+def test_a_budget_larger_than_all_that_there_is(tokens):
+    """It holds what is there, in no more memory than that takes."""
+    sampler = PackedSampler(WorldSource(World(), [(2, 16, 16)]), (1, 8, 8), tokens)
+    assert sampler.batch(0).tokens == 8 * sampler.lookahead
+
+
+def test_large_samples_fill_a_large_budget():
+    """Whose sums are not counted one by one."""
+    counts = [3 * 10**9, 5 * 10**9, 4 * 10**9 + 1, 2 * 10**9]
+    places = _fill(91 * 10**8, 4 * 10**8, counts)
+    assert 87 * 10**8 <= sum(counts[i] for i in places) <= 91 * 10**8
+
+
+def test_sizes_that_fit_no_batch_are_told_of_at_once():
+    with pytest.raises(ValueError, match=r"sample 0 of size .* is 8 tokens at patch_size .*, more than --tokens 7; a larger one"):
+        PackedSampler(WorldSource(World(), [(2, 16, 16)]), (1, 8, 8), 7, wording=Wording("--tokens", "a larger one takes it"))

@@ -183,9 +183,9 @@ def test_default_sizes_fit_default_batches(command, more, world, tmp_path, monke
     VideoVAE.small(latent_channels=4, channels=(8, 8, 8)).save_pretrained(tmp_path / "vae")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Trainer, "_train_step", lambda self, batches: (float(len(batches)), 0.0))
-    monkeypatch.setattr("sora_model.training.vae.reconstruction_psnr", lambda *_: [30.0])
-    monkeypatch.setattr("sora_model.training.vae.finish", lambda *_: None)
-    result = sora(command, tmp_path / "run", "--world", world, "--steps", 30, *more)
+    monkeypatch.setattr("sora_model.training.recipes.vae.reconstruction_psnr", lambda *_: [30.0])
+    monkeypatch.setattr("sora_model.training.recipes.vae.finish", lambda *_: None)
+    result = sora(command, tmp_path / "run", "--data", f"world:{world}", "--steps", 30, *more)
     assert result.exit_code == 0, result.output
 
 
@@ -256,20 +256,39 @@ def test_ddpm_trains_and_samples(prediction, tmp_path):
         ),
         (["train", "{tmp}/run", "--steps", "1", "--model", "XXL"], "--model: expected one of tiny, XS, S, B, L, XL, got 'XXL'"),
         (["train", "{tmp}/run", "--steps", "1", "--size", "3x20x20"], "(3, 20, 20)"),
-        (["train", "{tmp}/run", "--steps", "1", "--detailed", "1.5"], "detailed: expected a share from 0 to 1, got 1.5"),
+        (["train", "{tmp}/run", "--steps", "1", "--detailed", "1.5"], "error: --detailed: expected a number from 0 to 1, got 1.5"),
         (["train", "{tmp}/run", "--steps", "1", "--vae", "{tmp}/none"], "expected a folder with config.json, got {tmp}/none"),
-        (["train", "{tmp}/run", "--steps", "1", "--tokens", "4"], "more than tokens_per_batch = 4"),
-        (["train", "{tmp}/run", "--steps", "0"], "TrainConfig: steps: expected a number above 0, got 0"),
+        (["train", "{tmp}/run", "--steps", "1", "--tokens", "4"], "more than --tokens 4"),
+        (["train", "{tmp}/run", "--steps", "0"], "error: --steps: expected a number above 0, got 0"),
         (["train", "{tmp}/run", "--resume"], "resume: expected {tmp}/run/training.safetensors, which is not there"),
         (
             ["train", "{tmp}/run", "--start", "x", "--vae", "y"],
             "--vae: expected none with --start, whose checkpoint has its own, got y",
         ),
         (
-            ["train", "{tmp}/run", "--data", "x", "--clips", "9"],
-            "--clips: expected none with --data, which has its own clips, got 9",
+            ["train", "{tmp}/run", "--data", "world:studio,large,loops"],
+            "--data: expected world: and one of simple, studio, rich, then any of lessons, large, clips=N with commas between; "
+            "got world:studio,large,loops",
         ),
-        (["train", "{tmp}/run", "--data", "x", "--size", "1x8x8"], "--size: expected none with --data, whose files have their own"),
+        (["train", "{tmp}/run", "--data", "world:"], "--data: expected world: and one of simple, studio, rich, then"),
+        (["train", "{tmp}/run", "--data", "world:rich,clips=0"], "then any of lessons, large, clips=N with commas between; got"),
+        (["train", "{tmp}/run", "--data", "sky:blue"], "or one of the sources world:...; got sky:blue"),
+        (
+            ["train", "{tmp}/run", "--data", "world:rich,large", "--size", "1x8x8"],
+            "--data: expected a world without large, as",
+        ),
+        (
+            ["train-vae", "{tmp}/run", "--data", "world:rich,lessons"],
+            "--data: expected a world without lessons and large",
+        ),
+        (
+            ["train", "{tmp}/run", "--max-pixels", "99"],
+            "--max-pixels: expected none with a world, whose clips have",
+        ),
+        (
+            ["train", "{tmp}/run", "--data", "{tmp}", "--size", "1x8x8"],
+            "--size: expected none with --data, whose files have their own",
+        ),
         (["train-vae", "{tmp}/run", "--start", "x", "--channels", "4"], "--channels: expected none with --start"),
         (["generate", "a cat", "--checkpoint", "{tmp}/none"], "expected a folder with model_index.json"),
         (["generate", "a", "b", "--checkpoint", "x", "--size", "1x8x8", "--size", "1x8x8", "--size", "1x8x8"], "expected 1 or 2"),
@@ -313,7 +332,7 @@ def test_two_processes_learn_what_one_does_of_twice_the_batches(tmp_path):
     "options",
     [
         ["--precision", "bf16", "--checkpointing", "--per-frame", "0.5", "--detailed", "1", "--tokens", "256"],
-        ["--world", "studio", "--size", "13x32x32", "--size", "1x32x32", "--patch", "1x16x16", "--lessons", "--clips", "20"],
+        ["--data", "world:studio,lessons,clips=20", "--size", "13x32x32", "--size", "1x32x32", "--patch", "1x16x16"],
         ["--frames", "2", "--size", "4x16x16"],
     ],
 )

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..sizes import Size, Timing
+from .budget import Fit, Limits
 from .media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, scaled_size
 from .sample import Sample
 from .video_io import probe, read_video
@@ -40,8 +42,9 @@ class FolderSource:
     frame_stride: take every n-th frame. max_pixels: frames of more than this height x width are scaled down, keeping their
     aspect ratio. multiple_of: (T, H, W), what lengths and sizes must divide by (VAE stride x patch size); what is over is
     cut off, evenly around the picture and at the end of the clip, never scaled. first: lengths become first + T n instead, as
-    causal VAEs want that code the first frame alone (first=1; an image then fits any T). captions: False takes files without
-    captions, which are then empty. seed: of the clips drawn.
+    causal VAEs want that code the first frame alone (first=1; an image then fits any T). fit: also cuts and scales what no batch
+    can hold; `fitted` has the numbers of these clips. captions: False takes files without captions, which are then empty. seed:
+    of the clips drawn.
 
     Raises ValueError if the folder has no usable file.
     """
@@ -55,6 +58,7 @@ class FolderSource:
         max_frames: int | None = None,
         frame_stride: int = 1,
         max_pixels: int | None = None,
+        fit: Fit | None = None,
         captions: bool = True,
         seed: int = 0,
     ) -> None:
@@ -63,12 +67,14 @@ class FolderSource:
                 raise ValueError(f"FolderSource: {name} must be at least 1, got {value}")
         if len(multiple_of) != 3 or min(multiple_of) < 1:
             raise ValueError(f"FolderSource: multiple_of must be three numbers of at least 1 (T, H, W), got {multiple_of}")
-        self.folder, self.multiple_of, self.first = Path(folder), tuple(multiple_of), first
+        self.folder, self.multiple_of, self.first = Path(folder), multiple_of, first
         self.max_frames, self.frame_stride, self.max_pixels, self.seed = max_frames, frame_stride, max_pixels, seed
+        self.fitted: list[int] = []
         self.paths: list[Path] = []
         self.captions: list[str] = []
         self.detailed: list[str | None] = []
-        self._sizes: list[tuple[int, int, int]] = []
+        self._sizes: list[Size] = []
+        self._pixels: list[int | None] = []  # the most that frames are scaled to
         self._lengths: list[int] = []  # frames in the file
         found = _media_files(self.folder)
         for path in found:
@@ -76,15 +82,20 @@ class FolderSource:
                 caption = self._caption(path.with_suffix(".txt"), path) if captions else ""
                 long = path.with_suffix(".detailed.txt")
                 detailed, native = self._caption(long, path) if captions and long.exists() else None, probe(path)
-                size = self._planned_size(path, native)
+                limits, most = self._limits(path, native, fit), self._most(native)
+                size = self._planned_size(path, native, limits)
             except MediaError as error:
                 logger.warning("left out: %s", error)
                 continue
+            if limits != most:
+                self.fitted.append(len(self.paths))
             self.paths.append(path)
             self.captions.append(caption)
             self.detailed.append(detailed)
             self._sizes.append(size)
+            self._pixels.append(limits.pixels)
             self._lengths.append(native[0])
+        self._fitted = frozenset(self.fitted)
         if not self.paths:
             what = f"none of its {len(found)} video and image files can be used" if found else "it has none"
             missing = "" if self.folder.is_dir() else " (there is no such folder)"
@@ -107,14 +118,14 @@ class FolderSource:
     def load(self, index: int, epoch: int = 0) -> Sample:
         """Decode sample `index`: video float32 [3, T, H, W] in [-1, 1], and its caption.
 
-        A longer video than max_frames gives the clip drawn for this epoch. A file that has become shorter can give fewer frames
+        A video that is cut gives the clip drawn for this epoch. A file that has become shorter can give fewer frames
         than `size` said. Raises MediaError if it cannot be decoded or its frames have become smaller.
         """
         path, rng = self.paths[index], np.random.default_rng((self.seed, epoch, index))
         frames, height, width = self._sizes[index]
         span = (frames - 1) * self.frame_stride + 1
-        start = int(rng.integers(self._lengths[index] - span + 1)) if self.max_frames else 0
-        stride, pixels = self.frame_stride, self.max_pixels
+        start = int(rng.integers(self._lengths[index] - span + 1)) if self.max_frames or index in self._fitted else 0
+        stride, pixels = self.frame_stride, self._pixels[index]
         video, _ = read_video(path, start=start, max_frames=frames, frame_stride=stride, max_pixels=pixels, normalize=True)
         frames, (scaled_h, scaled_w) = self._whole_frames(path, video.shape[1]), video.shape[2:]
         if scaled_h < height or scaled_w < width:
@@ -136,12 +147,32 @@ class FolderSource:
             raise MediaError(f"{path} has no caption: {text.name} is empty")
         return caption
 
-    def _planned_size(self, path: Path, native: tuple[int, int, int]) -> tuple[int, int, int]:
-        frames, height, width = native
-        frames = -(-frames // self.frame_stride)
-        frames = self._whole_frames(path, min(frames, self.max_frames or frames))
+    def _most(self, native: Size) -> Limits:
+        """What the folder's own limits leave of a file."""
+        frames = -(-native[0] // self.frame_stride)
+        return Limits(min(frames, self.max_frames or frames), self.max_pixels)
+
+    def _limits(self, path: Path, native: Size, fit: Fit | None) -> Limits:
+        """The same, and what a batch can hold of it."""
+        most = self._most(native)
+        if fit is None:
+            return most
+
+        def planned(limits: Limits) -> Size | None:
+            try:
+                return self._planned_size(path, native, limits)
+            except MediaError:
+                return None
+
+        stride = self.multiple_of[0]
+        timing = Timing(stride if self.first is None else self.first, stride)
+        return fit.limits(planned, most, native[1] * native[2], self.multiple_of, timing)
+
+    def _planned_size(self, path: Path, native: Size, limits: Limits) -> Size:
+        _, height, width = native
+        frames = self._whole_frames(path, limits.frames)
         _, multiple_h, multiple_w = self.multiple_of
-        scaled_h, scaled_w = scaled_size(height, width, self.max_pixels)
+        scaled_h, scaled_w = scaled_size(height, width, limits.pixels)
         if scaled_h < multiple_h or scaled_w < multiple_w:
             raise MediaError(f"{path} is {height}x{width}, scaled {scaled_h}x{scaled_w}: less than {multiple_h}x{multiple_w}")
         return frames, scaled_h - scaled_h % multiple_h, scaled_w - scaled_w % multiple_w

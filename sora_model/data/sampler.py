@@ -15,16 +15,17 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
 from ..sizes import Size
+from .budget import PLAIN, TokenBudget, Unfit, Wording
 from .media import MediaError
 from .sample import Batch, Source
 
 logger = logging.getLogger(__name__)
+LARGEST_ROOM = 2**20  # bits of a set of sums, see `_fill`
 
 
 class Item(NamedTuple):
@@ -35,10 +36,6 @@ class Item(NamedTuple):
     size: Size
     tokens: int
     cost: int
-
-
-class Unfit(ValueError):
-    """A sample that no batch can hold: larger than the budget, or not of whole patches."""
 
 
 class PackedSampler:
@@ -63,7 +60,7 @@ class PackedSampler:
     size that does not fit, is left out of its batch, with a warning line the first time; the batch is that much smaller.
 
     Raises ValueError where that leaves none of a finite source, where one of an endless source does not fit, or for a budget
-    that cannot hold min_sizes different sizes.
+    that cannot hold min_sizes different sizes. wording: how these messages call the budget.
 
     Any step of an endless source is made at once. The order of a finite one is recomputed up to the step, at some
     microseconds per sample; nothing is decoded for it.
@@ -79,6 +76,7 @@ class PackedSampler:
         lookahead: int = 64,
         min_sizes: int = 1,
         attention_width: int | None = None,
+        wording: Wording = PLAIN,
         seed: int = 0,
         rank: int = 0,
         num_ranks: int = 1,
@@ -95,9 +93,8 @@ class PackedSampler:
             raise ValueError("PackedSampler: source has no samples")
         if self._length is not None and min_sizes > 1:
             raise ValueError(f"PackedSampler: min_sizes = {min_sizes} needs an endless source, but source has {self._length}")
-        self.source, self.patch_size, self.tokens_per_batch = source, tuple(patch_size), tokens_per_batch
-        self.latent_size, self.lookahead, self.min_sizes = latent_size, lookahead, min_sizes
-        self.attention_width = attention_width
+        self.source, self.lookahead, self.min_sizes = source, lookahead, min_sizes
+        self.budget = TokenBudget(patch_size, tokens_per_batch, latent_size, attention_width, wording)
         self.seed, self.rank, self.num_ranks = seed, rank, num_ranks
         self._token_counts: dict[Size, int] = {}
         self._warned: set[int] = set()
@@ -112,6 +109,8 @@ class PackedSampler:
                 logger.warning("left out: %s", error)
         self._usable = frozenset(self.usable)
         self._rewind()
+        if self._length is None:
+            self._plan(0)  # so that sizes that fit no batch are told of at once
 
     def batch(self, step: int) -> Batch:
         """The batch of this rank at `step`."""
@@ -178,8 +177,8 @@ class PackedSampler:
             if required is None:
                 tokens = {item.size: item.cost for item in fresh}
                 raise ValueError(
-                    f"PackedSampler: a batch needs min_sizes = {self.min_sizes} different sizes within tokens_per_batch = "
-                    f"{self.tokens_per_batch}; the source has sizes (T, H, W) of so many tokens: {tokens}"
+                    f"PackedSampler: a batch needs min_sizes = {self.min_sizes} different sizes within "
+                    f"{self.budget.wording.limit} {self.budget.tokens_per_batch}; sizes (T, H, W) have so many tokens: {tokens}"
                 )
             return [fresh[i] for i in sorted(self._fill_up(fresh, required))]
         if position < self._position:
@@ -205,9 +204,9 @@ class PackedSampler:
 
     def _fill_up(self, items: list[Item], chosen: set[int]) -> set[int]:
         """Places of the samples that make a batch, with those in `chosen`."""
-        room = self.tokens_per_batch - sum(items[i].cost for i in chosen)
+        room = self.budget.tokens_per_batch - sum(items[i].cost for i in chosen)
         rest = [i for i in range(len(items)) if i not in chosen]
-        return chosen | {rest[i] for i in _fill(room, self.tokens_per_batch // 20, [items[i].cost for i in rest])}
+        return chosen | {rest[i] for i in _fill(room, self.budget.tokens_per_batch // 20, [items[i].cost for i in rest])}
 
     def _required(self, items: list[Item]) -> set[int] | None:
         """Places of one sample of each of `min_sizes` sizes: the oldest, or where they do not fit, the smallest."""
@@ -218,7 +217,7 @@ class PackedSampler:
         by_cost = sorted(by_age, key=lambda i: items[i].cost)
         for order in (by_age, [by_age[0], *(i for i in by_cost if i != by_age[0])], by_cost):
             places = set(order[: self.min_sizes])
-            if len(places) == self.min_sizes and sum(items[i].cost for i in places) <= self.tokens_per_batch:
+            if len(places) == self.min_sizes and sum(items[i].cost for i in places) <= self.budget.tokens_per_batch:
                 return places
         return None
 
@@ -228,27 +227,16 @@ class PackedSampler:
             tokens = self._check_fits(index, size)
         except Unfit as error:
             raise ValueError(f"PackedSampler: {error}") from None
-        return Item(index, epoch, size, tokens, self._cost(tokens))
-
-    def _cost(self, tokens: int) -> int:
-        return tokens if self.attention_width is None else round(tokens * (1 + tokens / (6 * self.attention_width)))
+        return Item(index, epoch, size, tokens, self.budget.cost(tokens))
 
     def _check_fits(self, index: int, size: Size) -> int:
         """How many tokens a sample of this size has. Raises Unfit if no batch can hold it."""
         if size not in self._token_counts:
-            latent = self.latent_size(size) if self.latent_size else size
-            if any(length % patch for length, patch in zip(latent, self.patch_size, strict=True)):
-                what = f"{size}, as a latent {latent}," if self.latent_size else f"{size}"
-                raise Unfit(f"{self._name(index)} of size {what} does not divide by patch_size {self.patch_size}")
-            self._token_counts[size] = prod(latent) // prod(self.patch_size)
-        tokens = self._token_counts[size]
-        if (cost := self._cost(tokens)) > self.tokens_per_batch:
-            cost_of_it = "" if self.attention_width is None else f" that count as {cost}"
-            raise Unfit(
-                f"{self._name(index)} of size (T, H, W) = {size} is {tokens} tokens{cost_of_it} at patch_size {self.patch_size}, "
-                f"more than tokens_per_batch = {self.tokens_per_batch}; it takes a larger budget, or smaller or shorter samples"
-            )
-        return tokens
+            try:
+                self._token_counts[size] = self.budget.check(size)
+            except Unfit as error:
+                raise Unfit(f"{self._name(index)} {error}") from None
+        return self._token_counts[size]
 
     def _name(self, index: int) -> str:
         name = getattr(self.source, "name", None)
@@ -261,8 +249,13 @@ def _fill(room: int, slack: int, tokens: list[int]) -> list[int]:
         _fill(10, 0, [6, 5, 5, 3])     # [1, 2]
         _fill(10, 1, [6, 5, 5, 3])     # [0, 3]
 
-    Bit s of reach[i] says that some of tokens[i:] sum to s.
+    Bit s of reach[i] says that some of tokens[i:] sum to s. Numbers that are large are rounded up first, to keep these small.
     """
+    if sum(tokens) <= room:
+        return list(range(len(tokens)))
+    if room > LARGEST_ROOM:
+        unit = -(-room // LARGEST_ROOM)
+        room, slack, tokens = room // unit, slack // unit, [-(-count // unit) for count in tokens]
     within, reach = (1 << (room + 1)) - 1, [1]
     for count in reversed(tokens):
         reach.append((reach[-1] | reach[-1] << count) & within)

@@ -157,6 +157,26 @@ def _lock(folder: Path, wait: bool) -> int | None:
     return descriptor
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder until the end, or until the process dies. Gives False where another one has locked it.
+
+    A folder of a file system without locks counts as locked by this process.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        free = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        except OSError:
+            pass
+        yield free
+    finally:
+        os.close(descriptor)
+
+
 def _finish(folder: Path) -> None:
     """Gives what was written into a folder the permissions of ordinary files, and flushes it: libraries make private ones."""
     mode = folder.stat().st_mode & 0o666

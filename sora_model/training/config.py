@@ -1,8 +1,45 @@
-"""How to train: `TrainConfig`."""
+"""How to train: `TrainConfig`; settings that are out of range: `SettingError`."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+
+class SettingError(ValueError):
+    """A setting that cannot be used. The command line calls it by its option."""
+
+    def __init__(self, owner: str, setting: str, problem: str) -> None:
+        super().__init__(f"{owner}: {setting}: {problem}")
+        self.setting, self.problem = setting, problem
+
+
+@contextlib.contextmanager
+def of_setting(owner: str, setting: str) -> Iterator[None]:
+    """Whatever is wrong with the files that a setting leads to is an error that names the setting, too."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except (ValueError, OSError) as error:
+        raise SettingError(owner, setting, str(error)) from error
+
+
+def check_above(owner: str, settings: dict[str, Any]) -> None:
+    """Raises SettingError for numbers that are not above 0, infinity and NaN among them. None is no number."""
+    for name, value in settings.items():
+        if value is not None and not 0 < value < math.inf:
+            raise SettingError(owner, name, f"expected a number above 0, got {value}")
+
+
+def check_shares(owner: str, settings: dict[str, float]) -> None:
+    """Raises SettingError for numbers that are not from 0 to 1."""
+    for name, value in settings.items():
+        if not 0 <= value <= 1:
+            raise SettingError(owner, name, f"expected a number from 0 to 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -40,18 +77,15 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        owner = "TrainConfig"
         if self.steps is None and self.minutes is None:
             raise ValueError("TrainConfig: steps, minutes: expected a limit, got None for both")
-        for name in ("steps", "minutes", "learning_rate", "gradient_clip", "accumulation", "save_minutes"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"TrainConfig: {name}: expected a number above 0, got {value}")
-        for name in ("ema_decay", "final_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"TrainConfig: {name}: expected a number from 0 to 1, got {getattr(self, name)}")
-        if self.warmup < 0 or self.weight_decay < 0:
-            got = f"{self.warmup} and {self.weight_decay}"
-            raise ValueError(f"TrainConfig: warmup, weight_decay: expected numbers of at least 0, got {got}")
+        above = ("steps", "minutes", "learning_rate", "gradient_clip", "accumulation", "save_minutes")
+        check_above(owner, {name: getattr(self, name) for name in above})
+        check_shares(owner, {"ema_decay": self.ema_decay, "final_rate": self.final_rate})
+        for name in ("warmup", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingError(owner, name, f"expected a number of at least 0, got {getattr(self, name)}")
         for name, known in (("optimizer", ("muon", "adamw")), ("mixed_precision", ("no", "bf16"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"TrainConfig: {name}: expected {known[0]!r} or {known[1]!r}, got {getattr(self, name)!r}")
+                raise SettingError(owner, name, f"expected {known[0]!r} or {known[1]!r}, got {getattr(self, name)!r}")

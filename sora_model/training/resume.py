@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..storage.files import check_replaceable, settle
-from .config import TrainConfig
+from ..storage.files import check_replaceable, locked, settle, writing
+from .config import SettingError, TrainConfig
 
 STATE = "training.safetensors"
 
@@ -24,22 +25,21 @@ def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | 
     """Brings to an end what a killed process left half-written in a run's folder, and says whether a run can begin or go on there.
 
     Raises:
-        FileNotFoundError: nothing to resume.
-        ValueError: a fresh run where there is one already; settings that are not those that the run began with (see `Trainer`);
-            files of others in checkpoint/.
+        SettingError: nothing to resume; a fresh run where there is one already; settings that are not those that the run began
+            with (see `Trainer`).
+        ValueError: files of others in checkpoint/.
     """
     path = folder / STATE
     for name in ("checkpoint", STATE, "loss.csv"):
         settle(folder / name)
     check_replaceable(folder / "checkpoint")
     if not resume and path.exists():
-        raise ValueError(
-            f"Trainer: folder: {folder} already holds a run, at step {read_state(path)['step']}; resume it or choose another folder"
-        )
+        at = read_state(path)["step"]
+        raise SettingError("Trainer", "folder", f"{folder} already holds a run, at step {at}; resume it or choose another folder")
     if not resume:
         return
     if not path.is_file():
-        raise FileNotFoundError(f"Trainer: resume: expected {path}, which is not there: nothing was saved; begin without resume")
+        raise SettingError("Trainer", "resume", f"expected {path}, which is not there: nothing was saved; begin without resume")
     began = read_state(path)["settings"]
     other = [
         f"{name}: expected {began[name]}, as the run began with, got {value}"
@@ -47,7 +47,30 @@ def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | 
         if name in began and began[name] != value
     ]
     if other:
-        raise ValueError(f"Trainer: resume: {'; '.join(other)}")
+        raise SettingError("Trainer", "resume", "; ".join(other))
+
+
+@contextlib.contextmanager
+def only_run(folder: Path, *, fresh: bool) -> Iterator[None]:
+    """Keeps a run's folder for this process, until the end or until it is killed.
+
+    Raises SettingError where another process has it; for a fresh run also where another one has ended there meanwhile.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder) as free:
+        if not free:
+            raise SettingError("Trainer", "folder", f"expected a folder that no other run is writing to, got {folder}")
+        if fresh:
+            check_run(folder, resume=False, settings={})
+        yield
+
+
+def check_idle(folder: Path) -> None:
+    """Raises SettingError where a process is training in a folder."""
+    if folder.is_dir():
+        with only_run(folder, fresh=False):
+            pass
 
 
 def read_state(path: Path) -> dict[str, Any]:

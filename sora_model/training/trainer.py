@@ -38,7 +38,7 @@ from ..storage.weights import check_finite, distinct_state, load_distinct
 from .config import TrainConfig
 from .log import Step, TrainLog
 from .optimizers import KernelMuon, muon_parameters, schedule
-from .resume import STATE, all_settings, check_run, read_state
+from .resume import STATE, all_settings, check_run, only_run, read_state
 
 
 class Objective(Protocol):
@@ -95,6 +95,7 @@ class Trainer:
         self._moments: list[tuple[str, torch.optim.Optimizer, nn.Parameter]] = []  # whose state each weight's moments are
         self._make_optimizers()
         self.step, self.seconds, self.stopped, self._stopping = 0, 0.0, False, False
+        self._resumed = resume
         self.settings = all_settings(settings or {}, config, self.accelerator.num_processes)
         with self.accelerator.main_process_first():
             check_run(self.folder, resume=resume, settings=self.settings)
@@ -112,30 +113,39 @@ class Trainer:
         self._stopping = True
 
     def train(self) -> Iterator[Step]:
-        """Trains to the end, or until `stop` is called, yielding after every step, and saves."""
+        """Trains to the end, or until `stop` is called, yielding after every step, and saves.
+
+        Raises SettingError where another process is training in the folder.
+        """
+        main, fresh = self.accelerator.is_main_process, not (self._resumed or self.step)
+        with only_run(self.folder, fresh=fresh) if main else contextlib.nullcontext():
+            with TrainLog(self.folder, self.step) if main else contextlib.nullcontext() as log:
+                yield from self._steps(log)
+            self.save()
+
+    def _steps(self, log: TrainLog | None) -> Iterator[Step]:
+        """All steps to the end, each written to the log, if there is one, and saves on the way."""
         before, saved = self.seconds, self.seconds
-        with TrainLog(self.folder, self.step) if self.accelerator.is_main_process else contextlib.nullcontext() as log:
-            began = time.perf_counter()
-            # On a CPU a second thread takes from the step more than it gives.
-            prefetch = 0 if self.accelerator.device.type == "cpu" else 2
-            batches = self.sampler.stream(self.step * self.config.accumulation, prefetch=prefetch)
-            while self.progress < 1 and not self.stopped:
-                start = time.perf_counter()
-                drawn = [next(batches) for _ in range(self.config.accumulation)]
-                loss, rate = self._train_step(drawn)
-                self.step += 1
-                self._agree(before + time.perf_counter() - began)
-                tokens = sum(batch.tokens for batch in drawn)
-                speed = tokens / (time.perf_counter() - start)
-                sizes = [tuple(video.shape[1:]) for batch in drawn for video in batch.videos]
-                done = Step(self.step, loss, rate, tokens, speed, self.seconds, sizes)
-                if log is not None:
-                    log.add(done)
-                if self.seconds - saved > 60 * self.config.save_minutes:
-                    self.save()
-                    saved = self.seconds
-                yield done
-        self.save()
+        began = time.perf_counter()
+        # On a CPU a second thread takes from the step more than it gives.
+        prefetch = 0 if self.accelerator.device.type == "cpu" else 2
+        batches = self.sampler.stream(self.step * self.config.accumulation, prefetch=prefetch)
+        while self.progress < 1 and not self.stopped:
+            start = time.perf_counter()
+            drawn = [next(batches) for _ in range(self.config.accumulation)]
+            loss, rate = self._train_step(drawn)
+            self.step += 1
+            self._agree(before + time.perf_counter() - began)
+            tokens = sum(batch.tokens for batch in drawn)
+            speed = tokens / (time.perf_counter() - start)
+            sizes = [tuple(video.shape[1:]) for batch in drawn for video in batch.videos]
+            done = Step(self.step, loss, rate, tokens, speed, self.seconds, sizes)
+            if log is not None:
+                log.add(done)
+            if self.seconds - saved > 60 * self.config.save_minutes:
+                self.save()
+                saved = self.seconds
+            yield done
 
     def _train_step(self, batches: list[Batch]) -> tuple[float, float]:
         """One optimizer step; returns the loss and the learning rate."""

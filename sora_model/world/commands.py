@@ -1,4 +1,4 @@
-"""Commands that show what a checkpoint can do: eval, gallery, demo."""
+"""Commands of the world: eval, gallery and demo show what a checkpoint can do, scaling what training compute does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ..cli.app import Loaded, check_file, check_folder, command, console, say
+from ..cli.app import Loaded, app, check_file, check_finite, check_folder, command, console, one_line_errors, say
+from ..cli.run import errors_by_option
 
 if TYPE_CHECKING:
     from ..pipeline.pipeline import SoraPipeline
@@ -25,7 +26,7 @@ class Measuring(Loaded):
     task: Annotated[list[str] | None, typer.Option(help="One of them alone; repeat for several. Default: all.")] = None
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 3.0
-    seed: Annotated[int, typer.Option(help="Of scenes and noise.")] = 2026
+    seed: Annotated[int, typer.Option(min=0, max=2**32, help="Of scenes and noise.")] = 2026
 
     def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
         from .evaluate import MEASUREMENTS
@@ -93,7 +94,7 @@ def gallery(
 @command(Loaded)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("outputs/demo"),
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32, help="Of everything random.")] = 0,
     *,
     loaded: Loaded,
 ) -> None:
@@ -103,6 +104,25 @@ def demo(
     from .demo import run
 
     run(loaded.pipeline(), out, seed, console)
+
+
+@app.command()
+def scaling(
+    out: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    compute: Annotated[float, typer.Option(min=1, help="Floating-point operations that each model is trained with.")] = 2e13,
+    seed: Annotated[int, typer.Option(min=0, max=2**32, help="Of everything random.")] = 0,
+) -> None:
+    """Train models of four sizes with the same compute, in at most 15,000 steps, and plot their losses against it."""
+    with one_line_errors(), errors_by_option():
+        check_finite({"compute": compute})
+        check_folder(out, "OUT")
+        from .scaling import study
+
+        out.mkdir(parents=True, exist_ok=True)
+        study(
+            out, compute, seed, lambda p: console.print(f"{p.model}  step {p.step}  {p.compute:.2e} operations  loss {p.loss:.4f}")
+        )
+        say(str(out / "scaling.png"))
 
 
 def _table(measured: list[Measurement]) -> Table:

@@ -1,0 +1,77 @@
+"""The recipe of a captioner: `CaptionerRecipe`, `train_captioner`."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...caption.captioner import Captioner, CaptionerConfig, train_tokenizer
+from ...pipeline.pipeline import SoraPipeline
+from ...storage.files import check_replaceable
+from ..captioner import CaptionObjective
+from ..config import SettingError, of_setting
+from ..sources import Clips, Wanted
+from ..trainer import Trainer
+from .common import Preparation, Run, RunSettings, quiet
+
+OWNER = "CaptionerRecipe"
+
+
+@dataclass(frozen=True)
+class CaptionerRecipe:
+    """What captioner to train.
+
+    checkpoint: of a pipeline, which gets the captioner. frames: latent frames seen of a clip, evenly spread; 0 sees tubelets of
+    all. vocabulary: tokens that captions are written in, learned from them. longest: tokens of the longest caption.
+    """
+
+    checkpoint: Path
+    frames: int = 4
+    vocabulary: int = 512
+    longest: int = 128
+
+    def __post_init__(self) -> None:
+        for name, least in (("frames", 0), ("vocabulary", 1), ("longest", 2)):
+            if getattr(self, name) < least:
+                raise SettingError(OWNER, name, f"expected at least {least}, got {getattr(self, name)}")
+
+    def untrained(self, pipeline: SoraPipeline, clips: Clips) -> Captioner:
+        """A captioner of the pipeline's latents, its words learned from the clips' captions."""
+        tokenizer = train_tokenizer(clips.captions(), self.vocabulary)
+        config = CaptionerConfig(
+            in_channels=pipeline.codec.channels,
+            patch_size=pipeline.dit.config.patch_size,
+            num_frames=self.frames or None,
+            vocabulary=len(tokenizer),
+            longest=self.longest,
+        )
+        return Captioner(config, tokenizer)
+
+
+def train_captioner(out: Path, recipe: CaptionerRecipe, run: RunSettings, show: Run = quiet) -> Trainer:
+    """Trains a captioner on the latents of a pipeline's VAE, and puts it into the pipeline's checkpoint."""
+    check_replaceable(recipe.checkpoint)
+    prepared = Preparation(out, run, "captioner", vars(recipe))
+    with of_setting(OWNER, "checkpoint"):
+        pipeline = SoraPipeline.from_pretrained(recipe.checkpoint, device=prepared.device)
+    budget = prepared.budget(pipeline.codec, pipeline.dit.config.patch_size, frames=recipe.frames or None)
+    clips = prepared.clips(Wanted("captioner", pipeline.unit, pipeline.timing, budget))
+    before = prepared.parts()
+    if before is not None:
+        captioner = Captioner.from_pretrained(before)
+    else:
+        torch.manual_seed(run.config.seed)
+        captioner = recipe.untrained(pipeline, clips)
+    captioner.to(prepared.device)
+    # Words learned anew from captions that have changed since would give the weights another meaning.
+    words = json.dumps(captioner.tokenizer.get_vocab(), sort_keys=True)
+    prepared.settings["words learned from the captions"] = f"{zlib.crc32(words.encode()):08x}"
+    trainer = prepared.train(CaptionObjective(captioner, pipeline.codec), clips, budget, show)
+    if trainer.accelerator.is_main_process:
+        latest = SoraPipeline.from_pretrained(recipe.checkpoint)  # it may have been trained further meanwhile
+        latest.replaced(captioner=Captioner.from_pretrained(out / "checkpoint")).save_pretrained(recipe.checkpoint)
+    return trainer
