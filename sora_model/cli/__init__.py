@@ -1,10 +1,17 @@
 """The command line: `sora --help`."""
 
 # isort: off
-from .app import app
+try:
+    from .app import app
 
-# Each adds its commands to the app; the help lists them in this order.
-from . import generate, data, train  # noqa: F401
-from ..world import commands  # noqa: F401
+    # Each adds its commands to the app; the help lists them in this order.
+    from . import generate, data, train  # noqa: F401
+    from ..world import commands  # noqa: F401
+except ModuleNotFoundError as error:  # without the extra, in which typer and rich come
+    if (error.name or "").startswith("sora_"):
+        raise
+    from .missing import app_without
+
+    app = app_without(error.name)  # type: ignore[assignment]
 
 __all__ = ["app"]
