@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from sora_model import SoraPipeline
 from sora_model.caption.captioner import DETAILED, END, PAD, SHORT, Captioner, CaptionerConfig, train_tokenizer
 from sora_model.cli import app
+from sora_model.cli.files import write_files
 from sora_model.codec.codec import PixelCodec
 from sora_model.data import Batch, Sample, write_video
 from sora_model.model.patches import embed_patches, uniform_frames
@@ -139,6 +140,11 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(clips.rglob(".*")), "nothing half-written"
     assert "0 captions written" in sora("recaption", clips, "--checkpoint", checkpoint).output
     assert "6 captions written" in sora("recaption", clips, "--checkpoint", checkpoint, "--overwrite").output
+    *_, sheet = write_files([SOURCE.load(0).video], ["a circle"], clips / "made", [8.0], 1, "mp4")
+    result = sora("recaption", clips, "--checkpoint", checkpoint)
+    assert f"left out: {sheet}: a contact sheet" in result.output
+    assert "2 captions written for 4 files" in result.output, "the video is a file like others"
+    assert not list(clips.rglob("contact_sheet*.txt"))
     out = ["--size", "2x16x16", "--steps", 1, "--out", tmp_path / "out"]
     result = sora("generate", "a red circle", "--expand", "--checkpoint", checkpoint, *out)
     assert result.exit_code == 0, result.output

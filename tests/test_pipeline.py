@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 from sora_model import SoraPipeline
 from sora_model.cli import app
 from sora_model.codec.codec import PixelCodec
+from sora_model.codec.vae import VideoVAE
 from sora_model.diffusion.schedulers import FLOW, flow_scheduler
 from sora_model.model.dit import DiT
+from sora_model.pipeline.parts import read_outline
 from sora_model.pipeline.request import Request
 from sora_model.text.words import WordEncoder
 
@@ -187,6 +189,10 @@ def test_wrong_inputs_are_named(pipeline: SoraPipeline) -> None:
         pipeline(["x", "y"], [(4, 16, 16)])
     with pytest.raises(TypeError, match="requests: expected prompts and Requests, got 3"):
         pipeline(["x", 3])
+    with pytest.raises(TypeError, match="requests: expected prompts and Requests, got 1"):
+        pipeline([1])
+    with pytest.raises(TypeError, match="requests: expected prompts and Requests, got 1"):
+        pipeline(1)
     with pytest.raises(TypeError, match=r"size: expected \(T, H, W\), got '1x16x16'"):
         pipeline(["x"], ["1x16x16"])
     with pytest.raises(TypeError, match=r"generator: expected a seed or a torch\.Generator, or one per request, got '0'"):
@@ -205,6 +211,30 @@ def test_wrong_inputs_are_named(pipeline: SoraPipeline) -> None:
     clean = DiT(small(in_channels=3, prediction="clean"))
     with pytest.raises(ValueError, match=r"expected flow matching with 1000 timesteps.*got DDIMScheduler of epsilon"):
         SoraPipeline(clean, pipeline.text_encoder, DDIMScheduler())
+
+
+@pytest.mark.parametrize("temporal", [None, 4, 8])
+def test_an_outline_needs_no_weights(pipeline: SoraPipeline, temporal: int | None, tmp_path: Path) -> None:
+    """What it says is what the pipeline says."""
+    if temporal is not None:
+        codec = VideoVAE.small(latent_channels=4, channels=(8, 8, 8, 8), temporal=temporal)
+        pipeline = SoraPipeline.from_preset("tiny", patch=(1, 2, 2), codec=codec, size=(9, 32, 48))
+    pipeline.save_pretrained(tmp_path)
+    outline = read_outline(tmp_path)
+    assert (outline.size, outline.unit, outline.timing) == (pipeline.size, pipeline.unit, pipeline.timing)
+    assert outline.padded((3, 9, 14)) == pipeline._padded((3, 9, 14))
+    assert outline.width == pipeline.dit.config.hidden_size
+    assert outline.weights == sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+
+
+def test_coding_is_watched_by_those_who_ask(tmp_path: Path) -> None:
+    codec = VideoVAE.small(latent_channels=4, channels=(8, 8, 8))
+    pipeline = SoraPipeline.from_preset("tiny", patch=(1, 2, 2), codec=codec, size=(5, 16, 16))
+    seen: list[tuple[str, int, int]] = []
+    video = torch.zeros(3, 5, 16, 16)
+    requests = [Request("x", (5, 16, 16), keyframes={0: video[:, :1]}), Request("y", (5, 16, 16), init_video=video, strength=0.5)]
+    pipeline(requests, num_inference_steps=2, progress=lambda *told: seen.append(told))
+    assert seen == [("encoding", 1280, 1280), ("encoding", 1280, 1280), ("decoding", 16, 16)]
 
 
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(shift=3.0), DDIMScheduler(clip_sample=False)])

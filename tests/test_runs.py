@@ -173,9 +173,9 @@ def no_file_larger_than(limit: int):
 @pytest.mark.parametrize(
     ("name", "args"),
     [
-        ("00-x.mp4", ["generate", "x", "--checkpoint", "{small}", "--out", "{tmp}/out", "--steps", 1]),
+        ("00-x-seed0.mp4", ["generate", "x", "--checkpoint", "{small}", "--out", "{tmp}/out", "--steps", 1]),
         (
-            "00-x.gif",
+            "00-x-seed0.gif",
             [
                 "generate",
                 "x",
@@ -191,7 +191,7 @@ def no_file_larger_than(limit: int):
                 "2x64x64",
             ],
         ),
-        ("00-x.png", ["generate", "x", "--checkpoint", "{small}", "--out", "{tmp}/out", "--steps", 1, "--size", "1x64x64"]),
+        ("00-x-seed0.png", ["generate", "x", "--checkpoint", "{small}", "--out", "{tmp}/out", "--steps", 1, "--size", "1x64x64"]),
         ("exported", ["export", "{small}", "{tmp}/exported"]),
     ],
 )

@@ -228,7 +228,7 @@ def test_generates_mixed_sizes_in_one_batch(run, tmp_path):
     sizes = ["--size", "4x24x40", "--size", "1x32x32", "--size", "6x40x24"]
     result = sora("generate", *prompts, "--checkpoint", folder / "checkpoint", *sizes, "--steps", 2, "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    names = ["00-a-box-of-colour-1-moves-right.mp4", "01-a-box.png", "02-two-boxes.mp4", "contact_sheet.png"]
+    names = ["00-a-box-of-colour-1-moves-right-seed0.mp4", "01-a-box-seed1.png", "02-two-boxes-seed2.mp4", "contact_sheet.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert [tuple(read_video(tmp_path / name)[0].shape) for name in names[:3]] == [(3, 4, 24, 40), (3, 1, 32, 32), (3, 6, 40, 24)]
     assert all(name in result.output for name in names)
@@ -244,7 +244,7 @@ def test_ddpm_trains_and_samples(prediction, tmp_path):
     out = ["--size", "2x16x16", "--steps", 2, "--out", tmp_path / "out", "--format", "gif"]
     result = sora("generate", "a red circle", "--checkpoint", tmp_path / "run" / "checkpoint", *out)
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "out" / "00-a-red-circle.gif").is_file()
+    assert (tmp_path / "out" / "00-a-red-circle-seed0.gif").is_file()
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def test_videos_and_images_there_and_back(name: str, tmp_path: Path) -> None:
     assert [y.shape for y in vae.decode(latents)] == [v.shape for v in videos]
     torch.testing.assert_close(vae.encode(videos[2:])[0], latents[2], atol=1e-4, rtol=1e-4)
     vae.save_pretrained(tmp_path)
+    assert VideoVAE.read_compression(tmp_path) == vae.compression
     torch.testing.assert_close(VideoVAE.from_pretrained(tmp_path).encode(videos)[1], latents[1], atol=1e-5, rtol=1e-5)
 
 
@@ -257,6 +258,21 @@ def test_which_latent_frames_are_given() -> None:
         mask = torch.tensor(marked)
         assert torch.equal(latent_frames(vae, pixel_frames(vae, mask)), mask)
     assert pixel_frames(PixelCodec(), torch.tensor([True, False])).tolist() == [True, False]
+
+
+def test_coding_says_how_far_it_is() -> None:
+    """After each tile and batch, in positions; the last one says that all is done."""
+    vae = VideoVAE.small(latent_channels=3, channels=(8, 8, 8))
+    vae.model = Local()
+    seen: list[tuple[int, int]] = []
+    latents = vae.encode([torch.zeros(3, 5, 1024, 64), torch.zeros(3, 1, 16, 16)], progress=lambda *told: seen.append(told))
+    rows = 512 + 512 + 512  # tiles from rows 0, 448 and 512
+    assert seen == [(5 * 512 * 64 * (i + 1), 5 * rows * 64 + 256) for i in range(3)] + [(5 * rows * 64 + 256,) * 2]
+    seen.clear()
+    vae.decode(latents, progress=lambda *told: seen.append(told))
+    assert len(seen) == 4
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1][0] == seen[-1][1]
 
 
 def test_what_is_not_known_shows_the_nearest_known_frame() -> None:

@@ -10,24 +10,24 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
+from typer.models import ArgumentInfo
 
 from ..sizes import Size
-from .terminal import denoising, write_files
+from .missing import not_installed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..pipeline.parts import Outline
     from ..pipeline.pipeline import SoraPipeline
-    from ..pipeline.request import Request
 
 # torch and diffusers take seconds to import, so commands import them: --help and a wrong option answer at once.
 
@@ -37,8 +37,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-MAX_PIXELS = 2**16  # of frames that commands read from files, unless they are told otherwise
+MAX_PIXELS = 2**16  # of frames that are read to be captioned
 CLIP_PIXELS = 2**28  # of all frames read from one file, which are held at once: 4 GB
+# What torch says where it gets no memory, on the CPU and on GPUs, and where a size does not even fit a number.
+NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|overflow|too many elements", re.IGNORECASE)
 logger = logging.getLogger(__name__)
 console = Console()
 errors = Console(stderr=True)
@@ -47,11 +49,6 @@ errors = Console(stderr=True)
 class Precision(str, Enum):
     no = "no"
     bf16 = "bf16"
-
-
-class Format(str, Enum):
-    mp4 = "mp4"
-    gif = "gif"
 
 
 @dataclass(frozen=True)
@@ -63,157 +60,143 @@ class Loaded:
     ] = None
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
 
-    def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
-        """The pipeline; captioner: one without a captioner is an error, before its weights are read."""
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoint, after a write that was killed has been ended."""
         from ..pipeline.parts import EMBEDDED
-        from ..pipeline.pipeline import SoraPipeline
         from ..storage.files import settle
+
+        folder = self.checkpoint or EMBEDDED
+        settle(folder)
+        return folder
+
+    def outline(self) -> Outline:
+        """What the checkpoint's configs say: enough to refuse what it cannot do before its weights are read."""
+        from ..pipeline.parts import read_outline
+
+        with naming("--checkpoint"):
+            return read_outline(self.folder)
+
+    def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
+        """The pipeline; captioner: it must have one, which is looked for before weights are read."""
+        from ..pipeline.pipeline import SoraPipeline
+
+        device, folder = known_device(self.device), self.folder
+        if captioner:
+            self.check_captioner()
+        with naming("--checkpoint"):
+            return SoraPipeline.from_pretrained(folder, device=device)
+
+    def check_captioner(self) -> None:
+        """Raises ValueError for a checkpoint without a captioner."""
         from ..storage.weights import read_index
 
-        device, folder = known_device(self.device), self.checkpoint or EMBEDDED
-        settle(folder)
-        if captioner and not read_index(folder, "--checkpoint")["captioner"]:
-            raise ValueError(f"captioner: expected a checkpoint with a captioner, got one without: {folder}")
-        return SoraPipeline.from_pretrained(folder, device=device)
+        if not read_index(self.folder, "--checkpoint")["captioner"]:
+            raise ValueError(f"--checkpoint: captioner: expected a checkpoint with a captioner, got one without: {self.folder}")
 
 
-@dataclass(frozen=True)
-class Call(Loaded):
-    """The options that all tasks share."""
+def command(
+    options: type, name: str | None = None, help: str | None = None, **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a function a command whose options are its own arguments and the fields of a dataclass, its last argument.
 
-    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("outputs")
-    negative: Annotated[str, typer.Option(help="What not to show.")] = ""
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30
-    scheduler: Annotated[
-        str | None, typer.Option(help="euler, heun, unipc or dpm++, for a flow-matching model. Default: the checkpoint's.")
-    ] = None
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 3.0
-    guidance_from: Annotated[
-        float, typer.Option(min=0, max=1, help="Noise level, from 0 to 1, below which there is no guidance.")
-    ] = 0.6
-    seed: Annotated[int, typer.Option(min=0, max=2**63, help="Of everything random; several videos count up from it.")] = 0
-    fps: Annotated[float | None, typer.Option(min=0.1, help="Frames per second. Default: those of the input, or 8.")] = None
-    scale: Annotated[int, typer.Option(min=1, help="Whole factor by which pixels are enlarged in the files.")] = 1
-    format: Annotated[Format, typer.Option(help="Of videos; images are PNG.")] = Format.mp4
-    precision: Annotated[Precision, typer.Option(help="bf16: the transformer computes in bfloat16.")] = Precision.no
-    max_pixels: Annotated[
-        int, typer.Option(min=1, help="Larger frames of files that are read are scaled down to so many pixels.")
-    ] = MAX_PIXELS
+    Typer reads options off a function's signature and has no way to share some among commands, so the function that it is given
+    gets a signature of both.
 
-    def read(self, path: Path, max_frames: int | None = None) -> tuple[Tensor, float]:
-        """`read_clip`, that says so where it scales down: what is made has the size of what was read."""
-        clip, rate = read_clip(path, max_frames, self.max_pixels)
-        from ..data import probe
-
-        before, after = ("x".join(map(str, size)) for size in (probe(path)[1:], clip.shape[2:]))
-        if before != after:
-            logger.warning("%s: frames of %s are scaled down to %s, --max-pixels takes more", path, before, after)
-        return clip, rate
-
-    def __post_init__(self) -> None:
-        check_folder(self.out)
-        for path in self.out.glob("*"):
-            if path.is_dir() and re.fullmatch(r"(\d{2,}-.*|contact_sheet)\.(mp4|gif|png)", path.name):
-                raise ValueError(
-                    f"--out: expected a folder for files, got one with the folder {path}, which has the name of a file"
-                )
-        if self.negative and self.guidance == 1:
-            raise ValueError(f"--negative: expected none with --guidance 1, which has no use for it, got {self.negative!r}")
-
-    def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
-        from ..diffusion.schedulers import FLOW
-
-        if self.scheduler not in (None, *FLOW):
-            raise ValueError(f"--scheduler: expected one of {', '.join(FLOW)}, got {self.scheduler!r}")
-        pipeline = super().pipeline(captioner=captioner)
-        if self.scheduler is not None:
-            from ..diffusion.schedulers import flow_scheduler
-
-            pipeline = pipeline.with_scheduler(flow_scheduler(self.scheduler, like=pipeline.scheduler))
-        return pipeline
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """What the pipeline's call takes of them."""
-        return {
-            "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance,
-            "guidance_from": self.guidance_from,
-            "precision": self.precision.value,
-        }
-
-    @property
-    def several(self) -> dict[str, Any]:
-        """What tasks of several passes take of them."""
-        return {"negative_prompt": self.negative, "seed": self.seed, **self.sampling}
-
-    def rate(self, own: float = 0.0) -> float:
-        """Frames per second of a file whose input had `own`; 0 if it had none."""
-        return self.fps or own or 8.0
-
-    def generate(self, pipeline: SoraPipeline, requests: list[Request], rates: Sequence[float] = ()) -> None:
-        """Runs requests in one packed batch and writes what comes back; rates: of the inputs, see `rate`."""
-        with denoising(console, self.steps) as advance:
-            videos = pipeline(requests, generator=self.seed, callback=lambda *_: advance(1), **self.sampling)
-        self.write(videos, [request.prompt for request in requests], rates)
-
-    def write(self, videos: list[Tensor], prompts: list[str], rates: Sequence[float] = ()) -> None:
-        """One file each and a contact sheet; says where."""
-        fps = [self.rate(own) for own in rates or [0.0] * len(videos)]
-        for path in write_files(videos, prompts, self.out, fps, self.scale, self.format.value):
-            say(str(path))
-
-
-def command(options: type, name: str | None = None, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a function with a last argument that is an `options` a command that has its fields as options, after its own.
-
-    options: a dataclass like `Call`. name: of the command; default: the function's. defaults: other ones for fields of `options`.
+    options: a dataclass like `Call`. name, help: of the command; default: the function's. defaults: other ones for fields of
+    `options`.
     """
-
-    unknown = set(defaults) - {field.name for field in fields(options)}
-    if unknown:
-        raise TypeError(f"command: {options.__name__} has no {', '.join(unknown)}")
+    shared = {field.name: defaults.pop(field.name, field.default) for field in fields(options) if field.init}
+    if defaults:
+        raise TypeError(f"command: {options.__name__} has no {', '.join(defaults)}")
 
     def make(function: Callable[..., None]) -> Callable[..., None]:
-        hints, shared = (get_type_hints(one, include_extras=True) for one in (function, options))
+        hints = {**get_type_hints(options, include_extras=True), **get_type_hints(function, include_extras=True)}
         *own, last = inspect.signature(function).parameters.values()
-        parameters = [p.replace(annotation=hints[p.name]) for p in own]
-        for field in fields(options):
-            default, hint = defaults.get(field.name, field.default), shared[field.name]
-            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-            parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=hint))
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [one.replace(annotation=hints[one.name]) for one in own]
+        parameters += [inspect.Parameter(key, kind, default=shared[key], annotation=hints[key]) for key in shared]
+        words = {one.name: _word(one) for one in parameters}
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
-            with one_line_errors():
+            with one_line_errors(words):
                 check_finite(given)
-                chosen = options(**{field.name: given.pop(field.name) for field in fields(options)})
+                chosen = options(**{key: given.pop(key) for key in shared})
                 function(**given, **{last.name: chosen})
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
-        return app.command(name)(run)
+        return app.command(name, help=help)(run)
 
     return make
 
 
-task = command(Call)
+def _word(parameter: inspect.Parameter) -> str:
+    """What the help calls a parameter: --max-pixels, or VIDEO for an argument."""
+    argument = any(isinstance(one, ArgumentInfo) for one in getattr(parameter.annotation, "__metadata__", ()))
+    return parameter.name.upper() if argument else f"--{parameter.name.replace('_', '-')}"
+
+
+class OneLine(logging.Handler):
+    """Warnings as lines of their own, which a terminal may wrap but nothing else does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        errors.print(f"[yellow]{record.levelname.lower()}:[/]", end=" ")
+        errors.print(record.getMessage(), highlight=False, soft_wrap=True, markup=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from sora_kernels.info import version
+
+        say(f"sora {version('sora_kernels')}")
+        raise typer.Exit
 
 
 @app.callback()
-def main() -> None:
-    logging.getLogger("sora_model").handlers = [RichHandler(console=errors, show_path=False, show_time=False)]
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)] = False,
+) -> None:
+    logging.getLogger("sora_model").handlers = [OneLine()]
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the command with one clear line and exit code 2 for what a user can mend."""
+def one_line_errors(words: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Ends the command with one clear line and exit code 2 for what a user can mend.
+
+    words: what the command calls its parameters. Where an error names a function or class and one of them, as in
+    "Request: strength: expected", the line begins with that word alone.
+    """
     try:
         yield
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        errors.print("[bold red]error:[/]", end=" ")
-        errors.print(str(error), highlight=False, soft_wrap=True, markup=False)
-        raise typer.Exit(2) from None
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sora_"):
+            raise
+        _fail(not_installed(error.name))
+    except (ValueError, OSError, FloatingPointError) as error:
+        owner = re.match(r"[\w.]+: (\w+): (?=expected )", str(error))
+        word = (words or {}).get(owner[1]) if owner else None
+        _fail(f"{word}: {str(error)[owner.end() :]}" if owner and word else str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+            raise
+        _fail(f"not enough memory for videos of this size and number: {(str(error) or 'MemoryError').splitlines()[0]}")
+
+
+def _fail(line: str) -> NoReturn:
+    errors.print("[bold red]error:[/]", end=" ")
+    errors.print(line, highlight=False, soft_wrap=True, markup=False)
+    raise typer.Exit(2) from None
+
+
+@contextlib.contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Errors of what an option names begin with it instead of with a function or class."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = re.sub(r"^[A-Za-z_][\w.]*: ", "", str(error))
+        raise ValueError(text if text.startswith(option) else f"{option}: {text}") from None
 
 
 def say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Commands about captions: caption, recaption, expand."""
+"""Commands about captions and their words: caption, recaption, expand, vocabulary."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .app import MAX_PIXELS, Loaded, check_folder, check_media, command, read_clip, say
+from .files import is_contact_sheet
 
 
 @command(Loaded)
@@ -35,7 +36,10 @@ def recaption(
     *,
     loaded: Loaded,
 ) -> None:
-    """Caption a training folder: a detailed caption beside each file, and a short one where there is none."""
+    """Caption a training folder: a detailed caption beside each file, and a short one where there is none.
+
+    Contact sheets that commands wrote are left alone.
+    """
     check_media(folder, "FOLDER")
     check_folder(folder, "FOLDER")
     from ..data import FolderSource, MediaError
@@ -46,8 +50,11 @@ def recaption(
         folder, multiple_of=pipeline.unit, first=pipeline.timing.first, max_frames=max_frames, max_pixels=max_pixels,
         captions=False,
     )  # fmt: skip
-    written = 0
+    written, sheets = 0, [path for path in source.paths if is_contact_sheet(path)]
     for index, path in enumerate(source.paths):
+        if path in sheets:
+            say(f"left out: {path}: a contact sheet")
+            continue
         wanted = {False: path.with_suffix(".txt"), True: path.with_suffix(".detailed.txt")}
         wanted = {long: file for long, file in wanted.items() if overwrite or not file.exists()}
         if not wanted:
@@ -66,7 +73,7 @@ def recaption(
                 partial.write_text(text + "\n", encoding="utf-8")
             written += 1
             say(f"{path}: {text}")
-    say(f"{written} captions written for {len(source.paths)} files")
+    say(f"{written} captions written for {len(source.paths) - len(sheets)} files")
 
 
 @command(Loaded)
@@ -78,3 +85,15 @@ def expand(
     """Make short prompts long and detailed."""
     for text in loaded.pipeline(captioner=True).expand(prompts):
         say(text)
+
+
+@command(Loaded)
+def vocabulary(*, loaded: Loaded) -> None:
+    """List the words that prompts may have: those of the captions that the checkpoint was trained on."""
+    from ..text.words import VOCABULARY, Vocabulary
+
+    loaded.outline()  # is there a checkpoint?
+    words = Vocabulary.read(loaded.folder / "text_encoder")
+    if not words:
+        raise ValueError(f"--checkpoint: expected one with text_encoder/{VOCABULARY}, got {loaded.folder}; its words are not known")
+    say(" ".join(word for word in sorted(words) if word[0].isalnum()))

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import Call, console, parse_size, say, task
-from .requests import read_requests
+from .actions import about
+from .app import command, console, parse_size, say
+from .call import Call, task
+from .requests import described, read_requests
 from .terminal import denoising, show_video
 
 if TYPE_CHECKING:
+    from ..pipeline.parts import Outline
     from ..pipeline.pipeline import SoraPipeline
+    from ..sizes import Size
 
 Prompt = Annotated[str, typer.Argument(help="What to show.")]
 Video = Annotated[Path, typer.Argument(help="A video file.")]
 ClipSize = Annotated[str | None, typer.Option("--size", help="TxHxW in pixels. Default: the checkpoint's.")]
+FrameSize = Annotated[
+    str | None, typer.Option("--size", help="HxW that frames are scaled and cut to. Default: theirs, see --max-pixels.")
+]
+Count = Annotated[int, typer.Option(min=1, help="Videos of each prompt; their seeds count up.")]
 Overlap = Annotated[
     int, typer.Option(min=0, help="Latent frames seen of what is there, besides the first; they fade into what is made.")
 ]
@@ -29,6 +38,7 @@ def generate(
     size: Annotated[
         list[str] | None, typer.Option(help="TxHxW of each video in pixels, or one for all; 1xHxW is an image.")
     ] = None,
+    count: Count = 1,
     draft: Annotated[
         int | None,
         typer.Option(
@@ -43,25 +53,32 @@ def generate(
     sizes = [parse_size(text) for text in size or []]
     if len(sizes) not in (0, 1, len(prompts)):
         raise ValueError(f"--size: expected 1 or {len(prompts)} (one per prompt), got {len(sizes)}")
+    if expand:
+        call.check_captioner()
+    outline = call.outline()
+    sizes = sizes * len(prompts) if len(sizes) == 1 else sizes or [outline.size] * len(prompts)
     for _, *sides in sizes:
         if draft is not None and draft >= min(sides):
             expected = f"fewer pixels than the shorter side of --size, {min(sides)}"
             raise ValueError(f"--draft: expected {expected}, got {draft}")
+    sizes = [one for one in sizes for _ in range(count)]
+    call.announce(outline, sizes)
     pipeline = call.pipeline(captioner=expand)
     from ..pipeline.request import text_to_video
 
-    sizes = sizes * len(prompts) if len(sizes) == 1 else sizes or [pipeline.size] * len(prompts)
     if expand:
         prompts = _expanded(pipeline, prompts)
+    call.check_words(pipeline, prompts)
+    prompts = [prompt for prompt in prompts for _ in range(count)]
     if draft is None:
         requests = [text_to_video(p, s, negative_prompt=call.negative) for p, s in zip(prompts, sizes, strict=True)]
-        call.generate(pipeline, requests)
+        call.generate(pipeline, requests, command="generate")
         return
     from ..pipeline.tasks import REDONE, refined
 
-    with denoising(console, round((1 + REDONE) * call.steps)) as advance:
-        videos = refined(pipeline, prompts, sizes, draft, callback=lambda *_: advance(1), **call.several)
-    call.write(videos, prompts)
+    with denoising(console, round((1 + REDONE) * call.steps)) as bars:
+        videos = refined(pipeline, prompts, sizes, draft, **call.watched(bars), **call.several)
+    call.write(videos, prompts, command="generate", draft=draft)
 
 
 @task
@@ -69,16 +86,18 @@ def animate(
     image: Annotated[Path, typer.Argument(help="An image file; of a video, its first frame.")],
     prompt: Prompt,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video. Default: the checkpoint's.")] = None,
+    size: FrameSize = None,
+    count: Count = 1,
     *,
     call: Call,
 ) -> None:
     """Make a video that begins with an image."""
-    picture, _ = call.read(image, max_frames=1)
-    pipeline = call.pipeline()
+    outline, shape = call.outline(), _frame_size(call, size)
+    picture, _ = call.read(image, 1, shape)
     from ..pipeline.request import image_to_video
 
-    request = image_to_video(prompt, picture, frames or pipeline.size[0], pipeline.timing, negative_prompt=call.negative)
-    call.generate(pipeline, [request])
+    request = image_to_video(prompt, picture, frames or outline.size[0], outline.timing, negative_prompt=call.negative)
+    call.run([request] * count, "--frames", command="animate", image=image)
 
 
 @task
@@ -86,15 +105,17 @@ def restyle(
     video: Video,
     prompt: Prompt,
     strength: Annotated[float, typer.Option(help="Share of the denoising done anew; 1 keeps nothing of the video.")] = 0.7,
+    size: FrameSize = None,
+    count: Count = 1,
     *,
     call: Call,
 ) -> None:
     """Make a video anew after another prompt: other colours, another scene."""
-    clip, rate = call.read(video)
+    clip, rate = call.read(video, None, _frame_size(call, size))
     from ..pipeline.request import video_to_video
 
     request = video_to_video(prompt, clip, strength, negative_prompt=call.negative)
-    call.generate(call.pipeline(), [request], [rate])
+    call.run([request] * count, "VIDEO", [rate] * count, command="restyle", video=video, strength=strength)
 
 
 @task
@@ -104,43 +125,46 @@ def extend(
     frames: Annotated[int | None, typer.Option(min=1, help="Frames to add. Default: as fits the checkpoint's clips.")] = None,
     backward: Annotated[bool, typer.Option(help="Add what leads up to the video instead of what follows.")] = False,
     overlap: Overlap = 1,
+    size: FrameSize = None,
+    count: Count = 1,
     *,
     call: Call,
 ) -> None:
     """Make a video longer, forward or backward."""
-    clip, rate = call.read(video)
-    pipeline = call.pipeline()
+    outline = call.outline()
+    clip, rate = call.read(video, None, _frame_size(call, size))
     from ..pipeline.request import extend as request_extension
 
-    timing = pipeline.timing
+    timing = outline.timing
     seen = timing.stride * max(overlap, 1) + (0 if backward else timing.first)
-    added = frames or max(pipeline.size[0] - seen, timing.stride)
+    added = frames or max(outline.size[0] - seen, timing.stride)
     request = request_extension(prompt, clip, added, timing, overlap=overlap, backward=backward, negative_prompt=call.negative)
-    call.generate(pipeline, [request], [rate])
+    given = {"video": video, "overlap": overlap, "backward": backward}
+    call.run([request] * count, "--frames", [rate] * count, command="extend", **given)
 
 
 @task
 def join(
     first: Annotated[Path, typer.Argument(help="The video that comes first.")],
-    last: Annotated[Path, typer.Argument(help="The video that comes last.")],
+    last: Annotated[Path, typer.Argument(help="The video that comes last; its frames are brought to the size of the first's.")],
     prompt: Annotated[str, typer.Argument(help="What the passage shows.")] = "",
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the passage. Default: 2 latent frames.")] = None,
     overlap: Overlap = 1,
+    size: FrameSize = None,
+    count: Count = 1,
     *,
     call: Call,
 ) -> None:
     """Join two videos by a passage from the end of one to the start of the other."""
-    (start, rate), (end, other) = call.read(first), call.read(last)
+    outline = call.outline()
+    (start, rate), (end, other) = call.read_joined(first, last, _frame_size(call, size))
     rate = _common_rate(call, rate, other)
-    from ..pipeline.request import check_joined
-
-    check_joined(start, end)
-    pipeline = call.pipeline()
     from ..pipeline.request import join as request_passage
 
-    passage = frames or 2 * pipeline.timing.stride
-    request = request_passage(prompt, start, end, passage, pipeline.timing, overlap=overlap, negative_prompt=call.negative)
-    call.generate(pipeline, [request], [rate])
+    passage = frames or 2 * outline.timing.stride
+    request = request_passage(prompt, start, end, passage, outline.timing, overlap=overlap, negative_prompt=call.negative)
+    given = {"first": first, "last": last, "overlap": overlap}
+    call.run([request] * count, "--frames", [rate] * count, command="join", **given)
 
 
 @task
@@ -154,14 +178,20 @@ def loop(
     call: Call,
 ) -> None:
     """Make a video that can be played round and round without a seam."""
-    shape = parse_size(size) if size else None
+    outline = call.outline()
+    shape, stride = parse_size(size) if size else outline.size, outline.timing.stride
+    if passage is not None and passage % stride:
+        raise ValueError(f"--passage: expected a multiple of {stride}, the frames of a latent frame, got {passage}")
+    way = passage or max(shape[0] // stride, 1) * stride
+    call.announce(outline, [shape], made=[(shape[0] + way, *shape[1:])])
     pipeline = call.pipeline()
+    call.check_words(pipeline, [prompt, passage_prompt or ""])
     from ..pipeline.tasks import loop as make_loop
 
-    options = {"passage": passage, "passage_prompt": passage_prompt, "overlap": overlap, **call.several}
-    with denoising(console, 2 * call.steps) as advance:
-        video = make_loop(pipeline, prompt, shape, callback=lambda *_: advance(1), **options)
-    call.write([video], [prompt])
+    options: dict[str, Any] = {"passage": way, "passage_prompt": passage_prompt, "overlap": overlap}
+    with denoising(console, 2 * call.steps) as bars:
+        video = make_loop(pipeline, prompt, shape, **options, **call.watched(bars), **call.several)
+    call.write([video], [prompt], command="loop", **options)
 
 
 @task
@@ -174,43 +204,61 @@ def long(
     call: Call,
 ) -> None:
     """Make a long video by extending a clip again and again."""
-    shape, frames = parse_size(size) if size else None, round(seconds * call.rate())
+    outline, frames = call.outline(), round(seconds * call.rate())
+    shape = _chunk(outline, size, overlap)
     if frames < 1:
         raise ValueError(f"--seconds: expected at least one frame, which is {1 / call.rate():g}, got {seconds:g}")
+    call.announce(outline, [shape], "--seconds", made=[(frames, *shape[1:])])
     pipeline = call.pipeline()
+    call.check_words(pipeline, prompts)
     from ..pipeline.tasks import long_video
 
-    with denoising(console, frames, "frames") as advance:
-        video = long_video(pipeline, prompts, frames, shape, overlap=overlap, progress=advance, **call.several)
-    call.write([video], [prompts[0]])
+    with denoising(console, frames, "frames") as bars:
+        video = long_video(pipeline, prompts, frames, shape, overlap=overlap, progress=bars, **call.several)
+    call.write([video], [prompts[0]], command="long", chunks=prompts, overlap=overlap)
 
 
 @task
 def simulate(
     prompt: Annotated[str, typer.Argument(help="The world at first.")],
-    action: Annotated[list[str] | None, typer.Option(help="What happens next; repeat for several. Default: asked for.")] = None,
+    action: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What happens next, such as 'moves up', or 'a blue star moves up' for another object; repeat for several. "
+            "Default: asked for."
+        ),
+    ] = None,
     size: ClipSize = None,
     overlap: Overlap = 1,
     *,
     call: Call,
 ) -> None:
     """Simulate a world: a chunk of video for every action, shown in the terminal as it comes."""
-    shape = parse_size(size) if size else None
+    outline = call.outline()
+    shape = _chunk(outline, size, overlap)
+    call.announce(outline, [shape])
     pipeline = call.pipeline()
+    call.check_words(pipeline, [prompt])
     from ..pipeline.tasks import Simulation
 
     world = Simulation(pipeline, prompt, shape, overlap=overlap, **call.several)
     show_video(world.video, console, call.rate())
+    present, done = prompt, []
     try:
-        for told in action if action is not None else _asked():
-            show_video(world.act(told), console, call.rate())
+        for told in action if action is not None else _asked(prompt):
+            present = about(present, told)
+            say(f"action: {present}")
+            call.check_words(pipeline, [present])
+            show_video(world.act(present), console, call.rate())
+            done.append(present)
     except KeyboardInterrupt:
         say("interrupted: what was made until then is kept")
-    call.write([world.video], [prompt])
+    call.write([world.video], [prompt], command="simulate", actions=done, overlap=overlap)
 
 
-def _asked() -> Iterator[str]:
+def _asked(prompt: str) -> Iterator[str]:
     """Actions typed in, until an empty one or the end of the input."""
+    say(f"An action says what happens next: 'moves up' is about the present object, as in '{about(prompt, 'moves up')}'.")
     while True:
         try:
             told = typer.prompt("action (empty ends)", default="", show_default=False)
@@ -221,22 +269,42 @@ def _asked() -> Iterator[str]:
         yield told
 
 
-@task
+@command(Call, help=described())
 def batch(
-    requests: Annotated[Path, typer.Argument(help="A JSON file: a list of requests; see the README.")],
+    requests: Annotated[Path, typer.Argument(help="A JSON file: a list of requests, see above.")],
     *,
     call: Call,
 ) -> None:
-    """Run requests of different tasks and sizes in one packed batch."""
-    asked = read_requests(requests, call.negative, call.read)
+    asked = read_requests(requests, call.negative, call)
     for one in asked:
         if call.guidance == 1 and one.fields["negative_prompt"]:
             raise ValueError(
                 f"batch: request {one.number}: negative_prompt: expected none with --guidance 1, which has no use for it"
             )
-    rates = [_common_rate(call, *one.rates) for one in asked]
-    pipeline = call.pipeline()
-    call.generate(pipeline, [one.request(pipeline) for one in asked], rates)
+    rates, outline = [_common_rate(call, *one.rates) for one in asked], call.outline()
+    call.run([one.request(outline) for one in asked], "REQUESTS", rates, command="batch")
+
+
+def _frame_size(call: Call, text: str | None) -> tuple[int, int] | None:
+    """'48x80' -> (48, 80)."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
+    if match is None or min(int(n) for n in match.groups()) < 1:
+        raise ValueError(f"--size: expected HxW, such as 48x80, each at least 1, got {text!r}")
+    if call.max_pixels is not None:
+        raise ValueError(f"--max-pixels: expected none with --size, which says the size, got {call.max_pixels}")
+    return int(match[1]), int(match[2])
+
+
+def _chunk(outline: Outline, text: str | None, overlap: int) -> Size:
+    """The size of a chunk, which must be longer than what it sees of the one before."""
+    size = parse_size(text) if text else outline.size
+    seen = outline.timing.first + outline.timing.stride * overlap
+    if size[0] <= seen:
+        option = "--size" if text else "--overlap"
+        raise ValueError(f"{option}: expected more than the {seen} frames that a chunk sees, got {size[0]}")
+    return size
 
 
 def _common_rate(call: Call, *rates: float) -> float:

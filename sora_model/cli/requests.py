@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .app import parse_size, read_clip
+from .app import parse_size
 
 if TYPE_CHECKING:
-    from ..pipeline.pipeline import SoraPipeline
+    from ..pipeline.parts import Outline
     from ..pipeline.request import Request
-
-Reader = Callable[..., tuple[Any, float]]  # as `read_clip`
+    from .call import Call
 
 
 class Kind(NamedTuple):
@@ -52,11 +51,34 @@ TASKS: dict[str, dict[str, Kind]] = {
     "join": {"first": FILE, "last": FILE, "frames": COUNT, "overlap": _whole(0)},
 }
 OPTIONAL = ("negative_prompt", "seed", "size", "strength", "overlap", "backward")
+# The names of the commands for the tasks that have another name in the library.
+ALIASES = {"generate": "text_to_video", "animate": "image_to_video", "restyle": "video_to_video"}
+
+
+def described() -> str:
+    """The help of `sora batch`: the format, every task and every field."""
+
+    def told(fields: dict[str, Kind]) -> str:
+        return "\n".join(
+            f"  {name}: {kind.expected}{', may be left out' if name in OPTIONAL else ''}" for name, kind in fields.items()
+        )
+
+    commands = {task: command for command, task in ALIASES.items()}
+    tasks = "\n".join(f"{task}{f' or {commands[task]}' if task in commands else ''}\n{told(TASKS[task])}" for task in TASKS)
+    example = '[{"prompt": "a cat"}, {"task": "extend", "prompt": "it sleeps", "video": "cat.mp4", "frames": 8}]'
+    parts = [
+        "Run requests of different tasks and sizes in one packed batch.",
+        f"REQUESTS is a JSON file, a list of objects:\n{example}",
+        "A request is of task text_to_video unless it says another. Names of files count from the folder of REQUESTS.",
+        f"Fields of all tasks:\n{told(COMMON)}",
+        f"Tasks, and their own fields:\n{tasks}",
+    ]
+    return "\n\n".join(f"\b\n{part}" for part in parts)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request of the file, its videos and images read, before it is known what the pipeline's timing and size are.
+    """A request of the file, its videos and images read, before it is known what the checkpoint's timing and size are.
 
     rates: frames per second of its videos.
     """
@@ -66,22 +88,22 @@ class Asked:
     fields: dict[str, Any]
     rates: list[float]
 
-    def request(self, pipeline: SoraPipeline) -> Request:
+    def request(self, outline: Outline) -> Request:
         from ..pipeline import request
 
         fields = dict(self.fields)
         if self.task in ("image_to_video", "extend", "join"):
-            fields["timing"] = pipeline.timing
+            fields["timing"] = outline.timing
         if self.task == "text_to_video":
-            fields.setdefault("size", pipeline.size)
+            fields.setdefault("size", outline.size)
         try:
             return getattr(request, self.task)(**fields)
         except ValueError as error:
             raise ValueError(f"batch: request {self.number}: {error}") from None
 
 
-def read_requests(path: Path, negative: str, read: Reader = read_clip) -> list[Asked]:
-    """The requests of a file in UTF-8; negative: the negative prompt of those that have none.
+def read_requests(path: Path, negative: str, call: Call) -> list[Asked]:
+    """The requests of a file in UTF-8; negative: the negative prompt of those that have none; call: reads their files.
 
     Raises:
         FileNotFoundError: no such file.
@@ -97,7 +119,7 @@ def read_requests(path: Path, negative: str, read: Reader = read_clip) -> list[A
     if not isinstance(wanted, list) or not wanted or not all(isinstance(one, dict) for one in wanted):
         raise ValueError(f"batch: {path}: expected a list of objects with a task each")
     checked = [_checked(one, i) for i, one in enumerate(wanted)]
-    return [_read(task, fields, i, path.parent, negative, read) for i, (task, fields) in enumerate(checked)]
+    return [_read(task, fields, i, path.parent, negative, call) for i, (task, fields) in enumerate(checked)]
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -117,8 +139,9 @@ def _checked(one: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
     """The task of a request and its fields, each of the kind that it must be."""
     where, fields = f"batch: request {number}", dict(one)
     task = fields.pop("task", "text_to_video")
+    task = ALIASES.get(task, task) if isinstance(task, str) else task
     if not isinstance(task, str) or task not in TASKS:
-        raise ValueError(f"{where}: task: expected one of {', '.join(TASKS)}, got {task!r}")
+        raise ValueError(f"{where}: task: expected one of {', '.join([*TASKS, *ALIASES])}, got {task!r}")
     kinds = {**COMMON, **TASKS[task]}
     for name, value in fields.items():
         if name not in kinds:
@@ -133,14 +156,16 @@ def _checked(one: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
     return task, fields
 
 
-def _read(task: str, fields: dict[str, Any], number: int, folder: Path, negative: str, read: Reader) -> Asked:
+def _read(task: str, fields: dict[str, Any], number: int, folder: Path, negative: str, call: Call) -> Asked:
     """A request with its videos and images in place of their names."""
     fields, rates = {"negative_prompt": negative, **fields}, []
     for name in ("image", "video", "first", "last"):
         if name not in fields:
             continue
+        size = tuple(fields["first"].shape[2:]) if name == "last" else None  # read before
         try:
-            fields[name], rate = read(folder / fields[name], max_frames=1 if name == "image" else None)
+            path, frames = folder / fields[name], 1 if name == "image" else None
+            fields[name], rate = call.read(path, frames, size, ", as first has them" if size else "")
         except (ValueError, OSError) as error:
             raise ValueError(f"batch: request {number}: {name}: {error}") from None
         rates += [rate] if name != "image" else []

@@ -1,19 +1,25 @@
-"""Training, generating and videos as a terminal shows them; files at the end."""
+"""Training, generating and videos as a terminal shows them."""
 
 from __future__ import annotations
 
-import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -61,27 +67,49 @@ def _stopping(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class Bars:
+    """A progress bar of a task, called with how much more is done, and one each for what the VAE encodes and decodes."""
+
+    def __init__(self, progress: Progress, total: int, what: str) -> None:
+        self.progress, self.what = progress, what
+        self.bar, self.coding = progress.add_task(what, total=total), dict[str, TaskID]()
+        self.at: float | None = None  # when the step before was done
+        self.told = False
+
+    def __call__(self, done: int) -> None:
+        self.progress.advance(self.bar, done)
+        now, before = time.perf_counter(), self.at
+        self.at = now
+        if before is None or self.told:  # the first step warms up
+            return
+        self.told, task = True, next(task for task in self.progress.tasks if task.id == self.bar)
+        left = (now - before) / done * ((task.total or 0) - task.completed)
+        if left >= LONG:
+            self.progress.console.print(f"about {duration(left)} of {self.what} left", highlight=False)
+
+    def coded(self, what: str, done: int, total: int) -> None:
+        """what: encoding or decoding; each has a bar of its own from its first tile on."""
+        if what not in self.coding:
+            self.coding[what] = self.progress.add_task(what)
+        self.progress.update(self.coding[what], completed=done, total=total)
+
+
+LONG = 30  # seconds of work from which on it is said how long it will take
+
+
+def duration(seconds: float) -> str:
+    """As one says it: 40 s, 12 min, 3.5 h."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
-def denoising(console: Console, total: int, what: str = "denoising") -> Iterator[Callable[[int], None]]:
-    """A progress bar; what it gives is called with how much more is done."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+def denoising(console: Console, total: int, what: str = "denoising") -> Iterator[Bars]:
+    """Progress bars with the time that is left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=total)
-        yield lambda done: progress.advance(bar, done)
-        progress.update(bar, completed=total)  # fewer where a video is begun with, more with schedulers of two stages
-
-
-def write_files(videos: list[Tensor], prompts: list[str], out: Path, fps: Sequence[float], scale: int, format: str) -> list[Path]:
-    """Writes one file each, at its own frames per second, and a contact sheet; returns their paths."""
-    from ..data import contact_sheet, write_video
-
-    paths = []
-    for i, (prompt, video, rate) in enumerate(zip(prompts, videos, fps, strict=True)):
-        name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48] or "video"
-        suffix = "png" if video.shape[1] == 1 else format
-        paths.append(write_video(out / f"{i:02d}-{name}.{suffix}", video, fps=rate, scale=scale))
-    labels = [f"{prompt} ({'x'.join(map(str, video.shape[1:]))})" for prompt, video in zip(prompts, videos, strict=True)]
-    return [*paths, contact_sheet(out / "contact_sheet.png", videos, labels)]
+        bars = Bars(progress, total, what)
+        yield bars
+        progress.update(bars.bar, completed=total)  # fewer where a video is begun with, more with schedulers of two stages
 
 
 def show_video(video: Tensor, console: Console, fps: float) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..sizes import Size
+
+Progress = Callable[[int, int], None]
 
 
 class Codec(Protocol):
@@ -18,15 +20,16 @@ class Codec(Protocol):
     one frame of pixels.
     encode: videos [3, T, H, W] in [-1, 1] -> latents [C, T', H/ch, W/cw], of any sizes, of about unit variance.
     decode: its inverse.
+    progress: called with how much is done and how much there is, where coding takes its time.
     """
 
     channels: int
     compression: tuple[int, int, int]
     causal: bool
 
-    def encode(self, videos: Sequence[Tensor]) -> list[Tensor]: ...
+    def encode(self, videos: Sequence[Tensor], *, progress: Progress | None = None) -> list[Tensor]: ...
 
-    def decode(self, latents: Sequence[Tensor]) -> list[Tensor]: ...
+    def decode(self, latents: Sequence[Tensor], *, progress: Progress | None = None) -> list[Tensor]: ...
 
 
 def latent_size(codec: Codec, size: Size) -> Size:
@@ -81,8 +84,8 @@ class PixelCodec:
     compression = (1, 1, 1)
     causal = False
 
-    def encode(self, videos: Sequence[Tensor]) -> list[Tensor]:
+    def encode(self, videos: Sequence[Tensor], *, progress: Progress | None = None) -> list[Tensor]:
         return list(videos)
 
-    def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
+    def decode(self, latents: Sequence[Tensor], *, progress: Progress | None = None) -> list[Tensor]:
         return [latent.clamp(-1, 1) for latent in latents]

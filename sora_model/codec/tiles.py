@@ -37,3 +37,18 @@ def ramp(length: int, overlap: int) -> Tensor:
     """Weights that rise over the first `overlap` positions and fall over the last."""
     place = torch.arange(length) + 0.5
     return torch.minimum(place, length - place).div(max(overlap, 1)).clamp(max=1)
+
+
+class Watch:
+    """Tells `progress` how many positions of videos or latents are coded, of how many, overlaps of tiles counted twice."""
+
+    def __init__(self, videos: Sequence[Tensor], tile: int, overlap: int, progress: Callable[[int, int], None] | None) -> None:
+        self.progress, self.done = progress, 0
+        sides = [[sum(min(tile, n) for _ in tile_starts(n, tile, overlap)) for n in video.shape[2:]] for video in videos]
+        self.total = sum(video.shape[1] * height * width for video, (height, width) in zip(videos, sides, strict=True))
+
+    def __call__(self, part: Tensor) -> None:
+        """After a tile [B, C, T, H, W]."""
+        self.done += part.numel() // part.shape[1]
+        if self.progress is not None:
+            self.progress(self.done, self.total)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..sizes import Size
 from ..storage.files import settle
-from ..storage.weights import open_module, read_json
-from .codec import latent_size
-from .tiles import AT_ONCE, OVERLAP, TILE, by_size, ramp, tile_starts
+from ..storage.weights import built, check_depth, open_module, read_json, read_shapes, weight_files
+from .codec import Progress, latent_size
+from .tiles import AT_ONCE, OVERLAP, TILE, Watch, by_size, ramp, tile_starts
 
 # Causal video VAEs of diffusers. Each is used as it is; what differs is where its config says how much it compresses. The norms of
 # CogVideoX's and HunyuanVideo's run over a whole clip, so latents of a start change a little when the clip goes on.
@@ -82,17 +82,21 @@ class VideoVAE(nn.Module):
             FileNotFoundError: no config.json or no safetensors there.
             ValueError: a class that is not in `CLASSES`; weights that are broken, missing, left over or not finite.
         """
-        import diffusers
-
         folder, owner = Path(folder), "VideoVAE.from_pretrained"
         settle(folder)
-        config = read_json(folder / "config.json", owner)
-        name = config.get("_class_name")
-        if name not in CLASSES:
-            raise ValueError(f"{owner}: {folder / 'config.json'}: expected _class_name out of {', '.join(CLASSES)}, got {name}")
-        kind = getattr(diffusers, name)
+        kind, config = _read_kind(folder, owner)
         model = open_module(lambda: kind.from_config(config), config, folder, owner, WEIGHTS)
         return cls(model.eval(), tile=tile)
+
+    @staticmethod
+    def read_compression(folder: str | Path) -> Size:
+        """`compression` of a checkpoint, for which no weights are read; raises as `from_pretrained` does."""
+        folder, owner = Path(folder), "VideoVAE.read_compression"
+        kind, config = _read_kind(folder, owner)
+        check_depth(config, read_shapes(weight_files(folder, WEIGHTS, owner), owner), owner)
+        with torch.device("meta"):
+            ct, ch = _compression(built(kind.from_config, {"config": config}, owner))
+        return ct, ch, ch
 
     @classmethod
     def small(
@@ -152,23 +156,26 @@ class VideoVAE(nn.Module):
         self.mean, self.std = (x.view(self.channels, -1, 1, 1).to(self.mean) for x in (mean, std))
 
     @torch.no_grad()
-    def encode(self, videos: Sequence[Tensor]) -> list[Tensor]:
+    def encode(self, videos: Sequence[Tensor], *, progress: Progress | None = None) -> list[Tensor]:
         for video in videos:
             latent_size(self, _size(video))
+        watch = Watch(videos, self.tile, OVERLAP, progress)
 
         def encode(batch: Tensor) -> Tensor:
-            latents = self._tiled(batch.to(self.mean), self.raw_latents, self.compression[1], 1)
+            latents = self._tiled(batch.to(self.mean), self.raw_latents, self.compression[1], 1, watch)
             return (latents - self._of_frames(self.mean, latents)) / self._of_frames(self.std, latents)
 
         return by_size(videos, encode, AT_ONCE)
 
     @torch.no_grad()
-    def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
+    def decode(self, latents: Sequence[Tensor], *, progress: Progress | None = None) -> list[Tensor]:
+        ct, ch, cw = self.compression
+        watch = Watch(latents, self.tile // ch, OVERLAP // ch, progress)
+
         def decode(batch: Tensor) -> Tensor:
             batch = batch * self._of_frames(self.std, batch) + self._of_frames(self.mean, batch)
-            return self._tiled(batch, self.from_raw, 1, self.compression[1]).clamp(-1, 1)
+            return self._tiled(batch, self.from_raw, 1, ch, watch).clamp(-1, 1)
 
-        ct, ch, cw = self.compression
         return by_size(latents, decode, AT_ONCE * self.channels // (3 * ct * ch * cw))
 
     def _of_frames(self, statistic: Tensor, latents: Tensor) -> Tensor:
@@ -191,17 +198,21 @@ class VideoVAE(nn.Module):
             raise RuntimeError(f"VideoVAE: {type(self.model).__name__} decoded {video.shape[2]} frames, expected {frames}")
         return video
 
-    def _tiled(self, x: Tensor, code: Callable[[Tensor], Tensor], down: int, up: int) -> Tensor:
+    def _tiled(self, x: Tensor, code: Callable[[Tensor], Tensor], down: int, up: int, watch: Watch) -> Tensor:
         """code(x) of [B, C, T, H, W], a tile of H and W at a time where they are larger; sizes change by up / down."""
         scale = self.compression[1] // down  # pixels per position of x
         tile, overlap = self.tile // scale, OVERLAP // scale
         height, width = x.shape[3:]
         if height <= tile and width <= tile:
-            return code(x)
+            coded = code(x)
+            watch(x)
+            return coded
         total = weights = torch.zeros(())
         for top in tile_starts(height, tile, overlap):
             for left in tile_starts(width, tile, overlap):
-                part = code(x[..., top : top + tile, left : left + tile])
+                piece = x[..., top : top + tile, left : left + tile]
+                part = code(piece)
+                watch(piece)
                 if total.ndim == 0:
                     total = part.new_zeros(*part.shape[:3], height * up // down, width * up // down)
                     weights = part.new_zeros(total.shape[3:])
@@ -211,6 +222,17 @@ class VideoVAE(nn.Module):
                 total[..., y : y + h, z : z + w] += part * weight
                 weights[y : y + h, z : z + w] += weight
         return total.div_(weights)
+
+
+def _read_kind(folder: Path, owner: str) -> tuple[Any, dict[str, Any]]:
+    """The class that a checkpoint's config names, one of `CLASSES`, and the config."""
+    import diffusers
+
+    config = read_json(folder / "config.json", owner)
+    name = config.get("_class_name")
+    if name not in CLASSES:
+        raise ValueError(f"{owner}: {folder / 'config.json'}: expected _class_name out of {', '.join(CLASSES)}, got {name}")
+    return getattr(diffusers, name), config
 
 
 def _compression(model: Any) -> tuple[int, int]:

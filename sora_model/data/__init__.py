@@ -2,6 +2,7 @@
 
 from .folder import FolderSource
 from .media import MediaError
+from .metadata import read_comment
 from .sample import Batch, Repeated, Sample, Source
 from .sampler import PackedSampler
 from .video_io import probe, read_video
@@ -17,6 +18,7 @@ __all__ = [
     "Source",
     "contact_sheet",
     "probe",
+    "read_comment",
     "read_video",
     "write_video",
 ]

@@ -18,11 +18,26 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont
 
 from ..storage.files import whole_file
+from .metadata import add_gif_comment, png_comment
 
 BT709 = 1  # FFmpeg's number of it, as primaries, transfer curve and matrix
+LOWEST_FPS = 0.01
 
 
-def write_video(path: str | os.PathLike[str], video: torch.Tensor, *, fps: float = 8.0, scale: int = 1, loop: bool = True) -> Path:
+def highest_fps(suffix: str) -> int:
+    """Frames per second that files of a kind can have: the shortest delay of a GIF that is shown everywhere is 2/100 s."""
+    return 50 if suffix == ".gif" else 1000
+
+
+def write_video(
+    path: str | os.PathLike[str],
+    video: torch.Tensor,
+    *,
+    fps: float = 8.0,
+    scale: int = 1,
+    loop: bool = True,
+    comment: str | None = None,
+) -> Path:
     """Write a video as .mp4 (H.264) or .gif, or a single frame as .png; returns the path.
 
         write_video("out.mp4", video)               # video [3, 8, 32, 48], uint8 or float in [-1, 1]
@@ -30,7 +45,8 @@ def write_video(path: str | os.PathLike[str], video: torch.Tensor, *, fps: float
 
     fps: from 1/100 to 1000; of a GIF to 50, as the shortest delay that is shown everywhere is 2/100 s. A GIF's delays are whole
     hundredths of a second, rounded so that no frame is more than half of one early or late. scale: whole factor by which pixels
-    are repeated, so that a tiny video can be seen. loop: whether a GIF repeats.
+    are repeated, so that a tiny video can be seen. loop: whether a GIF repeats. comment: text that the file carries, see
+    `read_comment`.
 
     H.264 in 4:2:0 needs even sizes: an odd height or width is padded by repeating its last row or column. Its colours are BT.709
     at any size, and tagged as such. A GIF's frames have up to 256 colours each. Missing folders are made. Raises ValueError for
@@ -42,19 +58,20 @@ def write_video(path: str | os.PathLike[str], video: torch.Tensor, *, fps: float
     suffix = path.suffix.lower()
     if suffix not in (".mp4", ".gif", ".png"):
         raise ValueError(f"write_video: path must end in .mp4, .gif or .png, got {path.name!r}")
-    highest = 50 if suffix == ".gif" else 1000
-    if not 0.01 <= fps <= highest:
-        raise ValueError(f"write_video: fps of a {suffix} must be from 0.01 to {highest}, got {fps}")
+    if not LOWEST_FPS <= fps <= highest_fps(suffix):
+        raise ValueError(f"write_video: fps of a {suffix} must be from {LOWEST_FPS} to {highest_fps(suffix)}, got {fps}")
     if suffix == ".png" and len(frames) != 1:
         raise ValueError(f"write_video: a .png holds 1 frame, video has {len(frames)}; use .mp4, .gif or contact_sheet")
     frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     with whole_file(path) as temporary:
         if suffix == ".mp4":
-            _encode_mp4(temporary, frames, fps)
+            _encode_mp4(temporary, frames, fps, comment)
         elif suffix == ".gif":
             _encode_gif(temporary, frames, fps, loop)
+            if comment is not None:
+                add_gif_comment(temporary, comment)
         else:
-            Image.fromarray(frames[0]).save(temporary)
+            Image.fromarray(frames[0]).save(temporary, pnginfo=None if comment is None else png_comment(comment))
     return path
 
 
@@ -65,13 +82,15 @@ def contact_sheet(
     *,
     columns: int = 8,
     cell: int = 128,
+    comment: str | None = None,
 ) -> Path:
     """Write a PNG that shows each video as a row of frames over time, with its caption above; returns the path.
 
         contact_sheet("samples.png", [video, image], ["a red circle moves right", "a blue star"])
 
     videos: [3, T, H, W] each, of any sizes. columns: the most frames in a row, spread evenly from first to last. cell: about
-    how many pixels the longer side of a frame takes; small frames are enlarged by whole factors, pixels kept sharp.
+    how many pixels the longer side of a frame takes; small frames are enlarged by whole factors, pixels kept sharp. comment: text
+    that the file carries.
     """
     path = Path(path)
     if len(videos) != len(captions) or not videos:
@@ -101,7 +120,7 @@ def contact_sheet(
             sheet.paste(image, (gap + i * (image.width + gap), y + len(text) * line))
         y += height
     with whole_file(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        sheet.save(temporary, format="PNG", pnginfo=None if comment is None else png_comment(comment))
     return path
 
 
@@ -131,10 +150,12 @@ def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageF
     return lines
 
 
-def _encode_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+def _encode_mp4(path: Path, frames: np.ndarray, fps: float, comment: str | None) -> None:
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with av.open(f"file:{path}", "w", format="mp4") as container:
+        if comment is not None:
+            container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

@@ -58,3 +58,19 @@ def pad(video: Tensor, size: Size) -> Tensor:
     """A video [3, T, H, W] made larger below, to the right and at the end, by repeating its border."""
     (t, h, w), (frames, height, width) = video.shape[1:], size
     return F.pad(video[None], (0, width - w, 0, height - h, 0, frames - t), mode="replicate")[0]
+
+
+def resized(video: Tensor, height: int, width: int) -> Tensor:
+    """A video [3, T, h, w] as [3, T, height, width], frame by frame."""
+    smaller = height < video.shape[2] or width < video.shape[3]
+    frames = F.interpolate(video.transpose(0, 1), (height, width), mode="bicubic", align_corners=False, antialias=smaller)
+    return frames.transpose(0, 1).clamp(-1, 1)
+
+
+def fitted(video: Tensor, height: int, width: int) -> Tensor:
+    """A video [3, T, h, w] scaled until it covers height x width, and cut to that evenly around; it keeps its shape."""
+    h, w = video.shape[2:]
+    scale = max(height / h, width / w)
+    video = resized(video, max(round(h * scale), height), max(round(w * scale), width))
+    top, left = (video.shape[2] - height) // 2, (video.shape[3] - width) // 2
+    return video[:, :, top : top + height, left : left + width]

@@ -16,9 +16,9 @@ from ..diffusion.schedulers import load_scheduler
 from ..model.conditioning import TextEncoder
 from ..model.config import DiTConfig
 from ..model.dit import DiT
-from ..sizes import Size
+from ..sizes import Size, Timing
 from ..storage.files import save_module, settle, whole_folder
-from ..storage.weights import open_module, read_index, read_json
+from ..storage.weights import built, open_module, read_index, read_json
 from ..text.pretrained import load_text_encoder
 from ..text.words import WordEncoder
 
@@ -35,6 +35,47 @@ class Parts(NamedTuple):
     codec: Codec
     captioner: Captioner | None = None
     size: Size = SIZE
+
+
+class Outline(NamedTuple):
+    """What a checkpoint's configs say of it, for which no weights are read.
+
+    size: of a request without one. unit: pixels along T, H and W per token. timing: pixel frames per token frame. width: D.
+    weights: bytes in its files.
+    """
+
+    size: Size
+    unit: Size
+    timing: Timing
+    width: int
+    weights: int
+
+    def padded(self, size: Size) -> Size:
+        """The next size of whole tokens."""
+        return self.timing.whole(size[0]), -(-size[1] // self.unit[1]) * self.unit[1], -(-size[2] // self.unit[2]) * self.unit[2]
+
+
+def token_unit(patch: Size, compression: Size) -> Size:
+    """Pixels along T, H and W per token."""
+    (pt, ph, pw), (ct, ch, cw) = patch, compression
+    return pt * ct, ph * ch, pw * cw
+
+
+def token_timing(patch: Size, compression: Size, causal: bool) -> Timing:
+    """Pixel frames per token frame."""
+    stride = patch[0] * compression[0]
+    return Timing(1 + stride - compression[0] if causal else stride, stride)
+
+
+def read_outline(directory: str | Path) -> Outline:
+    """Raises as `SoraPipeline.from_pretrained` does, but for weights."""
+    folder, owner = Path(directory), "read_outline"
+    index = read_index(folder, owner)
+    config: Any = built(DiTConfig.from_dict, {"values": read_json(folder / "dit" / "config.json", owner)}, owner)
+    compression = VideoVAE.read_compression(folder / "vae") if index["vae"] else PixelCodec.compression
+    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    timing = token_timing(config.patch_size, compression, causal=index["vae"])
+    return Outline(tuple(index["size"]), token_unit(config.patch_size, compression), timing, config.hidden_size, weights)
 
 
 def preset_parts(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from ..model.dit import TIMESTEPS, DiT
 from ..sizes import Size, Timing
 from .clips import converted, pad
 from .inputs import Seeds, as_generators, as_requests, check_options
-from .parts import EMBEDDED, SIZE, Parts, load_parts, preset_parts, save_parts
+from .parts import EMBEDDED, SIZE, Parts, load_parts, preset_parts, save_parts, token_timing, token_unit
 from .request import Request
+
+Progress = Callable[[str, int, int], None]
 
 
 class SoraPipeline:
@@ -140,15 +143,12 @@ class SoraPipeline:
     @property
     def unit(self) -> Size:
         """Pixels along T, H and W per token."""
-        pt, ph, pw = self.dit.config.patch_size
-        ct, ch, cw = self.codec.compression
-        return pt * ct, ph * ch, pw * cw
+        return token_unit(self.dit.config.patch_size, self.codec.compression)
 
     @property
     def timing(self) -> Timing:
         """Pixel frames per token frame."""
-        stride = self.unit[0]
-        return Timing(1 + stride - self.codec.compression[0] if self.codec.causal else stride, stride)
+        return token_timing(self.dit.config.patch_size, self.codec.compression, self.codec.causal)
 
     @property
     def device(self) -> torch.device:
@@ -168,6 +168,7 @@ class SoraPipeline:
         callback: Callback | None = None,
         output_type: str = "pt",
         precision: str = "no",
+        progress: Progress | None = None,
     ) -> list[Any]:
         """Generates one video per request.
 
@@ -186,6 +187,7 @@ class SoraPipeline:
             output_type: "pt": [3, T, H, W] in [-1, 1]; "np": float32 [T, H, W, 3] in [0, 1]; "pil": a list of T images; "latent":
                 [C, T', H', W'] before decoding.
             precision: "no", or "bf16": the transformer computes in bfloat16, latents and VAE stay in float32.
+            progress: called with ("encoding" or "decoding", done, all) after each tile that the VAE has coded, in pixels.
 
         Returns:
             B videos.
@@ -200,8 +202,8 @@ class SoraPipeline:
         generators = as_generators(generator, asked)
         shapes = [(self.codec.channels, *latent_size(self.codec, self._padded(request.size))) for request in asked]
         noise = [torch.randn(shape, generator=g).to(self.device) for shape, g in zip(shapes, generators, strict=True)]
-        clean = [self._clean_frames(request, x) for request, x in zip(asked, noise, strict=True)]
-        init = [self._init(request, x) for request, x in zip(asked, noise, strict=True)]
+        clean = [self._clean_frames(request, x, progress) for request, x in zip(asked, noise, strict=True)]
+        init = [self._init(request, x, progress) for request, x in zip(asked, noise, strict=True)]
         text = self.text_encoder([request.prompt for request in asked])
         null_text = self.text_encoder([request.negative_prompt for request in asked]) if guidance_scale != 1 else None
         denoise = guided(
@@ -227,7 +229,7 @@ class SoraPipeline:
         if output_type == "latent":
             return latents
         videos = []
-        for request, video in zip(asked, self.codec.decode(latents), strict=True):
+        for request, video in zip(asked, self.codec.decode(latents, **_watched(progress, "decoding")), strict=True):
             frames, height, width = request.size
             videos.append(request.finish(video[:, :frames, :height, :width]))
         return [converted(video, output_type) for video in videos]
@@ -239,6 +241,14 @@ class SoraPipeline:
             frames, height, width = video.shape[1:]
             padded.append(pad(video, self._padded((frames, height, width))))
         return self._captioner().caption(self.codec.encode(padded), detailed=detailed)
+
+    @torch.no_grad()
+    def coded(self, video: Tensor) -> Tensor:
+        """A video [3, T, H, W] as the codec gives it back, on the host."""
+        frames, height, width = video.shape[1:]
+        padded = pad(video.to(self.device), self._padded((frames, height, width)))
+        (back,) = self.codec.decode(self.codec.encode([padded]))
+        return back[:, :frames, :height, :width].cpu()
 
     def expand(self, prompts: Sequence[str]) -> list[str]:
         """A long and detailed prompt for each short one."""
@@ -265,13 +275,14 @@ class SoraPipeline:
         _, uh, uw = self.unit
         return self.timing.whole(size[0]), -(-size[1] // uh) * uh, -(-size[2] // uw) * uw
 
-    def _init(self, request: Request, like: Tensor) -> Init | None:
+    def _init(self, request: Request, like: Tensor, progress: Progress | None) -> Init | None:
         if request.init_video is None:
             return None
-        (latent,) = self.codec.encode([pad(request.init_video.to(like), self._padded(request.size))])
+        video = pad(request.init_video.to(like), self._padded(request.size))
+        (latent,) = self.codec.encode([video], **_watched(progress, "encoding"))
         return Init(latent, request.strength)
 
-    def _clean_frames(self, request: Request, like: Tensor) -> CleanFrames:
+    def _clean_frames(self, request: Request, like: Tensor, progress: Progress | None) -> CleanFrames:
         """The latent frames that are made of keyframes."""
         padded = self._padded(request.size)
         video, known = torch.zeros(3, *padded, device=like.device), torch.zeros(padded[0], dtype=torch.bool)
@@ -290,7 +301,7 @@ class SoraPipeline:
                 f"SoraPipeline: keyframes: expected whole token frames, the first {first} and then {stride} at a time, "
                 f"got clips of frames {lengths} in {padded[0]}"
             )
-        (latent,) = self.codec.encode([nearest_known(video, known)])
+        (latent,) = self.codec.encode([nearest_known(video, known)], **_watched(progress, "encoding"))
         return CleanFrames(mask, latent)
 
     def eval(self) -> SoraPipeline:
@@ -307,3 +318,8 @@ class SoraPipeline:
 
     def _modules(self) -> list[torch.nn.Module]:
         return [part for part in self.parts if isinstance(part, torch.nn.Module)]
+
+
+def _watched(progress: Progress | None, what: str) -> dict[str, Any]:
+    """The arguments of a codec that is watched; one that nobody watches need not know of it."""
+    return {} if progress is None else {"progress": functools.partial(progress, what)}

@@ -88,6 +88,15 @@ class Request:
                 expected = f"clips of floats [3, t, {height}, {width}] within {frames} frames"
                 raise ValueError(f"Request: keyframes: expected {expected}, got {clip.dtype} {list(clip.shape)} at frame {at}")
 
+    @property
+    def stitched_size(self) -> Size:
+        """(T, H, W) of what `finish` gives."""
+        frames, height, width = self.size
+        if self.stitch is None:
+            return frames, height, width
+        around = [0 if video is None else video.shape[1] for video in (self.stitch.before, self.stitch.after)]
+        return frames - sum(self.stitch.overlap) + sum(around), height, width
+
     def finish(self, clip: Tensor) -> Tensor:
         """The generated clip [3, T, H, W], put together as `stitch` says."""
         return clip if self.stitch is None else self.stitch.apply(clip)
@@ -171,7 +180,8 @@ def join(
     first, last = as_video(first), as_video(last)
     check_video("join", "first", first)
     check_video("join", "last", last)
-    check_joined(first, last)
+    if first.shape[2:] != last.shape[2:]:
+        raise ValueError(f"join: last: expected frames of {list(first.shape[2:])} as in first, got {list(last.shape[2:])}")
     if frames < 1 or frames % timing.stride:
         raise ValueError(f"join: frames: expected a multiple of {timing.stride}, got {frames}")
     height, width = first.shape[2:]
@@ -179,11 +189,6 @@ def join(
     keyframes = {0: first[:, -start:], start + frames: last[:, :end]}
     size, stitch = (start + frames + end, height, width), Stitch(first, last, (start, end))
     return Request(prompt, size, keyframes, stitch=stitch, negative_prompt=negative_prompt, seed=seed)
-
-
-def check_joined(first: Tensor, last: Tensor) -> None:
-    if first.shape[2:] != last.shape[2:]:
-        raise ValueError(f"join: last: expected frames of {list(first.shape[2:])} as in first, got {list(last.shape[2:])}")
 
 
 def _start(video: Tensor, timing: Timing, overlap: int, argument: str) -> int:

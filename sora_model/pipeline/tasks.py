@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..sizes import Size
+from .clips import resized
 from .pipeline import SoraPipeline
 from .request import Request, check_overlap, extend, join, video_to_video
 
@@ -58,14 +58,9 @@ def refined(
         small.append((frames, round(height * draft / shorter), round(width * draft / shorter)))
     asked = [Request(p, size, negative_prompt=negative_prompt) for p, size in zip(prompts, small, strict=True)]
     drafts = pipeline(asked, generator=seed, **options)  # type: ignore[arg-type]
-    large = [_resized(video, size) for video, size in zip(drafts, sizes, strict=True)]
+    large = [resized(video, *size[1:]) for video, size in zip(drafts, sizes, strict=True)]
     again = [video_to_video(p, x, strength, negative_prompt=negative_prompt) for p, x in zip(prompts, large, strict=True)]
     return pipeline(again, generator=seed, **options)  # type: ignore[arg-type]
-
-
-def _resized(video: Tensor, size: Size) -> Tensor:
-    frames = F.interpolate(video.transpose(0, 1), size[1:], mode="bicubic", align_corners=False)
-    return frames.transpose(0, 1).clamp(-1, 1)
 
 
 def loop(pipeline: SoraPipeline, prompt: str, size: Size | None = None, **options: Any) -> Tensor:

@@ -54,6 +54,19 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A folder that one process at a time works in; made, if there is none. File systems without locks do without."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder, wait=True)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A file to write, which then takes the name `path`; if anything fails, `path` stays as it was.
 

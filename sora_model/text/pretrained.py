@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..model.conditioning import PackedText, TextEncoder
 from ..storage.weights import built, check_depth, open_module, read_json, read_shapes, read_tensors, weight_files
-from .words import WordEncoder
+from .words import Vocabulary, WordEncoder
 
 # What a config says it is -> the class that holds the encoder alone.
 CLASSES = {
@@ -174,4 +174,6 @@ def load_text_encoder(folder: str | Path) -> TextEncoder:
     config = read_json(folder / "config.json", owner)
     if "model_type" in config:
         return PretrainedEncoder.from_pretrained(folder)
-    return open_module(lambda: WordEncoder(**config), config, folder, owner)
+    encoder = open_module(lambda: WordEncoder(**config), config, folder, owner)
+    encoder.vocabulary = Vocabulary.read(folder)
+    return encoder

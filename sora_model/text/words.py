@@ -18,6 +18,7 @@ from ..model.dit import Mlp, sinusoids
 from ..storage.files import save_module
 
 _WORD = re.compile(r"\w+|[^\w\s]")
+VOCABULARY = "vocab.txt"
 
 
 def hash_words(caption: str, buckets: int) -> list[tuple[int, int]]:
@@ -33,6 +34,32 @@ def hash_words(caption: str, buckets: int) -> list[tuple[int, int]]:
     return [(code % buckets + 1, code // buckets % buckets + 1) for code in codes]
 
 
+class Vocabulary(set[str]):
+    """The words of captions that an encoder was trained on. Copies of the encoder, such as averages of its weights, share it."""
+
+    def learn(self, captions: Sequence[str]) -> None:
+        for caption in captions:
+            self.update(_WORD.findall(caption.lower()))
+
+    def unknown(self, captions: Sequence[str]) -> list[str]:
+        """The words of captions that are not here, each once; marks are no words."""
+        words = (word for caption in captions for word in _WORD.findall(caption.lower()))
+        return [word for word in dict.fromkeys(words) if word not in self and word[0].isalnum()]
+
+    def __deepcopy__(self, _: object) -> Vocabulary:
+        return self
+
+    def save(self, folder: Path) -> None:
+        """vocab.txt, a word a line; none for an encoder that has learned none."""
+        if self:
+            (folder / VOCABULARY).write_text("".join(f"{word}\n" for word in sorted(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Vocabulary:
+        path = folder / VOCABULARY
+        return cls(path.read_text(encoding="utf-8").split() if path.is_file() else ())
+
+
 class WordEncoder(nn.Module):
     """Captions of any length -> `PackedText`; trained together with the model it serves.
 
@@ -41,7 +68,8 @@ class WordEncoder(nn.Module):
     torch.Size([6, 256])
 
     A word is the sum of two vectors of one table (see `hash_words`). A caption without words is one learned null token.
-    pooled is the mean of a caption's tokens.
+    pooled is the mean of a caption's tokens. Any word has a vector; `vocabulary` says which ones mean something: those seen in
+    training mode.
 
     Args:
         dim: D, a multiple of 2 * num_heads.
@@ -58,7 +86,7 @@ class WordEncoder(nn.Module):
                 f"got dim={dim}, num_heads={num_heads}, buckets={buckets}, depth={depth}"
             )
         self.config = {"dim": dim, "depth": depth, "num_heads": num_heads, "buckets": buckets}
-        self.dim, self.buckets = dim, buckets
+        self.dim, self.buckets, self.vocabulary = dim, buckets, Vocabulary()
         self.words = nn.Embedding(buckets + 1, dim)  # row 0 is the null token
         self.layers = nn.ModuleList(TextLayer(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
@@ -68,6 +96,8 @@ class WordEncoder(nn.Module):
         """captions: B strings. Returns tokens [M, D], cu_seqlens [B+1] and pooled [B, D] on the encoder's device."""
         if isinstance(captions, str):
             raise TypeError("WordEncoder: captions: expected a list of strings, got one string")
+        if self.training:
+            self.vocabulary.learn(captions)
         device = self.words.weight.device
         words = [hash_words(caption, self.buckets) or [(0, 0)] for caption in captions]
         lengths = [len(word) for word in words]
@@ -84,8 +114,9 @@ class WordEncoder(nn.Module):
         return PackedText(x, cu_seqlens, pooled)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Writes config.json and model.safetensors."""
+        """Writes config.json, model.safetensors and the vocabulary."""
         save_module(self, self.config, Path(folder), dtype)
+        self.vocabulary.save(Path(folder))
 
 
 class TextLayer(nn.Module):

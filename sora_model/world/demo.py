@@ -18,7 +18,8 @@ from sora_kernels.layout import PackedLayout
 from sora_kernels.patch_embed import patch_embed_3d
 from sora_kernels.rope import rope_3d
 
-from ..cli.terminal import denoising, write_files
+from ..cli.files import write_files
+from ..cli.terminal import denoising
 from ..data import contact_sheet
 from ..pipeline.pipeline import SoraPipeline
 from ..pipeline.request import Request, extend, image_to_video, join, text_to_video, video_to_video

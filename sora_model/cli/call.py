@@ -1,0 +1,230 @@
+"""What all tasks share: their options, the inputs they read, the run of the pipeline, the files they write: `Call`, `task`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .app import Loaded, Precision, check_folder, command, console, known_device, logger, read_clip, say
+from .files import NAMES, write_files
+from .terminal import Bars, denoising
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..pipeline.parts import Outline
+    from ..pipeline.pipeline import SoraPipeline
+    from ..pipeline.request import Request
+    from ..sizes import Size
+
+LARGER = 4  # times the pixels of a checkpoint's own frames: what frames of files are scaled down to, unless told otherwise
+CODED = 22.0  # dB: what a VAE gives back with less has lost its shapes
+SIDE = 16384  # pixels along a side of the largest frame that H.264 has
+
+
+class Format(str, Enum):
+    mp4 = "mp4"
+    gif = "gif"
+
+
+@dataclass(frozen=True)
+class Call(Loaded):
+    """The options that all tasks share. What can be refused is refused before the checkpoint's weights are read."""
+
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("outputs")
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Number files from 00 again and replace those there, but never an input.")
+    ] = False
+    negative: Annotated[str, typer.Option(help="What not to show.")] = ""
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30
+    scheduler: Annotated[
+        str | None, typer.Option(help="euler, heun, unipc or dpm++, for a flow-matching model. Default: the checkpoint's.")
+    ] = None
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 3.0
+    guidance_from: Annotated[
+        float, typer.Option(min=0, max=1, help="Noise level, from 0 to 1, below which there is no guidance.")
+    ] = 0.6
+    seed: Annotated[int, typer.Option(min=0, max=2**63, help="Of everything random; several videos count up from it.")] = 0
+    fps: Annotated[float | None, typer.Option(min=0.1, help="Frames per second. Default: those of the input, or 8.")] = None
+    scale: Annotated[int, typer.Option(min=1, help="Whole factor by which pixels are enlarged in the files.")] = 1
+    format: Annotated[Format, typer.Option(help="Of videos; images are PNG.")] = Format.mp4
+    precision: Annotated[Precision, typer.Option(help="bf16: the transformer computes in bfloat16.")] = Precision.no
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Larger frames of files are scaled down to so many pixels. Default: 4 times those of the checkpoint's."
+        ),
+    ] = None
+    inputs: list[tuple[Path, Any]] = field(default_factory=list, init=False)  # the files read, with their clips
+
+    def __post_init__(self) -> None:
+        check_folder(self.out)
+        for path in self.out.glob("*"):
+            if path.is_dir() and NAMES.fullmatch(path.name):
+                raise ValueError(
+                    f"--out: expected a folder for files, got one with the folder {path}, which has the name of a file"
+                )
+        if self.negative and self.guidance == 1:
+            raise ValueError(f"--negative: expected none with --guidance 1, which has no use for it, got {self.negative!r}")
+        self.rate()
+        known_device(self.device)
+        from ..diffusion.schedulers import FLOW
+
+        if self.scheduler not in (None, *FLOW):
+            raise ValueError(f"--scheduler: expected one of {', '.join(FLOW)}, got {self.scheduler!r}")
+
+    def read(
+        self, path: Path, max_frames: int | None = None, size: tuple[int, int] | None = None, because: str = ""
+    ) -> tuple[Tensor, float]:
+        """`read_clip`, that says so where it scales: what is made has the size of what was read.
+
+        size: (H, W) to bring frames to; because: why, where it was not asked for.
+        """
+        from ..data import probe
+        from ..pipeline.clips import fitted
+
+        _, height, width = self.outline().size
+        limit = self.max_pixels or LARGER * max(height * width, size[0] * size[1] if size else 0)
+        clip, rate = read_clip(path, max_frames, limit)
+        native = tuple(probe(path)[1:])
+        if size is not None:
+            clip = fitted(clip, *size)
+        after = tuple(clip.shape[2:])
+        if because and native != after:
+            logger.warning("%s: frames of %s are resized to %s%s", path, _pixels(native), _pixels(after), because)
+        elif native != after and size is None:
+            text = "%s: frames of %s are scaled down to %s, --max-pixels takes more"
+            logger.warning(text, path, _pixels(native), _pixels(after))
+        self.inputs.append((path, clip))
+        return clip, rate
+
+    def read_joined(
+        self, first: Path, last: Path, size: tuple[int, int] | None = None
+    ) -> tuple[tuple[Tensor, float], tuple[Tensor, float]]:
+        """Two files whose frames have one size: the first one's, if none is asked for."""
+        start = self.read(first, None, size)
+        height, width = start[0].shape[2:]
+        return start, self.read(last, None, (height, width), "" if size else f", as {first} has them")
+
+    def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
+        pipeline = super().pipeline(captioner=captioner)
+        if self.scheduler is not None:
+            from ..diffusion.schedulers import flow_scheduler
+
+            pipeline = pipeline.with_scheduler(flow_scheduler(self.scheduler, like=pipeline.scheduler))
+        for path, clip in self.inputs:
+            _warn_of_vae(pipeline, path, clip)
+        return pipeline
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What the pipeline's call takes of them."""
+        return {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "guidance_from": self.guidance_from,
+            "precision": self.precision.value,
+        }
+
+    @property
+    def several(self) -> dict[str, Any]:
+        """What tasks of several passes take of them."""
+        return {"negative_prompt": self.negative, "seed": self.seed, **self.sampling}
+
+    def rate(self, own: float = 0.0) -> float:
+        """Frames per second of a file whose input had `own`; 0 if it had none. Raises ValueError for more than a format has."""
+        from ..data.writing import highest_fps
+
+        rate, highest = self.fps or own or 8.0, highest_fps(f".{self.format.value}")
+        if rate > highest:
+            raise ValueError(f"--fps: expected at most {highest} for {self.format.value}, got {rate:g}")
+        return rate
+
+    def announce(self, outline: Outline, sizes: Sequence[Size], option: str = "--size", *, made: Sequence[Size] = ()) -> None:
+        """Says what is to be made and what memory it takes, before the weights are read; refuses what cannot be held or written.
+
+        sizes: of what is packed into one pass. made: of the files, where those are larger. option: what the sizes come from.
+        """
+        from .estimate import check_pixels, memory, tokens
+
+        check_pixels(option, [*(made or sizes)], self.device)
+        side = self.scale * max(max(size[1:]) for size in sizes)
+        if side > SIDE:
+            raise ValueError(f"--scale: expected frames of at most {SIDE} pixels along a side, got {side}")
+        count = f"{len(sizes)} videos" if len(sizes) > 1 else "1 video"
+        shapes = ", ".join(dict.fromkeys("x".join(map(str, size)) for size in made or sizes))
+        say(
+            f"{count} of {shapes}, seed {self.seed}: {tokens(outline, sizes):,} tokens at once, "
+            f"about {memory(outline, sizes) / 1e9:.1f} GB of memory"
+        )
+
+    def check_words(self, pipeline: SoraPipeline, prompts: Sequence[str]) -> None:
+        """Names the words of prompts that the text encoder has not learned: what they should show will be left to chance."""
+        vocabulary = getattr(pipeline.text_encoder, "vocabulary", None)
+        unknown = vocabulary.unknown([*prompts, self.negative]) if vocabulary else []
+        if unknown:
+            logger.warning("words that the checkpoint has not learned: %s; 'sora vocabulary' lists what it has", ", ".join(unknown))
+
+    def watched(self, bars: Bars) -> dict[str, Any]:
+        """What the pipeline's call takes to move progress bars."""
+        return {"callback": lambda *_: bars(1), "progress": bars.coded}
+
+    def run(self, requests: list[Request], option: str, rates: Sequence[float] = (), **settings: Any) -> None:
+        """Opens the pipeline for requests and generates; see `announce` and `generate`."""
+        made = [request.stitched_size for request in requests]
+        for own in rates:
+            self.rate(own)
+        self.announce(self.outline(), [request.size for request in requests], option, made=made)
+        pipeline = self.pipeline()
+        self.check_words(pipeline, [text for request in requests for text in (request.prompt, request.negative_prompt)])
+        self.generate(pipeline, requests, rates, **settings)
+
+    def generate(self, pipeline: SoraPipeline, requests: list[Request], rates: Sequence[float] = (), **settings: Any) -> None:
+        """Runs requests in one packed batch and writes what comes back; rates: of the inputs, see `rate`."""
+        with denoising(console, self.steps) as bars:
+            videos = pipeline(requests, generator=self.seed, **self.watched(bars), **self.sampling)
+        seeds = [self.seed + i if request.seed is None else request.seed for i, request in enumerate(requests)]
+        self.write(videos, [request.prompt for request in requests], rates, seeds, **settings)
+
+    def write(
+        self, videos: list[Tensor], prompts: list[str], rates: Sequence[float] = (), seeds: Sequence[int] = (), **settings: Any
+    ) -> None:
+        """One file each and a contact sheet, which carry what they were made with; says where and of which seed."""
+        fps = [self.rate(own) for own in rates or [0.0] * len(videos)]
+        seeds = seeds or [self.seed + i for i in range(len(videos))]
+        given = {"scheduler": self.scheduler, "checkpoint": self.checkpoint, "negative": self.negative, **settings}
+        settings = {
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "guidance_from": self.guidance_from,
+            "precision": self.precision.value,
+            **{name: value if isinstance(value, int | float | list) else str(value) for name, value in given.items() if value},
+        }
+        *paths, sheet = write_files(
+            videos, prompts, self.out, fps, self.scale, self.format.value,
+            seeds=seeds, settings=settings, overwrite=self.overwrite, inputs=[path for path, _ in self.inputs],
+        )  # fmt: skip
+        for path, seed in zip(paths, seeds, strict=True):
+            say(f"{path} (seed {seed})")
+        say(str(sheet))
+
+
+task = command(Call)
+
+
+def _pixels(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _warn_of_vae(pipeline: SoraPipeline, path: Path, clip: Tensor) -> None:
+    """Says so in one line if the VAE cannot code what was read: what is made of it will look no better."""
+    from ..codec.codec import psnr
+
+    ratio = psnr(pipeline.coded(clip[:, :1]), clip[:, :1])
+    if ratio < CODED:
+        logger.warning("%s: the checkpoint's VAE gives back its first frame with a PSNR of %.1f dB: expect it blurred", path, ratio)

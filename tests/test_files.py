@@ -1,0 +1,155 @@
+"""The files that commands write: names that are not taken, inputs that stay, and what each says about itself."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from sora_model import SoraPipeline
+from sora_model.cli import app
+from sora_model.cli.files import free_paths, is_contact_sheet, write_files
+from sora_model.data import contact_sheet, read_comment, read_video, write_video
+
+CLIP = torch.zeros(3, 2, 16, 16)
+
+
+def sora(*args) -> str:
+    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "gif", "png"])
+@pytest.mark.parametrize("text", ["a cat", '{"prompt": "K\\u00e4tzchen"}', 700 * "long "])
+def test_a_comment_comes_back(suffix, text, tmp_path) -> None:
+    video = torch.rand(3, 1 if suffix == "png" else 5, 16, 24)
+    plain = write_video(tmp_path / f"plain.{suffix}", video)
+    told = write_video(tmp_path / f"told.{suffix}", video, comment=text)
+    assert read_comment(told) == text
+    assert read_comment(plain) is None
+    assert torch.equal(read_video(told)[0], read_video(plain)[0]), "pixels are as without"
+    assert read_video(told)[1] == read_video(plain)[1]
+
+
+def test_a_comment_of_a_gif_is_in_ascii(tmp_path) -> None:
+    with Image.open(write_video(tmp_path / "a.gif", CLIP, comment="Kätzchen")) as image:
+        assert image.info["comment"] == b"K\\xe4tzchen"
+        assert image.n_frames == 2
+
+
+def test_names_go_on_from_those_there(tmp_path) -> None:
+    assert [path.name for path in free_paths(tmp_path, ["a.mp4", "b.png"])] == ["00-a.mp4", "01-b.png", "contact_sheet.png"]
+    (tmp_path / "07-other.gif").touch()
+    assert [path.name for path in free_paths(tmp_path, ["a.mp4"])] == ["08-a.mp4", "contact_sheet-08.png"]
+    (tmp_path / "08-a.mp4").symlink_to("nowhere")
+    assert free_paths(tmp_path, ["a.mp4"])[0].name == "09-a.mp4", "a broken link is a name, too"
+    (tmp_path / "notes.txt").touch()
+    assert free_paths(tmp_path, ["a.mp4"], overwrite=True)[0].name == "00-a.mp4"
+
+
+def test_a_contact_sheet_alone_is_not_replaced(tmp_path) -> None:
+    (tmp_path / "contact_sheet.png").touch()
+    assert [path.name for path in free_paths(tmp_path, ["a.mp4"])] == ["01-a.mp4", "contact_sheet-01.png"]
+
+
+@pytest.mark.parametrize("link", ["itself", "symbolic", "hard", "folder"])
+def test_an_input_is_never_replaced(link, tmp_path) -> None:
+    """Not by --overwrite, and not by another name of it."""
+    source, out = tmp_path / "source.mp4", tmp_path / "out"
+    out.mkdir()
+    source.write_bytes(b"mine")
+    target, asked, given = out / "00-a-seed0.mp4", out, source
+    if link == "itself":
+        source.rename(target)
+        given = target
+    elif link == "symbolic":
+        target.symlink_to(source)
+    elif link == "hard":
+        os.link(source, target)
+    else:
+        source.rename(target)
+        asked, given = tmp_path / "link", target
+        asked.symlink_to(out)
+    made = write_files([CLIP], ["a"], asked, [8.0], 1, "mp4", seeds=[0], overwrite=True, inputs=[given])
+    assert [path.name for path in made] == ["01-a-seed0.mp4", "contact_sheet-01.png"]
+    assert target.read_bytes() == b"mine"
+    assert given.read_bytes() == b"mine"
+    again = write_files([CLIP], ["a"], asked, [8.0], 1, "mp4", seeds=[0], overwrite=True)
+    assert [path.name for path in again] == ["00-a-seed0.mp4", "contact_sheet.png"], "what is no input is"
+
+
+def test_commands_keep_what_is_there(small, tmp_path) -> None:
+    """Another seed, the same again, and a command whose input is the file that it would have been."""
+    common = ["--checkpoint", small, "--steps", 1, "--out", tmp_path]
+    kept: dict[str, bytes] = {}
+    first = tmp_path / "00-a-cat-seed0.mp4"
+    for args in (
+        ["generate", "a cat"],
+        ["generate", "a cat"],
+        ["generate", "a cat", "--seed", 7],
+        ["extend", first, "a cat", "--frames", 2],
+        ["animate", tmp_path / "contact_sheet.png", "a cat"],
+        ["extend", first, "a cat", "--frames", 2, "--overwrite"],
+    ):
+        said, before = sora(*args, *common), dict(kept)
+        kept = contents(tmp_path)
+        assert {name: data for name, data in kept.items() if name in before} == before
+        assert len(kept) == len(before) + 2
+        assert all(str(tmp_path / name) in said for name in kept if name not in before)
+    assert (tmp_path / "02-a-cat-seed7.mp4").is_file()
+    sora("generate", "a cat", *common, "--overwrite", "--size", "3x16x16")
+    assert len(contents(tmp_path)) == len(kept)
+    assert contents(tmp_path)[first.name] != kept[first.name], "--overwrite replaces"
+
+
+def test_files_say_what_they_were_made_with(small, tmp_path) -> None:
+    options = ["--checkpoint", small, "--steps", 1, "--out", tmp_path, "--seed", 5, "--count", 2, "--negative", "a dog"]
+    said = sora("generate", "ein Kätzchen", "--guidance", 2, "--size", "1x16x16", *options)
+    paths = [tmp_path / "00-ein-kätzchen-seed5.png", tmp_path / "01-ein-kätzchen-seed6.png"]
+    for path, seed in zip(paths, (5, 6), strict=True):
+        assert f"{path} (seed {seed})" in said
+        told = json.loads(read_comment(path))
+        expected = {"prompt": "ein Kätzchen", "seed": seed, "size": "1x16x16", "command": "generate", "negative": "a dog"}
+        assert {name: told[name] for name in expected} == expected
+        assert (told["guidance"], told["steps"], told["sora"]) == (2.0, 1, sora("--version").split()[1])
+    sora("animate", paths[0], "a cat", "--format", "gif", "--frames", 3, *options[:6])
+    told = json.loads(read_comment(tmp_path / "02-a-cat-seed0.gif"))
+    assert (told["command"], told["image"]) == ("animate", str(paths[0]))
+
+
+def test_seeds_of_a_count_are_those_of_the_videos(tmp_path) -> None:
+    """--seed 6 alone makes the second of --seed 5 --count 2, of every command that has a count."""
+    # A model that predicts noise and has learned nothing gives the noise that it started from.
+    SoraPipeline.from_preset("tiny", patch=(1, 8, 8), prediction="epsilon", size=(2, 16, 16)).save_pretrained(tmp_path / "model")
+    clip = write_video(tmp_path / "clip.mp4", CLIP)
+    common = ["--checkpoint", tmp_path / "model", "--steps", 1]
+    for args in (
+        ["generate", "x"],
+        ["animate", clip, "x"],
+        ["restyle", clip, "x"],
+        ["extend", clip, "x"],
+        ["join", clip, clip, "x"],
+    ):
+        two, one = tmp_path / f"{args[0]}2", tmp_path / f"{args[0]}1"
+        sora(*args, *common, "--out", two, "--seed", 5, "--count", 2)
+        sora(*args, *common, "--out", one, "--seed", 6)
+        videos = [read_video(path)[0] for path in (two / "01-x-seed6.mp4", one / "00-x-seed6.mp4", two / "00-x-seed5.mp4")]
+        torch.testing.assert_close(videos[0], videos[1], atol=3, rtol=0)
+        assert (videos[0].int() - videos[2].int()).abs().max() > 30
+
+
+def test_contact_sheets_are_told_from_pictures(tmp_path) -> None:
+    *_, sheet = write_files([CLIP], ["a"], tmp_path, [8.0], 1, "mp4")
+    assert is_contact_sheet(sheet)
+    assert is_contact_sheet(sheet.rename(tmp_path / "renamed.png"))
+    assert not is_contact_sheet(contact_sheet(tmp_path / "contact_sheet.png", [CLIP], ["a"])), "somebody's own"
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    assert not is_contact_sheet(tmp_path / "broken.png")
