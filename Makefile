@@ -79,6 +79,7 @@ bench-report: $(READY)
 	if test -f outputs/benchmarks.json; then mv outputs/benchmarks.json outputs/earlier.json; fi
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=outputs/benchmarks.json
 	$(BIN)/python -m benchmarks.report outputs/benchmarks.json $$(ls outputs/earlier.json 2>/dev/null) --out docs/benchmarks
+	$(BIN)/python -m benchmarks.chart
 
 bench-gate: $(READY)
 	$(BIN)/python -m benchmarks.gate docs/benchmarks/ratios.json

@@ -98,7 +98,10 @@ def gate_residual_layer_norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     """Both in one pass: residual <- residual + gate[r] * x, then y = norm(residual) * (1 + scale[r]) + shift[r].
 
-    >>> residual, y = gate_residual_layer_norm_modulate(residual, attn, gate, shift, scale, layout.cu_frames)
+    >>> residual, attn = torch.randn(2, 400, 1152)
+    >>> gate, shift, scale = torch.randn(2, 3 * 1152).chunk(3, dim=1)
+    >>> cu_rows = torch.tensor([0, 256, 400], dtype=torch.int32)
+    >>> residual, y = gate_residual_layer_norm_modulate(residual, attn, gate, shift, scale, cu_rows)
 
     The arguments are those of the two functions above. The norm is taken of the residual as stored, so that the result equals
     calling one after the other.

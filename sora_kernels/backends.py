@@ -232,7 +232,7 @@ def record() -> Iterator[list[tuple[str, str]]]:
     """Yields a list that fills with (function, backend) for every backend function run inside.
 
     >>> with record() as calls:
-    ...     rope_3d(x, layout)
+    ...     y = rope_3d(x, layout)
     >>> calls
     [('rope_3d', 'cpu')]
     """

@@ -31,9 +31,9 @@ class Span:
 
     >>> Span((4, 8, 8)).num_tokens
     256
-    >>> Span((4, 8, 8), origin=(4, 0, 0))                     # the next four frames of the same video
-    >>> Span((4, 16, 16), step=(1, 0.5, 0.5))                 # twice the resolution over the same field of view
-    >>> Span.text(77)                                         # text in a joint sequence: no rotation
+    >>> later = Span((4, 8, 8), origin=(4, 0, 0))             # the next four frames of the same video
+    >>> finer = Span((4, 16, 16), step=(1, 0.5, 0.5))         # twice the resolution over the same field of view
+    >>> text = Span.text(77)                                  # text in a joint sequence: no rotation
 
     Args:
         grid: tokens along T, H and W, each below 2**31; zero is allowed.
@@ -82,7 +82,7 @@ class PackedLayout:
     >>> layout = PackedLayout.from_grids([(4, 8, 8), (1, 16, 9)])      # a video and an image
     >>> layout.num_tokens, layout.cu_seqlens.tolist()
     (400, [0, 256, 400])
-    >>> tokens = layout.pack([video_tokens, image_tokens])              # [256, D], [144, D] -> [400, D]
+    >>> tokens = layout.pack([torch.randn(256, 64), torch.randn(144, 64)])      # [256, D], [144, D] -> [400, D]
     >>> video_tokens, image_tokens = layout.unpack(tokens)
 
     Everything is computed on the host when the layout is built; `.to(device)` copies it, and nothing here reads back from the

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gate
+from benchmarks import chart, gate
 from benchmarks.gpu import NAME, results
 from benchmarks.race import BACKWARD, BOTH, FORWARD, OURS, Implementation, Race, copied, of_pass
 
@@ -77,6 +77,14 @@ def test_gpu_results(tmp_path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
     with pytest.raises(ValueError, match="expected rows of a GPU, got those of simulated GPU"):
         results.kept(tmp_path, tmp_path)
+
+
+def test_chart(tmp_path) -> None:
+    """Every bar is a row of the committed table."""
+    page = (chart.FOLDER / "benchmarks.md").read_text()
+    assert chart.ratios(page)["attention", "float32", "forward", "SDPA padded"] > 1
+    chart.draw(page, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 1000
 
 
 def test_gate() -> None:

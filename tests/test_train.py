@@ -363,10 +363,10 @@ def test_a_vae_is_trained_and_a_model_on_its_latents(clips, tmp_path):
     assert tuple(read_video(tmp_path / "out" / "00-a-box.mp4")[0].shape[1:]) == (5, 32, 32)
 
 
-def test_the_training_commands_of_the_readme(clips, tmp_path, monkeypatch):
+def test_the_training_commands_of_the_documentation(clips, tmp_path, monkeypatch):
     """As they stand there, but for their minutes, on a folder of files."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    block = text[text.index("### Training") :].split("```")[1]
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    block = text[text.index("## Commands") :].split("```")[1]
     monkeypatch.chdir(tmp_path)
     shutil.copytree(clips, "DIR")
     commands = [line.partition("#")[0].split() for line in block.strip().splitlines()]

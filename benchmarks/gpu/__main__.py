@@ -4,7 +4,7 @@
     python -m benchmarks.gpu prepare DIR          what can be compiled without a GPU (prepare.py)
 
 OUT gets rows.jsonl, a line for each measurement, check and test as soon as it is there, logs, and summary.txt, which is printed
-last: at most 8 files of at most 16 MiB. `python -m benchmarks.gpu.results OUT` keeps the rows for the README.
+last: at most 8 files of at most 16 MiB. `python -m benchmarks.gpu.results OUT` keeps the rows for docs/performance.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Keeps what a GPU measured, and writes README's table of it: python -m benchmarks.gpu.results [OUT]
+"""Keeps what a GPU measured, and writes the table of it in docs/performance.md: python -m benchmarks.gpu.results [OUT]
 
-OUT is a run's folder; its rows become benchmarks/results/<gpu>-<date>.json. README's table, between two markers, is made of the
-latest file of each GPU; a test compares.
+OUT is a run's folder; its rows become benchmarks/results/<gpu>-<date>.json. The table, between two markers, is made of the latest
+file of each GPU; a test compares.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from benchmarks.gpu import NAME
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- GPU results: python -m benchmarks.gpu.results -->", "<!-- end of GPU results -->"
 HEADER = """\
 | op | dtype | pass | ours | of copy bandwidth | best peer | ours is faster by |
@@ -62,7 +63,7 @@ def table() -> str:
 def of_gpu(results: dict[str, Any], name: str) -> str:
     """One file's rows: ours of each op, dtype and pass, beside the copy and the best of the rows that compute the same."""
     machine = results["machine"]
-    lines = [f"{machine['device']}, torch {machine['torch']}, {results['date']} ([all rows](benchmarks/results/{name})):"]
+    lines = [f"{machine['device']}, torch {machine['torch']}, {results['date']} ([all rows](../benchmarks/results/{name})):"]
     lines += ["", HEADER]
     groups: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in results["rows"]:
@@ -81,9 +82,9 @@ def of_gpu(results: dict[str, Any], name: str) -> str:
     return "\n".join(lines)
 
 
-def updated(readme: str) -> str:
-    """README with the table in its place."""
-    before, _, rest = readme.partition(BEGIN)
+def updated(page: str) -> str:
+    """The page with the table in its place."""
+    before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
 
@@ -98,8 +99,7 @@ def main() -> int:
         except (OSError, ValueError) as error:
             print(f"OUT: {error}", file=sys.stderr)
             return 2
-    path = ROOT / "README.md"
-    path.write_text(updated(path.read_text()))
+    PAGE.write_text(updated(PAGE.read_text()))
     return 0
 
 

@@ -70,9 +70,9 @@ class Captioner(nn.Module):
     """Writes captions of latents, and detailed prompts from short ones.
 
     >>> captioner.caption([latent], detailed=True)
-    ['A large red circle starts at the left and moves right. The background is navy. The camera stays still.']
+    ['A ... red circle ... moves right. The background is navy. ...']
     >>> captioner.expand(["a red circle moves right"])
-    ['A medium red circle starts in the centre and moves right. The background is black. The camera stays still.']
+    ['A ... red circle ... moves right. The background is ... The camera stays still.']
 
     Args:
         config: see `CaptionerConfig`.

@@ -47,7 +47,7 @@ def write_files(
     from sora_kernels.info import version
 
     from ..data import contact_sheet, write_video
-    from ..storage.files import locked
+    from ..storage.files import locked, writing
 
     numbers: Sequence[int | None] = seeds if seeds is not None else [None] * len(videos)
     names, labels, comments = [], [], []
@@ -57,7 +57,9 @@ def write_files(
         names.append(f"{words}{'' if seed is None else f'-seed{seed}'}.{'png' if video.shape[1] == 1 else format}")
         labels.append(f"{prompt} ({size}{'' if seed is None else f', seed {seed}'})")
         comments.append({"prompt": prompt, "seed": seed, "size": size, **(settings or {}), "sora": version("sora_kernels")})
-    with locked(out):  # of two processes, the second to come here sees the names of the first
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out, wait=True):  # of two processes, the second to come here sees the names of the first
         *paths, sheet = free_paths(out, names, overwrite=overwrite, inputs=inputs)
         for path, video, rate, comment in zip(paths, videos, fps, comments, strict=True):
             write_video(path, video, fps=rate, scale=scale, comment=json.dumps(comment))

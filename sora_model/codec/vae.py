@@ -37,9 +37,10 @@ WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the file
 class VideoVAE(nn.Module):
     """One of diffusers' causal video VAEs as a `Codec`; see `CLASSES`.
 
-    >>> vae = VideoVAE.from_pretrained("checkpoints/wan/vae")
-    >>> [tuple(x.shape) for x in vae.encode([torch.zeros(3, 13, 480, 832), torch.zeros(3, 1, 512, 512)])]
-    [(16, 4, 60, 104), (16, 1, 64, 64)]
+    >>> from sora_model.pipeline.parts import EMBEDDED
+    >>> vae = VideoVAE.from_pretrained(EMBEDDED / "vae")
+    >>> [tuple(x.shape) for x in vae.encode([torch.zeros(3, 13, 48, 80), torch.zeros(3, 1, 64, 64)])]
+    [(16, 4, 6, 10), (16, 1, 8, 8)]
 
     Frames larger than a tile of 512 x 512 pixels are coded tile by tile, overlapping by 64, and blended, so that memory does
     not grow with the frame. Latents are the posterior's mean, normalised by the checkpoint's own mean and deviation.

@@ -60,6 +60,8 @@ def add_noise(
 ) -> NoisedBatch:
     """Noises each latent to a random level of its own.
 
+    >>> from sora_model.diffusion.loss import diffusion_loss
+    >>> from sora_model.diffusion.task_mix import TaskMix
     >>> masks = [TaskMix().draw_mask(latent.shape[1]) for latent in latents]
     >>> batch = add_noise(scheduler, latents, clean_masks=masks)
     >>> diffusion_loss(dit(batch.latents, batch.timesteps, text), batch).backward()

@@ -38,8 +38,10 @@ def sample(
 ) -> list[Tensor]:
     """Turns noise into latents, all samples together; what a sample becomes does not depend on the others.
 
-    >>> noise = [torch.randn(3, 8, 32, 32), torch.randn(3, 1, 32, 48)]
-    >>> latents = sample(guided(dit, text=text, guidance_scale=4), scheduler, noise, num_inference_steps=30)
+    >>> from sora_model.diffusion.guidance import guided
+    >>> noise = [torch.randn(16, 4, 6, 10), torch.randn(16, 1, 8, 8)]
+    >>> with torch.no_grad():
+    ...     latents = sample(guided(dit, text=text, guidance_scale=4), scheduler, noise, num_inference_steps=4)
 
     Each sample is stepped by its own copy of the scheduler, so that those that keep a history, threshold or draw noise treat it as
     if it were alone.

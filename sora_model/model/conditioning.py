@@ -16,7 +16,8 @@ from torch import Tensor
 class PackedText:
     """Captions of a packed batch.
 
-    >>> text = encoder(["a red circle moves right", ""])
+    >>> from sora_model.text.words import WordEncoder
+    >>> text = WordEncoder(dim=256)(["a red circle moves right", ""])
     >>> text.tokens.shape, text.cu_seqlens.tolist(), text.pooled.shape
     (torch.Size([6, 256]), [0, 5, 6], torch.Size([2, 256]))
 

@@ -19,7 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class DiTConfig:
     """What a `DiT` is made of.
 
-    >>> DiTConfig.preset("S", patch=(1, 2, 2), in_channels=16, text_dim=256)
+    >>> config = DiTConfig.preset("S", patch=(1, 2, 2), in_channels=16, text_dim=256)
     >>> DiTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     True
 

@@ -168,7 +168,9 @@ class DiT(nn.Module):
 
     >>> dit = DiT(DiTConfig.preset("S", patch=(1, 2, 2), in_channels=16, text_dim=256))
     >>> latents = [torch.randn(16, 8, 32, 32), torch.randn(16, 1, 64, 36)]                  # a video and an image
-    >>> [tuple(x.shape) for x in dit(latents, torch.tensor([700.0, 20.0]), encoder(["a storm", "a cat"]))]
+    >>> from sora_model.text.words import WordEncoder
+    >>> text = WordEncoder(dim=256)(["a storm", "a cat"])
+    >>> [tuple(x.shape) for x in dit(latents, torch.tensor([700.0, 20.0]), text)]
     [(16, 8, 32, 32), (16, 1, 64, 36)]
 
     Set `gradient_checkpointing` to keep two [N, D] per block for the backward and compute the rest again.

@@ -30,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 class SoraPipeline:
     """Many requests, of different tasks and sizes, in one packed batch.
 
+    >>> from sora_model import SoraPipeline, extend
     >>> pipeline = SoraPipeline.from_pretrained()
     >>> videos = pipeline(["a red circle moves right", "a blue square"], [(13, 48, 80), (1, 64, 64)], generator=0)
     >>> [tuple(video.shape) for video in videos]

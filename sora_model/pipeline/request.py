@@ -32,7 +32,7 @@ from .stitch import Stitch
 class Request:
     """One sample of a packed batch.
 
-    >>> Request("a red circle moves left", (13, 48, 48), keyframes={0: clip[:, -5:]})        # goes on from the end of a clip
+    >>> request = Request("a red circle moves left", (13, 48, 48), keyframes={0: clip[:, -5:]})     # goes on from a clip's end
 
     Args:
         prompt: what to show.

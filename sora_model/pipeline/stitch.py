@@ -15,6 +15,7 @@ class Stitch:
     A VAE does not return frames exactly as they were. Frames that both videos have are blended, which hides the cut.
 
     >>> Stitch(before=video, overlap=(5, 0)).apply(clip).shape                  # the clip's first 5 frames are the video's last 5
+    torch.Size([3, 21, 48, 48])
 
     Args:
         before: [3, t, H, W], to be put in front of the clip.

@@ -36,8 +36,8 @@ def refined(
 ) -> list[Tensor]:
     """Videos [3, T, H, W] of large frames by way of small ones: drafts are generated, enlarged, noised and denoised again (SDEdit).
 
-    >>> refined(pipeline, ["a red circle"], [(1, 1024, 1536)], draft=256)[0].shape          # the draft has 256 x 384 pixels
-    torch.Size([3, 1, 1024, 1536])
+    >>> refined(pipeline, ["a red circle"], [(1, 128, 192)], draft=64)[0].shape             # the draft has 64 x 96 pixels
+    torch.Size([3, 1, 128, 192])
 
     What is where is settled by the draft, at sizes that the model has seen in training, and only the last steps work on large
     frames.

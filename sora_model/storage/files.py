@@ -54,19 +54,6 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """A folder that one process at a time works in; made, if there is none. File systems without locks do without."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder, wait=True)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A file to write, which then takes the name `path`; if anything fails, `path` stays as it was.
 
@@ -171,16 +158,16 @@ def _lock(folder: Path, wait: bool) -> int | None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Locks a folder until the end, or until the process dies. Gives False where another one has locked it.
+def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Locks a folder until the end of the block, or until the process dies. Gives whether it was free; with `wait` it always is.
 
-    A folder of a file system without locks counts as locked by this process.
+    On a file system without locks every folder is free.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         free = True
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             free = False
         except OSError:

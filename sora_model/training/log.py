@@ -36,8 +36,8 @@ class Step:
 class TrainLog:
     """Writes a row per step, after those that an earlier part of the run wrote up to `step`.
 
-    >>> with TrainLog(folder, step=0) as log:
-    ...     log.add(done)
+    >>> with TrainLog(Path.cwd(), step=0) as log:
+    ...     log.add(Step(1, loss=0.5, learning_rate=1e-3, tokens=2048, tokens_per_second=900.0, seconds=2.3, sizes=[(4, 6, 6)]))
     """
 
     def __init__(self, folder: Path, step: int) -> None:

@@ -59,10 +59,14 @@ class Objective(Protocol):
 class Trainer:
     """Trains an objective's model.
 
-    >>> sampler = PackedSampler(source, (1, 8, 8), 2048)
-    >>> trainer = Trainer(DiffusionObjective(pipeline), sampler, TrainConfig(steps=100), "runs/shapes")
-    >>> for step in trainer.train():
-    ...     print(step.step, step.loss)
+    >>> from sora_model import SoraPipeline
+    >>> from sora_model.data import PackedSampler
+    >>> from sora_model.training.dit import DiffusionObjective
+    >>> pipeline = SoraPipeline.from_preset("tiny", patch=(1, 8, 8))
+    >>> sampler = PackedSampler(source, (1, 8, 8), tokens_per_batch=256)
+    >>> trainer = Trainer(DiffusionObjective(pipeline), sampler, TrainConfig(steps=2), "runs/shapes")
+    >>> [step.step for step in trainer.train()]
+    [1, 2]
 
     Args:
         objective: what to learn, its model on the device to train on.

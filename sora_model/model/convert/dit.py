@@ -30,8 +30,11 @@ _OUTER = {"patch_embed": "pos_embed.proj", "final_modulation": "proj_out_1", "fi
 def from_diffusers_dit(transformer: Any) -> DiT:
     """diffusers' `DiTTransformer2DModel` as a `DiT`, which takes images of any sizes in one packed pass.
 
-    >>> dit = from_diffusers_dit(DiTTransformer2DModel.from_pretrained("facebook/DiT-XL-2-256", subfolder="transformer"))
-    >>> dit([latent[:, None] for latent in latents], timesteps, labels=labels)                # [4, H, W] -> [4, 1, H, W]
+    >>> from diffusers import DiTTransformer2DModel           # of a checkpoint: .from_pretrained("facebook/DiT-XL-2-256", ...)
+    >>> transformer = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, num_layers=1, out_channels=8)
+    >>> dit, latents = from_diffusers_dit(transformer), [torch.randn(4, 1, 32, 32), torch.randn(4, 1, 16, 48)]
+    >>> [tuple(x.shape) for x in dit(latents, torch.tensor([700.0, 20.0]), labels=torch.tensor([1, 207]))]
+    [(8, 1, 32, 32), (8, 1, 16, 48)]
 
     Raises:
         ValueError: options of diffusers' that a DiT does not have; blocks whose embedders of timestep and label differ (diffusers
