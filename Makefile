@@ -82,7 +82,7 @@ bench-report: $(READY)
 	$(BIN)/python -m benchmarks.chart
 
 bench-gate: $(READY)
-	$(BIN)/python -m benchmarks.gate docs/benchmarks/ratios.json
+	$(BIN)/python -m benchmarks.gate docs/benchmarks
 
 clean:
 	rm -rf build outputs *.egg-info sora_kernels/*.so

@@ -1,36 +1,60 @@
-"""Fails if the package has become slower next to its peers than the committed table says.
+"""Fails if the package has become slower next to its peers than the committed table of this processor says.
 
-python -m benchmarks.gate docs/benchmarks/ratios.json
+python -m benchmarks.gate docs/benchmarks
 
 Runs the benchmarks and compares each row's ratio ("ours is faster by") with the committed one. A row that is more than TOLERANCE
 below is measured again, up to ATTEMPTS times in all, as a busy machine can spoil any single row; it fails if it stays below.
-The exit status is 1 if a row fails, 2 if the ratios are another machine's, which would say nothing.
+The exit status is 1 if a row fails. It is 2 if there are no ratios of this processor, as another one's would say nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
+
 TOLERANCE = 0.15
 ATTEMPTS = 3
 
 
+def processor_of(results: dict[str, Any]) -> str:
+    """The processor's name with its family and model: the names of virtual ones are not enough to tell them apart.
+
+    >>> processor_of({"machine_info": {"cpu": {"brand_raw": "AMD EPYC", "family": 26, "model": 2}}})
+    'AMD EPYC family 26 model 2'
+    """
+    cpu = results["machine_info"]["cpu"]
+    name = cpu.get("brand_raw") or results["machine_info"]["processor"]
+    return " ".join([name, *(f"{key} {cpu[key]}" for key in ("family", "model") if key in cpu)])
+
+
+def folder_of(processor: str) -> str:
+    """The name of the folder with a processor's results.
+
+    >>> folder_of("AMD EPYC family 26 model 2")
+    'amd-epyc-family-26-model-2'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
+
+
 def machine_of(results: dict[str, Any]) -> str:
     machine = results["machine_info"]
-    cpu = machine["cpu"].get("brand_raw", machine["processor"])
-    return f"{cpu}, {machine['device']}, torch {machine['torch']}"
+    return f"{processor_of(results)}, {machine['device']}, torch {machine['torch']}"
 
 
 def ratios_of(results: dict[str, Any]) -> dict[str, Any]:
     """What of pytest-benchmark's results is compared: the machine, and each row's ratio by its test."""
     rows = {row["fullname"]: row["extra_info"].get("speedup") for row in results["benchmarks"]}
     return {
+        "processor": processor_of(results),
         "machine": machine_of(results),
         "ratios": {test: round(ratio, 3) for test, ratio in sorted(rows.items()) if ratio is not None},
     }
@@ -62,13 +86,16 @@ def fallen(committed: dict[str, float], now: dict[str, float]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("committed", type=Path, help="ratios.json, as benchmarks.report writes it")
-    path = parser.parse_args().committed
+    parser.add_argument("results", type=Path, help="folder with one of each processor, as benchmarks.report writes them")
+    results = parser.parse_args().results
+    cpu = processor_of({"machine_info": {"cpu": cpuinfo.get_cpu_info(), "processor": platform.processor()}})
+    path = results / folder_of(cpu) / "ratios.json"
     if not path.is_file():
-        parser.error(f"{path} does not exist; `make bench-report` writes it")
+        known = ", ".join(sorted(ratios.parent.name for ratios in results.glob("*/ratios.json"))) or "none"
+        parser.error(f"no ratios of {cpu} in {results} (of: {known}); `make bench-report` writes them")
     committed = json.loads(path.read_text())
     now = measured(["benchmarks"])
-    if now["machine"] != committed["machine"]:
+    if now["machine"] != committed["machine"]:  # threads, instruction set or torch
         print(f"the ratios are of {committed['machine']}, this is {now['machine']}", file=sys.stderr)
         return 2
     best = now["ratios"]

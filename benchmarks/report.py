@@ -2,8 +2,8 @@
 
 pytest benchmarks --benchmark-only --benchmark-json=results.json
 python -m benchmarks.report results.json                              ->  the table alone, printed
-python -m benchmarks.report results.json --out docs/benchmarks        ->  docs/benchmarks/benchmarks.{md,png}, and ratios.json,
-                                                                          which benchmarks.gate compares with
+python -m benchmarks.report results.json --out docs/benchmarks        ->  docs/benchmarks/<processor>/README.md, benchmarks.png and
+                                                                          ratios.json, which benchmarks.gate compares with
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import UNITS, group, mark, milliseconds, percentiles, rate
-from benchmarks.gate import lowest, machine_of
+from benchmarks.gate import folder_of, lowest, machine_of, processor_of
 from benchmarks.race import OURS
 
 HEADER = """\
@@ -95,7 +95,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="what --benchmark-json wrote; earlier runs after the last")
-    parser.add_argument("--out", type=Path, help="folder for the table, the plot and the ratios; without it, the table is printed")
+    parser.add_argument(
+        "--out", type=Path, help="where a folder of the table, the plot and the ratios goes; default: prints the table"
+    )
     arguments = parser.parse_args()
     results, *earlier = (json.loads(path.read_text()) for path in arguments.results)
     rows = rows_of(results)
@@ -106,10 +108,11 @@ def main() -> None:
         f"{machine_of(results)}, {results['datetime'][:10]}. Peers alternate with ours; the last "
         "column is the median of their ratios. How work is counted: `benchmarks/race.py`."
     )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "benchmarks.md").write_text(f"# Benchmarks\n\n{summary}\n\n![](benchmarks.png)\n\n{table(rows)}\n")
-    plot(rows, arguments.out / "benchmarks.png")
-    (arguments.out / "ratios.json").write_text(json.dumps(lowest(results, *earlier), indent=1) + "\n")
+    out = arguments.out / folder_of(processor_of(results))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "README.md").write_text(f"# Benchmarks\n\n{summary}\n\n![](benchmarks.png)\n\n{table(rows)}\n")
+    plot(rows, out / "benchmarks.png")
+    (out / "ratios.json").write_text(json.dumps(lowest(results, *earlier), indent=1) + "\n")
 
 
 if __name__ == "__main__":

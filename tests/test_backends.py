@@ -229,7 +229,8 @@ def test_other_tiers_pass_the_same_tests(tier):
 
 
 def test_best_tier_is_the_default():
-    assert os.environ.get("SORA_KERNELS_ISA") or backends.BACKENDS["cpu"].load().isa() == TIERS[0]
+    """Also where the environment of this process forces another one; an empty setting is none."""
+    assert run("import torch; from sora_kernels import _cpu; print(_cpu.isa())", SORA_KERNELS_ISA="").stdout == f"{TIERS[0]}\n"
 
 
 def test_unknown_tier_is_named():
@@ -252,12 +253,3 @@ def test_a_wrong_setting_is_not_hidden_by_the_next_backend():
 def test_threads_are_torchs():
     code = "import torch; torch.set_num_threads(1); from sora_kernels import _cpu; print(_cpu.num_threads())"
     assert run(code).stdout == "1\n"
-
-
-def test_import_costs_little_beyond_torch():
-    code = (
-        "import torch, numpy, einops, time\nstart = time.perf_counter()\n"
-        "import sora_kernels.attention, sora_kernels.rope, sora_kernels.adaln, sora_kernels.bias_gelu, sora_kernels.patch_embed\n"
-        "print(time.perf_counter() - start)"
-    )
-    assert min(float(run(code).stdout) for _ in range(3)) < 0.3

@@ -71,10 +71,7 @@ def test_unknown_name() -> None:
 
 
 def test_nothing_is_imported_before_it_is_asked_for() -> None:
-    code = "import sys, time; t = time.perf_counter(); import sora_kernels; print(time.perf_counter() - t, 'torch' in sys.modules)"
-    seconds, torch = min(run(code).split() for _ in range(3))
-    assert torch == "False"
-    assert float(seconds) < 0.1
+    assert run("import sys, sora_kernels; print('torch' in sys.modules)") == "False\n"
 
 
 @pytest.mark.parametrize("first", ["", "import sora_kernels.bias_gelu; ", "from sora_kernels.bias_gelu import bias_gelu as b; "])
