@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_boundaries, check_choice, check_cu_seqlens, check_number, check_tensor, fail
-from .library import cotangent, register, rows
+from .library import Context, Grads, cotangent, register, rows
 from .memory import empty, empty_like
 
 
@@ -173,9 +173,18 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(x.shape[0], dtype=dtype)
 
 
-def _run_modulate(x, shift, scale, cu_rows, rms, weight, bias, eps):
+def _run_modulate(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    cu_rows: Tensor | None,
+    rms: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
     _check_values("layer_norm_modulate", x, cu_rows)
-    x, shift, scale, cu_rows, weight, bias = rows(x, shift, scale, cu_rows, weight, bias)
+    (x,), (shift, scale, cu_rows, weight, bias) = rows(x), rows(shift, scale, cu_rows, weight, bias)
     out, mean, rstd = empty_like(x), *_statistics(x)
     backends.call(
         "layer_norm_modulate_forward", x, x=x, shift=shift, scale=scale, cu_rows=cu_rows, rms=rms, weight=weight, bias=bias,
@@ -184,8 +193,19 @@ def _run_modulate(x, shift, scale, cu_rows, rms, weight, bias, eps):
     return out, mean, rstd
 
 
-def _run_modulate_backward(dout, x, scale, cu_rows, rms, weight, bias, mean, rstd, shifted):
-    dout, x, scale, cu_rows, weight, bias = rows(dout, x, scale, cu_rows, weight, bias)
+def _run_modulate_backward(
+    dout: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    cu_rows: Tensor | None,
+    rms: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    shifted: bool,
+) -> tuple[Tensor, ...]:
+    (dout, x), (scale, cu_rows, weight, bias) = rows(dout, x), rows(scale, cu_rows, weight, bias)
     grads = dx, *others = _fake_modulate_backward(dout, x, scale, cu_rows, rms, weight, bias, mean, rstd, shifted)
     dshift, dscale, dweight, dbias = _present(others, shifted, scale, weight, bias)
     backends.call(
@@ -195,12 +215,23 @@ def _run_modulate_backward(dout, x, scale, cu_rows, rms, weight, bias, mean, rst
     return grads
 
 
-def _fake_modulate_backward(dout, x, scale, cu_rows, rms, weight, bias, mean, rstd, shifted):
+def _fake_modulate_backward(
+    dout: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    cu_rows: Tensor | None,
+    rms: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    shifted: bool,
+) -> tuple[Tensor, ...]:
     of_rows = _gradients(x, _rows_shape(x, cu_rows), shifted, scale)
     return empty_like(x), *of_rows, *_gradients(x, x.shape[1:], weight, bias)
 
 
-def _save_modulate(ctx, inputs, output):
+def _save_modulate(ctx: Context, inputs: tuple, output: tuple) -> None:
     x, shift, scale, cu_rows, ctx.rms, weight, bias, _ = inputs
     ctx.shifted = shift is not None
     ctx.set_materialize_grads(False)
@@ -208,7 +239,7 @@ def _save_modulate(ctx, inputs, output):
     ctx.save_for_backward(x, scale, cu_rows, weight, bias, *output[1:])
 
 
-def _grad_modulate(ctx, dout, *_):
+def _grad_modulate(ctx: Context, dout: Tensor | None, *_: object) -> Grads:
     x, scale, cu_rows, weight, bias, mean, rstd = ctx.saved_tensors
     args = x, scale, cu_rows, ctx.rms, weight, bias, mean, rstd, ctx.shifted
     dx, *others = _modulate_backward(cotangent(dout, x), *args)
@@ -235,16 +266,16 @@ _modulate = register(
 # Without a gate, x and the residual have the same gradient: the backward takes no x and gives that of the residual alone.
 
 
-def _run_gate(residual, x, gate, cu_rows):
+def _run_gate(residual: Tensor, x: Tensor, gate: Tensor | None, cu_rows: Tensor | None) -> Tensor:
     _check_values("gate_residual", x, cu_rows)
-    residual, x, gate, cu_rows = rows(residual, x, gate, cu_rows)
+    (residual, x), (gate, cu_rows) = rows(residual, x), rows(gate, cu_rows)
     out = empty_like(x)
     backends.call("gate_residual_forward", x, residual=residual, x=x, gate=gate, cu_rows=cu_rows, out=out)
     return out
 
 
-def _run_gate_backward(dout, x, gate, cu_rows):
-    dout, x, gate, cu_rows = rows(dout, x, gate, cu_rows)
+def _run_gate_backward(dout: Tensor, x: Tensor | None, gate: Tensor | None, cu_rows: Tensor | None) -> tuple[Tensor, ...]:
+    (dout,), (x, gate, cu_rows) = rows(dout), rows(x, gate, cu_rows)
     grads = dresidual, *others = _fake_gate_backward(dout, x, gate, cu_rows)
     dx, dgate = _present(others, gate, gate)
     backends.call(
@@ -253,16 +284,16 @@ def _run_gate_backward(dout, x, gate, cu_rows):
     return grads
 
 
-def _fake_gate_backward(dout, x, gate, cu_rows):
+def _fake_gate_backward(dout: Tensor, x: Tensor | None, gate: Tensor | None, cu_rows: Tensor | None) -> tuple[Tensor, ...]:
     return empty_like(dout), *_gradients(dout, dout.shape, gate), *_gradients(dout, _rows_shape(dout, cu_rows), gate)
 
 
-def _save_gate(ctx, inputs, output):
+def _save_gate(ctx: Context, inputs: tuple, output: Tensor) -> None:
     _, x, gate, cu_rows = inputs
     ctx.save_for_backward(None if gate is None else x, gate, cu_rows)
 
 
-def _grad_gate(ctx, dout):
+def _grad_gate(ctx: Context, dout: Tensor | None) -> Grads:
     x, gate, cu_rows = ctx.saved_tensors
     dresidual, dx, dgate = _gate_backward(dout, x, gate, cu_rows)
     return (dresidual, dresidual, None, None) if gate is None else (dresidual, dx, dgate, None)
@@ -282,9 +313,21 @@ _gate = register(
 )
 
 
-def _run_gate_modulate(residual, x, gate, shift, scale, cu_rows, rms, weight, bias, eps):
+def _run_gate_modulate(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    cu_rows: Tensor | None,
+    rms: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
     _check_values("gate_residual_layer_norm_modulate", x, cu_rows)
-    residual, x, gate, shift, scale, cu_rows, weight, bias = rows(residual, x, gate, shift, scale, cu_rows, weight, bias)
+    residual, x = rows(residual, x)
+    gate, shift, scale, cu_rows, weight, bias = rows(gate, shift, scale, cu_rows, weight, bias)
     residual_out, out, mean, rstd = empty_like(x), empty_like(x), *_statistics(x)
     backends.call(
         "gate_residual_layer_norm_modulate_forward", x, residual=residual, x=x, gate=gate, shift=shift, scale=scale,
@@ -293,9 +336,23 @@ def _run_gate_modulate(residual, x, gate, shift, scale, cu_rows, rms, weight, bi
     return residual_out, out, mean, rstd
 
 
-def _run_gate_modulate_backward(dresidual_out, dout, residual_out, x, gate, scale, cu_rows, rms, weight, bias, mean, rstd, shifted):
-    dresidual_out, dout, residual_out, x, gate, scale, cu_rows = rows(dresidual_out, dout, residual_out, x, gate, scale, cu_rows)
-    weight, bias = rows(weight, bias)
+def _run_gate_modulate_backward(
+    dresidual_out: Tensor,
+    dout: Tensor,
+    residual_out: Tensor,
+    x: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    cu_rows: Tensor | None,
+    rms: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    shifted: bool,
+) -> tuple[Tensor, ...]:
+    dresidual_out, dout, residual_out = rows(dresidual_out, dout, residual_out)
+    x, gate, scale, cu_rows, weight, bias = rows(x, gate, scale, cu_rows, weight, bias)
     grads = dresidual, *others = _fake_gate_modulate_backward(
         dresidual_out, dout, residual_out, x, gate, scale, cu_rows, rms, weight, bias, mean, rstd, shifted
     )
@@ -309,14 +366,26 @@ def _run_gate_modulate_backward(dresidual_out, dout, residual_out, x, gate, scal
 
 
 def _fake_gate_modulate_backward(
-    dresidual_out, dout, residual_out, x, gate, scale, cu_rows, rms, weight, bias, mean, rstd, shifted
-):
+    dresidual_out: Tensor,
+    dout: Tensor,
+    residual_out: Tensor,
+    x: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    cu_rows: Tensor | None,
+    rms: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    shifted: bool,
+) -> tuple[Tensor, ...]:
     of_tokens = empty_like(dout), *_gradients(dout, dout.shape, gate)
     of_rows = _gradients(dout, _rows_shape(dout, cu_rows), gate, shifted, scale)
     return *of_tokens, *of_rows, *_gradients(dout, dout.shape[1:], weight, bias)
 
 
-def _save_gate_modulate(ctx, inputs, output):
+def _save_gate_modulate(ctx: Context, inputs: tuple, output: tuple) -> None:
     _, x, gate, shift, scale, cu_rows, ctx.rms, weight, bias, _ = inputs
     residual_out, _, mean, rstd = output
     ctx.shifted = shift is not None
@@ -325,7 +394,7 @@ def _save_gate_modulate(ctx, inputs, output):
     ctx.save_for_backward(residual_out, None if gate is None else x, gate, scale, cu_rows, weight, bias, mean, rstd)
 
 
-def _grad_gate_modulate(ctx, dresidual_out, dout, *_):
+def _grad_gate_modulate(ctx: Context, dresidual_out: Tensor | None, dout: Tensor | None, *_: object) -> Grads:
     residual_out, x, gate, scale, cu_rows, weight, bias, mean, rstd = ctx.saved_tensors
     douts = cotangent(dresidual_out, residual_out), cotangent(dout, residual_out)
     args = *douts, residual_out, x, gate, scale, cu_rows, ctx.rms, weight, bias, mean, rstd, ctx.shifted
