@@ -295,6 +295,9 @@ def test_numbers_that_are_none_are_refused(command, option, value, small, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+KNOWN = "--data: expected world: and one of simple, studio, rich, then any of lessons, large, clips=N with commas between; got "
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -305,6 +308,20 @@ def test_numbers_that_are_none_are_refused(command, option, value, small, tmp_pa
         (["train", "--size", "1x4096x4096"], "--size: of size (T, H, W) = (1, 4096, 4096) is 262144 tokens that count as"),
         (["train", "--size", "1x20x20"], "--size: of size (1, 20, 20), as a latent (1, 20, 20), does not divide"),
         (["train", "--tokens", "60"], "--data: a batch needs min_sizes = 4 different sizes within --tokens 60; sizes (T, H, W)"),
+        (["train", "--data", "world:studio,large,loops"], KNOWN + "world:studio,large,loops"),
+        (["train", "--data", "world:"], KNOWN + "world:"),
+        (["train", "--data", "world:simple,large,large"], KNOWN + "world:simple,large,large"),
+        (["train", "--data", "world:rich,clips=0"], KNOWN + "world:rich,clips=0"),
+        (
+            ["train", "--data", "sky:blue"],
+            "--data: expected a folder of videos and images, or one of the sources world:...; got sky:blue",
+        ),
+        (["train", "--data", "world:rich,large", "--size", "1x8x8"], "--data: expected a world without large, as --size says all"),
+        (
+            ["train-vae", "--data", "world:rich,lessons"],
+            "--data: expected a world without lessons and large, which only",
+        ),
+        (["train", "--max-pixels", "99"], "--max-pixels: expected none with a world, whose clips have their own sizes, got 99"),
         (["train", "--patch", "2x8x8", "--frames", "2"], "--frames: expected none with a --patch of several frames, got 2"),
         (["train", "--vae", "{tmp}"], "--vae: VideoVAE.from_pretrained: expected a folder with config.json"),
         (["train", "--start", "{tmp}"], "--start: "),

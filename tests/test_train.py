@@ -266,26 +266,6 @@ def test_ddpm_trains_and_samples(prediction, tmp_path):
             "--vae: expected none with --start, whose checkpoint has its own, got y",
         ),
         (
-            ["train", "{tmp}/run", "--data", "world:studio,large,loops"],
-            "--data: expected world: and one of simple, studio, rich, then any of lessons, large, clips=N with commas between; "
-            "got world:studio,large,loops",
-        ),
-        (["train", "{tmp}/run", "--data", "world:"], "--data: expected world: and one of simple, studio, rich, then"),
-        (["train", "{tmp}/run", "--data", "world:rich,clips=0"], "then any of lessons, large, clips=N with commas between; got"),
-        (["train", "{tmp}/run", "--data", "sky:blue"], "or one of the sources world:...; got sky:blue"),
-        (
-            ["train", "{tmp}/run", "--data", "world:rich,large", "--size", "1x8x8"],
-            "--data: expected a world without large, as",
-        ),
-        (
-            ["train-vae", "{tmp}/run", "--data", "world:rich,lessons"],
-            "--data: expected a world without lessons and large",
-        ),
-        (
-            ["train", "{tmp}/run", "--max-pixels", "99"],
-            "--max-pixels: expected none with a world, whose clips have",
-        ),
-        (
             ["train", "{tmp}/run", "--data", "{tmp}", "--size", "1x8x8"],
             "--size: expected none with --data, whose files have their own",
         ),

@@ -33,7 +33,7 @@ class Run:
     ] = "world:studio"
     size: Annotated[list[str] | None, typer.Option(help="Sizes TxHxW of the source's clips; repeat for several.")] = None
     max_frames: Annotated[
-        int | None, typer.Option(min=1, help="Longest clip drawn from a file. Default: what --tokens holds, 32 at most.")
+        int | None, typer.Option(min=1, help="Longest clip of a file. Default: what --tokens holds, at most 32, or 13 for a VAE.")
     ] = None
     max_pixels: Annotated[
         int | None, typer.Option(min=1, help="Larger frames of files are scaled down. Default: what --tokens holds.")
