@@ -182,7 +182,7 @@ def test_long_work_is_told_after_two_steps(monkeypatch, capsys) -> None:
         monkeypatch.undo()
         bars.coded("decoding", 5, 20)
     said = capsys.readouterr().out
-    assert said.count("about 7 min of denoising left") == 1
+    assert said.count("up to 7 min of denoising left") == 1
     assert "decoding" in said
     assert [terminal.duration(s) for s in (3, 89, 600, 7200)] == ["3 s", "89 s", "10 min", "2.0 h"]
 

@@ -80,12 +80,12 @@ class Bars:
         self.progress.advance(self.bar, done)
         now, before = time.perf_counter(), self.at
         self.at = now
-        if before is None or self.told:  # the first step warms up
+        if before is None or self.told:  # the first step warms up; those behind --guidance-from take half the time
             return
         self.told, task = True, next(task for task in self.progress.tasks if task.id == self.bar)
         left = (now - before) / done * ((task.total or 0) - task.completed)
         if left >= LONG:
-            self.progress.console.print(f"about {duration(left)} of {self.what} left", highlight=False)
+            self.progress.console.print(f"up to {duration(left)} of {self.what} left", highlight=False)
 
     def coded(self, what: str, done: int, total: int) -> None:
         """what: encoding or decoding; each has a bar of its own from its first tile on."""
