@@ -259,7 +259,7 @@ def test_ddpm_trains_and_samples(prediction, tmp_path):
         (["train", "{tmp}/run", "--steps", "1", "--detailed", "1.5"], "detailed: expected a share from 0 to 1, got 1.5"),
         (["train", "{tmp}/run", "--steps", "1", "--vae", "{tmp}/none"], "expected a folder with config.json, got {tmp}/none"),
         (["train", "{tmp}/run", "--steps", "1", "--tokens", "4"], "more than tokens_per_batch = 4"),
-        (["train", "{tmp}/run", "--steps", "0"], "TrainConfig: steps: expected a number above 0, got 0"),
+        (["train", "{tmp}/run", "--steps", "0"], "--steps: expected a number above 0, got 0"),
         (["train", "{tmp}/run", "--resume"], "resume: expected {tmp}/run/training.safetensors, which is not there"),
         (
             ["train", "{tmp}/run", "--start", "x", "--vae", "y"],
@@ -341,7 +341,7 @@ def test_a_vae_is_trained_and_a_model_on_its_latents(clips, tmp_path):
     out = ["--size", "5x32x32", "--steps", 1, "--out", tmp_path / "out"]
     result = sora("generate", "a box", "--checkpoint", tmp_path / "run" / "checkpoint", *out)
     assert result.exit_code == 0, result.output
-    assert tuple(read_video(tmp_path / "out" / "00-a-box.mp4")[0].shape[1:]) == (5, 32, 32)
+    assert tuple(read_video(tmp_path / "out" / "00-a-box-seed0.mp4")[0].shape[1:]) == (5, 32, 32)
 
 
 def test_the_training_commands_of_the_readme(clips, tmp_path, monkeypatch):
