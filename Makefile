@@ -20,7 +20,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(CSRC)
 	touch $@
 
 demo: $(READY)
-	$(BIN)/sora demo --out outputs/demo
+	$(BIN)/sora demo --out outputs/demo --overwrite
 
 # First what runs for real, on all cores; then GPU kernels one operation or one thread at a time, a process for each core.
 test: $(READY) lint
@@ -66,10 +66,10 @@ checkpoint: $(READY)
 	$(BIN)/sora export outputs/more/checkpoint sora_model/pretrained
 
 gallery: $(READY)
-	$(BIN)/sora gallery --out docs/gallery
+	$(BIN)/sora gallery --out docs/gallery --overwrite
 
 eval: $(READY)
-	$(BIN)/sora eval --out docs/eval.json
+	$(BIN)/sora eval --out docs/eval.json --overwrite
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -157,6 +157,7 @@ NO_CAPTIONER = "captioner: expected a checkpoint with a captioner, got one witho
         (["restyle", "{media}/a.mp4", "x", "--strength", "0"], "strength: expected a number above 0 and up to 1, got 0"),
         (["loop", "x", "--size", "6x16"], "--size: expected TxHxW"),
         (["long", "x", "--seconds", "0"], "--seconds: expected at least one frame"),
+        (["long", "x", "--seconds", "1e308"], "--seconds: expected at most 1e+09, got 1e+308"),
         (["long", "x", "--seconds", "nan"], "--seconds: expected a finite number, got nan"),
         (["simulate", "x", "--size", "6x16"], "--size: expected TxHxW"),
         (["caption", "{media}/none.mp4"], "none.mp4: it does not exist"),
@@ -339,3 +340,27 @@ def test_a_negative_prompt_needs_guidance(small, media, tmp_path) -> None:
     with pytest.raises(ValueError, match="negative_prompt: expected none with guidance_scale 1, which has no use for it, got 'y'"):
         pipeline([request], guidance_scale=1, num_inference_steps=1)
     pipeline([request], guidance_scale=2, num_inference_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("args", "there"),
+    [
+        (["eval", "--out", "{tmp}/figures.json"], "figures.md"),
+        (["gallery", "--out", "{tmp}"], "loop.png"),
+        (["demo", "--out", "{tmp}"], "tasks.png"),
+    ],
+)
+def test_figures_and_sheets_are_not_replaced_unasked(args, there, tmp_path, unloaded) -> None:
+    (tmp_path / there).write_text("mine")
+    args = [arg.format(tmp=tmp_path) for arg in args]
+    expected = f"--out: expected a place for new files, got one with {tmp_path / there}; --overwrite replaces it"
+    assert expected in refused(*args)
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        sora(*args, "--overwrite")
+    assert (tmp_path / there).read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["eval", "gallery", "demo"])
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seeds_that_are_none_are_refused(command, seed, unloaded) -> None:
+    assert "--seed" in refused(command, "--seed", seed)

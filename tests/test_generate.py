@@ -66,14 +66,14 @@ def unloaded(monkeypatch) -> None:
             ["animate", "{media}/large.png", "x", "--size", "16x16", "--max-pixels", "9"],
             "--max-pixels: expected none with --size, which says the size, got 9",
         ),
-        (["animate", "{media}/large.png", "x", "--frames", "999999999999"], "--frames: expected videos that the memory of"),
+        (["animate", "{media}/large.png", "x", "--frames", "9" * 400], "--frames: expected videos that the memory of"),
         (["restyle", "{media}/a.mp4", "x", "--strength", "7"], "--strength: expected a number above 0 and up to 1, got 7"),
         (["extend", "{media}/large.png", "x", "--backward"], "VIDEO: expected at least 4 frames, got 1"),
         (["join", "{media}/a.mp4", "{media}/a.mp4", "--frames", "6"], "--frames: expected a multiple of 4, got 6"),
         (["join", "{media}/large.png", "{media}/large.png"], "LAST: expected at least 4 frames, got 1"),
         (["loop", "x", "--passage", "1"], "--passage: expected a multiple of 4, the frames of a latent frame, got 1"),
         (["long", "x", "--seconds", "-3"], "--seconds: expected at least one frame, which is 0.125, got -3"),
-        (["long", "x", "--seconds", "1e12"], "--seconds: expected videos that the memory of"),
+        (["long", "x", "--seconds", "1e9"], "--seconds: expected videos that the memory of"),
         (["long", "x", "--overlap", "3"], "--overlap: expected more than the 13 frames that a chunk sees, got 13"),
         (["simulate", "x", "--size", "5x16x16"], "--size: expected more than the 5 frames that a chunk sees, got 5"),
     ],
@@ -182,7 +182,7 @@ def test_long_work_is_told_after_two_steps(monkeypatch, capsys) -> None:
         monkeypatch.undo()
         bars.coded("decoding", 5, 20)
     said = capsys.readouterr().out
-    assert said.count("about 7 min of denoising left") == 1
+    assert said.count("up to 7 min left") == 1
     assert "decoding" in said
     assert [terminal.duration(s) for s in (3, 89, 600, 7200)] == ["3 s", "89 s", "10 min", "2.0 h"]
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,19 @@ def test_another_word_for_sanitizers_is_named(tmp_path):
     code = "import sys; sys.argv = ['setup.py', '--name']; exec(open('setup.py').read()); cpu_graph(ROOT / 'o', ROOT)"
     done = build(tmp_path, command=("-c", f"__file__ = 'setup.py'; {code}"), SORA_KERNELS_SANITIZE="yes")
     assert "SORA_KERNELS_SANITIZE: expected 0 or 1, got 'yes'" in done.stderr
+
+
+def test_an_sdist_has_what_the_tests_need(tmp_path):
+    """Helpers and fixtures among them, which no pattern of names of tests finds."""
+    command = ("setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "--formats=tar", "--dist-dir", str(tmp_path))
+    done = build(tmp_path, command=command, SORA_KERNELS_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar")
+    with tarfile.open(archive) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    kinds = {".py", ".h", ".cpp", ".cu", ".cuh", ".c", ".json", ".safetensors", ".txt"}
+    folders = ("tests", "benchmarks", "csrc", "sora_kernels", "sora_model")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds and path.is_file()]
+    missing = [name for path in files if (name := str(path.relative_to(ROOT))) not in packed and "__pycache__" not in name]
+    assert not missing
+    assert {"Makefile", "constraints.txt", "tests/conftest.py", "tests/simt/build.py"} <= packed

@@ -340,7 +340,7 @@ def test_a_vae_is_trained_and_a_model_on_its_latents(clips, tmp_path):
     out = ["--size", "5x32x32", "--steps", 1, "--out", tmp_path / "out"]
     result = sora("generate", "a box", "--checkpoint", tmp_path / "run" / "checkpoint", *out)
     assert result.exit_code == 0, result.output
-    assert tuple(read_video(tmp_path / "out" / "00-a-box.mp4")[0].shape[1:]) == (5, 32, 32)
+    assert tuple(read_video(tmp_path / "out" / "00-a-box-seed0.mp4")[0].shape[1:]) == (5, 32, 32)
 
 
 def test_the_training_commands_of_the_documentation(clips, tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 MAX_PIXELS = 2**16  # of frames that are read to be captioned
 CLIP_PIXELS = 2**28  # of all frames read from one file, which are held at once: 4 GB
 # What torch says where it gets no memory, on the CPU and on GPUs, and where a size does not even fit a number.
@@ -70,6 +71,7 @@ class Loaded:
         settle(folder)
         return folder
 
+    @functools.cached_property
     def outline(self) -> Outline:
         """What the checkpoint's configs say: enough to refuse what it cannot do before its weights are read."""
         from ..pipeline.parts import read_outline
@@ -247,6 +249,12 @@ def check_folder(path: Path, option: str = "--out") -> None:
             pass
     except OSError as error:
         raise ValueError(f"{option}: expected a folder that can be written to, got {path}: {error.strerror}") from None
+
+
+def check_new(path: Path, overwrite: bool, option: str = "--out") -> None:
+    """Before the work is done: nothing is there that would be replaced without having been asked for."""
+    if os.path.lexists(path) and not overwrite:
+        raise ValueError(f"{option}: expected a place for new files, got one with {path}; --overwrite replaces it")
 
 
 def check_media(path: Path, option: str) -> None:

@@ -88,7 +88,7 @@ class Call(Loaded):
         from ..data import probe
         from ..pipeline.clips import fitted
 
-        _, height, width = self.outline().size
+        _, height, width = self.outline.size
         limit = self.max_pixels or LARGER * max(height * width, size[0] * size[1] if size else 0)
         clip, rate = read_clip(path, max_frames, limit)
         native = tuple(probe(path)[1:])
@@ -160,7 +160,7 @@ class Call(Loaded):
         shapes = ", ".join(dict.fromkeys("x".join(map(str, size)) for size in made or sizes))
         say(
             f"{count} of {shapes}, seed {self.seed}: {tokens(outline, sizes):,} tokens at once, "
-            f"about {memory(outline, sizes) / 1e9:.1f} GB of memory"
+            f"about {memory(outline, sizes, made) / 1e9:.1f} GB of memory"
         )
 
     def check_words(self, pipeline: SoraPipeline, prompts: Sequence[str]) -> None:
@@ -179,7 +179,7 @@ class Call(Loaded):
         made = [request.stitched_size for request in requests]
         for own in rates:
             self.rate(own)
-        self.announce(self.outline(), [request.size for request in requests], option, made=made)
+        self.announce(self.outline, [request.size for request in requests], option, made=made)
         pipeline = self.pipeline()
         self.check_words(pipeline, [text for request in requests for text in (request.prompt, request.negative_prompt)])
         self.generate(pipeline, requests, rates, **settings)

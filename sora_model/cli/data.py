@@ -92,7 +92,7 @@ def vocabulary(*, loaded: Loaded) -> None:
     """List the words that prompts may have: those of the captions that the checkpoint was trained on."""
     from ..text.words import VOCABULARY, Vocabulary
 
-    loaded.outline()  # is there a checkpoint?
+    _ = loaded.outline  # is there a checkpoint?
     words = Vocabulary.read(loaded.folder / "text_encoder")
     if not words:
         raise ValueError(f"--checkpoint: expected one with text_encoder/{VOCABULARY}, got {loaded.folder}; its words are not known")

@@ -29,22 +29,22 @@ def tokens(outline: Outline, sizes: Sequence[Size]) -> int:
     return total
 
 
-def memory(outline: Outline, sizes: Sequence[Size]) -> float:
-    """Bytes, about, that one packed pass over videos of these sizes takes."""
+def memory(outline: Outline, sizes: Sequence[Size], made: Sequence[Size] = ()) -> float:
+    """Bytes, about, that one packed pass over videos of these sizes takes; made: videos that are held besides."""
     from ..codec.tiles import AT_ONCE, TILE
 
     pixels = [math.prod(outline.padded(size)) for size in sizes]
     tiled = max(size[0] * min(size[1], TILE) * min(size[2], TILE) for size in sizes)
     at_once = min(max(tiled, AT_ONCE), sum(pixels))
-    # Weights once as read and once as held. The transformer is done when the VAE begins.
-    return (
-        PROCESS + 2 * outline.weights + max(TOKEN * outline.width * tokens(outline, sizes), DECODED * at_once) + HELD * sum(pixels)
-    )
+    # The transformer is done when the VAE begins.
+    working = max(TOKEN * outline.width * tokens(outline, sizes), DECODED * at_once)
+    held = HELD * sum(pixels) + PIXEL * sum(map(math.prod, made))
+    return PROCESS + 2 * outline.weights + working + held  # weights once as read and once as held
 
 
 def check_pixels(option: str, sizes: Sequence[Size], device: str) -> None:
     """Raises ValueError for videos that alone need more memory than the device has."""
-    needed, there = PIXEL * sum(map(math.prod, sizes)), installed(device)
+    needed, there = min(PIXEL * sum(map(math.prod, sizes)), 10**30), installed(device)  # what a float can hold
     if needed > there:
         raise ValueError(
             f"{option}: expected videos that {'the memory' if device == 'cpu' else device} of {there / 1e9:.3g} GB can hold, "

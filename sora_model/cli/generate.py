@@ -31,6 +31,8 @@ Overlap = Annotated[
     int, typer.Option(min=0, help="Latent frames seen of what is there, besides the first; they fade into what is made.")
 ]
 
+LONGEST = 1e9  # seconds: 30 years
+
 
 @task
 def generate(
@@ -55,7 +57,7 @@ def generate(
         raise ValueError(f"--size: expected 1 or {len(prompts)} (one per prompt), got {len(sizes)}")
     if expand:
         call.check_captioner()
-    outline = call.outline()
+    outline = call.outline
     sizes = sizes * len(prompts) if len(sizes) == 1 else sizes or [outline.size] * len(prompts)
     for _, *sides in sizes:
         if draft is not None and draft >= min(sides):
@@ -92,7 +94,7 @@ def animate(
     call: Call,
 ) -> None:
     """Make a video that begins with an image."""
-    outline, shape = call.outline(), _frame_size(call, size)
+    outline, shape = call.outline, _frame_size(call, size)
     picture, _ = call.read(image, 1, shape)
     from ..pipeline.request import image_to_video
 
@@ -131,7 +133,7 @@ def extend(
     call: Call,
 ) -> None:
     """Make a video longer, forward or backward."""
-    outline = call.outline()
+    outline = call.outline
     clip, rate = call.read(video, None, _frame_size(call, size))
     from ..pipeline.request import extend as request_extension
 
@@ -156,7 +158,7 @@ def join(
     call: Call,
 ) -> None:
     """Join two videos by a passage from the end of one to the start of the other."""
-    outline = call.outline()
+    outline = call.outline
     (start, rate), (end, other) = call.read_joined(first, last, _frame_size(call, size))
     rate = _common_rate(call, rate, other)
     from ..pipeline.request import join as request_passage
@@ -178,7 +180,7 @@ def loop(
     call: Call,
 ) -> None:
     """Make a video that can be played round and round without a seam."""
-    outline = call.outline()
+    outline = call.outline
     shape, stride = parse_size(size) if size else outline.size, outline.timing.stride
     if passage is not None and passage % stride:
         raise ValueError(f"--passage: expected a multiple of {stride}, the frames of a latent frame, got {passage}")
@@ -204,7 +206,9 @@ def long(
     call: Call,
 ) -> None:
     """Make a long video by extending a clip again and again."""
-    outline, frames = call.outline(), round(seconds * call.rate())
+    if seconds > LONGEST:
+        raise ValueError(f"--seconds: expected at most {LONGEST:g}, got {seconds:g}")
+    outline, frames = call.outline, round(seconds * call.rate())
     shape = _chunk(outline, size, overlap)
     if frames < 1:
         raise ValueError(f"--seconds: expected at least one frame, which is {1 / call.rate():g}, got {seconds:g}")
@@ -234,7 +238,7 @@ def simulate(
     call: Call,
 ) -> None:
     """Simulate a world: a chunk of video for every action, shown in the terminal as it comes."""
-    outline = call.outline()
+    outline = call.outline
     shape = _chunk(outline, size, overlap)
     call.announce(outline, [shape])
     pipeline = call.pipeline()
@@ -281,7 +285,7 @@ def batch(
             raise ValueError(
                 f"batch: request {one.number}: negative_prompt: expected none with --guidance 1, which has no use for it"
             )
-    rates, outline = [_common_rate(call, *one.rates) for one in asked], call.outline()
+    rates, outline = [_common_rate(call, *one.rates) for one in asked], call.outline
     call.run([one.request(outline) for one in asked], "REQUESTS", rates, command="batch")
 
 

@@ -71,7 +71,7 @@ class Bars:
     """A progress bar of a task, called with how much more is done, and one each for what the VAE encodes and decodes."""
 
     def __init__(self, progress: Progress, total: int, what: str) -> None:
-        self.progress, self.what = progress, what
+        self.progress = progress
         self.bar, self.coding = progress.add_task(what, total=total), dict[str, TaskID]()
         self.at: float | None = None  # when the step before was done
         self.told = False
@@ -80,12 +80,12 @@ class Bars:
         self.progress.advance(self.bar, done)
         now, before = time.perf_counter(), self.at
         self.at = now
-        if before is None or self.told:  # the first step warms up
+        if before is None or self.told:  # the first step warms up; those behind --guidance-from take half the time
             return
         self.told, task = True, next(task for task in self.progress.tasks if task.id == self.bar)
         left = (now - before) / done * ((task.total or 0) - task.completed)
         if left >= LONG:
-            self.progress.console.print(f"about {duration(left)} of {self.what} left", highlight=False)
+            self.progress.console.print(f"up to {duration(left)} left", highlight=False)
 
     def coded(self, what: str, done: int, total: int) -> None:
         """what: encoding or decoding; each has a bar of its own from its first tile on."""

@@ -276,14 +276,14 @@ class SoraPipeline:
         _, uh, uw = self.unit
         return self.timing.whole(size[0]), -(-size[1] // uh) * uh, -(-size[2] // uw) * uw
 
-    def _init(self, request: Request, like: Tensor, progress: Progress | None) -> Init | None:
+    def _init(self, request: Request, like: Tensor, progress: Progress | None = None) -> Init | None:
         if request.init_video is None:
             return None
         video = pad(request.init_video.to(like), self._padded(request.size))
         (latent,) = self.codec.encode([video], **_watched(progress, "encoding"))
         return Init(latent, request.strength)
 
-    def _clean_frames(self, request: Request, like: Tensor, progress: Progress | None) -> CleanFrames:
+    def _clean_frames(self, request: Request, like: Tensor, progress: Progress | None = None) -> CleanFrames:
         """The latent frames that are made of keyframes."""
         padded = self._padded(request.size)
         video, known = torch.zeros(3, *padded, device=like.device), torch.zeros(padded[0], dtype=torch.bool)

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ..cli.app import Loaded, app, check_file, check_finite, check_folder, command, console, one_line_errors, say
+from ..cli.app import (
+    Loaded,
+    Overwrite,
+    app,
+    check_file,
+    check_finite,
+    check_folder,
+    check_new,
+    command,
+    console,
+    one_line_errors,
+    say,
+)
 from ..cli.run import errors_by_option
 
 if TYPE_CHECKING:
@@ -54,6 +66,7 @@ class Measuring(Loaded):
 def evaluate(
     count: Annotated[int, typer.Option(min=16, help="Prompts of text to video; other tasks take a share of it.")] = 200,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the figures; a table in Markdown goes beside it.")] = None,
+    overwrite: Overwrite = False,
     *,
     measuring: Measuring,
 ) -> None:
@@ -61,6 +74,8 @@ def evaluate(
     if out is not None:
         check_file(out, ".json")
         check_file(out.with_suffix(".md"), ".md")
+        for path in (out, out.with_suffix(".md")):
+            check_new(path, overwrite)
     from .evaluate import MEASUREMENTS, Judge
 
     pipeline = measuring.pipeline()
@@ -79,13 +94,17 @@ def evaluate(
 @command(Measuring)
 def gallery(
     out: Annotated[Path, typer.Option(help="Folder for the contact sheets.")] = Path("docs/gallery"),
+    overwrite: Overwrite = False,
     *,
     measuring: Measuring,
 ) -> None:
     """Make a contact sheet of every task."""
     check_folder(out)
+    from .evaluate import MEASUREMENTS
     from .gallery import make
 
+    for name in measuring.task or MEASUREMENTS:
+        check_new(out / f"{name}.png", overwrite)
     pipeline = measuring.pipeline()
     for path in make(pipeline, measuring.tasks(pipeline), out, measuring.steps, measuring.guidance, measuring.seed):
         say(str(path))
@@ -95,12 +114,14 @@ def gallery(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("outputs/demo"),
     seed: Annotated[int, typer.Option(min=0, max=2**32, help="Of everything random.")] = 0,
+    overwrite: Overwrite = False,
     *,
     loaded: Loaded,
 ) -> None:
     """Generate videos with the checkpoint that comes with the package, every task once, and compare the kernels with torch."""
     for folder in (out, out / "first", out / "videos"):
         check_folder(folder)
+    check_new(out / "tasks.png", overwrite)
     from .demo import run
 
     run(loaded.pipeline(), out, seed, console)
