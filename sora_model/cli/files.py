@@ -69,8 +69,8 @@ def write_files(
 def free_paths(out: Path, names: Sequence[str], *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> list[Path]:
     """Paths of new files of these names in a folder, each with its number in front, and of their contact sheet.
 
-    >>> free_paths(Path("outputs"), ["a-cat.mp4", "a-dog.mp4"])                            # where there are 00 and 01 already
-    [Path("outputs/02-a-cat.mp4"), Path("outputs/03-a-dog.mp4"), Path("outputs/contact_sheet-02.png")]
+    >>> [str(path) for path in free_paths(Path("new"), ["a-cat.mp4", "a-dog.mp4"])]      # with 00 and 01 there, from 02 on
+    ['new/00-a-cat.mp4', 'new/01-a-dog.mp4', 'new/contact_sheet.png']
     """
 
     def numbered(start: int) -> list[Path]:
