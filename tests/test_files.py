@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,10 @@ from sora_model import SoraPipeline
 from sora_model.cli import app
 from sora_model.cli.files import free_paths, is_contact_sheet, write_files
 from sora_model.data import contact_sheet, read_comment, read_video, write_video
+from sora_model.storage.files import lock_file
+from sora_model.training.resume import only_run
 
+ROOT = Path(__file__).parent.parent
 CLIP = torch.zeros(3, 2, 16, 16)
 
 
@@ -153,3 +159,27 @@ def test_contact_sheets_are_told_from_pictures(tmp_path) -> None:
     assert not is_contact_sheet(contact_sheet(tmp_path / "contact_sheet.png", [CLIP], ["a"])), "somebody's own"
     (tmp_path / "broken.png").write_bytes(b"no picture")
     assert not is_contact_sheet(tmp_path / "broken.png")
+
+
+def test_files_go_beside_a_run_that_is_training(tmp_path) -> None:
+    """Without waiting for it, and without leaving anything that is no video."""
+    with only_run(tmp_path, fresh=True):
+        writer = threading.Thread(target=write_files, args=([CLIP], ["a"], tmp_path, [8.0], 1, "mp4"), daemon=True)
+        writer.start()
+        writer.join(60)
+        assert not writer.is_alive(), "it waits for the run"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00-a.mp4", "contact_sheet.png"]
+    with lock_file(tmp_path / ".files.lock"), only_run(tmp_path, fresh=True):
+        pass
+
+
+def test_processes_write_into_one_folder_in_turn(tmp_path) -> None:
+    """Names never collide, whoever creates and removes the lock file meanwhile; a killed process's lock file locks nothing."""
+    (tmp_path / ".files.lock").touch()
+    code = "import sys, time\nfrom pathlib import Path\nfrom sora_model.storage.files import lock_file\n"
+    code += "out = Path(sys.argv[1])\nfor i in range(50):\n    with lock_file(out / '.files.lock'):\n"
+    code += "        name = out / f'{len(list(out.glob(\"*.t\")))}.t'\n"
+    code += "        time.sleep(0.001)\n        name.touch(exist_ok=False)\n"
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT) for _ in range(3)]
+    assert [process.wait(300) for process in processes] == [0, 0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{i}.t" for i in range(150))

@@ -47,7 +47,7 @@ def write_files(
     from sora_kernels.info import version
 
     from ..data import contact_sheet, write_video
-    from ..storage.files import locked, writing
+    from ..storage.files import lock_file, writing
 
     numbers: Sequence[int | None] = seeds if seeds is not None else [None] * len(videos)
     names, labels, comments = [], [], []
@@ -59,7 +59,8 @@ def write_files(
         comments.append({"prompt": prompt, "seed": seed, "size": size, **(settings or {}), "sora": version("sora_kernels")})
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    with locked(out, wait=True):  # of two processes, the second to come here sees the names of the first
+    # Of two processes, the second one sees the names of the first. A run that is training here locks the folder itself.
+    with writing(out), lock_file(out / ".files.lock"):
         *paths, sheet = free_paths(out, names, overwrite=overwrite, inputs=inputs)
         for path, video, rate, comment in zip(paths, videos, fps, comments, strict=True):
             write_video(path, video, fps=rate, scale=scale, comment=json.dumps(comment))

@@ -158,8 +158,8 @@ def _lock(folder: Path, wait: bool) -> int | None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Locks a folder until the end of the block, or until the process dies. Gives whether it was free; with `wait` it always is.
+def locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder until the end of the block, or until the process dies. Yields whether it was free.
 
     On a file system without locks every folder is free.
     """
@@ -167,13 +167,35 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     try:
         free = True
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             free = False
         except OSError:
             pass
         yield free
     finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[None]:
+    """Waits until no other process is in a block with this lock file. The file is there only as long as the block.
+
+    The file that a killed process leaves behind locks nothing, and the next block removes it. On a file system without locks no
+    process waits.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.lstat()):
+                break
+        os.close(descriptor)  # another process removed the file before it was locked here
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
