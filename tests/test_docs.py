@@ -21,6 +21,8 @@ import pytest
 import torch
 import typer
 
+import sora_kernels
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A block that begins with this comment is shown, not run: it would take minutes or needs a GPU.
@@ -157,6 +159,30 @@ def test_links(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     inside = [target.partition("#")[0] for target in targets if not target.startswith(("http:", "https:", "#"))]
     assert not [target for target in inside if not (page.parent / target).exists()]
+
+
+def test_the_map_of_the_source_names_every_module():
+    tree = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"\w+\.py\b", tree.partition("## Source tree")[2].partition("\n## ")[0]))
+    modules = {path.name for package in ("sora_kernels", "sora_model") for path in (ROOT / package).rglob("*.py")}
+    assert not modules - named - {"__init__.py", "__main__.py"}
+
+
+def test_lines_are_wrapped():
+    long = [
+        f"{page.name}:{number}"
+        for page in PAGES
+        for number, line in enumerate(page.read_text().splitlines(), 1)
+        if len(line) > 132 and not line.startswith(("|", "sora "))  # a table's row and a command are one line
+    ]
+    assert not long
+
+
+def test_the_kernels_page_names_all_that_is_public():
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    sources = [ROOT / "setup.py", *(ROOT / "sora_kernels").glob("*.py")]
+    variables = {name for path in sources for name in re.findall(r"SORA_KERNELS_[A-Z_]+", path.read_text())}
+    assert not {*sora_kernels.__all__, *variables} - set(re.findall(r"\w+", page))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
