@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,13 +31,17 @@ def transforms_active_publicly() -> bool:
     return False
 
 
+_probing = threading.Lock()
+
+
 def is_dual_level_open_publicly() -> bool:
-    try:
-        level = forward_ad.enter_dual_level()
-    except RuntimeError:  # there is one, and they do not nest
-        return True
-    forward_ad.exit_dual_level(level=level)
-    return False
+    with _probing:  # the level is the process's: of two threads, one would find the other's
+        try:
+            level = forward_ad.enter_dual_level()
+        except RuntimeError:  # there is one, and they do not nest
+            return True
+        forward_ad.exit_dual_level(level=level)
+        return False
 
 
 def below_autograd_publicly() -> contextlib.AbstractContextManager[None]:

@@ -146,20 +146,20 @@ def _check_values(op: str, x: Tensor, cu_rows: Tensor | None) -> None:
         check_boundaries(op, "cu_rows", cu_rows, x.shape[0])
 
 
-# An op cannot return None: a gradient of what was not given is a tensor without elements. Backends get None for it.
+# An op cannot return None: the gradient of an absent argument is a tensor without elements. Backends get None for it.
 
 
-def _given(tensor: Tensor | bool | None) -> bool:
+def _is_present(tensor: Tensor | bool | None) -> bool:
     return tensor is not None and tensor is not False
 
 
 def _gradients(x: Tensor, shape: tuple[int, ...], *inputs: Tensor | bool | None) -> tuple[Tensor, ...]:
     """Uninitialised gradients of inputs of one shape: each the input, or whether there was one."""
-    return tuple(empty(x, shape) if _given(tensor) else x.new_empty(0) for tensor in inputs)
+    return tuple(empty(x, shape) if _is_present(tensor) else x.new_empty(0) for tensor in inputs)
 
 
 def _present(grads: Sequence[Tensor], *inputs: Tensor | bool | None) -> tuple[Tensor | None, ...]:
-    return tuple(grad if _given(tensor) else None for grad, tensor in zip(grads, inputs, strict=True))
+    return tuple(grad if _is_present(tensor) else None for grad, tensor in zip(grads, inputs, strict=True))
 
 
 def _rows_shape(x: Tensor, cu_rows: Tensor | None) -> tuple[int, int]:

@@ -11,10 +11,10 @@ from .library import Context, Grads, cotangent, register, rows
 from .memory import empty_like
 
 
-def lse_like(q: Tensor, *lead: int) -> Tensor:
-    """Uninitialised numbers per query: [*lead, B, H, S] for dense q [B, S, H, d], [*lead, H, N] for packed q [N, H, d]."""
+def lse_like(q: Tensor, *leading: int) -> Tensor:
+    """Uninitialised numbers per query: [*leading, B, H, S] for dense q [B, S, H, d], [*leading, H, N] for packed q [N, H, d]."""
     shape = (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
-    return q.new_empty((*lead, *shape), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return q.new_empty((*leading, *shape), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def statistics_like(q: Tensor) -> Tensor:

@@ -27,3 +27,13 @@ class Timing(NamedTuple):
     def within(self, frames: int) -> int:
         """The most frames that a clip can have, up to `frames`; at least `first`."""
         return self.first + self.stride * (max(frames - self.first, 0) // self.stride)
+
+
+def whole_size(size: Size, unit: Size, timing: Timing) -> Size:
+    """The next size of whole tokens, which have `unit` pixels along H and W.
+
+    >>> whole_size((6, 50, 80), (4, 8, 8), Timing(1, 4))
+    (9, 56, 80)
+    """
+    frames, height, width = size
+    return timing.whole(frames), -(-height // unit[1]) * unit[1], -(-width // unit[2]) * unit[2]

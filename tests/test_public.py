@@ -14,9 +14,9 @@ import pytest
 
 import sora_kernels
 
-# Modules of the package that users do not call: how ops are run, and programs for `python -m`.
+# Modules of the package that users do not call: how ops are run, and `python -m sora_kernels.info`.
 INTERNAL = {
-    "attention_op", "checks", "derivatives", "info", "library", "reference", "report", "signatures", "triton", "works"
+    "attention_op", "checks", "derivatives", "info", "library", "reference", "signatures", "triton"
 }  # fmt: skip
 MODULES = sorted(module.name for module in pkgutil.iter_modules(sora_kernels.__path__) if not module.name.startswith("_"))
 

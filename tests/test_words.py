@@ -60,9 +60,9 @@ def test_the_package_does_not_know_other_words(word: str) -> None:
 
 
 def words_of(config: WorldConfig) -> Vocabulary:
-    from sora_model.cli.train import LESSONS
+    from sora_model.world.training_data import LESSON_SHARES
 
-    source = WorldSource(World(config), [(13, 8, 8), (1, 8, 8)], lessons=LESSONS, timing=Timing(1, 4))
+    source = WorldSource(World(config), [(13, 8, 8), (1, 8, 8)], lessons=LESSON_SHARES, timing=Timing(1, 4))
     words = Vocabulary()
     for index in range(1500):
         sample = source.load(index)

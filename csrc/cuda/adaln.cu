@@ -158,13 +158,13 @@ void run_forward(const char* op, const AdaLn& a) {
   const dim3 block(std::clamp(warps * kWarp, kWarp, kMaxThreads), std::max(1, kBlockThreads / std::max(warps * kWarp, kWarp)));
   const dim3 grid(static_cast<unsigned>(ceil_div(f.tokens, block.y)));
   const size_t shared = NORM ? 3 * block.x * block.y / kWarp * sizeof(float) : 0;
-  const bool held = static_cast<int>(block.x) * kVectors >= vectors;
+  const bool in_registers = static_cast<int>(block.x) * kVectors >= vectors;
   const bool whole = a.cu_rows && (!NORM || (a.shift && a.scale && !a.weight && !a.bias)) && (!RESIDUAL || a.gate);
   launch({op, current_stream(a.x)},
-         wide && held && whole ? adaln_forward<T, kWide, kVectors, RESIDUAL, NORM, false>
-         : wide && held        ? adaln_forward<T, kWide, kVectors, RESIDUAL, NORM, true>
-         : wide                ? adaln_forward<T, kWide, 0, RESIDUAL, NORM, true>
-                               : adaln_forward<T, 1, 0, RESIDUAL, NORM, true>,
+         wide && in_registers && whole ? adaln_forward<T, kWide, kVectors, RESIDUAL, NORM, false>
+         : wide && in_registers        ? adaln_forward<T, kWide, kVectors, RESIDUAL, NORM, true>
+         : wide                        ? adaln_forward<T, kWide, 0, RESIDUAL, NORM, true>
+                                       : adaln_forward<T, 1, 0, RESIDUAL, NORM, true>,
          grid, block, shared, f);
 }
 

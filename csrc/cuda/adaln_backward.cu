@@ -14,7 +14,7 @@
 //                    and output moves once, 3 (norm) or 6 (both) times D elements a token.
 //   column_backward  for gate_residual, whose gradient has one pass and whose sums stay in registers; and for rows that are too
 //                    long or cannot be moved in vectors, which it reads once more for the means of the first pass.
-// What becomes of the sums is told in adaln_sums.cuh.
+// What becomes of the sums is in adaln_sums.cuh.
 #include "adaln_sums.cuh"
 #include "kernels.h"
 
@@ -22,7 +22,7 @@ namespace sora::cuda {
 namespace {
 
 template <class T>
-constexpr int kVectors = sizeof(T) == 4 ? 3 : 2;  // held by a thread of norm_backward: as many as fit into 128 registers
+constexpr int kVectors = sizeof(T) == 4 ? 3 : 2;  // in registers of a thread of norm_backward: as many as fit into 128 registers
 
 template <int VEC, class T>
 __device__ __forceinline__ void zero_chunk(const Backward<T>& a, const Chunk& chunk) {
@@ -260,18 +260,18 @@ void run_backward(const AdaLn& a) {
                                                      &a.bias, &a.dresidual, &a.dx, &a.dshift, &a.dscale, &a.dgate});
   const bool all = (!NORM || (a.scale && a.dshift && a.dscale)) && (!RESIDUAL || a.gate);
   const int vectors = b.width / (wide ? kWide : 1);
-  const auto threads = [&](int held) {
-    return std::clamp(static_cast<int>(ceil_div(vectors, kWarp * held)) * kWarp, kWarp, kMaxThreads);
+  const auto threads = [&](int vectors_each) {
+    return std::clamp(static_cast<int>(ceil_div(vectors, kWarp * vectors_each)) * kWarp, kWarp, kMaxThreads);
   };
   const Launch on{op, current_stream(a.dout)};
   const dim3 grid(static_cast<unsigned>(b.tokens / kTokens + b.num_rows + 1));
   const int block = threads(kVectors<T>);
   const size_t shared = (b.sums * kVectors<T> * kWide * block + 4 * block / kWarp) * sizeof(float);
-  const bool held = NORM && wide && block * kVectors<T> >= vectors && shared <= max_shared_memory(op);
+  const bool in_registers = NORM && wide && block * kVectors<T> >= vectors && shared <= max_shared_memory(op);
   if constexpr (NORM)
-    if (held) launch(on, all ? norm_backward<T, kWide, Whole> : norm_backward<T, kWide, Optional>, grid, block, shared, b);
+    if (in_registers) launch(on, all ? norm_backward<T, kWide, Whole> : norm_backward<T, kWide, Optional>, grid, block, shared, b);
   using Columns = std::conditional_t<NORM, Optional, Whole>;  // with a norm the way for odd rows, which need no second variant
-  if (!held)
+  if (!in_registers)
     launch(on,
            wide && all ? column_backward<T, kWide, Columns>
            : wide      ? column_backward<T, kWide, Optional>

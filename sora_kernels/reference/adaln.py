@@ -1,4 +1,4 @@
-"""adaLN: normalize and modulate, gate and add, and both in one; row r of a modulation serves the tokens of sample r.
+"""adaLN: normalize and modulate, gate and add, and both in one; row r of a modulation serves tokens cu_rows[r]:cu_rows[r+1].
 
 norm(x) = (x - mean) / sqrt(var + eps) · weight + bias      ("rms": x / sqrt(mean(x²) + eps) · weight + bias)
 layer_norm_modulate = norm(x) · (1 + scale[r]) + shift[r]
@@ -21,7 +21,7 @@ def num_used(x: Tensor, cu_rows: Tensor | None) -> int:
 
 
 def per_token(rows: Tensor, cu_rows: Tensor | None) -> Tensor:
-    """rows [R,D] -> [n,D], in the dtype of computation: row r once for each token of sample r; [1,D] without boundaries."""
+    """rows [R,D] -> [n,D], in the dtype of computation: row r for tokens cu_rows[r]:cu_rows[r+1]; [1,D] without boundaries."""
     if cu_rows is None:
         return widen(rows)
     lengths = cu_rows.diff().tolist()

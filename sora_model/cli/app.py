@@ -149,7 +149,6 @@ class OneLine(logging.Handler):
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from sora_kernels.info import version
 
         say(f"sora {version('sora_kernels')}")
         raise typer.Exit

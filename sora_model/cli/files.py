@@ -44,7 +44,7 @@ def write_files(
         overwrite: count from 0 again and replace what has these names, unless one of them is an input.
         inputs: files that are never replaced, by whatever link they are reached.
     """
-    from sora_kernels.info import version
+    from sora_kernels import __version__
 
     from ..data import contact_sheet, write_video
     from ..storage.files import lock_file, writing
@@ -56,7 +56,7 @@ def write_files(
         words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48].strip("-") or "video"
         names.append(f"{words}{'' if seed is None else f'-seed{seed}'}.{'png' if video.shape[1] == 1 else format}")
         labels.append(f"{prompt} ({size}{'' if seed is None else f', seed {seed}'})")
-        comments.append({"prompt": prompt, "seed": seed, "size": size, **(settings or {}), "sora": version("sora_kernels")})
+        comments.append({"prompt": prompt, "seed": seed, "size": size, **(settings or {}), "sora": __version__})
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     # Of two processes, the second one sees the names of the first. A run that is training here locks the folder itself.

@@ -16,7 +16,7 @@ from ..diffusion.schedulers import load_scheduler
 from ..model.conditioning import TextEncoder
 from ..model.config import DiTConfig
 from ..model.dit import DiT
-from ..sizes import Size, Timing
+from ..sizes import Size, Timing, whole_size
 from ..storage.files import save_module, settle, whole_folder
 from ..storage.weights import built, open_module, read_index, read_json
 from ..text.pretrained import load_text_encoder
@@ -52,7 +52,7 @@ class Outline(NamedTuple):
 
     def padded(self, size: Size) -> Size:
         """The next size of whole tokens."""
-        return self.timing.whole(size[0]), -(-size[1] // self.unit[1]) * self.unit[1], -(-size[2] // self.unit[2]) * self.unit[2]
+        return whole_size(size, self.unit, self.timing)
 
 
 def token_unit(patch: Size, compression: Size) -> Size:

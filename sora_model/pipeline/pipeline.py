@@ -18,7 +18,7 @@ from ..diffusion.noise import prediction_type
 from ..diffusion.sampling import Callback, Init, sample
 from ..model.conditioning import TextEncoder
 from ..model.dit import TIMESTEPS, DiT
-from ..sizes import Size, Timing
+from ..sizes import Size, Timing, whole_size
 from .clips import converted, pad
 from .inputs import Seeds, as_generators, as_requests, check_options
 from .parts import EMBEDDED, SIZE, Parts, load_parts, preset_parts, save_parts, token_timing, token_unit
@@ -272,9 +272,7 @@ class SoraPipeline:
             raise ValueError(f"SoraPipeline: frame_step: expected 1, as the VAE compresses time, got {steps}")
 
     def _padded(self, size: Size) -> Size:
-        """The next size of whole tokens."""
-        _, uh, uw = self.unit
-        return self.timing.whole(size[0]), -(-size[1] // uh) * uh, -(-size[2] // uw) * uw
+        return whole_size(size, self.unit, self.timing)
 
     def _init(self, request: Request, like: Tensor, progress: Progress | None = None) -> Init | None:
         if request.init_video is None:

@@ -155,7 +155,7 @@ def long_video(
 
 
 class Simulation:
-    """A world that goes on as it is told, a chunk at a time.
+    """A world that goes on as its actions say, a chunk at a time.
 
     >>> world = Simulation(pipeline, "a red circle moves right")
     >>> world.act("a red circle moves up").shape                # the new frames alone

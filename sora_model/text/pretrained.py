@@ -128,11 +128,11 @@ def _encoder(name: str, values: dict[str, Any], folder: Path, owner: str) -> Any
     dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
     options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": dtype}
     try:
-        model, told = kind.from_pretrained(None, output_loading_info=True, **options)
+        model, loading = kind.from_pretrained(None, output_loading_info=True, **options)
     except RuntimeError as error:  # weights of another shape
         raise ValueError(f"{owner}: {files[0]}: {error}") from None
-    if told["missing_keys"]:
-        missing = ", ".join(sorted(told["missing_keys"]))
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"]))
         raise ValueError(f"{owner}: {files[0]}: expected the weights {missing}, which are not there")
     return model
 

@@ -36,7 +36,7 @@ class Wanted(NamedTuple):
     """What a model takes.
 
     purpose: "dit", "vae" or "captioner". unit: pixels of a token along T, H and W. timing: pixel frames of a token frame.
-    budget: what a batch holds. frames: the most that are taken of a file unless told otherwise. captions: False where none are
+    budget: what a batch holds. frames: the most that are taken of a file unless a limit is set. captions: False where none are
     needed.
     """
 
@@ -52,7 +52,7 @@ class Wanted(NamedTuple):
 class Clips:
     """Clips to learn from.
 
-    source: of the clips. size: (T, H, W) that a pipeline makes unless told otherwise. captions: to learn words from.
+    source: of the clips. size: (T, H, W) that a pipeline makes by default. captions: to learn words from.
     unseen: numbers of clips that are never trained on; none of a folder. repeated: the same clips come in every epoch, so that
     their latents can be kept. min_sizes: see `PackedSampler`.
     """
@@ -99,7 +99,7 @@ def refuse(because: str, settings: dict[str, Any]) -> None:
 
 
 class FolderData:
-    """A folder of videos and images, which are cut and scaled to what a batch holds unless their limits are told."""
+    """A folder of videos and images, which are cut and scaled to what a batch holds unless limits are set."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():

@@ -9,7 +9,7 @@ In the run's folder:
 
     checkpoint/              the averaged (EMA) weights, as the objective saves them
     training.safetensors     weights, averages, optimizer moments and the step: all that a run is resumed from, in one file
-    loss.csv, tensorboard/   loss, learning rate and tokens per second of every step; see train_log.py
+    loss.csv, tensorboard/   loss, learning rate and tokens per second of every step; see log.py
 
 Whatever ends a process or fills a disk while these are written, the run can be resumed from the last save that is whole.
 """
@@ -174,13 +174,13 @@ class Trainer:
         return sum(losses) / len(losses), rate
 
     def _agree(self, seconds: float) -> None:
-        """Sets the clock and whether to stop, the same for all processes: the latest clock, and a stop that any was told of."""
+        """Sets the clock and whether to stop, the same for all processes: the latest clock, and a stop that any was asked for."""
         if self.accelerator.num_processes == 1:
             self.seconds, self.stopped = seconds, self._stopping
             return
-        told = torch.tensor([seconds, float(self._stopping)], device=self.accelerator.device)
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-        self.seconds, self.stopped = told[0].item(), bool(told[1])
+        agreed = torch.tensor([seconds, float(self._stopping)], device=self.accelerator.device)
+        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
+        self.seconds, self.stopped = agreed[0].item(), bool(agreed[1])
 
     def averaged_model(self) -> nn.Module:
         """The model with the averaged weights, sharing them."""

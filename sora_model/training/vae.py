@@ -15,7 +15,7 @@ from ..storage.files import save_whole
 
 NOISE = 0.05  # added to latents, so that neighbours in latent space decode to neighbours
 FINE_NOISE = 0.02  # when only the decoder learns, from latents that stay as they are
-GIVEN_ENDS = 1 / 3  # share of clips whose end is encoded as a given one
+KEYFRAME_ENDS = 1 / 3  # share of clips whose end is encoded as keyframes
 ABSOLUTE = 0.1  # weight of the absolute error beside the squared one, which hardly sees the small errors of plain parts
 PULL = 1e-4  # weight of the latents' mean square, so that noise stays large beside them
 
@@ -23,8 +23,8 @@ PULL = 1e-4  # weight of the latents' mean square, so that noise stays large bes
 class VAEObjective:
     """Squared and absolute error of decoded videos, batched by size, and a weak pull of the latents towards 0.
 
-    Of a third of the clips an end is encoded as the pipeline encodes given ones (`vae.held`): not knowing what comes before it,
-    which the decoder then does.
+    Of a third of the clips an end is encoded as the pipeline encodes keyframes (`codec.nearest_known`): without what comes before
+    it, which the decoder then sees.
 
     Args:
         vae: what to train.
@@ -54,17 +54,17 @@ class VAEObjective:
         return (error + (0 if self.decoder_only else PULL) * pull) / count
 
     def _latents(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Latents of videos of one size; of a third, drawn anew, a random end is encoded as a given one."""
+        """Latents of videos of one size; of a third, drawn anew, a random end is encoded as keyframes."""
         latents = self.vae.raw_latents(x)
         frames = latents.shape[2]
-        chosen = (torch.rand(len(x), generator=generator) < GIVEN_ENDS).nonzero().flatten().tolist()
+        chosen = (torch.rand(len(x), generator=generator) < KEYFRAME_ENDS).nonzero().flatten().tolist()
         if frames < 2 or not chosen:
             return latents
         end = torch.arange(frames) >= int(torch.randint(1, frames, (), generator=generator))
         known = pixel_frames(self.vae, end)
-        given = self.vae.raw_latents(torch.stack([nearest_known(x[i], known) for i in chosen]))
+        at_end = self.vae.raw_latents(torch.stack([nearest_known(x[i], known) for i in chosen]))
         rows = list(latents.unbind(0))
-        for i, latent in zip(chosen, given, strict=True):
+        for i, latent in zip(chosen, at_end, strict=True):
             rows[i] = torch.where(end[:, None, None].to(latent.device), latent, rows[i])
         return torch.stack(rows)
 

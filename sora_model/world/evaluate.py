@@ -1,7 +1,7 @@
 """Generated videos judged by the world's ground truth: one measurement per task, with what it is held to.
 
 Every measurement takes scenes of the held-out part of the studio world, whose combinations of colour, shape and motion no caption
-of the training named, generates in packed batches, and lets a program look at the pixels (`data.judge`). Tasks that change a scene
+of the training named, generates in packed batches, and lets a program look at the pixels (`judge.py`). Tasks that change a scene
 (other colours, turns) or name no motion ask for other combinations of the same names. Nothing that was generated is left out.
 """
 
@@ -85,8 +85,8 @@ def text_to_videos(judge_: Judge) -> Measurement:
     videos = judge_.run([text_to_video(prompt, size) for prompt, (_, size) in zip(prompts, cases, strict=True)])
     seen = judged(videos, [scene.truth(*size) for scene, size in cases])
     long = [i for i in range(len(cases)) if _detailed(i)]
-    told = scene_shares([seen[i] for i in long], [cases[i][0].background for i in long])
-    figures = {**shares(seen, 0.9), **{f"{name}, where told": figure for name, figure in told.items()}}
+    named = scene_shares([seen[i] for i in long], [cases[i][0].background for i in long])
+    figures = {**shares(seen, 0.9), **{f"{name}, where named": figure for name, figure in named.items()}}
     return Measurement("text to video", figures, videos, prompts)
 
 
@@ -260,7 +260,7 @@ def long_videos(judge_: Judge, frames: int = 480) -> Measurement:
 
 
 def simulations(judge_: Judge) -> Measurement:
-    """Four actions, a chunk each: does the object move as told?"""
+    """Four actions, a chunk each: does the object move as the action says?"""
     count, actions = judge_.count // 8, ("right", "down", "left", "up")
     scenes = judge_.scenes(count, 7000)
     obeyed, videos, labels = [], [], []
@@ -268,7 +268,7 @@ def simulations(judge_: Judge) -> Measurement:
         thing = scene.things[0]
         still = replace(scene, things=(replace(thing, u=(0.5, 0.5), v=(0.0, 0.0), motion="stay"),))
         turns = [still.turned(actions[(i + k) % 4]) for k in range(4)]
-        # In the centre, so that there is room for what it is told.
+        # In the centre, so that there is room to move.
         world = Simulation(judge_.pipeline, still.caption(True, 13), seed=judge_.seed + i, **judge_.options)
         for turn in turns:
             new = world.act(turn.caption()).cpu()

@@ -88,7 +88,7 @@ def object_scale(seen: dict[str, Any]) -> float:
 
 
 def kept_figures(ratios: Sequence[float]) -> Figures:
-    """PSNR of given frames: the mean is held to 30 dB, the worst is told too."""
+    """PSNR of keyframes: the mean is held to 30 dB, the worst is reported too."""
     return {"given frames, PSNR in dB": Figure(sum(ratios) / len(ratios), 30.0), "the worst of them": Figure(min(ratios))}
 
 

@@ -23,7 +23,7 @@ def judge(video: torch.Tensor | Array, truth: Truth) -> dict[str, Any]:
 
         judge(video, truth)     # {"correct": True, "color": True, "motion": True, "shape": True, "background": "navy", ...}
 
-    What a caption leaves open is told beside it: the name of the background seen, and each object's size as a share of the truth's.
+    What a caption leaves open is reported beside it: the background seen, and each object's size as a share of the truth's.
 
     video: [3, T, H, W] in [-1, 1]. Objects that the truth shows whole in fewer than 3 frames before
     any bounce are left out; motion is None for one frame. Each entry of "objects" has the same keys, and "name",

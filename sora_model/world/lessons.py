@@ -1,13 +1,13 @@
-"""Clips of the world that teach a task: each comes with the frames that are given, and a caption that fits what is not. But for
+"""Clips of the world that teach a task: each comes with its clean frames, and a caption that fits the others. But for
 closeups, which nothing but a VAE learns from.
 
-    drift     a scene caught at any time, bouncing off borders; a start or an end is given, and the caption names no motion:
+    drift     a scene caught at any time, bouncing off borders; a start or an end is clean, and the caption names no motion:
               a video goes on as it does
-    turn      a start is given, and from its last frame on the object moves as the caption says: a world that obeys
+    turn      a start is clean, and from its last frame on the object moves as the caption says: a world that obeys
     link      a start and an end of the same object elsewhere; between them it takes the smoothest way: joining, and loops (of a
               clip of two token frames only the start)
     morph     the same of two scenes: on the way one object becomes another, before another background
-    closeup   a part of a scene, many times as large, without a caption and nothing given: what a VAE has to know of large frames
+    closeup   a part of a scene, many times as large, without a caption or clean frames: what a VAE has to know of large frames
 
 Given frames are whole token frames: `first` pixel frames and then `stride` each (see `sizes.Timing`). The world says
 into which motions an object may turn and what it may become, so that no caption names a combination kept from training; an object
@@ -33,7 +33,7 @@ Lesson = tuple[torch.Tensor, str, str | None, torch.Tensor]  # clip [3, T, H, W]
 
 
 def drift(scene: Scene, size: Size, timing: Timing, world: World, rng: np.random.Generator) -> Lesson:
-    """A clip of `size` (T, H, W) from any time of the scene; a start or an end is given."""
+    """A clip of `size` (T, H, W) from any time of the scene; a start or an end is clean."""
     frames, stride = size[0], timing.stride
     scene = scene.advanced(int(rng.integers(4 * scene.config.room)))
     clean = _start(frames, timing, rng)
@@ -44,7 +44,7 @@ def drift(scene: Scene, size: Size, timing: Timing, world: World, rng: np.random
 
 
 def turn(scene: Scene, size: Size, timing: Timing, world: World, rng: np.random.Generator) -> Lesson:
-    """A clip whose object moves another way after the given start; ways with some room to go are preferred."""
+    """A clip whose object moves another way after the clean start; ways with some room to go are preferred."""
     frames = size[0]
     clean = _start(frames, timing, rng)
     before = scene.advanced(int(rng.integers(2 * scene.config.room)))
@@ -63,7 +63,7 @@ def turn(scene: Scene, size: Size, timing: Timing, world: World, rng: np.random.
 
 
 def link(scene: Scene, size: Size, timing: Timing, world: World, rng: np.random.Generator) -> Lesson:
-    """A clip that begins as one clip of the object and ends as another; both ends are given."""
+    """A clip that begins as one clip of the object and ends as another; both ends are clean."""
     first, last, leave, arrive = _ends(scene, scene, size[0], timing, rng)
     motions = world.motions(scene.things[0])
     last = last.turned(motions[int(rng.integers(len(motions)))])
@@ -117,9 +117,9 @@ class Closeup(Scene):
 
 
 def _ends(scene: Scene, other: Scene, frames: int, timing: Timing, rng: np.random.Generator) -> tuple[Scene, Scene, int, int]:
-    """The scene at frame 0 and the last frame given of it; the other one and the first frame given of it, its own frame 0."""
+    """The scene at frame 0 and its last clean frame; the other one and its first clean frame, its own frame 0."""
     first_frames, stride = timing
-    spare = _more(frames, timing) - 1  # token frames that can be given, besides the first; one at least is made
+    spare = _more(frames, timing) - 1  # token frames that can be clean, besides the first; one at least is not
     end = stride * int(rng.integers(1, spare + 1)) if spare > 0 else 0
     start = first_frames + stride * int(rng.integers(0, spare - end // stride + 1)) if spare > 0 else first_frames
     first = scene.advanced(int(rng.integers(2 * scene.config.room)))
@@ -169,6 +169,6 @@ def _more(frames: int, timing: Timing) -> int:
 
 
 def _start(frames: int, timing: Timing, rng: np.random.Generator) -> torch.Tensor:
-    """bool [T], a given start that leaves at least one token frame to be made."""
+    """bool [T], a clean start that leaves at least one token frame to be learned."""
     first, stride = timing
     return torch.arange(frames) < first + stride * int(rng.integers(max(_more(frames, timing), 1)))

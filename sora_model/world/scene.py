@@ -1,4 +1,4 @@
-"""Scenes of the procedural world: what is in them, how it moves, how it is drawn and told, and the ground truth of it.
+"""Scenes of the procedural world: what is in them, how it moves, how it is drawn and described, and the ground truth of it.
 
 A scene is continuous: shapes are signed distance functions, evaluated at pixel centres and anti-aliased over one pixel, so
 the same scene can be rendered as an 8x32x32 clip, a 24x96x160 clip or one still image.

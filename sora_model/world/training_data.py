@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..data.sample import Repeated, Source
-from ..sizes import Size, Timing
+from ..sizes import Size, whole_size
 from ..training.sources import Clips, FileLimits, Wanted, refuse
 from .config import WorldConfig
 from .source import WorldSource
@@ -22,7 +22,7 @@ WORLDS = ("simple", "studio", "rich")
 SMALL = [(13, 48, 48), (13, 48, 80), (13, 80, 48)]
 LONGER, STILLS = [(17, 48, 48), (17, 48, 80), (17, 80, 48), (21, 48, 48)], [(1, 48, 48), (1, 64, 64), (1, 128, 128)]
 LARGER, LARGEST = [(9, 96, 96), (5, 96, 160), (5, 160, 96)], [(1, 256, 256), (5, 256, 256), (1, 512, 512)]
-SIZES = {
+CLIP_SIZES = {
     "simple": [(6, 24, 24), (6, 16, 32), (6, 32, 16), (1, 24, 24)],
     "studio": [*4 * SMALL, *2 * LONGER, *STILLS, *LARGER],
     "rich": SMALL,
@@ -31,9 +31,9 @@ SIZES = {
 VAE_SIZES = [*3 * SMALL, (5, 96, 96), (5, 160, 160), (1, 128, 128), (1, 256, 256)]
 CAPTION_SIZES = [*4 * SMALL, *LONGER, *STILLS, LARGEST[0]]  # a larger frame says no more than a small one
 # Of the clips, those that teach going on, obeying and joining.
-LESSONS = {"drift": 0.2, "turn": 0.2, "link": 0.15, "morph": 0.12}
-# Nearly all the rest are closeups for a VAE, which does not ask what is given. A still one is the first frame of a clip.
-VAE_LESSONS = {**LESSONS, "closeup": 0.3}
+LESSON_SHARES = {"drift": 0.2, "turn": 0.2, "link": 0.15, "morph": 0.12}
+# Nearly all the rest are closeups for a VAE, which has no clean frames. A still one is the first frame of a clip.
+VAE_LESSON_SHARES = {**LESSON_SHARES, "closeup": 0.3}
 CAPTIONED = 4096  # clips whose captions a vocabulary is learned from
 UNSEEN = range(10**6, 10**6 + 64)  # no run draws so many
 
@@ -75,23 +75,18 @@ class WorldData:
     def clips(self, wanted: Wanted, sizes: Sequence[Size], files: FileLimits, seed: int) -> Clips:
         config = getattr(WorldConfig, self.world)(seed)
         split = "training" if self.world == "studio" else None
-        lessons = {"dit": LESSONS if self.lessons else {}, "vae": VAE_LESSONS}.get(wanted.purpose)
-        sizes = list(sizes) or _whole(self._sizes(wanted.purpose), wanted.unit, wanted.timing)
+        lessons = {"dit": LESSON_SHARES if self.lessons else {}, "vae": VAE_LESSON_SHARES}.get(wanted.purpose)
+        sizes = list(sizes) or [whole_size(size, wanted.unit, wanted.timing) for size in self._sizes(wanted.purpose)]
         source = WorldSource(World(config, split=split), sizes, lessons=lessons, timing=wanted.timing)
-        given: Source = source if self.count is None else Repeated(source, self.count)
+        clips: Source = source if self.count is None else Repeated(source, self.count)
 
         def captions() -> Iterable[str]:
             samples = (source.load(i) for i in range(self.count or CAPTIONED))
             return (caption for sample in samples for caption in (sample.caption, sample.detailed) if caption)
 
         several = min(len(set(sizes)), 4) if self.count is None else 1
-        return Clips(given, sizes[0], captions, UNSEEN, repeated=self.count is not None, min_sizes=several)
+        return Clips(clips, sizes[0], captions, UNSEEN, repeated=self.count is not None, min_sizes=several)
 
     def _sizes(self, purpose: str) -> list[Size]:
-        of_dit = [*SIZES[self.world], *(LARGEST if self.large else [])]
+        of_dit = [*CLIP_SIZES[self.world], *(LARGEST if self.large else [])]
         return {"vae": VAE_SIZES, "captioner": CAPTION_SIZES}.get(purpose, of_dit)
-
-
-def _whole(sizes: Sequence[Size], unit: Size, timing: Timing) -> list[Size]:
-    """The sizes made larger to whole tokens."""
-    return [(timing.whole(t), -(-h // unit[1]) * unit[1], -(-w // unit[2]) * unit[2]) for t, h, w in sizes]

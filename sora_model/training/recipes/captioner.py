@@ -52,7 +52,7 @@ class CaptionerRecipe:
         return Captioner(config, tokenizer)
 
 
-def train_captioner(out: Path, recipe: CaptionerRecipe, run: RunSettings, show: Run = quiet) -> Trainer:
+def train_captioner(out: str | Path, recipe: CaptionerRecipe, run: RunSettings, show: Run = quiet) -> Trainer:
     """Trains a captioner on the latents of a pipeline's VAE, and puts it into the pipeline's checkpoint."""
     check_replaceable(recipe.checkpoint)
     prepared = Preparation(out, run, "captioner", vars(recipe))
@@ -73,5 +73,5 @@ def train_captioner(out: Path, recipe: CaptionerRecipe, run: RunSettings, show: 
     trainer = prepared.train(CaptionObjective(captioner, pipeline.codec), clips, budget, show)
     if trainer.accelerator.is_main_process:
         latest = SoraPipeline.from_pretrained(recipe.checkpoint)  # it may have been trained further meanwhile
-        latest.replaced(captioner=Captioner.from_pretrained(out / "checkpoint")).save_pretrained(recipe.checkpoint)
+        latest.replaced(captioner=Captioner.from_pretrained(prepared.out / "checkpoint")).save_pretrained(recipe.checkpoint)
     return trainer

@@ -35,7 +35,7 @@ def quiet(trainer: Trainer) -> None:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What all recipes are told.
+    """The settings of every recipe.
 
     data: a folder, or a source by name; see `sources.py`. sizes: of the source's clips, where it has none of its own; none are its
     default ones. files: the most that is taken of a file. tokens: of a packed batch. config: see `TrainConfig`. resume: go on
@@ -81,19 +81,19 @@ class Preparation:
         ValueError: whatever can be refused before the work begins; a `SettingError` where it is one setting.
     """
 
-    def __init__(self, out: Path, run: RunSettings, purpose: str, own: Mapping[str, Any]) -> None:
-        self.out, self.run, self.purpose = out, run, purpose
+    def __init__(self, out: str | Path, run: RunSettings, purpose: str, own: Mapping[str, Any]) -> None:
+        self.out, self.run, self.purpose = Path(out), run, purpose
         self.data: TrainingData = training_data(run.data)
         self.data.check(purpose, run.sizes, run.files)
         self.device = run.own_device
         if PartialState().is_main_process:
-            check_idle(out)
+            check_idle(self.out)
         else:
             logging.getLogger("sora_model").setLevel(logging.ERROR)  # one process says what there is to say
-        told = {"data": self.data.name, "size": list(run.sizes), "tokens": run.tokens, **run.files._asdict(), **own}
-        self.settings = {f"--{name.replace('_', '-')}": _text(value) for name, value in told.items()}
+        settings = {"data": self.data.name, "size": list(run.sizes), "tokens": run.tokens, **run.files._asdict(), **own}
+        self.settings = {f"--{name.replace('_', '-')}": _text(value) for name, value in settings.items()}
         with PartialState().main_process_first():
-            check_run(out, resume=run.resume, settings=all_settings(self.settings, run.config, PartialState().num_processes))
+            check_run(self.out, resume=run.resume, settings=all_settings(self.settings, run.config, PartialState().num_processes))
 
     def parts(self, start: Path | None = None) -> Path | None:
         """The checkpoint that the model's parts come from: the run's own where it goes on, else the one that it starts from.

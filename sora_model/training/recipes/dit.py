@@ -90,7 +90,7 @@ class DiTRecipe:
         )
 
 
-def train_dit(out: Path, recipe: DiTRecipe, run: RunSettings, show: Run = quiet) -> Trainer:
+def train_dit(out: str | Path, recipe: DiTRecipe, run: RunSettings, show: Run = quiet) -> Trainer:
     """Trains a video transformer, from nothing or from a checkpoint; out/checkpoint is a pipeline."""
     prepared = Preparation(out, run, "dit", recipe.settings)
     before = prepared.parts(recipe.start)

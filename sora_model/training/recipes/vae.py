@@ -64,7 +64,7 @@ class Reconstruction(NamedTuple):
     seen: bool
 
 
-def train_vae(out: Path, recipe: VAERecipe, run: RunSettings, show: Run = quiet) -> tuple[Trainer, Reconstruction | None]:
+def train_vae(out: str | Path, recipe: VAERecipe, run: RunSettings, show: Run = quiet) -> tuple[Trainer, Reconstruction | None]:
     """Trains a VAE; out/checkpoint is one of diffusers. Only the main process measures it."""
     prepared = Preparation(out, run, "vae", recipe.settings)
     before = prepared.parts(recipe.start)
@@ -82,9 +82,9 @@ def train_vae(out: Path, recipe: VAERecipe, run: RunSettings, show: Run = quiet)
     trainer = prepared.train(VAEObjective(vae, decoder_only=recipe.decoder_only), clips, budget, show)
     if not trainer.accelerator.is_main_process:
         return trainer, None
-    trained = VideoVAE.from_pretrained(out / "checkpoint").to(prepared.device)
+    trained = VideoVAE.from_pretrained(prepared.out / "checkpoint").to(prepared.device)
     learned = trainer.sampler.usable[:SHOWN] or range(SHOWN)
     if not recipe.decoder_only:
-        finish(trained, clips_of(clips.source, learned), out / "checkpoint")
+        finish(trained, clips_of(clips.source, learned), prepared.out / "checkpoint")
     shown = reconstruction_psnr(trained, clips_of(clips.source, clips.unseen or learned))
     return trainer, Reconstruction(shown, seen=not clips.unseen)
