@@ -78,7 +78,8 @@ def private_names(tree: ast.AST) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "sora_kernels":
             origin = (node.module or "").partition(".")[2]
             public = origin in ("", *sora_kernels._PUBLIC.values())
-            found += [f"{node.module}.{a.name}" for a in node.names if not public or a.name not in (*sora_kernels.__all__, "__version__")]
+            known = {*sora_kernels.__all__, "__version__"}
+            found += [f"{node.module}.{a.name}" for a in node.names if not public or a.name not in known]
     return found
 
 

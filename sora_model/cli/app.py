@@ -149,8 +149,9 @@ class OneLine(logging.Handler):
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from sora_kernels import __version__
 
-        say(f"sora {version('sora_kernels')}")
+        say(f"sora {__version__}")
         raise typer.Exit
 
 
