@@ -38,11 +38,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_comment_comes_back(suffix, text, tmp_path) -> None:
     video = torch.rand(3, 1 if suffix == "png" else 5, 16, 24)
     plain = write_video(tmp_path / f"plain.{suffix}", video)
-    told = write_video(tmp_path / f"told.{suffix}", video, comment=text)
-    assert read_comment(told) == text
+    commented = write_video(tmp_path / f"commented.{suffix}", video, comment=text)
+    assert read_comment(commented) == text
     assert read_comment(plain) is None
-    assert torch.equal(read_video(told)[0], read_video(plain)[0]), "pixels are as without"
-    assert read_video(told)[1] == read_video(plain)[1]
+    assert torch.equal(read_video(commented)[0], read_video(plain)[0]), "pixels are as without"
+    assert read_video(commented)[1] == read_video(plain)[1]
 
 
 def test_a_comment_of_a_gif_is_in_ascii(tmp_path) -> None:
@@ -122,13 +122,19 @@ def test_files_say_what_they_were_made_with(small, tmp_path) -> None:
     paths = [tmp_path / "00-ein-kätzchen-seed5.png", tmp_path / "01-ein-kätzchen-seed6.png"]
     for path, seed in zip(paths, (5, 6), strict=True):
         assert f"{path} (seed {seed})" in said
-        told = json.loads(read_comment(path))
+        comment = json.loads(read_comment(path))
         expected = {"prompt": "ein Kätzchen", "seed": seed, "size": "1x16x16", "command": "generate", "negative": "a dog"}
-        assert {name: told[name] for name in expected} == expected
-        assert (told["guidance"], told["steps"], told["sora"]) == (2.0, 1, sora("--version").split()[1])
+        assert {name: comment[name] for name in expected} == expected
+        assert (comment["guidance"], comment["steps"], comment["sora"]) == (2.0, 1, sora("--version").split()[1])
     sora("animate", paths[0], "a cat", "--format", "gif", "--frames", 3, *options[:6])
-    told = json.loads(read_comment(tmp_path / "02-a-cat-seed0.gif"))
-    assert (told["command"], told["image"]) == ("animate", str(paths[0]))
+    comment = json.loads(read_comment(tmp_path / "02-a-cat-seed0.gif"))
+    assert (comment["command"], comment["image"]) == ("animate", str(paths[0]))
+    assert "negative" not in comment, "what is not set is left out"
+    clip = write_video(tmp_path / "clip.mp4", torch.zeros(3, 6, 16, 16))
+    sora("extend", clip, "a cat", "--overlap", 0, "--frames", 2, "--guidance-from", 0, *options[:6])
+    comment = json.loads(read_comment(tmp_path / "03-a-cat-seed0.mp4"))
+    expected = {"video": str(clip), "overlap": 0, "backward": False, "guidance_from": 0, "seed": 0}
+    assert {name: comment[name] for name in expected} == expected
 
 
 def test_seeds_of_a_count_are_those_of_the_videos(tmp_path) -> None:
@@ -152,11 +158,11 @@ def test_seeds_of_a_count_are_those_of_the_videos(tmp_path) -> None:
         assert (videos[0].int() - videos[2].int()).abs().max() > 30
 
 
-def test_contact_sheets_are_told_from_pictures(tmp_path) -> None:
+def test_a_contact_sheet_is_recognised(tmp_path) -> None:
     *_, sheet = write_files([CLIP], ["a"], tmp_path, [8.0], 1, "mp4")
     assert is_contact_sheet(sheet)
     assert is_contact_sheet(sheet.rename(tmp_path / "renamed.png"))
-    assert not is_contact_sheet(contact_sheet(tmp_path / "contact_sheet.png", [CLIP], ["a"])), "somebody's own"
+    assert not is_contact_sheet(contact_sheet(tmp_path / "contact_sheet.png", [CLIP], ["a"])), "without its comment"
     (tmp_path / "broken.png").write_bytes(b"no picture")
     assert not is_contact_sheet(tmp_path / "broken.png")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -197,13 +197,13 @@ class Call(Loaded):
         """One file each and a contact sheet, which carry what they were made with; says where and of which seed."""
         fps = [self.rate(own) for own in rates or [0.0] * len(videos)]
         seeds = seeds or [self.seed + i for i in range(len(videos))]
-        given = {"scheduler": self.scheduler, "checkpoint": self.checkpoint, "negative": self.negative, **settings}
+        common = {"scheduler": self.scheduler, "checkpoint": self.checkpoint, "negative": self.negative, **settings}
         settings = {
             "steps": self.steps,
             "guidance": self.guidance,
             "guidance_from": self.guidance_from,
             "precision": self.precision.value,
-            **{name: value if isinstance(value, int | float | list) else str(value) for name, value in given.items() if value},
+            **_recorded(common),
         }
         *paths, sheet = write_files(
             videos, prompts, self.out, fps, self.scale, self.format.value,
@@ -215,6 +215,12 @@ class Call(Loaded):
 
 
 task = command(Call)
+
+
+def _recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as files carry them, without those that are not set; 0 and false are."""
+    present = {name: value for name, value in settings.items() if value is not None and value != ""}
+    return {name: value if isinstance(value, int | float | list) else str(value) for name, value in present.items()}
 
 
 def _pixels(size: Sequence[int]) -> str:
