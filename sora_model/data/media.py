@@ -70,8 +70,10 @@ def check_pixels(width: int, height: int, limit: int) -> None:
 class Geometry(NamedTuple):
     """How a file's stored frames become upright ones of square pixels.
 
-        Geometry(1080, 1920, orientation=6).size      # (1920, 1080): a phone held upright
-        Geometry(576, 720, aspect=Fraction(16, 15)).size     # (576, 768)
+    >>> Geometry(1080, 1920, orientation=6).size  # a phone held upright
+    (1920, 1080)
+    >>> Geometry(576, 720, aspect=Fraction(16, 15)).size
+    (576, 768)
 
     orientation: 1 to 8 as in EXIF. aspect: width of a stored pixel over its height.
     """

@@ -34,7 +34,9 @@ def add_gif_comment(path: Path, text: str) -> None:
 def read_comment(path: str | os.PathLike[str]) -> str | None:
     """The comment in a video or image file, or None.
 
-        read_comment("00-a-cat-seed0.mp4")      # '{"prompt": "a cat", "seed": 0, ...}'
+    >>> from sora_model.data import write_video
+    >>> read_comment(write_video("00-a-cat-seed0.mp4", video, comment='{"prompt": "a cat", "seed": 0}'))
+    '{"prompt": "a cat", "seed": 0}'
 
     Raises MediaError for a file that cannot be read.
     """

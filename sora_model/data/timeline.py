@@ -16,7 +16,9 @@ class Timeline(NamedTuple):
     rate that is the n-th frame, even where stamps are rounded. Where the rate varies, frames are repeated and left out so that
     motion keeps its speed.
 
-        [Timeline([0, 10, 20, 80], Fraction(1, 100), Fraction(4)).shown(n) for n in range(4)]     # [0, 2, 2, 3], of 1 second
+    >>> timeline = Timeline([0, 10, 20, 80], Fraction(1, 100), Fraction(4))  # of 1 second
+    >>> [timeline.shown(n) for n in range(4)]
+    [0, 2, 2, 3]
 
     stamps: rising, in ticks. tick: seconds. rate: frames per second.
     """

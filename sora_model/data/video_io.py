@@ -2,7 +2,10 @@
 
 In memory a video is a tensor [3, T, H, W], an image one with T = 1: uint8 in 0..255 or float32 in [-1, 1].
 
-    video, fps = read_video("cat.mp4", max_frames=16)      # uint8 [3, 16, 720, 1280], 29.97
+>>> path = write_video("cat.mp4", video, fps=29.97)
+>>> frames, fps = read_video("cat.mp4", max_frames=8)
+>>> frames.shape, frames.dtype, round(fps, 2)
+(torch.Size([3, 8, 48, 48]), torch.uint8, 29.97)
 
 Files are read as they are meant to be seen. Rotations and mirrorings of phones and EXIF are followed; one that is no turn by
 whole right angles counts as upright. Pixels that are not square become so, at the height that is stored. What is transparent
@@ -33,7 +36,8 @@ __all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "MediaError", "contact_sheet", "p
 def probe(path: str | os.PathLike[str], *, pixel_limit: int | None = None) -> tuple[int, int, int]:
     """Size (T, H, W) of a video or image file as `read_video` gives it, decoding no more than its first frame.
 
-        probe("cat.mp4")     # (300, 720, 1280)
+    >>> probe(write_video("cat.mp4", torch.zeros(3, 30, 72, 128)))
+    (30, 72, 128)
 
     pixel_limit: see `read_video`. Raises MediaError if the file is missing, broken, too large or of an unknown kind.
     """
@@ -56,10 +60,12 @@ def read_video(
 ) -> tuple[torch.Tensor, float]:
     """Frames start, start + frame_stride, ... of a video or image file, and the frames per second between them.
 
-        read_video("cat.mp4")                                                    # uint8 [3, 300, 720, 1280], 30.0
-        read_video("cat.mp4", max_frames=16, frame_stride=2, normalize=True)     # float32 [3, 16, 720, 1280], 15.0
-        read_video("cat.mp4", max_pixels=320 * 180)                              # uint8 [3, 300, 180, 320], 30.0
-        read_video("cat.png")                                                    # uint8 [3, 1, 512, 512], 0.0
+    >>> path = write_video("cat.mp4", torch.zeros(3, 30, 72, 128), fps=30)
+    >>> frames, fps = read_video(path, max_frames=10, frame_stride=2, normalize=True)
+    >>> frames.shape, frames.dtype, fps
+    (torch.Size([3, 10, 72, 128]), torch.float32, 15.0)
+    >>> read_video(path, max_pixels=32 * 18)[0].shape
+    torch.Size([3, 30, 18, 32])
 
     start: first frame, counted from 0; where it lies far in, decoding begins at a key frame before it.
     max_frames: the most frames returned (None: all). max_pixels: larger frames, as shown, are scaled down to at most so many,

@@ -1,6 +1,7 @@
 """Write videos and images: `write_video`, `contact_sheet`. Files are written whole or not at all.
 
-write_video("cat.gif", video, fps=8)
+>>> write_video("cat.gif", video, fps=8)
+PosixPath('cat.gif')
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ def write_video(
 ) -> Path:
     """Write a video as .mp4 (H.264) or .gif, or a single frame as .png; returns the path.
 
-        write_video("out.mp4", video)               # video [3, 8, 32, 48], uint8 or float in [-1, 1]
-        write_video("out.gif", video, scale=8)      # 256 x 384 pixels, each a block of 8 x 8
+    >>> video = torch.zeros(3, 8, 32, 48)  # uint8 or float in [-1, 1]
+    >>> write_video("out.mp4", video)
+    PosixPath('out.mp4')
+    >>> path = write_video("out.gif", video, scale=8)  # 256 x 384, each pixel a block of 8 x 8
 
     fps: from 1/100 to 1000; of a GIF to 50, as the shortest delay that is shown everywhere is 2/100 s. A GIF's delays are whole
     hundredths of a second, rounded so that no frame is more than half of one early or late. scale: whole factor by which pixels
@@ -86,7 +89,8 @@ def contact_sheet(
 ) -> Path:
     """Write a PNG that shows each video as a row of frames over time, with its caption above; returns the path.
 
-        contact_sheet("samples.png", [video, image], ["a red circle moves right", "a blue star"])
+    >>> contact_sheet("samples.png", [video, video[:, :1]], ["a red circle moves right", "a red circle"])
+    PosixPath('samples.png')
 
     videos: [3, T, H, W] each, of any sizes. columns: the most frames in a row, spread evenly from first to last. cell: about
     how many pixels the longer side of a frame takes; small frames are enlarged by whole factors, pixels kept sharp. comment: text
