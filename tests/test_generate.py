@@ -259,3 +259,36 @@ def test_requests_have_the_names_of_commands(small, media, tmp_path) -> None:
     made = sorted(path.name for path in (tmp_path / "out").glob("*.mp4"))
     assert made == ["00-a-seed0.mp4", "01-b-seed9.mp4", "02-c-seed2.mp4"]
     assert [json.loads(read_comment(tmp_path / "out" / name))["seed"] for name in made] == [0, 9, 2]
+
+
+def test_each_file_of_a_batch_says_what_its_request_was(small, media, tmp_path) -> None:
+    wanted = [
+        {"prompt": "a", "size": "2x16x16", "negative_prompt": "b"},
+        {"task": "restyle", "prompt": "c", "video": str(media / "a.mp4"), "strength": 0.5},
+        {"task": "extend", "prompt": "d", "video": str(media / "a.mp4"), "frames": 2, "overlap": 0},
+        {"task": "join", "prompt": "e", "first": "a.mp4", "last": str(media / "a.mp4"), "frames": 2},
+    ]
+    write_video(tmp_path / "a.mp4", torch.zeros(3, 4, 16, 16))
+    (tmp_path / "requests.json").write_text(json.dumps(wanted))
+    options = ["--checkpoint", small, "--steps", 1, "--out", tmp_path / "out", "--negative", "z"]
+    sora("batch", tmp_path / "requests.json", *options)
+    comments = [json.loads(read_comment(path)) for path in sorted((tmp_path / "out").glob("*.mp4"))]
+    clip = {"negative": "z", "video": str(media / "a.mp4")}
+    passage = {"first": str(tmp_path / "a.mp4"), "last": str(media / "a.mp4"), "overlap": 1, "frames": 2}
+    expected = [
+        {"task": "text_to_video", "negative": "b", "size": "2x16x16"},
+        {"task": "video_to_video", **clip, "strength": 0.5},
+        {"task": "extend", **clip, "frames": 2, "overlap": 0, "backward": False},
+        {"task": "join", "negative": "z", **passage},
+    ]
+    for comment, settings in zip(comments, expected, strict=True):
+        assert {name: comment[name] for name in settings} == settings
+        assert comment["command"] == "batch"
+    assert not {"strength", "overlap", "video"} & set(comments[0])
+
+
+def test_a_request_that_joins_other_speeds_is_named(media, unloaded, tmp_path) -> None:
+    join = {"task": "join", "prompt": "", "first": str(media / "a.mp4"), "last": str(media / "fast.mp4"), "frames": 4}
+    (tmp_path / "requests.json").write_text(json.dumps([{"prompt": "x"}, join]))
+    said = sora("batch", tmp_path / "requests.json", "--out", tmp_path / "out", code=2)
+    assert "error: batch: request 1: last: expected the frames per second of first, got 8 and 60; --fps sets one for both" in said

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..pipeline.request import Request
     from ..sizes import Size
 
-LARGER = 4  # times the pixels of a checkpoint's own frames: what frames of files are scaled down to, unless told otherwise
+LARGER = 4  # times the pixels of a checkpoint's frames: the default limit, to which frames of files are scaled down
 CODED = 22.0  # dB: what a VAE gives back with less has lost its shapes
 SIDE = 16384  # pixels along a side of the largest frame that H.264 has
 
@@ -136,11 +136,11 @@ class Call(Loaded):
         """What tasks of several passes take of them."""
         return {"negative_prompt": self.negative, "seed": self.seed, **self.sampling}
 
-    def rate(self, own: float = 0.0) -> float:
-        """Frames per second of a file whose input had `own`; 0 if it had none. Raises ValueError for more than a format has."""
+    def rate(self, input_fps: float = 0.0) -> float:
+        """Frames per second of a file, by those of its input, 0 for none. Raises ValueError for more than a format has."""
         from ..data.writing import highest_fps
 
-        rate, highest = self.fps or own or 8.0, highest_fps(f".{self.format.value}")
+        rate, highest = self.fps or input_fps or 8.0, highest_fps(f".{self.format.value}")
         if rate > highest:
             raise ValueError(f"--fps: expected at most {highest} for {self.format.value}, got {rate:g}")
         return rate
@@ -174,40 +174,66 @@ class Call(Loaded):
         """What the pipeline's call takes to move progress bars."""
         return {"callback": lambda *_: bars(1), "progress": bars.coded}
 
-    def run(self, requests: list[Request], option: str, rates: Sequence[float] = (), **settings: Any) -> None:
+    def run(
+        self,
+        requests: list[Request],
+        option: str,
+        rates: Sequence[float] = (),
+        by_video: Sequence[Mapping[str, Any]] = (),
+        **settings: Any,
+    ) -> None:
         """Opens the pipeline for requests and generates; see `announce` and `generate`."""
         made = [request.stitched_size for request in requests]
-        for own in rates:
-            self.rate(own)
+        for input_fps in rates:
+            self.rate(input_fps)
         self.announce(self.outline, [request.size for request in requests], option, made=made)
         pipeline = self.pipeline()
         self.check_words(pipeline, [text for request in requests for text in (request.prompt, request.negative_prompt)])
-        self.generate(pipeline, requests, rates, **settings)
+        self.generate(pipeline, requests, rates, by_video, **settings)
 
-    def generate(self, pipeline: SoraPipeline, requests: list[Request], rates: Sequence[float] = (), **settings: Any) -> None:
-        """Runs requests in one packed batch and writes what comes back; rates: of the inputs, see `rate`."""
+    def generate(
+        self,
+        pipeline: SoraPipeline,
+        requests: list[Request],
+        rates: Sequence[float] = (),
+        by_video: Sequence[Mapping[str, Any]] = (),
+        **settings: Any,
+    ) -> None:
+        """Runs requests in one packed batch and writes the videos. rates: of the inputs, see `rate`. by_video: see `write`."""
         with denoising(console, self.steps) as bars:
             videos = pipeline(requests, generator=self.seed, **self.watched(bars), **self.sampling)
         seeds = [self.seed + i if request.seed is None else request.seed for i, request in enumerate(requests)]
-        self.write(videos, [request.prompt for request in requests], rates, seeds, **settings)
+        self.write(videos, [request.prompt for request in requests], rates, seeds, by_video, **settings)
 
     def write(
-        self, videos: list[Tensor], prompts: list[str], rates: Sequence[float] = (), seeds: Sequence[int] = (), **settings: Any
+        self,
+        videos: list[Tensor],
+        prompts: list[str],
+        rates: Sequence[float] = (),
+        seeds: Sequence[int] = (),
+        by_video: Sequence[Mapping[str, Any]] = (),
+        **settings: Any,
     ) -> None:
-        """One file each and a contact sheet, which carry what they were made with; says where and of which seed."""
-        fps = [self.rate(own) for own in rates or [0.0] * len(videos)]
+        """One file each and a contact sheet, which carry what they were made with; says where and of which seed.
+
+        by_video: settings of each video, which come before those of all, `settings` and the command's options.
+        """
+        fps = [self.rate(input_fps) for input_fps in rates or [0.0] * len(videos)]
         seeds = seeds or [self.seed + i for i in range(len(videos))]
-        common = {"scheduler": self.scheduler, "checkpoint": self.checkpoint, "negative": self.negative, **settings}
-        settings = {
+        common = {
             "steps": self.steps,
             "guidance": self.guidance,
             "guidance_from": self.guidance_from,
             "precision": self.precision.value,
-            **_recorded(common),
+            "scheduler": self.scheduler,
+            "checkpoint": self.checkpoint,
+            "negative": self.negative,
+            **settings,
         }
         *paths, sheet = write_files(
-            videos, prompts, self.out, fps, self.scale, self.format.value,
-            seeds=seeds, settings=settings, overwrite=self.overwrite, inputs=[path for path, _ in self.inputs],
+            videos, prompts, self.out, fps, self.scale, self.format.value, seeds=seeds,
+            settings=[_recorded({**common, **one}) for one in by_video or [{}] * len(videos)],
+            overwrite=self.overwrite, inputs=[path for path, _ in self.inputs],
         )  # fmt: skip
         for path, seed in zip(paths, seeds, strict=True):
             say(f"{path} (seed {seed})")

@@ -31,7 +31,7 @@ def write_files(
     format: str,
     *,
     seeds: Sequence[int] | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: Sequence[Mapping[str, Any]] | None = None,
     overwrite: bool = False,
     inputs: Iterable[Path] = (),
 ) -> list[Path]:
@@ -40,7 +40,7 @@ def write_files(
     Args:
         format: suffix of videos; a single frame is a PNG.
         seeds: of the videos, part of their names.
-        settings: what the files carry in their comment, a JSON object, besides prompt, seed and version.
+        settings: what each file carries in its comment, a JSON object, besides prompt, seed, size and version.
         overwrite: count from 0 again and replace what has these names, unless one of them is an input.
         inputs: files that are never replaced, by whatever link they are reached.
     """
@@ -51,12 +51,12 @@ def write_files(
 
     numbers: Sequence[int | None] = seeds if seeds is not None else [None] * len(videos)
     names, labels, comments = [], [], []
-    for prompt, video, seed in zip(prompts, videos, numbers, strict=True):
+    for prompt, video, seed, more in zip(prompts, videos, numbers, settings or [{}] * len(videos), strict=True):
         size = "x".join(map(str, video.shape[1:]))
         words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48].strip("-") or "video"
         names.append(f"{words}{'' if seed is None else f'-seed{seed}'}.{'png' if video.shape[1] == 1 else format}")
         labels.append(f"{prompt} ({size}{'' if seed is None else f', seed {seed}'})")
-        comments.append({"prompt": prompt, "seed": seed, "size": size, **(settings or {}), "sora": __version__})
+        comments.append({"prompt": prompt, "seed": seed, "size": size, **more, "sora": __version__})
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     # Of two processes, the second one sees the names of the first. A run that is training here locks the folder itself.

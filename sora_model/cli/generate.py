@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,8 +141,8 @@ def extend(
     seen = timing.stride * max(overlap, 1) + (0 if backward else timing.first)
     added = frames or max(outline.size[0] - seen, timing.stride)
     request = request_extension(prompt, clip, added, timing, overlap=overlap, backward=backward, negative_prompt=call.negative)
-    given = {"video": video, "overlap": overlap, "backward": backward}
-    call.run([request] * count, "--frames", [rate] * count, command="extend", **given)
+    rates = [rate] * count
+    call.run([request] * count, "--frames", rates, command="extend", video=video, overlap=overlap, backward=backward)
 
 
 @task
@@ -160,13 +160,12 @@ def join(
     """Join two videos by a passage from the end of one to the start of the other."""
     outline = call.outline
     (start, rate), (end, other) = call.read_joined(first, last, _frame_size(call, size))
-    rate = _common_rate(call, rate, other)
+    rate = _common_rate(call, [rate, other], "join")
     from ..pipeline.request import join as request_passage
 
     passage = frames or 2 * outline.timing.stride
     request = request_passage(prompt, start, end, passage, outline.timing, overlap=overlap, negative_prompt=call.negative)
-    given = {"first": first, "last": last, "overlap": overlap}
-    call.run([request] * count, "--frames", [rate] * count, command="join", **given)
+    call.run([request] * count, "--frames", [rate] * count, command="join", first=first, last=last, overlap=overlap)
 
 
 @task
@@ -285,8 +284,9 @@ def batch(
             raise ValueError(
                 f"batch: request {one.number}: negative_prompt: expected none with --guidance 1, which has no use for it"
             )
-    rates, outline = [_common_rate(call, *one.rates) for one in asked], call.outline
-    call.run([one.request(outline) for one in asked], "REQUESTS", rates, command="batch")
+    rates, outline = [_common_rate(call, one.rates, f"batch: request {one.number}") for one in asked], call.outline
+    settings = [one.settings for one in asked]
+    call.run([one.request(outline) for one in asked], "REQUESTS", rates, settings, command="batch")
 
 
 def _frame_size(call: Call, text: str | None) -> tuple[int, int] | None:
@@ -311,12 +311,15 @@ def _chunk(outline: Outline, text: str | None, overlap: int) -> Size:
     return size
 
 
-def _common_rate(call: Call, *rates: float) -> float:
-    """Frames per second of inputs that become one file; images have 0, none. GIFs keep theirs in hundredths of a second."""
+def _common_rate(call: Call, rates: Sequence[float], where: str) -> float:
+    """Frames per second of inputs that become one file; images have 0, none. GIFs keep theirs in hundredths of a second.
+
+    where: what an error begins with.
+    """
     known = [rate for rate in rates if rate]
     if call.fps is None and known and max(known) > 1.05 * min(known):
         both = " and ".join(f"{rate:g}" for rate in known)
-        raise ValueError(f"join: last: expected the frames per second of first, got {both}; --fps sets one for both")
+        raise ValueError(f"{where}: last: expected the frames per second of first, got {both}; --fps sets one for both")
     return max(known, default=0.0)
 
 

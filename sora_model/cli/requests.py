@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -58,19 +59,19 @@ ALIASES = {"generate": "text_to_video", "animate": "image_to_video", "restyle": 
 def described() -> str:
     """The help of `sora batch`: the format, every task and every field."""
 
-    def told(fields: dict[str, Kind]) -> str:
+    def listed(fields: dict[str, Kind]) -> str:
         return "\n".join(
             f"  {name}: {kind.expected}{', may be left out' if name in OPTIONAL else ''}" for name, kind in fields.items()
         )
 
     commands = {task: command for command, task in ALIASES.items()}
-    tasks = "\n".join(f"{task}{f' or {commands[task]}' if task in commands else ''}\n{told(TASKS[task])}" for task in TASKS)
+    tasks = "\n".join(f"{task}{f' or {commands[task]}' if task in commands else ''}\n{listed(TASKS[task])}" for task in TASKS)
     example = '[{"prompt": "a cat"}, {"task": "extend", "prompt": "it sleeps", "video": "cat.mp4", "frames": 8}]'
     parts = [
         "Run requests of different tasks and sizes in one packed batch.",
         f"REQUESTS is a JSON file, a list of objects:\n{example}",
         "A request is of task text_to_video unless it says another. Names of files count from the folder of REQUESTS.",
-        f"Fields of all tasks:\n{told(COMMON)}",
+        f"Fields of all tasks:\n{listed(COMMON)}",
         f"Tasks, and their own fields:\n{tasks}",
     ]
     return "\n\n".join(f"\b\n{part}" for part in parts)
@@ -80,13 +81,24 @@ def described() -> str:
 class Asked:
     """A request of the file, its videos and images read, before it is known what the checkpoint's timing and size are.
 
-    rates: frames per second of its videos.
+    rates: frames per second of its videos. files: the paths of its videos and images, by their fields.
     """
 
     number: int
     task: str
     fields: dict[str, Any]
     rates: list[float]
+    files: dict[str, Path]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the video's file says of its request, defaults of the task included; its prompt, seed and size it has anyway."""
+        from ..pipeline import request
+
+        parameters = inspect.signature(getattr(request, self.task)).parameters
+        names = [name for name in TASKS[self.task] if name not in ("size", "height", "width")]
+        values = {**{name: parameters[name].default for name in names}, **self.fields, **self.files}
+        return {"task": self.task, "negative": self.fields["negative_prompt"], **{name: values[name] for name in names}}
 
     def request(self, outline: Outline) -> Request:
         from ..pipeline import request
@@ -159,14 +171,13 @@ def _checked(one: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
 def _read(task: str, fields: dict[str, Any], number: int, folder: Path, negative: str, call: Call) -> Asked:
     """A request with its videos and images in place of their names."""
     fields, rates = {"negative_prompt": negative, **fields}, []
-    for name in ("image", "video", "first", "last"):
-        if name not in fields:
-            continue
+    files: dict[str, Path] = {name: folder / fields[name] for name in ("image", "video", "first", "last") if name in fields}
+    for name, path in files.items():
         size = tuple(fields["first"].shape[2:]) if name == "last" else None  # read before
         try:
-            path, frames = folder / fields[name], 1 if name == "image" else None
+            frames = 1 if name == "image" else None
             fields[name], rate = call.read(path, frames, size, ", as first has them" if size else "")
         except (ValueError, OSError) as error:
             raise ValueError(f"batch: request {number}: {name}: {error}") from None
         rates += [rate] if name != "image" else []
-    return Asked(number, task, fields, rates)
+    return Asked(number, task, fields, rates, files)
