@@ -5,9 +5,15 @@ clips/
                 surf.detailed.txt  a long caption too, if there is one
   cats/nap.png  cats/nap.txt       "a cat asleep on a radiator"
 
-source = FolderSource("clips", multiple_of=(1, 16, 16), max_frames=48, max_pixels=480 * 848)
-source.size(0)          # (1, 512, 768): nap.png, read from the file's header
-source.load(0)          # Sample(float32 [3, 1, 512, 768] in [-1, 1], "a cat asleep on a radiator", None, None), decoded now
+>>> from sora_model.data import write_video
+>>> path = write_video("clips/cats/nap.png", torch.zeros(3, 1, 512, 768))
+>>> length = path.with_suffix(".txt").write_text("a cat asleep on a radiator")
+>>> source = FolderSource("clips", multiple_of=(1, 16, 16), max_frames=48, max_pixels=480 * 848)
+>>> source.size(0)  # read from the file's header
+(1, 512, 768)
+>>> sample = source.load(0)  # decoded now, in [-1, 1]
+>>> sample.video.shape, sample.caption
+(torch.Size([3, 1, 512, 768]), 'a cat asleep on a radiator')
 """
 
 from __future__ import annotations

@@ -41,10 +41,12 @@ class Item(NamedTuple):
 class PackedSampler:
     """Batches that fill `tokens_per_batch` with samples of mixed sizes; batch `step` depends on the seed and step alone.
 
-        sampler = PackedSampler(source, patch_size=(1, 2, 2), tokens_per_batch=4096, min_sizes=4)
-        sampler.batch(0)                              # Batch(samples=[...], indices=[...], tokens=4096)
-        for batch in sampler.stream(start=1000):      # as if the first 1000 had been drawn; goes on without end
-            ...
+    >>> sampler = PackedSampler(source, patch_size=(1, 2, 2), tokens_per_batch=448, min_sizes=2)
+    >>> sampler.batch(0).tokens
+    448
+    >>> batch = next(sampler.stream(start=1000))  # as if the first 1000 had been drawn; goes on without end
+    >>> batch.indices == sampler.batch(1000).indices
+    True
 
     attention_width: D of a transformer, to fill batches by what they cost it instead: n tokens of one sample count
     n (1 + n / 6D), as attention among them takes n / 6D of what their matrices take. Long samples then come with fewer others,
@@ -246,8 +248,8 @@ class PackedSampler:
 def _fill(room: int, slack: int, tokens: list[int]) -> list[int]:
     """Places of numbers whose sum is within `slack` of `room`, or else as near as can be; the earliest that do.
 
-        _fill(10, 0, [6, 5, 5, 3])     # [1, 2]
-        _fill(10, 1, [6, 5, 5, 3])     # [0, 3]
+    >>> _fill(10, 0, [6, 5, 5, 3]), _fill(10, 1, [6, 5, 5, 3])
+    ([1, 2], [0, 3])
 
     Bit s of reach[i] says that some of tokens[i:] sum to s. Numbers that are large are rounded up first, to keep these small.
     """

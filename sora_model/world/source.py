@@ -23,8 +23,10 @@ LESSONS = {"drift": drift, "turn": turn, "link": link, "morph": morph, "closeup"
 class WorldSource:
     """Endless scenes of a world, drawn at mixed sizes.
 
-        source = WorldSource(World(), [(8, 32, 32), (8, 24, 40), (8, 40, 24), (1, 32, 32)], weights=[3, 2, 2, 1])
-        source.load(0)     # Sample(float32 [3, 8, 32, 32] in [-1, 1], "a blue circle moves left", "A medium blue ...", None)
+    >>> source = WorldSource(World(), [(8, 32, 32), (8, 24, 40), (8, 40, 24), (1, 32, 32)], weights=[3, 2, 2, 1])
+    >>> sample = source.load(0)  # in [-1, 1]
+    >>> sample.video.shape, sample.caption
+    (torch.Size([3, 8, 32, 32]), 'a blue circle moves left')
 
     sizes: (T, H, W) to draw from; T = 1 is an image, whose caption names no motion. weights: how often each is offered,
     relative (default: alike); a budget of few samples takes small ones more often than that, as they fill it up.
