@@ -63,7 +63,7 @@ checkpoint: $(READY)
 	$(BIN)/sora train-captioner outputs/captioner --checkpoint outputs/studio/checkpoint --minutes 12 --tokens 1024
 	$(BIN)/sora train outputs/more --start outputs/studio/checkpoint --data world:studio,lessons,large,clips=12000 --seed 1 \
 	  --per-frame 0.1 --precision bf16 --learning-rate 1e-3 --tokens 4096 --minutes 46
-	$(BIN)/sora export outputs/more/checkpoint sora_model/pretrained
+	$(BIN)/sora export outputs/more/checkpoint sora_model/pretrained --overwrite
 
 gallery: $(READY)
 	$(BIN)/sora gallery --out docs/gallery --overwrite

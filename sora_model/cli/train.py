@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .app import Precision, app, check_folder, command, one_line_errors, parse_size, say
+from .app import Overwrite, Precision, app, check_folder, check_new, command, one_line_errors, parse_size, say
+from .files import same_file
 from .run import Run, errors_by_option, show_training
 
 if TYPE_CHECKING:
@@ -113,13 +114,18 @@ def train_captioner(
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, another one.")],
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint with weights in float16, half as large; a text encoder of transformers keeps its own."""
     with one_line_errors():
         from ..storage.files import check_replaceable
 
         check_replaceable(out)
+        if same_file(out, checkpoint):  # whose weights would lose their precision for good
+            raise ValueError(f"OUT: expected another folder than CHECKPOINT, got {out}")
+        if not out.is_dir() or any(out.iterdir()):
+            check_new(out, overwrite, "OUT")
         check_folder(out.absolute().parent, "OUT")
         import torch
 
