@@ -196,6 +196,8 @@ NO_CAPTIONER = "captioner: expected a checkpoint with a captioner, got one witho
             "expected an empty folder or one with a checkpoint to replace",
         ),
         (["export", "{media}/words", "{media}"], "expected an empty folder or one with a checkpoint to replace, got {media}"),
+        (["export", "{media}/words", "{media}/words"], "OUT: expected another folder than CHECKPOINT, got {media}/words"),
+        (["export", "{media}/words", "{media}/linked", "--overwrite"], "OUT: expected another folder than CHECKPOINT, got"),
         (["export", "{media}/words", "{media}/file/x"], "OUT: expected a folder, got the file {media}/file"),
         (["eval", "--out", "{media}/figures.txt"], "--out: expected a file that ends in .json, got {media}/figures.txt"),
         (["eval", "--out", "{media}/file/x.json"], "--out: expected a folder, got the file {media}/file"),
@@ -208,6 +210,8 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(args, message, 
     (media / "words").mkdir(exist_ok=True)
     index = {"_class_name": "SoraPipeline", "size": [4, 16, 16], "vae": False, "captioner": False}
     (media / "words" / "model_index.json").write_text(json.dumps(index))
+    if not (media / "linked").is_symlink():
+        (media / "linked").symlink_to("words")
     out = [] if "--out" in args or args[0] not in TASKS else ["--out", media / "new"]
     assert message.replace("{media}", str(media)) in refused(*filled(args, media), *out)
     assert not (media / "new").exists()
@@ -348,16 +352,33 @@ def test_a_negative_prompt_needs_guidance(small, media, tmp_path) -> None:
         (["eval", "--out", "{tmp}/figures.json"], "figures.md"),
         (["gallery", "--out", "{tmp}"], "loop.png"),
         (["demo", "--out", "{tmp}"], "tasks.png"),
+        (["scaling", "{tmp}"], "scaling.json"),
+        (["scaling", "{tmp}"], "scaling.png"),
     ],
 )
 def test_figures_and_sheets_are_not_replaced_unasked(args, there, tmp_path, unloaded) -> None:
     (tmp_path / there).write_text("mine")
     args = [arg.format(tmp=tmp_path) for arg in args]
-    expected = f"--out: expected a place for new files, got one with {tmp_path / there}; --overwrite replaces it"
+    option = "--out" if "--out" in args else "OUT"
+    expected = f"{option}: expected a place for new files, got one with {tmp_path / there}; --overwrite replaces it"
     assert expected in refused(*args)
     with pytest.raises(AssertionError, match="a model was loaded"):
         sora(*args, "--overwrite")
     assert (tmp_path / there).read_text() == "mine"
+
+
+def test_a_checkpoint_is_not_exported_over_another_unasked(small, tmp_path) -> None:
+    """An empty folder is nothing to lose."""
+    out = tmp_path / "half"
+    out.mkdir()
+    assert sora("export", small, out).exit_code == 0
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert f"error: OUT: expected a place for new files, got one with {out}; --overwrite replaces it" in refused(
+        "export", small, out
+    )
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == written
+    assert sora("export", small, out, "--overwrite").exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} != written
 
 
 @pytest.mark.parametrize("command", ["eval", "gallery", "demo"])

@@ -132,11 +132,14 @@ def scaling(
     out: Annotated[Path, typer.Argument(help="Folder of the study.")],
     compute: Annotated[float, typer.Option(min=1, help="Floating-point operations that each model is trained with.")] = 2e13,
     seed: Annotated[int, typer.Option(min=0, max=2**32, help="Of everything random.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train models of four sizes with the same compute, in at most 15,000 steps, and plot their losses against it."""
     with one_line_errors(), errors_by_option():
         check_finite({"compute": compute})
         check_folder(out, "OUT")
+        for name in ("scaling.json", "scaling.png"):
+            check_new(out / name, overwrite, "OUT")
         from .scaling import study
 
         out.mkdir(parents=True, exist_ok=True)
