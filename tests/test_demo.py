@@ -57,6 +57,20 @@ def test_demo_makes_what_it_promises(any_checkpoint, tmp_path, monkeypatch):
         assert peer in text
 
 
+def test_demo_replaces_all_its_files_or_none(checkpoint, tmp_path, monkeypatch):
+    """With --overwrite, those of the same seed."""
+    monkeypatch.setattr("sora_model.world.demo.STEPS", 1)
+    monkeypatch.setattr("sora_model.world.demo.kernel_table", lambda: "")
+    sora("demo", "--out", tmp_path, "--checkpoint", checkpoint, "--seed", 3)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert tmp_path / "first" / "00-a-red-circle-moves-right-seed3.mp4" in files
+    assert sum("-seed" in path.name for path in files) == 1 + len(WANTED)
+    sora("demo", "--out", tmp_path, "--checkpoint", checkpoint, "--seed", 3, "--overwrite")
+    again = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert again.keys() == files.keys()
+    assert all(again[path] > files[path] for path in files)
+
+
 def test_eval_judges_every_task_but_captions(any_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(MEASUREMENTS, "long", lambda judge: long_videos(judge, 26))
     names = [name for name in MEASUREMENTS if name != "caption"]

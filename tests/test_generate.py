@@ -170,7 +170,7 @@ def test_memory_grows_with_what_is_asked() -> None:
     assert estimate.memory(outline, [(1, 2048, 2048)]) > estimate.memory(outline, [(1, 1024, 1024)])
 
 
-def test_long_work_is_told_after_two_steps(monkeypatch, capsys) -> None:
+def test_the_time_of_long_work_is_estimated_after_two_steps(monkeypatch, capsys) -> None:
     from rich.console import Console
 
     clock = iter([10.0, 14.0, 18.0])

@@ -12,7 +12,7 @@ import typer
 
 from .app import Loaded, Precision, check_folder, command, console, known_device, logger, read_clip, say
 from .files import NAMES, write_files
-from .terminal import Bars, denoising
+from .terminal import sampled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,10 +170,6 @@ class Call(Loaded):
         if unknown:
             logger.warning("words that the checkpoint has not learned: %s; 'sora vocabulary' lists what it has", ", ".join(unknown))
 
-    def watched(self, bars: Bars) -> dict[str, Any]:
-        """What the pipeline's call takes to move progress bars."""
-        return {"callback": lambda *_: bars(1), "progress": bars.coded}
-
     def run(
         self,
         requests: list[Request],
@@ -200,8 +196,7 @@ class Call(Loaded):
         **settings: Any,
     ) -> None:
         """Runs requests in one packed batch and writes the videos. rates: of the inputs, see `rate`. by_video: see `write`."""
-        with denoising(console, self.steps) as bars:
-            videos = pipeline(requests, generator=self.seed, **self.watched(bars), **self.sampling)
+        videos = sampled(pipeline, requests, self.seed, console, **self.sampling)
         seeds = [self.seed + i if request.seed is None else request.seed for i, request in enumerate(requests)]
         self.write(videos, [request.prompt for request in requests], rates, seeds, by_video, **settings)
 

@@ -79,7 +79,7 @@ def generate(
     from ..pipeline.tasks import REDONE, refined
 
     with denoising(console, round((1 + REDONE) * call.steps)) as bars:
-        videos = refined(pipeline, prompts, sizes, draft, **call.watched(bars), **call.several)
+        videos = refined(pipeline, prompts, sizes, draft, **bars.hooks, **call.several)
     call.write(videos, prompts, command="generate", draft=draft)
 
 
@@ -191,7 +191,7 @@ def loop(
 
     options: dict[str, Any] = {"passage": way, "passage_prompt": passage_prompt, "overlap": overlap}
     with denoising(console, 2 * call.steps) as bars:
-        video = make_loop(pipeline, prompt, shape, **options, **call.watched(bars), **call.several)
+        video = make_loop(pipeline, prompt, shape, **options, **bars.hooks, **call.several)
     call.write([video], [prompt], command="loop", **options)
 
 
@@ -248,8 +248,8 @@ def simulate(
     show_video(world.video, console, call.rate())
     present, done = prompt, []
     try:
-        for told in action if action is not None else _asked(prompt):
-            present = about(present, told)
+        for text in action if action is not None else _asked(prompt):
+            present = about(present, text)
             say(f"action: {present}")
             call.check_words(pipeline, [present])
             show_video(world.act(present), console, call.rate())
@@ -264,12 +264,12 @@ def _asked(prompt: str) -> Iterator[str]:
     say(f"An action says what happens next: 'moves up' is about the present object, as in '{about(prompt, 'moves up')}'.")
     while True:
         try:
-            told = typer.prompt("action (empty ends)", default="", show_default=False)
+            text = typer.prompt("action (empty ends)", default="", show_default=False)
         except typer.Abort:
             return
-        if not told:
+        if not text:
             return
-        yield told
+        yield text
 
 
 @command(Call, help=described())

@@ -25,6 +25,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..pipeline.pipeline import SoraPipeline
+    from ..pipeline.request import Request
     from ..training.trainer import Trainer
 
 
@@ -74,18 +76,23 @@ class Bars:
         self.progress = progress
         self.bar, self.coding = progress.add_task(what, total=total), dict[str, TaskID]()
         self.at: float | None = None  # when the step before was done
-        self.told = False
+        self.estimated = False  # whether it was said how long the rest takes
 
     def __call__(self, done: int) -> None:
         self.progress.advance(self.bar, done)
         now, before = time.perf_counter(), self.at
         self.at = now
-        if before is None or self.told:  # the first step warms up; those behind --guidance-from take half the time
+        if before is None or self.estimated:  # the first step warms up; those behind --guidance-from take half the time
             return
-        self.told, task = True, next(task for task in self.progress.tasks if task.id == self.bar)
+        self.estimated, task = True, next(task for task in self.progress.tasks if task.id == self.bar)
         left = (now - before) / done * ((task.total or 0) - task.completed)
         if left >= LONG:
             self.progress.console.print(f"up to {duration(left)} left", highlight=False)
+
+    @property
+    def hooks(self) -> dict[str, Any]:
+        """What the pipeline's call takes to move the bars."""
+        return {"callback": lambda *_: self(1), "progress": self.coded}
 
     def coded(self, what: str, done: int, total: int) -> None:
         """what: encoding or decoding; each has a bar of its own from its first tile on."""
@@ -110,6 +117,14 @@ def denoising(console: Console, total: int, what: str = "denoising") -> Iterator
         bars = Bars(progress, total, what)
         yield bars
         progress.update(bars.bar, completed=total)  # fewer where a video is begun with, more with schedulers of two stages
+
+
+def sampled(
+    pipeline: SoraPipeline, requests: list[Request], seed: int, console: Console, *, num_inference_steps: int, **sampling: Any
+) -> list[Tensor]:
+    """The videos of requests, in one packed batch, behind progress bars."""
+    with denoising(console, num_inference_steps) as bars:
+        return pipeline(requests, generator=seed, num_inference_steps=num_inference_steps, **bars.hooks, **sampling)
 
 
 def show_video(video: Tensor, console: Console, fps: float) -> None:

@@ -124,7 +124,7 @@ def demo(
     check_new(out / "tasks.png", overwrite)
     from .demo import run
 
-    run(loaded.pipeline(), out, seed, console)
+    run(loaded.pipeline(), out, seed, console, overwrite=overwrite)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from sora_kernels.patch_embed import patch_embed_3d
 from sora_kernels.rope import rope_3d
 
 from ..cli.files import write_files
-from ..cli.terminal import denoising
+from ..cli.terminal import sampled
 from ..data import contact_sheet
 from ..pipeline.pipeline import SoraPipeline
 from ..pipeline.request import Request, extend, image_to_video, join, text_to_video, video_to_video
@@ -42,13 +42,13 @@ WANTED: list[tuple[str, str, str, Size]] = [
 STEPS, GUIDANCE = 30, 3.0
 
 
-def run(pipeline: SoraPipeline, out: Path, seed: int, console: Console) -> None:
-    """Everything the demo does; files go to `out`."""
+def run(pipeline: SoraPipeline, out: Path, seed: int, console: Console, *, overwrite: bool = False) -> None:
+    """Everything the demo does; files go to `out`, beside those there or, with `overwrite`, in their place."""
     began = time.perf_counter()
     console.rule("1. a first video")
     prompt = "a red circle moves right"
     first = generate(pipeline, [text_to_video(prompt, (13, 48, 48))], seed, console)
-    files = write_files(first, [prompt], out / "first", [8.0], 8, "mp4")
+    files = write_files(first, [prompt], out / "first", [8.0], 8, "mp4", seeds=[seed], overwrite=overwrite)
     console.print(f"{files[0]} after {time.perf_counter() - began:.0f} s", highlight=False, soft_wrap=True)
 
     console.rule("2. videos and images of several sizes in one packed batch")
@@ -58,7 +58,8 @@ def run(pipeline: SoraPipeline, out: Path, seed: int, console: Console) -> None:
     prompts = [scene.caption(frames=size[0]) for scene, size in zip(scenes, sizes, strict=True)]
     requests = [text_to_video(text, size) for text, size in zip(prompts, sizes, strict=True)]
     videos = generate(pipeline, requests, seed, console)
-    files += write_files(videos, prompts, out / "videos", [8.0] * len(videos), 4, "mp4")
+    seeds = [seed + i for i in range(len(videos))]
+    files += write_files(videos, prompts, out / "videos", [8.0] * len(videos), 4, "mp4", seeds=seeds, overwrite=overwrite)
     console.print(verdicts(prompts, scenes, sizes, videos))
 
     console.rule("3. every task in one packed batch")
@@ -79,10 +80,7 @@ def run(pipeline: SoraPipeline, out: Path, seed: int, console: Console) -> None:
 
 
 def generate(pipeline: SoraPipeline, requests: list[Request], seed: int, console: Console) -> list[Tensor]:
-    with denoising(console, STEPS) as advance:
-        return pipeline(
-            requests, generator=seed, num_inference_steps=STEPS, guidance_scale=GUIDANCE, callback=lambda *_: advance(1)
-        )
+    return sampled(pipeline, requests, seed, console, num_inference_steps=STEPS, guidance_scale=GUIDANCE)
 
 
 def every_task(pipeline: SoraPipeline, videos: list[Tensor]) -> dict[str, Request]:
