@@ -14,6 +14,7 @@ from sora_model.cli import app, estimate, terminal
 from sora_model.cli.actions import about
 from sora_model.cli.call import LARGER
 from sora_model.cli.requests import ALIASES, COMMON, TASKS
+from sora_model.cli.run import errors_by_option
 from sora_model.data import probe, read_comment, read_video, write_video
 from sora_model.pipeline.parts import EMBEDDED, read_outline
 
@@ -92,6 +93,7 @@ def test_the_option_that_is_wrong_is_named_before_a_model_is_loaded(args, messag
     [
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"),
         RuntimeError("Storage size calculation overflowed with sizes=[3, 1, 2]"),
+        RuntimeError("numel: integer multiplication overflow"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 37.69 GiB.\nGPU 0 has"),
         MemoryError(),
     ],
@@ -103,15 +105,20 @@ def test_memory_that_cannot_be_had_is_one_line(error, small, tmp_path, monkeypat
     monkeypatch.setattr(SoraPipeline, "__call__", fails)
     said = sora("generate", "x", "--checkpoint", small, "--out", tmp_path, code=2).splitlines()[-1]
     assert said.startswith("error: not enough memory for videos of this size and number: ")
+    with pytest.raises(ValueError, match="out of memory: expected a smaller model or batch"), errors_by_option():
+        fails()
 
 
-def test_other_faults_of_a_program_are_not_hidden(small, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("fault", ["shapes do not fit", "value cannot be converted to type int without overflow"])
+def test_other_faults_of_a_program_are_not_hidden(fault, small, tmp_path, monkeypatch) -> None:
     def fails(*_, **__):
-        raise RuntimeError("shapes do not fit")
+        raise RuntimeError(fault)
 
     monkeypatch.setattr(SoraPipeline, "__call__", fails)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
+    with pytest.raises(RuntimeError, match=fault):
         sora("generate", "x", "--checkpoint", small, "--out", tmp_path)
+    with pytest.raises(RuntimeError, match=fault), errors_by_option():
+        fails()
 
 
 @pytest.mark.parametrize("package", ["typer", "rich", "av", "diffusers"])

@@ -41,7 +41,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that
 MAX_PIXELS = 2**16  # of frames that are read to be captioned
 CLIP_PIXELS = 2**28  # of all frames read from one file, which are held at once: 4 GB
 # What torch says where it gets no memory, on the CPU and on GPUs, and where a size does not even fit a number.
-NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|overflow|too many elements", re.IGNORECASE)
+NO_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|out of memory|too many elements"
+    "|Storage size calculation overflowed|numel: integer multiplication overflow",
+    re.IGNORECASE,
+)
 logger = logging.getLogger(__name__)
 console = Console()
 errors = Console(stderr=True)
@@ -180,9 +184,14 @@ def one_line_errors(words: Mapping[str, str] | None = None) -> Iterator[None]:
         word = (words or {}).get(owner[1]) if owner else None
         _fail(f"{word}: {str(error)[owner.end() :]}" if owner and word else str(error))
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         _fail(f"not enough memory for videos of this size and number: {(str(error) or 'MemoryError').splitlines()[0]}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is not enough memory; torch has no class of its own for a CPU's."""
+    return isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
 
 
 def _fail(line: str) -> NoReturn:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from .app import Precision, check_folder, console, known_device, parse_size
+from .app import Precision, check_folder, console, is_out_of_memory, known_device, parse_size
 from .terminal import run_training
 
 if TYPE_CHECKING:
@@ -94,8 +94,7 @@ def errors_by_option() -> Iterator[None]:
         name = OPTIONS.get(error.setting, f"--{error.setting.replace('_', '-')}")
         raise ValueError(f"{name}: {error.problem}") from error
     except (RuntimeError, MemoryError) as error:
-        # torch has no class of its own for a CPU's memory.
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|not enough memory", str(error)):
+        if not is_out_of_memory(error):
             raise
         asked = re.search(r"tried to allocate [\d.]+ \w+|$", str(error))[0]  # type: ignore[index]
         expected = "expected a smaller model or batch (--model, --channels, --vocabulary, --longest; --tokens, --size)"
