@@ -203,6 +203,16 @@ def test_unknown_words_are_named(tmp_path, monkeypatch) -> None:
     assert "warning" not in sora("generate", "A red circle moves right.", *common)
 
 
+def test_an_unknown_word_is_named_once(tmp_path, monkeypatch) -> None:
+    """Not again at every action of a simulation."""
+    monkeypatch.setattr(SoraPipeline, "__call__", lambda self, requests, **_: [torch.zeros(3, *one.size) for one in requests])
+    actions = [word for action in ("flies", "sits", "flies") for word in ("--action", action)]
+    options = ["--out", tmp_path, "--negative", "blurry", "--size", "9x16x16"]
+    said = sora("simulate", "an astronaut moves right", *actions, *options)
+    named = [line.partition("learned: ")[2].partition(";")[0] for line in said.splitlines() if line.startswith("warning: words")]
+    assert named == ["astronaut, blurry", "flies", "sits"]
+
+
 def test_the_vocabulary_is_listed(small) -> None:
     words = sora("vocabulary").split()
     assert {"red", "circle", "moves", "background"} <= set(words)

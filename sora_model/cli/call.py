@@ -61,6 +61,7 @@ class Call(Loaded):
         ),
     ] = None
     inputs: list[tuple[Path, Any]] = field(default_factory=list, init=False)  # the files read, with their clips
+    unknown_words: set[str] = field(default_factory=set, init=False)  # those that `check_words` has named
 
     def __post_init__(self) -> None:
         check_folder(self.out)
@@ -164,9 +165,11 @@ class Call(Loaded):
         )
 
     def check_words(self, pipeline: SoraPipeline, prompts: Sequence[str]) -> None:
-        """Names the words of prompts that the text encoder has not learned: what they should show will be left to chance."""
+        """Names the words of prompts that the text encoder has not learned, each once: what they show is left to chance."""
         vocabulary = getattr(pipeline.text_encoder, "vocabulary", None)
         unknown = vocabulary.unknown([*prompts, self.negative]) if vocabulary else []
+        unknown = [word for word in unknown if word not in self.unknown_words]
+        self.unknown_words.update(unknown)
         if unknown:
             logger.warning("words that the checkpoint has not learned: %s; 'sora vocabulary' lists what it has", ", ".join(unknown))
 
