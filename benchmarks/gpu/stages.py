@@ -9,20 +9,20 @@ from benchmarks.gpu.driver import Stage, Task
 
 # Tests of module _cuda's kernels, one of each way they touch memory: rows of a wider buffer, odd widths, long rows, large sums.
 MEMCHECK = [
-    "test_adaln.py::test_any_strides[cuda-cuda-bfloat16-both-rows]",
+    "test_adaln.py::TestContract::test_any_strides[cuda-cuda-bfloat16-both-rows]",
     "test_adaln.py::test_gate_residual_layer_norm_modulate[cuda-cuda-float32-D37]",
     "test_adaln.py::test_gate_residual_layer_norm_modulate[cuda-cuda-bfloat16-long_rows]",
-    "test_rope.py::test_any_strides[cuda-cuda-bfloat16-rope-rows]",
-    "test_rope.py::test_any_strides[cuda-cuda-bfloat16-per_head-rows]",
+    "test_rope.py::TestContract::test_any_strides[cuda-cuda-bfloat16-rope-rows]",
+    "test_rope.py::TestContract::test_any_strides[cuda-cuda-bfloat16-per_head-rows]",
     "test_bias_gelu.py::test_bias_gelu[cuda-cuda-bfloat16-D37-bias]",
-    "test_patchify.py::test_any_strides[cuda-cuda-bfloat16-patchify-rows]",
-    "test_patchify.py::test_any_strides[cuda-cuda-bfloat16-unpatchify-rows]",
+    "test_patchify.py::TestContract::test_any_strides[cuda-cuda-bfloat16-patchify-rows]",
+    "test_patchify.py::TestContract::test_any_strides[cuda-cuda-bfloat16-unpatchify-rows]",
 ]
 # Those that share memory between threads.
 RACECHECK = [
     "test_adaln.py::test_gate_residual_layer_norm_modulate[cuda-cuda-bfloat16-D1152]",
     "test_adaln.py::test_gate_residual_layer_norm_modulate[cuda-cuda-bfloat16-long_rows]",
-    "test_rope.py::test_any_strides[cuda-cuda-bfloat16-per_head-rows]",
+    "test_rope.py::TestContract::test_any_strides[cuda-cuda-bfloat16-per_head-rows]",
     "test_bias_gelu.py::test_bias_gelu[cuda-cuda-bfloat16-D1152-bias]",
 ]
 PROFILED = ["SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats"]  # Nsight Compute's sections
