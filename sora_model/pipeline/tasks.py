@@ -138,19 +138,20 @@ def long_video(
         frames: in all.
         size: (T, H, W) of a chunk; default: the pipeline's.
         overlap: token frames, besides the first, that a chunk sees of the one before.
-        progress: called with the number of new frames after each chunk.
+        progress: called after each chunk, the first one included, with its number of new frames; `frames` in all.
         options: of the pipeline's call.
     """
     chunks = [prompts] if isinstance(prompts, str) else list(prompts)
     if not chunks or frames < 1:
         raise ValueError(f"long_video: expected at least one prompt and one frame, got {len(chunks)} and {frames}")
     world = Simulation(pipeline, chunks[0], size, negative_prompt=negative_prompt, overlap=overlap, seed=seed, **options)
-    made = world.video.shape[1]
-    while made < frames:
-        new = world.act(chunks[min(world.chunks, len(chunks) - 1)]).shape[1]
-        made += new
-        if progress is not None:
-            progress(new)
+    report = progress or (lambda new: None)
+    done = min(world.video.shape[1], frames)
+    report(done)
+    while done < frames:
+        new = min(world.act(chunks[min(world.chunks, len(chunks) - 1)]).shape[1], frames - done)
+        done += new
+        report(new)
     return world.video[:, :frames]
 
 
