@@ -56,6 +56,13 @@ def _source() -> Any:
     return WorldSource(World(WorldConfig.simple()), [(4, 16, 16), (1, 16, 24)])
 
 
+def _scene() -> Any:
+    from sora_model.world.config import WorldConfig
+    from sora_model.world.world import World
+
+    return World(WorldConfig.simple()).sample(7)
+
+
 def _clip() -> Tensor:
     """A red disc that moves right on navy, as the package's checkpoint knows it: [3, 13, 48, 48]."""
     y, x = torch.meshgrid(torch.arange(48.0), torch.arange(48.0), indexing="ij")
@@ -67,6 +74,7 @@ def _clip() -> Tensor:
 
 # A video of 13 frames and an image, as latents of the package's VAE.
 PREPARED: dict[str, Callable[[], Any]] = {
+    "scene": _scene,
     "layout": _layout,
     "x": lambda: torch.randn(400, 8, 64),
     "rope_3d": _rope_3d,

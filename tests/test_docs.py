@@ -28,14 +28,6 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A block that begins with this comment is shown, not run: it would take minutes or needs a GPU.
 NOT_RUN = "# Not run by the tests:"
-# Docstrings whose code is still without `>>>`. The list only gets shorter.
-UNCHECKED = {
-    "sora_model/training/sources.py::module",
-    "sora_model/world/judge.py::judge",
-    "sora_model/world/scene.py::advanced",
-    "sora_model/world/scene.py::render",
-    "sora_model/world/world.py::module",
-}
 
 
 class Docstring(NamedTuple):
@@ -138,7 +130,7 @@ def test_docstring(docstring):
 
 def test_code_in_docstrings_runs():
     found = {str(docstring): unchecked(docstring.text) for docstring in ALL_DOCSTRINGS}
-    assert {name for name, code in found.items() if code} <= UNCHECKED
+    assert {name for name, code in found.items() if code} == set()
 
 
 def test_code_in_docstrings_is_found():

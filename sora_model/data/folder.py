@@ -204,12 +204,12 @@ def _media_files(folder: Path) -> list[Path]:
         visited.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = (Path(parent, name) for name in names if not name.startswith("."))
-        # A broken link is to be told of; a named pipe would be waited for.
+        # A broken link is to be named; a named pipe would be waited for.
         found += [path for path in paths if path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())]
     return sorted(found)
 
 
 def _left_out(error: OSError) -> None:
-    """A folder that cannot be listed. That there is none at all is told of as an error."""
+    """A folder that cannot be listed. That there is none at all is an error."""
     if not isinstance(error, FileNotFoundError):
         logger.warning("left out: %s", error)

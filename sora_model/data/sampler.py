@@ -101,7 +101,7 @@ class PackedSampler:
         self._token_counts: dict[Size, int] = {}
         self._warned: set[int] = set()
         self.usable: list[int] = []
-        for index in range(self._length or 0):  # a sample that cannot be batched is told of before training begins
+        for index in range(self._length or 0):  # a sample that cannot be batched is named before training begins
             try:
                 self._check_fits(index, source.size(index))
                 self.usable.append(index)
@@ -112,7 +112,7 @@ class PackedSampler:
         self._usable = frozenset(self.usable)
         self._rewind()
         if self._length is None:
-            self._plan(0)  # so that sizes that fit no batch are told of at once
+            self._plan(0)  # so that sizes that fit no batch are an error at once
 
     def batch(self, step: int) -> Batch:
         """The batch of this rank at `step`."""

@@ -1,7 +1,10 @@
 """What a model is trained on, by name: a folder of files, or what a room of the package offers.
 
-    training_data("clips")                    # the folder clips/, with captions in .txt beside its files
-    training_data("world:studio,lessons")     # by the module training_data of the room world
+"clips" is the folder clips/, with captions in .txt beside its files. A name with a colon belongs to a room: "world:simple" is made
+by the module `training_data` of the room world.
+
+>>> training_data("world:studio,lessons").name
+'world:studio,lessons'
 
 Settings are called as the command's options are: a run's file keeps them by these names, and messages show them.
 """

@@ -21,7 +21,9 @@ def judge(video: torch.Tensor | Array, truth: Truth) -> dict[str, Any]:
     mask overlaps best with that of the caption's shape, among all shapes of the world, at equal area and centroid. Only colour,
     shape and motion are asked for, not the exact path, so a generated clip is judged by the truth of any scene with its caption.
 
-        judge(video, truth)     # {"correct": True, "color": True, "motion": True, "shape": True, "background": "navy", ...}
+    >>> verdict = judge(scene.render(8, 32, 48), scene.truth(8, 32, 48))
+    >>> verdict["correct"], verdict["color"], verdict["motion"], verdict["shape"], verdict["background"]
+    (True, True, True, True, 'black')
 
     What a caption leaves open is reported beside it: the background seen, and each object's size as a share of the truth's.
 

@@ -108,7 +108,8 @@ class Scene:
     def advanced(self, frames: float) -> Scene:
         """The scene as it goes on from frame `frames`: frame 0 of what comes back, and captions tell of that moment.
 
-        scene.render(8, 32, 32, start=5)  ==  scene.advanced(5).render(8, 32, 32)
+        >>> torch.allclose(scene.render(8, 32, 32, start=5), scene.advanced(5).render(8, 32, 32), atol=1e-5)
+        True
         """
         return replace(self, things=tuple(thing.advanced(frames) for thing in self.things), clock=self.clock + frames)
 
@@ -121,8 +122,8 @@ class Scene:
     def render(self, frames: int, height: int, width: int, *, start: float = 0.0) -> torch.Tensor:
         """Draw frames `start`, `start + 1`, ... of the scene.
 
-            scene.render(8, 32, 48)              # float32 [3, 8, 32, 48] in [-1, 1]
-            scene.render(8, 32, 48, start=8)     # the continuation of that clip
+        >>> scene.render(8, 32, 48, start=8).shape                     # the continuation of scene.render(8, 32, 48)
+        torch.Size([3, 8, 32, 48])
 
         frames, height, width: size of the clip, each at least 1; raises ValueError otherwise.
         """

@@ -17,7 +17,7 @@ GOLDEN, SILVER = 0x9E3779B97F4A7C15, 0x6A09E667F3BCC909  # the fractions of (1 +
 
 
 PIXELS = Timing(1, 1)
-LESSONS = {"drift": drift, "turn": turn, "link": link, "morph": morph, "closeup": closeup}
+LESSON_CLIPS = {"drift": drift, "turn": turn, "link": link, "morph": morph, "closeup": closeup}
 
 
 class WorldSource:
@@ -49,8 +49,10 @@ class WorldSource:
         if len(weights) != len(sizes) or min(weights) <= 0:
             raise ValueError(f"WorldSource: need a weight above 0 for each of {len(sizes)} sizes, got {weights}")
         lessons = dict(lessons or {})
-        if not set(lessons) <= set(LESSONS) or min(lessons.values(), default=0) < 0 or sum(lessons.values()) > 1:
-            raise ValueError(f"WorldSource: lessons must be shares >= 0 of {', '.join(LESSONS)}, at most 1 in all, got {lessons}")
+        if not set(lessons) <= set(LESSON_CLIPS) or min(lessons.values(), default=0) < 0 or sum(lessons.values()) > 1:
+            raise ValueError(
+                f"WorldSource: lessons: expected shares of {', '.join(LESSON_CLIPS)}, >= 0 and at most 1 in all, got {lessons}"
+            )
         self._lessons, self.timing = list(zip(lessons, accumulate(lessons.values()), strict=True)), timing
         self.world, self.sizes = world, [(t, h, w) for t, h, w in sizes]
         self._bounds = [bound / sum(weights) for bound in accumulate(weights)][:-1]
@@ -65,7 +67,7 @@ class WorldSource:
         for name, bound in self._lessons if size[0] > self.timing.first else ():
             if drawn < bound:
                 rng = np.random.default_rng((self.world.config.seed, index, 2**32))
-                return Sample(*LESSONS[name](scene, size, self.timing, self.world, rng))
+                return Sample(*LESSON_CLIPS[name](scene, size, self.timing, self.world, rng))
         return Sample(scene.render(*size), scene.caption(frames=size[0]), scene.caption(True, size[0]))
 
 

@@ -1,10 +1,10 @@
 """A small world of moving shapes, with captions and ground truth: scenes drawn by number from what a `WorldConfig` allows.
 
-world = World(WorldConfig.simple())
-scene = world.sample(7)
-scene.caption()                  # "a blue circle moves down"
-scene.render(8, 32, 48)          # float32 [3, 8, 32, 48] in [-1, 1]
-judge(scene.render(8, 32, 48), scene.truth(8, 32, 48))["correct"]      # True
+>>> scene = World(WorldConfig.simple()).sample(7)
+>>> scene.caption()
+'a blue circle moves down'
+>>> scene.render(8, 32, 48).shape
+torch.Size([3, 8, 32, 48])
 """
 
 from __future__ import annotations
