@@ -39,7 +39,7 @@ app = typer.Typer(
 )
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 MAX_PIXELS = 2**16  # of frames that are read to be captioned
-CLIP_PIXELS = 2**28  # of all frames read from one file, which are held at once: 4 GB
+CLIP_PIXELS = 2**28  # of all frames read from one file, which are in memory at once: 4 GB
 # What torch says where it gets no memory, on the CPU and on GPUs, and where a size does not even fit a number.
 NO_MEMORY = re.compile(
     "can't allocate memory|not enough memory|out of memory|too many elements"
@@ -104,10 +104,10 @@ class Loaded:
 def command(
     options: type, name: str | None = None, help: str | None = None, **defaults: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a function a command whose options are its own arguments and the fields of a dataclass, its last argument.
+    """Makes a function a command whose options are its arguments and the fields of a dataclass, its last argument.
 
-    Typer reads options off a function's signature and has no way to share some among commands, so the function that it is given
-    gets a signature of both.
+    Typer reads options off a function's signature and has no way to share some among commands, so the function
+    that typer sees has a signature of both.
 
     options: a dataclass like `Call`. name, help: of the command; default: the function's. defaults: other ones for fields of
     `options`.
@@ -118,18 +118,18 @@ def command(
 
     def make(function: Callable[..., None]) -> Callable[..., None]:
         hints = {**get_type_hints(options, include_extras=True), **get_type_hints(function, include_extras=True)}
-        *own, last = inspect.signature(function).parameters.values()
+        *arguments, last = inspect.signature(function).parameters.values()
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [one.replace(annotation=hints[one.name]) for one in own]
+        parameters = [one.replace(annotation=hints[one.name]) for one in arguments]
         parameters += [inspect.Parameter(key, kind, default=shared[key], annotation=hints[key]) for key in shared]
         words = {one.name: _word(one) for one in parameters}
 
         @functools.wraps(function)
-        def run(**given: Any) -> None:
+        def run(**values: Any) -> None:
             with one_line_errors(words):
-                check_finite(given)
-                chosen = options(**{key: given.pop(key) for key in shared})
-                function(**given, **{last.name: chosen})
+                check_finite(values)
+                chosen = options(**{key: values.pop(key) for key in shared})
+                function(**values, **{last.name: chosen})
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return app.command(name, help=help)(run)
@@ -144,7 +144,7 @@ def _word(parameter: inspect.Parameter) -> str:
 
 
 class OneLine(logging.Handler):
-    """Warnings as lines of their own, which a terminal may wrap but nothing else does."""
+    """Each warning as one line, which a terminal may wrap but nothing else does."""
 
     def emit(self, record: logging.LogRecord) -> None:
         errors.print(f"[yellow]{record.levelname.lower()}:[/]", end=" ")
@@ -226,9 +226,9 @@ def parse_size(text: str, option: str = "--size") -> Size:
     return t, h, w
 
 
-def check_finite(given: dict[str, Any]) -> None:
+def check_finite(values: dict[str, Any]) -> None:
     """Raises ValueError for options that are NaN or infinite, which every range lets through."""
-    for name, value in given.items():
+    for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')}: expected a finite number, got {value}")
 

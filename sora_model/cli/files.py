@@ -68,10 +68,10 @@ def write_files(
 
 
 def free_paths(out: Path, names: Sequence[str], *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> list[Path]:
-    """Paths of new files of these names in a folder, each with its number in front, and of their contact sheet.
+    """Paths of new files of these names in a folder that is there, each with its number in front, and of their contact sheet.
 
-    >>> [str(path) for path in free_paths(Path("new"), ["a-cat.mp4", "a-dog.mp4"])]      # with 00 and 01 there, from 02 on
-    ['new/00-a-cat.mp4', 'new/01-a-dog.mp4', 'new/contact_sheet.png']
+    >>> [str(path) for path in free_paths(Path("."), ["a-cat.mp4", "a-dog.mp4"])]        # with 00 and 01 there, from 02 on
+    ['00-a-cat.mp4', '01-a-dog.mp4', 'contact_sheet.png']
     """
 
     def numbered(start: int) -> list[Path]:

@@ -72,7 +72,7 @@ def described() -> str:
         f"REQUESTS is a JSON file, a list of objects:\n{example}",
         "A request is of task text_to_video unless it says another. Names of files count from the folder of REQUESTS.",
         f"Fields of all tasks:\n{listed(COMMON)}",
-        f"Tasks, and their own fields:\n{tasks}",
+        f"Tasks, and their fields:\n{tasks}",
     ]
     return "\n\n".join(f"\b\n{part}" for part in parts)
 

@@ -95,7 +95,7 @@ class Bars:
         return {"callback": lambda *_: self(1), "progress": self.coded}
 
     def coded(self, what: str, done: int, total: int) -> None:
-        """what: encoding or decoding; each has a bar of its own from its first tile on."""
+        """what: encoding or decoding; each has another bar, from its first tile on."""
         if what not in self.coding:
             self.coding[what] = self.progress.add_task(what)
         self.progress.update(self.coding[what], completed=done, total=total)
