@@ -158,7 +158,10 @@ BAD = {
         ({"bias": torch.zeros(8).half()}, "bias: expected dtype float32, got float16"),
         ({"layout": 3}, "layout: expected a PackedLayout, got int"),
         ({"layout": PackedLayout.from_grids([(2, 2, 3)])}, "layout: expected one span per video, with the grids ~, got ~"),
-        ({"layout": PackedLayout.from_grids([(2, 3, 2), (1, 1, 1)])}, "layout: expected one span per video, with the grids ~, got ~"),
+        (
+            {"layout": PackedLayout.from_grids([(2, 3, 2), (1, 1, 1)])},
+            "layout: expected one span per video, with the grids ~, got ~",
+        ),
     ],
     "unpatchify_3d": [
         ({"tokens": torch.zeros(16)}, "tokens: expected shape [N, pt*ph*pw*C], got [16]"),

@@ -194,7 +194,7 @@ def tanh(x):
     return tl.where(x < 0, -t, t)
 
 
-# ---- the softmax of attention, of scores s: exp2(s * factor). Their maximum is subtracted before they are multiplied, so that of
+# The softmax of attention, of scores s: exp2(s * factor). Their maximum is subtracted before they are multiplied, so that of
 # scores of any size the largest gives exactly 1; of scores of 1e10 the rounded product alone would be off by more than 2**7.
 
 

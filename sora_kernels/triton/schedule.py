@@ -101,9 +101,6 @@ def work_list(cu: Tensor, other: Tensor, num_tokens: int, num_other: int, block:
     return entries, capacity
 
 
-# ---- windows: tiles of spans
-
-
 class Layout(NamedTuple):
     """Which tokens belong together: the tensors of a PackedLayout."""
 

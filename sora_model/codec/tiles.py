@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 AT_ONCE = 2**22  # numbers of pixels that are coded at once, unless one video has more
-
-
 TILE, OVERLAP = 512, 64  # pixels along a side of what is coded at once, and how many two neighbours share
 
 

@@ -29,8 +29,6 @@ CLASSES = (
     "AutoencoderKLLTXVideo",
     "AutoencoderKLWan",
 )
-
-
 WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the file
 
 

@@ -50,14 +50,14 @@ class Vocabulary(set[str]):
         return self
 
     def save(self, folder: Path) -> None:
-        """vocab.txt, a word a line; none for an encoder that has learned none."""
-        if self:
-            (folder / VOCABULARY).write_text("".join(f"{word}\n" for word in sorted(self)), encoding="utf-8")
+        """vocab.txt, a word a line."""
+        (folder / VOCABULARY).write_text("".join(f"{word}\n" for word in sorted(self)), encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> Vocabulary:
+    def read(cls, folder: Path) -> Vocabulary | None:
+        """None where there is no vocab.txt: which words the encoder has learned is then not known."""
         path = folder / VOCABULARY
-        return cls(path.read_text(encoding="utf-8").split() if path.is_file() else ())
+        return cls(path.read_text(encoding="utf-8").split()) if path.is_file() else None
 
 
 class WordEncoder(nn.Module):
@@ -86,7 +86,8 @@ class WordEncoder(nn.Module):
                 f"got dim={dim}, num_heads={num_heads}, buckets={buckets}, depth={depth}"
             )
         self.config = {"dim": dim, "depth": depth, "num_heads": num_heads, "buckets": buckets}
-        self.dim, self.buckets, self.vocabulary = dim, buckets, Vocabulary()
+        self.dim, self.buckets = dim, buckets
+        self.vocabulary: Vocabulary | None = Vocabulary()  # None: words were learned that are not known
         self.words = nn.Embedding(buckets + 1, dim)  # row 0 is the null token
         self.layers = nn.ModuleList(TextLayer(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
@@ -96,7 +97,7 @@ class WordEncoder(nn.Module):
         """captions: B strings. Returns tokens [M, D], cu_seqlens [B+1] and pooled [B, D] on the encoder's device."""
         if isinstance(captions, str):
             raise TypeError("WordEncoder: captions: expected a list of strings, got one string")
-        if self.training:
+        if self.training and self.vocabulary is not None:
             self.vocabulary.learn(captions)
         device = self.words.weight.device
         words = [hash_words(caption, self.buckets) or [(0, 0)] for caption in captions]
@@ -116,7 +117,8 @@ class WordEncoder(nn.Module):
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes config.json, model.safetensors and the vocabulary."""
         save_module(self, self.config, Path(folder), dtype)
-        self.vocabulary.save(Path(folder))
+        if self.vocabulary is not None:
+            self.vocabulary.save(Path(folder))
 
 
 class TextLayer(nn.Module):

@@ -14,8 +14,6 @@ from .lessons import closeup, drift, link, morph, turn
 from .world import World
 
 GOLDEN, SILVER = 0x9E3779B97F4A7C15, 0x6A09E667F3BCC909  # the fractions of (1 + sqrt 5) / 2 and of sqrt 2, in 2^-64
-
-
 PIXELS = Timing(1, 1)
 LESSON_CLIPS = {"drift": drift, "turn": turn, "link": link, "morph": morph, "closeup": closeup}
 
