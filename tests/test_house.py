@@ -18,7 +18,7 @@ import sora_kernels
 ROOT = Path(__file__).parent.parent
 # An op's family has a reference; attention's two stories share one.
 OPS = sorted(path.stem for path in (ROOT / "sora_kernels/reference").glob("*.py") if path.stem not in ("__init__", "common"))
-STORIES = sorted(path.stem for path in (ROOT / "sora_kernels").glob("*.py") if (ROOT / f"csrc/bindings/{path.stem}.h").is_file())
+STORIES = sorted(path.stem for path in (ROOT / "sora_kernels").glob("*.py") if (ROOT / f"csrc/cpu/{path.stem}.cpp").is_file())
 
 
 def imports(path: Path, for_type_checkers: bool = True) -> set[str]:
