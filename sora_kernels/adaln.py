@@ -123,9 +123,10 @@ def _check(op: str, x: Tensor, cu_rows: Tensor | None, rows: dict[str, Tensor | 
     for name, row in rows.items():
         if row is None:
             continue
+        num_rows = "R" if cu_rows is None else cu_rows.shape[0] - 1
+        check_tensor(op, name, row, (num_rows, x.shape[1]), dtype=x.dtype, like=x)
         if cu_rows is None:
             fail(op, "cu_rows", f"int32 boundaries [R+1] of the rows of {name}", "None")
-        check_tensor(op, name, row, (cu_rows.shape[0] - 1, x.shape[1]), dtype=x.dtype, like=x)
 
 
 def _check_norm(

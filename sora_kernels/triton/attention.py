@@ -97,13 +97,13 @@ def attend(
         j = first + tl.arange(0, BLOCK_N)[None, :]
         s, _ = finish_scores(s, i, j, scores, MASKED, FEATURES)
         factor = score_factor(scores.score_mod, FEATURES)
-        state = softmax_step(state, s, factor, v, MASKED or scores.score_mod.bias is not None, PRECISION)
+        state = softmax_step(state, s, factor, v, MASKED or scores.bias is not None, PRECISION)
     return state
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    q, k, v, out, p_lse, p_statistics, cu_q, cu_k, work, score_mod, total_q, total_k, num_samples, num_heads,
+    q, k, v, out, p_lse, p_statistics, cu_q, cu_k, work, bias, alibi, score_mod, total_q, total_k, num_samples, num_heads,
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FEATURES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def forward_kernel(
     k = head_rows(strided(k, UNIT), sample, begin_k, head // GROUP)
     v = head_rows(strided(v, UNIT), sample, begin_k, head // GROUP)
     keys = Keys(k, v)
-    scores = Scores(num_q, num_k, sample, head, score_mod)
+    scores = Scores(num_q, num_k, sample, head, bias, alibi, score_mod)
     block = load_rows(head_rows(strided(q, UNIT), sample, begin_q, head), first, num_q, BLOCK_M, D, BLOCK_D, True)
     row = first + tl.arange(0, BLOCK_M)
     i = row[:, None]
@@ -165,7 +165,8 @@ def query_grads(
 
 @triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
-    dout, dlse, q, k, v, out, p_statistics, p_delta, dq, cu_q, cu_k, work, score_mod, total_q, total_k, num_samples, num_heads,
+    dout, dlse, q, k, v, out, p_statistics, p_delta, dq, cu_q, cu_k, work, bias, alibi, score_mod, total_q, total_k, num_samples,
+    num_heads,
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FEATURES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +178,7 @@ def dq_kernel(
     k = head_rows(strided(k, UNIT), sample, begin_k, head // GROUP)
     v = head_rows(strided(v, UNIT), sample, begin_k, head // GROUP)
     keys = Keys(k, v)
-    scores = Scores(num_q, num_k, sample, head, score_mod)
+    scores = Scores(num_q, num_k, sample, head, bias, alibi, score_mod)
     q_block = load_rows(head_rows(strided(q, UNIT), sample, begin_q, head), first, num_q, BLOCK_M, D, BLOCK_D, True)
     dout_block = load_rows(head_rows(strided(dout, UNIT), sample, begin_q, head), first, num_q, BLOCK_M, D, BLOCK_D, True)
     row = first + tl.arange(0, BLOCK_M)
@@ -236,7 +237,8 @@ def key_grads(
 
 @triton.jit(do_not_specialize=SIZES)
 def dkdv_kernel(
-    dout, q, k, v, p_statistics, p_delta, dk, dv, cu_q, cu_k, work, score_mod, total_q, total_k, num_samples, num_heads,
+    dout, q, k, v, p_statistics, p_delta, dk, dv, cu_q, cu_k, work, bias, alibi, score_mod, total_q, total_k, num_samples,
+    num_heads,
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FEATURES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -260,7 +262,7 @@ def dkdv_kernel(
         offset = statistics_offset(work, sample, begin_q, head, num_heads * GROUP, total_q)
         statistics = Statistics(p_statistics + offset, num_statistics(work, num_samples, num_heads * GROUP, total_q))
         queries = Queries(q_rows, dout_rows, statistics, p_delta + offset)
-        scores = Scores(num_q, num_k, sample, head, score_mod)
+        scores = Scores(num_q, num_k, sample, head, bias, alibi, score_mod)
         if FEATURES.left:
             acc_k, acc_v = key_grads(
                 acc_k, acc_v, k_block, v_block, j, queries, scores, begin, end, D, BLOCK_M, True, FEATURES, PRECISION
@@ -292,16 +294,15 @@ class _Call:
         self.num_q, self.num_k = (q.shape[1], k.shape[1]) if cu_q is None else (q.shape[0], k.shape[0])
         self.heads, self.key_heads = q.shape[-2], k.shape[-2]
         self.like, self.plain = q, bias is None and alibi is None and softcap == 0
-        score_mod = ScoreMod(
-            bias=None if bias is None else Bias(bias, *bias.stride()),
-            alibi=None if alibi is None else Slopes(alibi, *alibi.stride()),
-            softmax_scale=scale, softcap=softcap, left=left, right=right,
-        )  # fmt: skip
         self.cu_q, self.cu_k = cu_q, cu_k
         self.features = Features(left < UNBOUNDED, right < UNBOUNDED, softcap > 0, scale_last=self.plain and scale > 0)
         self.arguments = {
-            "cu_q": cu_q, "cu_k": cu_k, "score_mod": score_mod, "total_q": self.num_q, "total_k": self.num_k,
-            "num_samples": self.batch, "FEATURES": self.features, **head_constants(*tensors),
+            "cu_q": cu_q, "cu_k": cu_k, "total_q": self.num_q, "total_k": self.num_k, "num_samples": self.batch,
+            # Side by side: Triton 3.6 loses a stride of 1 in a tuple in a tuple that holds None.
+            "bias": None if bias is None else Bias(bias, *bias.stride()),
+            "alibi": None if alibi is None else Slopes(alibi, *alibi.stride()),
+            "score_mod": ScoreMod(softmax_scale=scale, softcap=softcap, left=left, right=right),
+            "FEATURES": self.features, **head_constants(*tensors),
         }  # fmt: skip
         self.unit = self.arguments["UNIT"]
         self.lists: dict[tuple, tuple[Tensor | None, int]] = {}

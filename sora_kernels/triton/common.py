@@ -199,11 +199,11 @@ def tanh(x):
 
 
 class Softmax(NamedTuple):
-    """The running softmax of a block of queries: sum of p * v [rows, d], maximum of the scores and sum of p [rows]."""
+    """The running softmax of a block of queries: maximum of the scores and sum of p [rows], sum of p * v [rows, d]."""
 
-    acc: Any
     maximum: Any
     total: Any
+    acc: Any
 
 
 class Statistics(NamedTuple):
@@ -217,7 +217,7 @@ class Statistics(NamedTuple):
 def start_softmax(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    return Softmax(tl.zeros([ROWS, BLOCK_D], tl.float32), maximum, total)
+    return Softmax(maximum, total, tl.zeros([ROWS, BLOCK_D], tl.float32))
 
 
 @triton.jit
@@ -229,7 +229,7 @@ def softmax_step(state, s, factor, v, MASKED: tl.constexpr, PRECISION: tl.conste
     correction = tl.exp2((state.maximum - reference) * factor)
     total = state.total * correction + tl.sum(p, axis=1)
     acc = tl.dot(p.to(v.dtype), v, state.acc * correction[:, None], input_precision=PRECISION)
-    return Softmax(acc, maximum, total)
+    return Softmax(maximum, total, acc)
 
 
 @triton.jit

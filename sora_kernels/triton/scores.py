@@ -29,10 +29,8 @@ class Slopes(NamedTuple):
 
 
 class ScoreMod(NamedTuple):
-    """How scores come from products q.k."""
+    """The numbers by which scores come from products q.k."""
 
-    bias: Bias | None
-    alibi: Slopes | None
     softmax_scale: Any
     softcap: Any
     left: Any  # keys before a query's own that it attends to
@@ -55,6 +53,8 @@ class Scores(NamedTuple):
     num_k: Any
     sample: Any
     head: Any
+    bias: Bias | None
+    alibi: Slopes | None
     score_mod: ScoreMod
 
 
@@ -122,12 +122,12 @@ def finish_scores(s, i, j, scores, MASKED: tl.constexpr, FEATURES: tl.constexpr)
         t = s
         if not FEATURES.scale_last:
             s = s * score_mod.softmax_scale
-    if score_mod.alibi is not None:
-        slopes = score_mod.alibi
+    if scores.alibi is not None:
+        slopes = scores.alibi
         slope = tl.load(slopes.pointer + scores.sample * slopes.batch_stride + scores.head * slopes.head_stride)
         s -= slope * tl.abs(distance).to(tl.float32)
-    if score_mod.bias is not None:
-        bias = score_mod.bias
+    if scores.bias is not None:
+        bias = scores.bias
         p_head = bias.pointer + scores.sample.to(tl.int64) * bias.batch_stride + scores.head.to(tl.int64) * bias.head_stride
         p_block = p_head + i.to(tl.int64) * bias.query_stride + j.to(tl.int64) * bias.key_stride
         s += tl.load(p_block, mask=(i < scores.num_q) & (j < scores.num_k), other=0.0)
