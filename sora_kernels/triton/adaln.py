@@ -11,15 +11,16 @@ Backward, without atomics: a program owns a chunk of up to K tokens of one row r
 A second kernel adds the chunks of each row in order: dscale = weight * A + bias * B, dshift = B, dgate = G. A third one adds rows
 for the norm's own parameters: dweight = sum_r (1 + scale_r) * A_r, dbias = sum_r (1 + scale_r) * B_r.
 
-What is absent is None, and so is a sum that nobody asked for: kernels are compiled without it. Of what travels together they take a
-NamedTuple, and ask for its members: `is None` of a whole one fails on Triton 3.6. Counts stay outside: of integers in a tuple,
-`do_not_specialize` knows nothing, and every batch would compile anew.
+What is absent is None, and so is a sum that nobody asked for: kernels are compiled without it. What travels together is a plain
+tuple, because a launch takes longer over named ones; kernels name its members. Only members are asked whether they are None: on
+Triton 3.6 `tuple is None` fails if one of them is. Counts stay outside: `do_not_specialize` knows nothing of integers in a tuple,
+and every batch would compile anew.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,20 +35,21 @@ K = 32  # tokens of a chunk: enough that writing its sums is a few percent of re
 class Matrix(NamedTuple):
     """Rows of D elements, `stride` elements apart."""
 
-    data: Tensor | None = None
-    stride: int | None = None
+    data: Any
+    stride: Any
 
-    @classmethod
-    def of(cls, x: Tensor | None) -> Matrix:
-        return cls() if x is None else cls(x, x.stride(0))
+
+def matrix(x: Tensor | None) -> tuple[Tensor, int] | None:
+    """The fields of a Matrix."""
+    return None if x is None else (x, x.stride(0))
 
 
 class Modulation(NamedTuple):
     """Rows [R, D]."""
 
-    gate: Matrix = Matrix()
-    shift: Matrix = Matrix()
-    scale: Matrix = Matrix()
+    gate: Tensor | None = None
+    shift: Tensor | None = None
+    scale: Tensor | None = None
 
 
 class Norm(NamedTuple):
@@ -82,6 +84,7 @@ class Gradients(NamedTuple):
 
 @triton.jit
 def _load_rows(matrix, row, cols, mask):
+    matrix = Matrix(*matrix)
     p_row = matrix.data + row.to(tl.int64)[:, None] * matrix.stride + cols[None, :]
     return tl.load(p_row, mask=mask, other=0.0).to(tl.float32)
 
@@ -126,23 +129,24 @@ def _find_slot(p_cu, num_rows, num_tokens, slot, search_steps, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "search_steps"])
 def forward_kernel(
-    residual, x, modulation, norm, p_cu, p_residual_out, p_out, num_tokens, num_rows, search_steps, eps,
+    residual, x, gate, shift, scale, norm, p_cu, p_residual_out, p_out, num_tokens, num_rows, search_steps, eps,
     D: tl.constexpr, RMS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    norm = Norm(*norm)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     cols = tl.arange(0, BLOCK_D)
     in_row = (cols < D)[None, :]
     in_tokens = token < num_tokens
     load = in_tokens[:, None] & in_row
     h = _load_rows(x, token, cols, load)  # before the search, which it hides
-    if residual.data is not None:
+    if residual is not None:
         before = _load_rows(residual, token, cols, load)
     row = _find_row(p_cu, num_rows, token, search_steps)
     used = row < num_rows
     inside = used[:, None] & load
-    if residual.data is not None:
-        if modulation.gate.data is not None:
-            h = _load_rows(modulation.gate, row, cols, inside) * h
+    if residual is not None:
+        if gate is not None:
+            h = _load_rows(gate, row, cols, inside) * h
         h = tl.where(inside, before + h, 0.0).to(p_residual_out.dtype.element_ty)
         _store_rows(p_residual_out, token, cols, load, h, D)
         h = h.to(tl.float32)  # the norm is of the residual as stored
@@ -161,10 +165,10 @@ def forward_kernel(
             y *= _load_columns(norm.weight, cols, D)[None, :]
         if norm.bias is not None:
             y += _load_columns(norm.bias, cols, D)[None, :]
-        if modulation.scale.data is not None:
-            y *= 1 + _load_rows(modulation.scale, row, cols, inside)
-        if modulation.shift.data is not None:
-            y += _load_rows(modulation.shift, row, cols, inside)
+        if scale is not None:
+            y *= 1 + _load_rows(scale, row, cols, inside)
+        if shift is not None:
+            y += _load_rows(shift, row, cols, inside)
         _store_rows(p_out, token, cols, load, tl.where(inside, y, 0.0), D)
         tl.store(norm.mean + token, tl.where(used, mean, 0.0), mask=in_tokens)
         tl.store(norm.rstd + token, tl.where(used, rstd, 0.0), mask=in_tokens)
@@ -172,9 +176,10 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "search_steps"])
 def backward_kernel(
-    dresidual_out, dout, normed, x, modulation, norm, p_cu, p_dresidual, p_dx, sums, num_tokens, num_rows, search_steps,
+    dresidual_out, dout, normed, x, gate, scale, norm, p_cu, p_dresidual, p_dx, sums, num_tokens, num_rows, search_steps,
     D: tl.constexpr, RMS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    norm, sums = Norm(*norm), Sums(*sums)
     slot = tl.program_id(0)
     cols = tl.arange(0, BLOCK_D)
     in_row = (cols < D)[None, :]
@@ -188,7 +193,7 @@ def backward_kernel(
         token = first + tl.arange(0, TOKENS)
         store = (token < end)[:, None] & in_row
         inside = store & load_row
-        if dresidual_out.data is not None:
+        if dresidual_out is not None:
             dh = _load_rows(dresidual_out, token, cols, inside)
         if norm.mean is not None:
             dy = _load_rows(dout, token, cols, inside)
@@ -202,8 +207,8 @@ def backward_kernel(
                 shift_sum += tl.sum(dy, axis=0)
             # The row's factors are read anew for each token, from L1: kept, they would cost registers that hide latency.
             factor = tl.full([1, 1], 1.0, tl.float32)
-            if modulation.scale.data is not None:
-                factor += _load_rows(modulation.scale, row_block, cols, load_row)
+            if scale is not None:
+                factor += _load_rows(scale, row_block, cols, load_row)
             if norm.weight is not None:
                 factor *= _load_columns(norm.weight, cols, D)[None, :]
             dy *= factor
@@ -211,7 +216,7 @@ def backward_kernel(
             if not RMS:
                 dnorm -= (tl.sum(dy, axis=1) * (1 / D))[:, None]
             dnorm *= rstd
-            if dresidual_out.data is not None:
+            if dresidual_out is not None:
                 dh += dnorm
             else:
                 dh = dnorm
@@ -219,8 +224,8 @@ def backward_kernel(
             gate_sum += tl.sum(dh * _load_rows(x, token, cols, inside), axis=0)
         if p_dresidual is not None:
             _store_rows(p_dresidual, token, cols, store, dh, D)
-        if modulation.gate.data is not None:
-            dh *= _load_rows(modulation.gate, row_block, cols, load_row)
+        if gate is not None:
+            dh *= _load_rows(gate, row_block, cols, load_row)
         if p_dx is not None:
             _store_rows(p_dx, token, cols, store, dh, D)
     if begin < end and row < num_rows:  # the sums of an empty slot are never read
@@ -239,6 +244,7 @@ def rows_kernel(
     D: tl.constexpr, K: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (r, block of columns): the chunks of row r in order."""
+    sums, norm, gradients, totals = Sums(*sums), Norm(*norm), Gradients(*gradients), Sums(*totals)
     row = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     begin, end = _row_range(p_cu, row, num_rows, num_tokens)
@@ -270,6 +276,7 @@ def rows_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def affine_kernel(totals, scale, gradients, num_rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Program (block of columns): all rows in order."""
+    totals, gradients = Sums(*totals), Gradients(*gradients)
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     dweight = tl.zeros([BLOCK_D], tl.float32)
     dbias = tl.zeros([BLOCK_D], tl.float32)
@@ -278,7 +285,7 @@ def affine_kernel(totals, scale, gradients, num_rows, D: tl.constexpr, ROWS: tl.
         load = (row < num_rows)[:, None] & (cols < D)[None, :]
         o_rows = row.to(tl.int64)[:, None] * D + cols[None, :]
         factor = tl.full([1, 1], 1.0, tl.float32)
-        if scale.data is not None:
+        if scale is not None:
             factor += _load_rows(scale, row, cols, load)
         if totals.scale is not None:
             dweight += tl.sum(factor * tl.load(totals.scale + o_rows, mask=load, other=0.0), axis=0)
@@ -317,7 +324,7 @@ def _forward(
     (num_tokens, width), num_rows, tile = x.shape, _num_rows(cu_rows), _tile(x.shape[1])
     if num_tokens and width:
         forward_kernel[(triton.cdiv(num_tokens, tile["TOKENS"]),)](
-            Matrix.of(residual), Matrix.of(x), modulation, norm, cu_rows, residual_out, out, num_tokens, num_rows,
+            matrix(residual), matrix(x), *map(matrix, modulation), tuple(norm), cu_rows, residual_out, out, num_tokens, num_rows,
             num_rows.bit_length(), eps, D=width, RMS=rms, **tile,
         )  # fmt: skip
 
@@ -353,26 +360,28 @@ def _backward(
         shift=floats(slots, dshift, dbias, None if dscale is None else norm.bias),
         scale=floats(slots, dscale, dweight),
     )
+    scale = matrix(modulation.scale)
     backward_kernel[(slots,)](
-        Matrix.of(dresidual_out), Matrix.of(dout), Matrix.of(normed), Matrix.of(x), modulation, norm, cu_rows, dresidual, dx, sums,
-        num_tokens, num_rows, num_rows.bit_length(), D=width, RMS=rms, K=K, **_tile(width),
+        matrix(dresidual_out), matrix(dout), matrix(normed), matrix(x), matrix(modulation.gate), scale, tuple(norm), cu_rows,
+        dresidual, dx, tuple(sums), num_tokens, num_rows, num_rows.bit_length(), D=width, RMS=rms, K=K, **_tile(width),
     )  # fmt: skip
     totals = Sums(gate=None, shift=floats(num_rows, dbias), scale=floats(num_rows, dweight))
     block = min(power_of_2(width), 128)
     blocks = triton.cdiv(width, block)
     if num_rows and any(x is not None for x in sums):
         rows_kernel[(num_rows, blocks)](
-            sums, norm, cu_rows, gradients, totals, num_tokens, num_rows, D=width, K=K, CHUNKS=16, BLOCK_D=block, **OPTIONS
-        )
+            tuple(sums), tuple(norm), cu_rows, tuple(gradients), tuple(totals), num_tokens, num_rows, D=width, K=K, CHUNKS=16,
+            BLOCK_D=block, **OPTIONS,
+        )  # fmt: skip
     if any(x is not None for x in totals):
-        affine_kernel[(blocks,)](totals, modulation.scale, gradients, num_rows, D=width, ROWS=16, BLOCK_D=block, **OPTIONS)
+        affine_kernel[(blocks,)](tuple(totals), scale, tuple(gradients), num_rows, D=width, ROWS=16, BLOCK_D=block, **OPTIONS)
 
 
 def layer_norm_modulate_forward(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, cu_rows: Tensor | None, rms: bool, weight: Tensor | None,
     bias: Tensor | None, eps: float, out: Tensor, mean: Tensor, rstd: Tensor,
 ) -> None:  # fmt: skip
-    modulation = Modulation(shift=Matrix.of(shift), scale=Matrix.of(scale))
+    modulation = Modulation(shift=shift, scale=scale)
     _forward(x, modulation, cu_rows, norm=Norm(weight, bias, mean, rstd), rms=rms, eps=eps, out=out)
 
 
@@ -383,18 +392,18 @@ def layer_norm_modulate_backward(
 ) -> None:  # fmt: skip
     gradients = Gradients(shift=dshift, scale=dscale, weight=dweight, bias=dbias)
     norm = Norm(weight, bias, mean, rstd)
-    _backward(dout, Modulation(scale=Matrix.of(scale)), cu_rows, gradients, normed=x, norm=norm, rms=rms, dx=dx)
+    _backward(dout, Modulation(scale=scale), cu_rows, gradients, normed=x, norm=norm, rms=rms, dx=dx)
 
 
 def gate_residual_forward(residual: Tensor, x: Tensor, gate: Tensor | None, cu_rows: Tensor | None, out: Tensor) -> None:
-    _forward(x, Modulation(gate=Matrix.of(gate)), cu_rows, residual=residual, residual_out=out)
+    _forward(x, Modulation(gate=gate), cu_rows, residual=residual, residual_out=out)
 
 
 def gate_residual_backward(
     dout: Tensor, x: Tensor | None, gate: Tensor | None, cu_rows: Tensor | None, dresidual: Tensor, dx: Tensor | None,
     dgate: Tensor | None,
 ) -> None:  # fmt: skip
-    _backward(dout, Modulation(gate=Matrix.of(gate)), cu_rows, Gradients(gate=dgate), x=x, dresidual=dresidual, dx=dx)
+    _backward(dout, Modulation(gate=gate), cu_rows, Gradients(gate=dgate), x=x, dresidual=dresidual, dx=dx)
 
 
 def gate_residual_layer_norm_modulate_forward(
@@ -402,7 +411,7 @@ def gate_residual_layer_norm_modulate_forward(
     rms: bool, weight: Tensor | None, bias: Tensor | None, eps: float, residual_out: Tensor, out: Tensor, mean: Tensor,
     rstd: Tensor,
 ) -> None:  # fmt: skip
-    modulation = Modulation(gate=Matrix.of(gate), shift=Matrix.of(shift), scale=Matrix.of(scale))
+    modulation = Modulation(gate=gate, shift=shift, scale=scale)
     norm = Norm(weight, bias, mean, rstd)
     _forward(x, modulation, cu_rows, residual=residual, residual_out=residual_out, norm=norm, rms=rms, eps=eps, out=out)
 
@@ -413,7 +422,7 @@ def gate_residual_layer_norm_modulate_backward(
     dresidual: Tensor, dx: Tensor | None, dgate: Tensor | None, dshift: Tensor | None, dscale: Tensor | None,
     dweight: Tensor | None, dbias: Tensor | None,
 ) -> None:  # fmt: skip
-    modulation = Modulation(gate=Matrix.of(gate), scale=Matrix.of(scale))
+    modulation = Modulation(gate=gate, scale=scale)
     gradients = Gradients(dgate, dshift, dscale, dweight, dbias)
     _backward(
         dout, modulation, cu_rows, gradients, dresidual_out=dresidual_out, normed=residual_out, x=x,

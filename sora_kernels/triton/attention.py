@@ -37,12 +37,10 @@ from .common import (
 from .configs import attention_config
 from .schedule import locate, other_side, work_list
 from .scores import (
-    Bias,
     Features,
     HeadRows,
     ScoreMod,
     Scores,
-    Slopes,
     finish_scores,
     head_rows,
     key_range,
@@ -107,6 +105,7 @@ def forward_kernel(
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FEATURES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    score_mod = ScoreMod(*score_mod)
     LAST_FIRST: tl.constexpr = FEATURES.right and not FEATURES.left
     sample, head, first, begin_q, num_q = locate(cu_q, work, total_q, num_samples, num_heads, BLOCK_M, LAST_FIRST)
     if sample < 0:
@@ -170,6 +169,7 @@ def dq_kernel(
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FEATURES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    score_mod = ScoreMod(*score_mod)
     LAST_FIRST: tl.constexpr = FEATURES.right and not FEATURES.left
     sample, head, first, begin_q, num_q = locate(cu_q, work, total_q, num_samples, num_heads, BLOCK_M, LAST_FIRST)
     if sample < 0:
@@ -242,6 +242,7 @@ def dkdv_kernel(
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FEATURES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    score_mod = ScoreMod(*score_mod)
     LAST_FIRST: tl.constexpr = FEATURES.left and not FEATURES.right
     sample, key_head, first, begin_k, num_k = locate(cu_k, work, total_k, num_samples, num_heads, BLOCK_N, LAST_FIRST)
     if sample < 0:
@@ -299,9 +300,9 @@ class _Call:
         self.arguments = {
             "cu_q": cu_q, "cu_k": cu_k, "total_q": self.num_q, "total_k": self.num_k, "num_samples": self.batch,
             # Side by side: Triton 3.6 loses a stride of 1 in a tuple in a tuple that holds None.
-            "bias": None if bias is None else Bias(bias, *bias.stride()),
-            "alibi": None if alibi is None else Slopes(alibi, *alibi.stride()),
-            "score_mod": ScoreMod(softmax_scale=scale, softcap=softcap, left=left, right=right),
+            "bias": None if bias is None else (bias, *bias.stride()),
+            "alibi": None if alibi is None else (alibi, *alibi.stride()),
+            "score_mod": (scale, softcap, left, right),
             "FEATURES": self.features, **head_constants(*tensors),
         }  # fmt: skip
         self.unit = self.arguments["UNIT"]

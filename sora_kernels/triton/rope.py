@@ -188,7 +188,7 @@ def forward_kernel(
     INVERSE: tl.constexpr, NORM: tl.constexpr, ACROSS: tl.constexpr, DENSE: tl.constexpr, HEADS: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    octaves = Axes(octaves_t, octaves_h, octaves_w)
+    tables, octaves = Tables(*tables), Axes(octaves_t, octaves_h, octaves_w)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     row = (token < num_tokens)[None, :, None] & (head < H)[:, None, None]
@@ -218,7 +218,7 @@ def backward_kernel(
     HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Program (run of `part` tokens, block of heads)."""
-    octaves = Axes(octaves_t, octaves_h, octaves_w)
+    tables, octaves = Tables(*tables), Axes(octaves_t, octaves_h, octaves_w)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     ROWS: tl.constexpr = HEADS if ACROSS else 1  # of the weight
     dw_u = tl.zeros([ROWS, TOKENS, BLOCK_P], tl.float32)
@@ -302,7 +302,7 @@ class Rope(NamedTuple):
         """Of every kernel, for x [N, H, d]."""
         num_spans = self.tables.cu.shape[0] - 1
         return {
-            "tables": self.tables, **_octaves(self.theta, self.axes_dim), "num_tokens": x.shape[0], "num_spans": num_spans,
+            "tables": tuple(self.tables), **_octaves(self.theta, self.axes_dim), "num_tokens": x.shape[0], "num_spans": num_spans,
             "search_steps": num_spans.bit_length(), "s_token": x.stride(0), "s_head": x.stride(1),
             "H": x.shape[1], "D": x.shape[2], "PAIRS_T": self.axes_dim[0] // 2, "PAIRS_H": self.axes_dim[1] // 2,
             "INTERLEAVED": self.interleaved, "ACROSS": self.across_heads, "DENSE": x.stride(1) == x.shape[2],

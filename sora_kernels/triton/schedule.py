@@ -233,6 +233,7 @@ def tile_list_kernel(
     layout, p_list, window, num_spans, num_samples, num_tokens, search_steps, BLOCK: tl.constexpr, SPANS: tl.constexpr
 ):  # fmt: skip
     """As work_list_kernel, of spans: program s writes span s's tiles, num_spans the slack's, which come last."""
+    layout, window = Layout(*layout), Axes(*window)
     s = tl.program_id(0)
     work = span_work(layout, s, window, num_spans, num_samples, num_tokens, search_steps, BLOCK)
     start = work.num_tiles * 0
@@ -250,13 +251,14 @@ def tile_list_kernel(
         tl.store(p_entries + start + i, s + i * 0, mask=i < work.num_tiles)
 
 
-def tile_list(layout: Layout, window: Axes, num_spans: int, num_samples: int, num_tokens: int, block: int) -> tuple[Tensor, int]:
+def tile_list(layout: Layout, window: Axes, num_spans: int, num_tokens: int, block: int) -> tuple[Tensor, int]:
     """(list, the most tiles that it may hold)."""
+    num_samples = layout.cu_seqlens.shape[0] - 1
     # A tile's sides are less than twice the span's, so along each axis at least half of the tokens of the tiles are real.
     capacity = num_slots(8 * num_tokens, num_spans, block)
     entries = layout.cu_seqlens.new_empty(len(SpanTiles._fields) * (num_spans + 1) + 1 + capacity)
     tile_list_kernel[(num_spans + 1,)](
-        layout=layout, p_list=entries, window=window, num_spans=num_spans, num_samples=num_samples, num_tokens=num_tokens,
-        search_steps=num_samples.bit_length(), BLOCK=block, SPANS=128, **OPTIONS,
+        layout=tuple(layout), p_list=entries, window=tuple(window), num_spans=num_spans, num_samples=num_samples,
+        num_tokens=num_tokens, search_steps=num_samples.bit_length(), BLOCK=block, SPANS=128, **OPTIONS,
     )  # fmt: skip
     return entries, capacity

@@ -53,8 +53,8 @@ class Scores(NamedTuple):
     num_k: Any
     sample: Any
     head: Any
-    bias: Bias | None
-    alibi: Slopes | None
+    bias: Any  # a Bias's fields, or None
+    alibi: Any  # Slopes'
     score_mod: ScoreMod
 
 
@@ -123,11 +123,11 @@ def finish_scores(s, i, j, scores, MASKED: tl.constexpr, FEATURES: tl.constexpr)
         if not FEATURES.scale_last:
             s = s * score_mod.softmax_scale
     if scores.alibi is not None:
-        slopes = scores.alibi
+        slopes = Slopes(*scores.alibi)
         slope = tl.load(slopes.pointer + scores.sample * slopes.batch_stride + scores.head * slopes.head_stride)
         s -= slope * tl.abs(distance).to(tl.float32)
     if scores.bias is not None:
-        bias = scores.bias
+        bias = Bias(*scores.bias)
         p_head = bias.pointer + scores.sample.to(tl.int64) * bias.batch_stride + scores.head.to(tl.int64) * bias.head_stride
         p_block = p_head + i.to(tl.int64) * bias.query_stride + j.to(tl.int64) * bias.key_stride
         s += tl.load(p_block, mask=(i < scores.num_q) & (j < scores.num_k), other=0.0)

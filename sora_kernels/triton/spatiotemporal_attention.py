@@ -244,6 +244,7 @@ def forward_kernel(
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
+    layout, window, causal = Layout(*layout), Axes(*window), Axes(*causal)
     q, k, v, out = strided(q, UNIT), strided(k, UNIT), strided(v, UNIT), strided(out, UNIT)
     for program in range(tl.program_id(0), num_entries(p_list, num_spans) * num_heads, tl.num_programs(0)):
         tile = locate_tile(layout, p_list, program, window, causal, num_spans, num_tokens, num_heads, BLOCK_M, False)
@@ -268,6 +269,7 @@ def dq_kernel(
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
+    layout, window, causal = Layout(*layout), Axes(*window), Axes(*causal)
     q, k, v, out = strided(q, UNIT), strided(k, UNIT), strided(v, UNIT), strided(out, UNIT)
     dout, dq = strided(dout, UNIT), strided(dq, UNIT)
     for program in range(tl.program_id(0), num_entries(p_list, num_spans) * num_heads, tl.num_programs(0)):
@@ -306,6 +308,7 @@ def dkdv_kernel(
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
+    layout, window, causal = Layout(*layout), Axes(*window), Axes(*causal)
     q, k, v, dout = strided(q, UNIT), strided(k, UNIT), strided(v, UNIT), strided(dout, UNIT)
     dk, dv = strided(dk, UNIT), strided(dv, UNIT)
     for program in range(tl.program_id(0), num_entries(p_list, num_spans) * num_heads, tl.num_programs(0)):
@@ -341,10 +344,10 @@ class _Call:
     def __init__(self, tensors, layout: Layout, window, causal, scale) -> None:
         q, k, *_ = tensors
         self.heads, self.key_heads, self.like = q.shape[1], k.shape[1], q
-        self.num_samples = layout.cu_seqlens.shape[0] - 1
+        self.layout, self.window = layout, Axes(*window)
         self.arguments = {
-            "layout": layout, "window": Axes(*window), "causal": Axes(*causal), "scale": scale, "num_spans": layout.grid.shape[0],
-            "num_tokens": q.shape[0], **head_constants(*tensors), "PLAIN": scale > 0,
+            "layout": tuple(layout), "window": tuple(window), "causal": tuple(causal), "scale": scale,
+            "num_spans": layout.grid.shape[0], "num_tokens": q.shape[0], **head_constants(*tensors), "PLAIN": scale > 0,
         }  # fmt: skip
         self.unit = self.arguments["UNIT"]
 
@@ -354,7 +357,7 @@ class _Call:
         config = attention_config(name, self.like.device, arguments["D"], self.like.element_size())
         block, heads = (config["BLOCK_N"], self.key_heads) if over_keys else (config["BLOCK_M"], self.heads)
         num_spans, num_tokens = arguments["num_spans"], arguments["num_tokens"]
-        entries, capacity = tile_list(arguments["layout"], arguments["window"], num_spans, self.num_samples, num_tokens, block)
+        entries, capacity = tile_list(self.layout, self.window, num_spans, num_tokens, block)
         # The host does not know how many tiles there are: as many programs as run at once take them in turn.
         programs = min(heads * capacity, 2 * num_multiprocessors(self.like.device))
         kernel[(programs,)](p_list=entries, num_heads=heads, **tensors, **arguments, **config)
