@@ -1,9 +1,10 @@
 """What the GPU kernels need, on paper: `python -m benchmarks.gpu_report [--arch sm90 ...] [--head-dim 64] [--dtype float16]`.
 
-Runs every op on a typical workload with Triton's launches caught instead of made, compiles what would have been launched for each
-architecture, and reads registers, spills, shared memory and tensor-core instructions off the result; of module _cuda, which is
-compiled already, the same. Beside it stands the work: bytes that must move (each input read once, each output written once) and
-FLOPs, and the time a GPU would need for them at the rates of its data sheet. No kernel runs: it is a plan, not a measurement.
+Runs every op on a typical workload, records Triton's launches instead of making them, and compiles the kernels for each
+architecture. The compiled code has registers, spills, shared memory and tensor-core instructions. Module _cuda, which is compiled
+already, is read in the same way. The table of work has the bytes that must move, with each input read once and each output written
+once, and the FLOPs. It also has the time that these need at the rates of each GPU's data sheet. No kernel runs: it is a plan, not a
+measurement.
 """
 
 from __future__ import annotations

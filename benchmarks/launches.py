@@ -1,7 +1,8 @@
 """What Triton compiles when ops run, for a GPU that is not there: `with compilations("sm90") as compiled: ...`.
 
 Ops on CPU tensors go the real way through the Triton backend, Triton's binder and its compiler. Only the driver is another: it
-names a GPU and launches nothing. So a kernel is compiled for the very types, constants and alignments that a GPU would see.
+names a GPU and launches nothing. So a kernel is compiled for the very types, constants and alignments that a GPU would see; on
+AMD's, with the instructions for buffers below 2 GiB.
 """
 
 from __future__ import annotations
@@ -88,8 +89,6 @@ def compilations(arch: str) -> Iterator[list[Compiled]]:
         found.append(Compiled(src, metadata, metadata_group))
 
     run_on_triton()
-    # AMD's instructions for buffers below 2 GiB are left out: the figures are to hold for tensors of any size.
-    knobs.amd.use_buffer_ops = False
     knobs.compilation.listener = listen
     driver.set_active(AbsentGPU(arch))
     try:
