@@ -21,6 +21,35 @@ struct QkNorm {
 };
 
 // What is absent is left out: a factor, a summand, a gradient with the sums for it. Without cu_rows one row serves all tokens.
+// Storage types: next to tokens of 2 bytes, rows, weight and bias may be float32, and with them the residual.
+struct AdaLnTypes {
+  DType tokens, parameters, residual;
+};
+
+// The same as C++ types: T of tokens, P of the parameters, which are rows, weight and bias, R of the residual.
+template <class Tokens, class Parameters, class Residual>
+struct AdaLnOf {
+  using T = Tokens;
+  using P = Parameters;
+  using R = Residual;
+};
+
+// Calls body(AdaLnOf<...>{}); dispatch(dtype, body) calls body with a value of a storage type.
+template <class Dispatch, class Body>
+inline __attribute__((always_inline)) void dispatch_adaln(const AdaLnTypes& types, Dispatch dispatch, Body body) {
+  dispatch(types.tokens, [&](auto t) {
+    using T = decltype(t);
+    if constexpr (sizeof(T) == sizeof(float))
+      body(AdaLnOf<T, T, T>{});
+    else if (types.residual == DType::kFloat32)
+      body(AdaLnOf<T, float, float>{});
+    else if (types.parameters == DType::kFloat32)
+      body(AdaLnOf<T, float, T>{});
+    else
+      body(AdaLnOf<T, T, T>{});
+  });
+}
+
 struct AdaLn {
   Tensor residual, x, gate, shift, scale, cu_rows, weight, bias;
   bool rms;
@@ -28,6 +57,7 @@ struct AdaLn {
   Tensor residual_out, out, mean, rstd;
   // Backward.
   Tensor dresidual_out, dout, dresidual, dx, dgate, dshift, dscale, dweight, dbias;
+  AdaLnTypes types;
 };
 
 struct BiasGelu {

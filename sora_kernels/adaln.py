@@ -7,7 +7,10 @@
 Row r of shift, scale and gate serves tokens cu_rows[r]:cu_rows[r+1]: a sample, a latent frame (`layout.cu_frames`) or a single
 token alike. Each of the three may be None: its factor or summand is left out. Without shift and scale the first is a plain norm,
 without a gate the second is residual + x. norm is LayerNorm or RMSNorm over the last axis, with or without its own weight and bias.
-Each function reads its inputs once; sums and the gradients of shift, scale and gate are float32.
+Each function reads its inputs once, and sums in float32.
+
+Beside bfloat16 or float16 x, the rows, weight and bias may be float32, as Wan, Kandinsky and Cosmos have them, and so may the
+residual: nothing is rounded to x's dtype that was not there before. Each gradient has its input's dtype.
 
 Source: Peebles and Xie, Scalable Diffusion Models with Transformers (2023), adaLN-Zero.
 """
@@ -47,11 +50,11 @@ def layer_norm_modulate(
 
     Args:
         x: [N, D].
-        shift, scale: [R, D] in x's dtype; views into one projection are fine. None: no summand, no factor.
+        shift, scale: [R, D] in x's dtype or float32; views into one projection are fine. None: no summand, no factor.
         cu_rows: int32 [R+1], from 0, never falling, at most N. Tokens past its end give zeros. None, which takes no shift and no
             scale: all N tokens.
         norm: "layer" subtracts the mean and divides by the standard deviation; "rms" divides by the root mean square.
-        weight, bias: the norm's own, [D] in x's dtype, before the modulation. "rms" takes no bias.
+        weight, bias: the norm's own, [D] in x's dtype or float32, before the modulation. "rms" takes no bias.
         eps: added to the variance or mean square, at least 0.
 
     Returns:
@@ -62,24 +65,27 @@ def layer_norm_modulate(
     """
     op = "layer_norm_modulate"
     _check(op, x, cu_rows, {"shift": shift, "scale": scale})
-    options = _check_norm(op, x, norm, weight, bias, eps)
-    return _modulate(x, shift, scale, cu_rows, *options)[0]
+    rms, eps = _check_norm(op, x, norm, weight, bias, eps)
+    shift, scale, weight, bias = _of_one_dtype(x, x, shift, scale, weight, bias)
+    return _modulate(x, shift, scale, cu_rows, rms, weight, bias, eps)[0]
 
 
 def gate_residual(residual: Tensor, x: Tensor, gate: Tensor | None = None, cu_rows: Tensor | None = None) -> Tensor:
     """residual + gate[r] * x.
 
     Args:
-        residual, x: [N, D].
-        gate: [R, D]. None: residual + x.
+        residual: [N, D] in x's dtype, or float32 beside bfloat16 or float16 x.
+        x: [N, D].
+        gate: [R, D] in x's dtype or float32. None: residual + x.
         cu_rows: int32 [R+1]. None, which takes no gate: all N tokens.
 
     Returns:
-        [N, D] in x's dtype; tokens past the last boundary give zeros.
+        [N, D] in the residual's dtype; tokens past the last boundary give zeros.
     """
     op = "gate_residual"
     _check(op, x, cu_rows, {"gate": gate})
-    check_tensor(op, "residual", residual, tuple(x.shape), dtype=x.dtype, like=x)
+    _check_residual(op, residual, x)
+    (gate,) = _of_one_dtype(x, residual, gate)
     return _gate(residual, x, gate, cu_rows)
 
 
@@ -107,13 +113,19 @@ def gate_residual_layer_norm_modulate(
     calling one after the other.
 
     Returns:
-        (residual, y), both [N, D] in x's dtype.
+        (residual, y), both [N, D]: the residual in its own dtype, y in x's.
     """
     op = "gate_residual_layer_norm_modulate"
     _check(op, x, cu_rows, {"gate": gate, "shift": shift, "scale": scale})
-    check_tensor(op, "residual", residual, tuple(x.shape), dtype=x.dtype, like=x)
-    options = _check_norm(op, x, norm, weight, bias, eps)
-    return _gate_modulate(residual, x, gate, shift, scale, cu_rows, *options)[:2]
+    _check_residual(op, residual, x)
+    rms, eps = _check_norm(op, x, norm, weight, bias, eps)
+    gate, shift, scale, weight, bias = _of_one_dtype(x, residual, gate, shift, scale, weight, bias)
+    return _gate_modulate(residual, x, gate, shift, scale, cu_rows, rms, weight, bias, eps)[:2]
+
+
+def _or_float32(x: Tensor) -> torch.dtype | tuple[torch.dtype, ...]:
+    """What may be of more precision than x."""
+    return x.dtype if x.dtype is torch.float32 else (x.dtype, torch.float32)
 
 
 def _check(op: str, x: Tensor, cu_rows: Tensor | None, rows: dict[str, Tensor | None]) -> None:
@@ -124,22 +136,33 @@ def _check(op: str, x: Tensor, cu_rows: Tensor | None, rows: dict[str, Tensor | 
         if row is None:
             continue
         num_rows = "R" if cu_rows is None else cu_rows.shape[0] - 1
-        check_tensor(op, name, row, (num_rows, x.shape[1]), dtype=x.dtype, like=x)
+        check_tensor(op, name, row, (num_rows, x.shape[1]), dtype=_or_float32(x), like=x)
         if cu_rows is None:
             fail(op, "cu_rows", f"int32 boundaries [R+1] of the rows of {name}", "None")
 
 
-def _check_norm(
-    op: str, x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[bool, Tensor | None, Tensor | None, float]:
-    """The norm as the registered ops take it: whether it is RMS, its weight and bias, eps."""
+def _check_residual(op: str, residual: Tensor, x: Tensor) -> None:
+    dtype = x.dtype if x.dtype is torch.float64 else _or_float32(x)
+    check_tensor(op, "residual", residual, tuple(x.shape), dtype=dtype, like=x)
+
+
+def _of_one_dtype(x: Tensor, residual: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Rows, weight and bias as kernels take them: all in x's dtype, or all in float32 if one of them or the residual is."""
+    dtype = x.dtype
+    if dtype is not torch.float64 and any(p is not None and p.dtype is not dtype for p in (residual, *parameters)):
+        dtype = torch.float32
+    return [p if p is None or p.dtype is dtype else p.to(dtype) for p in parameters]
+
+
+def _check_norm(op: str, x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[bool, float]:
+    """Whether the norm is RMS, and eps."""
     check_choice(op, "norm", norm, ("layer", "rms"))
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
-            check_tensor(op, name, value, (x.shape[1],), dtype=x.dtype, like=x)
+            check_tensor(op, name, value, (x.shape[1],), dtype=_or_float32(x), like=x)
     if norm == "rms" and bias is not None:
         fail(op, "bias", 'None with norm="rms"', "a tensor")
-    return norm == "rms", weight, bias, check_number(op, "eps", eps, at_least=0)
+    return norm == "rms", check_number(op, "eps", eps, at_least=0)
 
 
 def _check_values(op: str, x: Tensor, cu_rows: Tensor | None) -> None:
@@ -147,20 +170,21 @@ def _check_values(op: str, x: Tensor, cu_rows: Tensor | None) -> None:
         check_boundaries(op, "cu_rows", cu_rows, x.shape[0])
 
 
-# An op cannot return None: the gradient of an absent argument is a tensor without elements. Backends get None for it.
+# An op cannot return None: the gradient of an absent argument is a tensor without elements. Backends get None for it. An argument
+# of which a backward needs no values, the shift, is there as its dtype.
+Given = Tensor | torch.dtype | None
 
 
-def _is_present(tensor: Tensor | bool | None) -> bool:
-    return tensor is not None and tensor is not False
+def _gradients(like: Tensor, shape: tuple[int, ...], *inputs: Given) -> tuple[Tensor, ...]:
+    """Uninitialised gradients of inputs of one shape, in their dtypes."""
+    return tuple(
+        like.new_empty(0) if x is None else like.new_empty(shape, dtype=x) if isinstance(x, torch.dtype) else empty(x, shape)
+        for x in inputs
+    )
 
 
-def _gradients(x: Tensor, shape: tuple[int, ...], *inputs: Tensor | bool | None) -> tuple[Tensor, ...]:
-    """Uninitialised gradients of inputs of one shape: each the input, or whether there was one."""
-    return tuple(empty(x, shape) if _is_present(tensor) else x.new_empty(0) for tensor in inputs)
-
-
-def _present(grads: Sequence[Tensor], *inputs: Tensor | bool | None) -> tuple[Tensor | None, ...]:
-    return tuple(grad if _is_present(tensor) else None for grad, tensor in zip(grads, inputs, strict=True))
+def _present(grads: Sequence[Tensor], *inputs: Given) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else grad for grad, x in zip(grads, inputs, strict=True))
 
 
 def _rows_shape(x: Tensor, cu_rows: Tensor | None) -> tuple[int, int]:
@@ -204,11 +228,11 @@ def _run_modulate_backward(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    shifted: bool,
+    shift: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
     (dout, x), (scale, cu_rows, weight, bias) = rows(dout, x), rows(scale, cu_rows, weight, bias)
-    grads = dx, *others = _fake_modulate_backward(dout, x, scale, cu_rows, rms, weight, bias, mean, rstd, shifted)
-    dshift, dscale, dweight, dbias = _present(others, shifted, scale, weight, bias)
+    grads = dx, *others = _fake_modulate_backward(dout, x, scale, cu_rows, rms, weight, bias, mean, rstd, shift)
+    dshift, dscale, dweight, dbias = _present(others, shift, scale, weight, bias)
     backends.call(
         "layer_norm_modulate_backward", x, dout=dout, x=x, scale=scale, cu_rows=cu_rows, rms=rms, weight=weight, bias=bias,
         mean=mean, rstd=rstd, dx=dx, dshift=dshift, dscale=dscale, dweight=dweight, dbias=dbias,
@@ -226,15 +250,15 @@ def _fake_modulate_backward(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    shifted: bool,
+    shift: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
-    of_rows = _gradients(x, _rows_shape(x, cu_rows), shifted, scale)
+    of_rows = _gradients(x, _rows_shape(x, cu_rows), shift, scale)
     return empty_like(x), *of_rows, *_gradients(x, x.shape[1:], weight, bias)
 
 
 def _save_modulate(ctx: Context, inputs: tuple, output: tuple) -> None:
     x, shift, scale, cu_rows, ctx.rms, weight, bias, _ = inputs
-    ctx.shifted = shift is not None
+    ctx.shift = None if shift is None else shift.dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, scale, cu_rows, weight, bias, *output[1:])
@@ -242,15 +266,15 @@ def _save_modulate(ctx: Context, inputs: tuple, output: tuple) -> None:
 
 def _grad_modulate(ctx: Context, dout: Tensor | None, *_: object) -> Grads:
     x, scale, cu_rows, weight, bias, mean, rstd = ctx.saved_tensors
-    args = x, scale, cu_rows, ctx.rms, weight, bias, mean, rstd, ctx.shifted
+    args = x, scale, cu_rows, ctx.rms, weight, bias, mean, rstd, ctx.shift
     dx, *others = _modulate_backward(cotangent(dout, x), *args)
-    dshift, dscale, *affine = _present(others, ctx.shifted, scale, weight, bias)
+    dshift, dscale, *affine = _present(others, ctx.shift, scale, weight, bias)
     return dx, dshift, dscale, None, None, *affine, None
 
 
 _NORM = "Tensor? cu_rows, bool rms, Tensor? weight, Tensor? bias"
 _modulate_backward = register(
-    f"layer_norm_modulate_backward(Tensor dout, Tensor x, Tensor? scale, {_NORM}, Tensor mean, Tensor rstd, bool shifted) "
+    f"layer_norm_modulate_backward(Tensor dout, Tensor x, Tensor? scale, {_NORM}, Tensor mean, Tensor rstd, ScalarType? shift) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_modulate_backward,
     _fake_modulate_backward,
@@ -270,7 +294,7 @@ _modulate = register(
 def _run_gate(residual: Tensor, x: Tensor, gate: Tensor | None, cu_rows: Tensor | None) -> Tensor:
     _check_values("gate_residual", x, cu_rows)
     (residual, x), (gate, cu_rows) = rows(residual, x), rows(gate, cu_rows)
-    out = empty_like(x)
+    out = empty_like(residual)
     backends.call("gate_residual_forward", x, residual=residual, x=x, gate=gate, cu_rows=cu_rows, out=out)
     return out
 
@@ -286,18 +310,19 @@ def _run_gate_backward(dout: Tensor, x: Tensor | None, gate: Tensor | None, cu_r
 
 
 def _fake_gate_backward(dout: Tensor, x: Tensor | None, gate: Tensor | None, cu_rows: Tensor | None) -> tuple[Tensor, ...]:
-    return empty_like(dout), *_gradients(dout, dout.shape, gate), *_gradients(dout, _rows_shape(dout, cu_rows), gate)
+    return empty_like(dout), *_gradients(dout, dout.shape, x), *_gradients(dout, _rows_shape(dout, cu_rows), gate)
 
 
 def _save_gate(ctx: Context, inputs: tuple, output: Tensor) -> None:
     _, x, gate, cu_rows = inputs
+    ctx.dtype = x.dtype
     ctx.save_for_backward(None if gate is None else x, gate, cu_rows)
 
 
 def _grad_gate(ctx: Context, dout: Tensor | None) -> Grads:
     x, gate, cu_rows = ctx.saved_tensors
     dresidual, dx, dgate = _gate_backward(dout, x, gate, cu_rows)
-    return (dresidual, dresidual, None, None) if gate is None else (dresidual, dx, dgate, None)
+    return dresidual, dresidual.to(ctx.dtype) if gate is None else dx, None if gate is None else dgate, None
 
 
 _gate_backward = register(
@@ -308,7 +333,7 @@ _gate_backward = register(
 _gate = register(
     "gate_residual_forward(Tensor residual, Tensor x, Tensor? gate, Tensor? cu_rows) -> Tensor",
     _run_gate,
-    lambda residual, x, *_: empty_like(x),
+    lambda residual, *_: empty_like(residual),
     _grad_gate,
     _save_gate,
 )
@@ -329,7 +354,7 @@ def _run_gate_modulate(
     _check_values("gate_residual_layer_norm_modulate", x, cu_rows)
     residual, x = rows(residual, x)
     gate, shift, scale, cu_rows, weight, bias = rows(gate, shift, scale, cu_rows, weight, bias)
-    residual_out, out, mean, rstd = empty_like(x), empty_like(x), *_statistics(x)
+    residual_out, out, mean, rstd = empty_like(residual), empty_like(x), *_statistics(x)
     backends.call(
         "gate_residual_layer_norm_modulate_forward", x, residual=residual, x=x, gate=gate, shift=shift, scale=scale,
         cu_rows=cu_rows, rms=rms, weight=weight, bias=bias, eps=eps, residual_out=residual_out, out=out, mean=mean, rstd=rstd,
@@ -350,14 +375,14 @@ def _run_gate_modulate_backward(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    shifted: bool,
+    shift: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
     dresidual_out, dout, residual_out = rows(dresidual_out, dout, residual_out)
     x, gate, scale, cu_rows, weight, bias = rows(x, gate, scale, cu_rows, weight, bias)
     grads = dresidual, *others = _fake_gate_modulate_backward(
-        dresidual_out, dout, residual_out, x, gate, scale, cu_rows, rms, weight, bias, mean, rstd, shifted
+        dresidual_out, dout, residual_out, x, gate, scale, cu_rows, rms, weight, bias, mean, rstd, shift
     )
-    dx, dgate, dshift, dscale, dweight, dbias = _present(others, gate, gate, shifted, scale, weight, bias)
+    dx, dgate, dshift, dscale, dweight, dbias = _present(others, gate, gate, shift, scale, weight, bias)
     backends.call(
         "gate_residual_layer_norm_modulate_backward", dout, dresidual_out=dresidual_out, dout=dout, residual_out=residual_out, x=x,
         gate=gate, scale=scale, cu_rows=cu_rows, rms=rms, weight=weight, bias=bias, mean=mean, rstd=rstd, dresidual=dresidual,
@@ -379,17 +404,17 @@ def _fake_gate_modulate_backward(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    shifted: bool,
+    shift: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
-    of_tokens = empty_like(dout), *_gradients(dout, dout.shape, gate)
-    of_rows = _gradients(dout, _rows_shape(dout, cu_rows), gate, shifted, scale)
+    of_tokens = empty_like(residual_out), *_gradients(dout, dout.shape, x)
+    of_rows = _gradients(dout, _rows_shape(dout, cu_rows), gate, shift, scale)
     return *of_tokens, *of_rows, *_gradients(dout, dout.shape[1:], weight, bias)
 
 
 def _save_gate_modulate(ctx: Context, inputs: tuple, output: tuple) -> None:
     _, x, gate, shift, scale, cu_rows, ctx.rms, weight, bias, _ = inputs
     residual_out, _, mean, rstd = output
-    ctx.shifted = shift is not None
+    ctx.shift, ctx.dtype = None if shift is None else shift.dtype, x.dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(residual_out, None if gate is None else x, gate, scale, cu_rows, weight, bias, mean, rstd)
@@ -397,16 +422,30 @@ def _save_gate_modulate(ctx: Context, inputs: tuple, output: tuple) -> None:
 
 def _grad_gate_modulate(ctx: Context, dresidual_out: Tensor | None, dout: Tensor | None, *_: object) -> Grads:
     residual_out, x, gate, scale, cu_rows, weight, bias, mean, rstd = ctx.saved_tensors
-    douts = cotangent(dresidual_out, residual_out), cotangent(dout, residual_out)
-    args = *douts, residual_out, x, gate, scale, cu_rows, ctx.rms, weight, bias, mean, rstd, ctx.shifted
+    dout = residual_out.new_zeros(residual_out.shape, dtype=ctx.dtype) if dout is None else dout
+    args = (
+        cotangent(dresidual_out, residual_out),
+        dout,
+        residual_out,
+        x,
+        gate,
+        scale,
+        cu_rows,
+        ctx.rms,
+        weight,
+        bias,
+        mean,
+        rstd,
+        ctx.shift,
+    )
     dresidual, *others = _gate_modulate_backward(*args)
-    dx, dgate, dshift, dscale, *affine = _present(others, gate, gate, ctx.shifted, scale, weight, bias)
-    return dresidual, dresidual if gate is None else dx, dgate, dshift, dscale, None, None, *affine, None
+    dx, dgate, dshift, dscale, *affine = _present(others, gate, gate, ctx.shift, scale, weight, bias)
+    return dresidual, dresidual.to(ctx.dtype) if gate is None else dx, dgate, dshift, dscale, None, None, *affine, None
 
 
 _gate_modulate_backward = register(
     "gate_residual_layer_norm_modulate_backward(Tensor dresidual_out, Tensor dout, Tensor residual_out, Tensor? x, Tensor? gate, "
-    f"Tensor? scale, {_NORM}, Tensor mean, Tensor rstd, bool shifted) "
+    f"Tensor? scale, {_NORM}, Tensor mean, Tensor rstd, ScalarType? shift) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_gate_modulate_backward,
     _fake_gate_modulate_backward,
@@ -415,7 +454,7 @@ _gate_modulate = register(
     "gate_residual_layer_norm_modulate_forward(Tensor residual, Tensor x, Tensor? gate, Tensor? shift, Tensor? scale, "
     f"{_NORM}, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_gate_modulate,
-    lambda residual, x, *_: (empty_like(x), empty_like(x), *_statistics(x)),
+    lambda residual, x, *_: (empty_like(residual), empty_like(x), *_statistics(x)),
     _grad_gate_modulate,
     _save_gate_modulate,
 )

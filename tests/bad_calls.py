@@ -67,6 +67,10 @@ def workload(dtype: torch.dtype) -> None:
         backward(bias_gelu(x, None if weight is None else bias))
     backward(gate_residual(y, x, gate, cu))
     backward(gate_residual(y, x))
+    for residual in (y, y.float()):
+        backward(gate_residual(residual, x, gate.float(), cu))
+        backward(gate_residual(residual, x))
+        backward(gate_residual_layer_norm_modulate(residual, x, gate, shift, scale.float(), cu, weight=weight, bias=weight))
 
     q, k, v = randn(n, 4, d), randn(n, 2, d), randn(n, 2, d)
     backward(rope_3d(q, layout, interleaved=False))

@@ -28,8 +28,8 @@ from sora_kernels.patch_embed import patch_embed_3d
 from sora_kernels.rope import qk_norm_rope_3d
 
 
-def empty(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, requires_grad=True)
 
 
 def qkv(n: int, heads: int = 8, d: int = 128, key_heads: int = 8) -> list[Tensor]:
@@ -50,6 +50,8 @@ def variants() -> dict[str, tuple[Callable, list[Tensor]]]:
     plain, small, masked, grouped = qkv(4096), qkv(4096, d=64), qkv(4096, d=72), qkv(4096, key_heads=2)
     one = qkv(1, 1, 128, 1)
     row, affine = [empty(64, 256), empty(64, 256), *(empty(1, 256) for _ in range(3))], [empty(256), empty(256)]
+    wide = [empty(2048, 1536, dtype=torch.float32), empty(2048, 1536), *(empty(2, 1536, dtype=torch.float32) for _ in range(3))]
+    one_channel = [empty(64, 1), empty(64, 1), *(empty(1, 1) for _ in range(3))]
     layout, single = PackedLayout.from_grids([(4, 16, 16), (1, 1, 1)]), PackedLayout.from_grids([(1, 1, 1)])
     heads = [*qkv(1, 1, 64, 1)[:2], empty(64), empty(64)]
     patches = [empty(1, 1, 2, 2), empty(16, 1, 1, 2, 2)]
@@ -74,6 +76,8 @@ def variants() -> dict[str, tuple[Callable, list[Tensor]]]:
             lambda: gate_residual_layer_norm_modulate(*row, cu(0, 64), weight=affine[0], bias=affine[1]),
             row + affine,
         ),
+        "float32 beside x, adaLN": (lambda: gate_residual_layer_norm_modulate(*wide, cu(0, 1000, 2048)), wide),
+        "one channel, adaLN": (lambda: gate_residual_layer_norm_modulate(*one_channel, cu(0, 64)), one_channel),
         "norm alone": (lambda: layer_norm_modulate(row[0], weight=affine[0], bias=affine[1]), [row[0], *affine]),
         "scale, no gate": (
             lambda: gate_residual_layer_norm_modulate(*row[:2], scale=row[4], cu_rows=cu(0, 64)),

@@ -55,13 +55,13 @@ def targets(function: str, dtypes: tuple[torch.dtype, ...], emulated: bool) -> I
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`target` runs over every backend and dtype, `make_case` over OPS.
+    """`target` runs over every backend and dtype, `make_case` over OPS. `target16` has the dtypes of 2 bytes only.
 
     `target32` runs over every backend in float32 but emulated ones: what it tests lies above the backends, in many runs.
     """
-    for fixture, dtypes in (("target", DTYPES), ("target32", (torch.float32,))):
+    for fixture, dtypes in (("target", DTYPES), ("target16", (torch.bfloat16, torch.float16)), ("target32", (torch.float32,))):
         if fixture in metafunc.fixturenames:
-            found = targets(metafunc.module.FUNCTION, dtypes, emulated=fixture == "target")
+            found = targets(metafunc.module.FUNCTION, dtypes, emulated=fixture != "target32")
             metafunc.parametrize(fixture, list(found), indirect=True)
     if "make_case" in metafunc.fixturenames:
         cases = metafunc.module.OPS
@@ -78,6 +78,11 @@ def forced(target: Target) -> Iterator[Target]:
 
 @pytest.fixture
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    yield from forced(request.param)
+
+
+@pytest.fixture
+def target16(request: pytest.FixtureRequest) -> Iterator[Target]:
     yield from forced(request.param)
 
 

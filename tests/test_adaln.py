@@ -84,20 +84,20 @@ def spread(rows, cu_rows):
 
 
 def plain_modulate(x, shift=None, scale=None, cu_rows=None, norm="layer", weight=None, bias=None, eps=1e-6):
-    """Eager PyTorch at x's dtype."""
+    """Eager PyTorch at x's dtype; beside float32 as models write it, whose results go back into that dtype."""
     d, n = x.shape[1], used_tokens(x, cu_rows)
     y = layer_norm(x[:n], (d,), eps=eps) if norm == "layer" else rms_norm(x[:n], (d,), eps=eps)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     y = y if scale is None else y * (1 + spread(scale, cu_rows))
     y = y if shift is None else y + spread(shift, cu_rows)
-    return pad(y, (0, 0, 0, len(x) - n))
+    return pad(y.to(x.dtype), (0, 0, 0, len(x) - n))
 
 
 def plain_gate(residual, x, gate=None, cu_rows=None):
     n = used_tokens(x, cu_rows)
     gated = x[:n] if gate is None else spread(gate, cu_rows) * x[:n]
-    return pad(residual[:n] + gated, (0, 0, 0, len(x) - n))
+    return pad((residual[:n] + gated).to(residual.dtype), (0, 0, 0, len(x) - n))
 
 
 def plain_gate_modulate(residual, x, gate=None, shift=None, scale=None, cu_rows=None, **norm):
@@ -126,11 +126,23 @@ BOTH = ops.gate_residual_layer_norm_modulate, plain_gate_modulate, exact_gate_mo
 
 
 def check(
-    target: Target, functions: tuple, tokens: list[str], rows: list[str], lengths=LENGTHS, weights=(), bounded=True, **options
+    target: Target,
+    functions: tuple,
+    tokens: list[str],
+    rows: list[str],
+    lengths=LENGTHS,
+    weights=(),
+    bounded=True,
+    wide=(),
+    **options,
 ) -> None:
-    """(op, plain, exact) on inputs of these names; the slack of all tokens is exactly 0. Not bounded: without cu_rows."""
+    """(op, plain, exact) on inputs of these names; the slack of all tokens is exactly 0. Not bounded: without cu_rows.
+
+    wide: names of those in float32.
+    """
     norm = {name: options.pop(name) for name in ("norm", "eps") if name in options}
     inputs = make_inputs(target, [*tokens, *rows, *weights], lengths, **options)
+    inputs |= {name: inputs[name].float() for name in wide}
     norm["cu_rows"] = target.boundaries(*lengths) if bounded else None
 
     def bind(function):
@@ -171,6 +183,47 @@ def test_modulate_without_rows(target: Target, rows: list[str], norm: str) -> No
 @pytest.mark.parametrize("rows", some_of("gate", "shift", "scale"))
 def test_gate_modulate_without_rows(target: Target, rows: list[str], norm: str) -> None:
     check(target, BOTH, ["residual", "x"], rows, d=40, slack=3, **NORMS[norm])
+
+
+WIDE = {
+    "gate": ("gate",),
+    "rows": ("gate", "shift", "scale"),
+    "affine": ("weight", "bias"),
+    "parameters": ("gate", "shift", "scale", "weight", "bias"),
+    "residual": ("residual",),
+    "all": ("residual", "gate", "shift", "scale", "weight", "bias"),
+}
+
+
+@pytest.mark.parametrize("shape", ["D37", "slack", "long_rows", "very_wide"])
+@pytest.mark.parametrize("wide", WIDE)
+def test_float32_beside_x_of_2_bytes(target16: Target, wide: str, shape: str) -> None:
+    """Rows, weight and bias, and the residual: what is float32 is read, added and differentiated as such."""
+    options = {**SHAPES[shape], "weights": ("weight", "bias"), "wide": WIDE[wide]}
+    check(target16, BOTH, ["residual", "x"], ["gate", "shift", "scale"], **options)
+
+
+@pytest.mark.parametrize("wide", ["shift", "scale", "weight"])
+def test_modulate_by_float32(target16: Target, wide: str) -> None:
+    check(target16, MODULATION, ["x"], ["shift", "scale"], weights=("weight",), wide=[wide], slack=3)
+
+
+@pytest.mark.parametrize("rows", [["gate"], []], ids=["gate", "none"])
+@pytest.mark.parametrize("wide", [["residual"], ["gate"]], ids=["residual", "gate"])
+def test_gate_beside_float32(target16: Target, wide: list[str], rows: list[str]) -> None:
+    wide = [name for name in wide if name in [*rows, "residual"]]
+    check(target16, GATING, ["residual", "x"], rows, wide=wide, slack=3)
+
+
+def test_float32_is_not_rounded_to_x(target16: Target) -> None:
+    """2**-12 beside 1 is nothing in 2 bytes."""
+    one = torch.ones(1, 40, device=target16.device)
+    small, x, cu = 2.0**-12 * one, one.to(target16.dtype), target16.boundaries(1)
+    y = ops.gate_residual(one, x, small, cu)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, one + small)
+    shifted = ops.layer_norm_modulate(x, -one, 0 * one, cu, weight=one[0], bias=(one + small)[0])  # the norm is 0
+    assert torch.equal(shifted, small.to(x.dtype))
 
 
 def test_residual_without_gate(target: Target) -> None:
@@ -257,8 +310,9 @@ def gate_modulate(cu, residual, x, gate, shift, scale, weight):
     return ops.gate_residual_layer_norm_modulate(residual, x, gate, shift, scale, cu, weight=weight)
 
 
-def make_case(op, operator: str, names: list[str], weights: list[str], target: Target, lengths=LENGTHS, d=72) -> Case:
+def make_case(op, operator: str, names: list[str], weights: list[str], target: Target, lengths=LENGTHS, d=72, wide=()) -> Case:
     inputs = make_inputs(target, names + weights, lengths, d=d)
+    inputs |= {name: inputs[name].float() for name in wide if target.dtype.itemsize == 2}
     shared = [inputs.pop(name) for name in weights]
     cu = target.boundaries(*lengths)
     parts = [
@@ -293,6 +347,7 @@ OPS = {
     "modulate_rms": partial(make_case, modulate_rms, "layer_norm_modulate", MODULATE, []),
     "gate": partial(make_case, gate_add, "gate_residual", GATE, []),
     "both": partial(make_case, gate_modulate, BOTH_NAME, [*GATE, "shift", "scale"], ["weight"]),
+    "wide": partial(make_case, gate_modulate, BOTH_NAME, [*GATE, "shift", "scale"], ["weight"], wide=["residual", *ROWS]),
     "norm": partial(make_case, norm_alone, "layer_norm_modulate", ["x"], ["weight", "bias"]),
     "scale": partial(make_case, scale_alone, BOTH_NAME, ["residual", "x", "scale"], ["weight", "bias"]),
     "shift_gate": partial(make_case, shift_gate, BOTH_NAME, [*GATE, "shift"], []),

@@ -6,15 +6,32 @@
 
 namespace sora {
 
-inline void check_adaln(const AdaLn& a) {
+// The storage types of a call, and whether they are a combination that kernels have.
+inline AdaLnTypes adaln_types(const AdaLn& a) {
+  const bool norm = static_cast<bool>(a.mean);  // without one, out and dout are the residual's
+  const Tensor none, *out = norm ? &a.out : &none, *dout = norm ? &a.dout : &none;
+  const Tensor *sum = norm ? &a.residual_out : &a.out, *dsum = norm ? &a.dresidual_out : &a.dout;
+  const Tensor* tokens = same_storage({&a.x, out, dout, &a.dx});
+  const Tensor* residual = same_storage({&a.residual, sum, dsum, &a.dresidual});
+  const Tensor* parameters =
+      same_storage({&a.gate, &a.shift, &a.scale, &a.weight, &a.bias, &a.dgate, &a.dshift, &a.dscale, &a.dweight, &a.dbias});
+  AdaLnTypes types;
+  types.tokens = (tokens != nullptr ? tokens : residual)->dtype;
+  types.residual = residual != nullptr ? residual->dtype : types.tokens;
+  types.parameters = parameters != nullptr ? parameters->dtype : types.residual;
+  if (types.residual != DType::kFloat32 && residual != nullptr) dtype(*residual, types.tokens);
+  if (types.parameters != DType::kFloat32 && parameters != nullptr) dtype(*parameters, types.residual);
+  return types;
+}
+
+inline void check_adaln(AdaLn& a) {
   const Tensor& tokens = a.dout ? a.dout : a.x;  // without a gate a backward has no x
   rank(tokens, 2, "[N, D]");
   at_most(tokens, 1);
   const int64_t n = tokens.size[0], d = tokens.size[1];
   if (a.cu_rows) boundaries(a.cu_rows, n);
   const int64_t rows = a.cu_rows ? a.cu_rows.size[0] - 1 : 1;
-  same_storage({&a.x, &a.residual, &a.gate, &a.shift, &a.scale, &a.weight, &a.bias, &a.residual_out, &a.out, &a.dresidual_out,
-                &a.dout, &a.dresidual, &a.dx, &a.dgate, &a.dshift, &a.dscale, &a.dweight, &a.dbias});
+  a.types = adaln_types(a);
   for (const Tensor* t : {&a.residual, &a.x, &a.residual_out, &a.out, &a.dresidual_out, &a.dout, &a.dresidual, &a.dx})
     if (*t) shape(*t, {n, d});
   for (const Tensor* t : {&a.gate, &a.shift, &a.scale, &a.dgate, &a.dshift, &a.dscale})

@@ -83,8 +83,8 @@ inline void contiguous(const Tensor& t) {
     if (t.size[i] > 1 && t.stride[i] != stride) fail(t, "a contiguous tensor", "strides " + listed(t.stride, t.stride + t.ndim));
 }
 
-// Those of them that are present: floats of one dtype that kernels store, whose rows are contiguous.
-inline void same_storage(std::initializer_list<const Tensor*> tensors) {
+// Those of them that are present: floats of one dtype that kernels store, whose rows are contiguous. Returns the first.
+inline const Tensor* same_storage(std::initializer_list<const Tensor*> tensors) {
   const Tensor* first = nullptr;
   for (const Tensor* t : tensors) {
     if (!*t) continue;
@@ -93,6 +93,7 @@ inline void same_storage(std::initializer_list<const Tensor*> tensors) {
     dtype(*t, first->dtype);
     contiguous_rows(*t);
   }
+  return first;
 }
 
 // Numbers of the kernels' own, such as statistics of rows.

@@ -75,10 +75,10 @@ struct Modulation {
   Modulation(Pieces& pieces, const AdaLn& a, int64_t d)
       : factor(a.scale || a.weight ? pieces.take(d) : nullptr), offset(a.out && (a.shift || a.bias) ? pieces.take(d) : nullptr) {}
 
-  template <class T>
+  template <class P>
   void read(const AdaLn& a, int64_t d, int64_t r) {
-    const T *scale = row<const T>(a.scale, r), *weight = static_cast<const T*>(a.weight.data);
-    const T *shift = row<const T>(a.shift, r), *bias = static_cast<const T*>(a.bias.data);
+    const P *scale = row<const P>(a.scale, r), *weight = static_cast<const P*>(a.weight.data);
+    const P *shift = row<const P>(a.shift, r), *bias = static_cast<const P*>(a.bias.data);
     each_vector(d, [&](int64_t i, int lanes) {
       vf f = vf{} + 1.0f, o = {};
       if (scale != nullptr) f += load_lanes(scale + i, lanes);
@@ -98,8 +98,8 @@ struct Modulation {
 };
 
 // Normalises and modulates token n: x_at(i, lanes) gives its elements, once; after that they are at x.
-template <class T, class X>
-SORA_INLINE void norm_token(const AdaLn& a, const Modulation m, int64_t n, const T* x, X x_at) {
+template <class T, class Normed, class X>
+SORA_INLINE void norm_token(const AdaLn& a, const Modulation m, int64_t n, const Normed* x, X x_at) {
   const int64_t d = a.x.size[1];
   const auto square = [](vf y) { return y * y; };
   float mean = 0, variance = 0;
@@ -129,15 +129,16 @@ SORA_INLINE void norm_token(const AdaLn& a, const Modulation m, int64_t n, const
   });
 }
 
-template <class T>
 void zero_row(const Tensor& x, int64_t n) {
-  if (x) memset(row<T>(x, n), 0, x.size[1] * sizeof(T));
+  if (x) memset(static_cast<char*>(x.data) + n * x.stride[0] * x.item_bytes, 0, x.size[1] * x.item_bytes);
 }
 
 // f(i, lanes) = residual + gate * x at elements i.. of token n, of row r.
-template <class T>
+template <class A>
 auto gated(const AdaLn& a, int64_t n, int64_t r) {
-  const T *residual = row<const T>(a.residual, n), *x = row<const T>(a.x, n), *gate = row<const T>(a.gate, r);
+  const auto* residual = row<const typename A::R>(a.residual, n);
+  const auto* x = row<const typename A::T>(a.x, n);
+  const auto* gate = row<const typename A::P>(a.gate, r);
   return [=](int64_t i, int lanes) {
     const vf added = load_lanes(x + i, lanes);
     return load_lanes(residual + i, lanes) + (gate != nullptr ? load_lanes(gate + i, lanes) * added : added);
@@ -145,7 +146,7 @@ auto gated(const AdaLn& a, int64_t n, int64_t r) {
 }
 
 // token(n, r, modulation of r) for every token inside the boundaries; zeros in all outputs for the slack.
-template <class T, class Token>
+template <class A, class Token>
 void forward(const AdaLn& a, Token token) {
   const int64_t total = a.x.size[0], d = a.x.size[1];
   const Boundaries boundaries(a, total);
@@ -157,10 +158,10 @@ void forward(const AdaLn& a, Token token) {
     for (int64_t n = item * kTokens; n < end; ++n) {
       if (n < used) {
         while (n >= boundaries.begin(r + 1)) ++r;
-        if (a.mean && r != read) modulation.read<T>(a, d, read = r);
+        if (a.mean && r != read) modulation.read<typename A::P>(a, d, read = r);
         token(n, r, modulation);
       } else {
-        zero_row<T>(a.out, n), zero_row<T>(a.residual_out, n);
+        zero_row(a.out, n), zero_row(a.residual_out, n);
         if (a.mean) static_cast<float*>(a.mean.data)[n] = static_cast<float*>(a.rstd.data)[n] = 0;
       }
     }
@@ -187,13 +188,15 @@ struct Sums {
 
 // With u = dout (1 + scale) weight:  d(norm input) = rstd (u - mean(u) - xhat mean(u xhat)), without mean(u) for RMS.
 // ALL: there is a factor, a gate and every sum, where the op has one. To ask for each vector would take some 6% of the time.
-template <class T, bool ALL>
+template <class A, bool ALL>
 void backward_token(const AdaLn& a, const Modulation& m, const Sums& where, int64_t n, int64_t r, float* sums) {
+  using T = typename A::T;
+  using R = typename A::R;
   const int64_t d = a.dout.size[1];
   const bool norm = static_cast<bool>(a.mean);
   // Without a norm, dout is the residual's own gradient.
   const T* dout = norm ? row<const T>(a.dout, n) : nullptr;
-  const T* normed = norm ? row<const T>(a.residual_out ? a.residual_out : a.x, n) : nullptr;
+  const R* normed = norm ? row<const R>(a.residual_out ? a.residual_out : a.x, n) : nullptr;
   const float mean = norm ? static_cast<const float*>(a.mean.data)[n] : 0,
               rstd = norm ? static_cast<const float*>(a.rstd.data)[n] : 0;
   const float* factor = m.factor;
@@ -223,10 +226,11 @@ void backward_token(const AdaLn& a, const Modulation& m, const Sums& where, int6
     each_vector(d, [=](int64_t i, int lanes) { write_lanes(dx + i, through_norm(i, lanes), lanes, stream); });
     return;
   }
-  const bool stream = streams(a.dresidual);
-  const T *dresidual_out = row<const T>(norm ? a.dresidual_out : a.dout, n), *x = row<const T>(a.x, n);
-  const T* gates = a.gate ? row<const T>(a.gate, r) : nullptr;
-  T* dresidual = row<T>(a.dresidual, n);
+  const bool stream = streams(a.dresidual), stream_x = streams(a.dx);
+  const R* dresidual_out = row<const R>(norm ? a.dresidual_out : a.dout, n);
+  const T* x = row<const T>(a.x, n);
+  const auto* gates = a.gate ? row<const typename A::P>(a.gate, r) : nullptr;
+  R* dresidual = row<R>(a.dresidual, n);
   float* gate_sum = Sums::at(sums, where.gate);
   each_vector(d, [=](int64_t i, int lanes) {
     vf gradient = load_lanes(dresidual_out + i, lanes);
@@ -234,12 +238,13 @@ void backward_token(const AdaLn& a, const Modulation& m, const Sums& where, int6
     write_lanes(dresidual + i, gradient, lanes, stream);
     if (!ALL && gates == nullptr) return;
     add(gate_sum + i, gradient * load_lanes(x + i, lanes), lanes);
-    write_lanes(dx + i, gradient * load_lanes(gates + i, lanes), lanes, stream);
+    write_lanes(dx + i, gradient * load_lanes(gates + i, lanes), lanes, stream_x);
   });
 }
 
-template <class T>
+template <class A>
 void backward(const AdaLn& a) {
+  using P = typename A::P;
   const Boundaries boundaries(a, a.dout.size[0]);
   const int64_t rows = boundaries.rows, d = a.dout.size[1];
   const Sums where(a, d);
@@ -250,7 +255,7 @@ void backward(const AdaLn& a) {
     first[r + 1] = first[r] + (boundaries.begin(r + 1) - boundaries.begin(r) + kTokens - 1) / kTokens;
   const Zeros partial(first[rows], stride);
   const bool all_of_norm = !a.mean || ((a.scale || a.weight) && where.shift >= 0 && where.scale >= 0);
-  const auto token_gradients = all_of_norm && (!a.dresidual || a.gate) ? backward_token<T, true> : backward_token<T, false>;
+  const auto token_gradients = all_of_norm && (!a.dresidual || a.gate) ? backward_token<A, true> : backward_token<A, false>;
 
   parallel_for(first[rows], [&](int64_t item) {
     int64_t r = 0;
@@ -262,7 +267,7 @@ void backward(const AdaLn& a) {
     const int64_t end = begin + kTokens < row_end ? begin + kTokens : row_end;
     Pieces pieces{Scratch::get(2 * padded(d) + padded(stride))};
     Modulation modulation(pieces, a, d);
-    if (a.mean) modulation.read<T>(a, d, r);
+    if (a.mean) modulation.read<P>(a, d, r);
     float *group = pieces.take(stride), *total = partial.data() + item * stride;
     for (int64_t n = begin; n < end; n += kGroup) {
       memset(group, 0, stride * sizeof(float));
@@ -271,63 +276,69 @@ void backward(const AdaLn& a) {
     }
     finish_streams();
   });
-  for (int64_t n = boundaries.used(); n < a.dout.size[0]; ++n) zero_row<T>(a.dx, n), zero_row<T>(a.dresidual, n);
+  for (int64_t n = boundaries.used(); n < a.dout.size[0]; ++n) zero_row(a.dx, n), zero_row(a.dresidual, n);
   if (stride == 0) return;
 
   parallel_vectors(d, [&](int64_t i, int lanes) {
-    const T *weight = static_cast<const T*>(a.weight.data), *bias = static_cast<const T*>(a.bias.data);
+    const P *weight = static_cast<const P*>(a.weight.data), *bias = static_cast<const P*>(a.bias.data);
     Total dweight, dbias;
     for (int64_t r = 0; r < rows; ++r) {
       const auto total = [&](int64_t sum) {
         return column_sum(partial.data() + first[r] * stride + sum + i, stride, first[r + 1] - first[r], lanes);
       };
       const vf shift = where.shift < 0 ? vf{} : total(where.shift), scale = where.scale < 0 ? vf{} : total(where.scale);
-      const vf factor = a.scale ? 1.0f + load_lanes(row<const T>(a.scale, r) + i, lanes) : vf{} + 1.0f;
-      if (a.dshift) store_lanes(row<T>(a.dshift, r) + i, shift, lanes);
+      const vf factor = a.scale ? 1.0f + load_lanes(row<const P>(a.scale, r) + i, lanes) : vf{} + 1.0f;
+      if (a.dshift) store_lanes(row<P>(a.dshift, r) + i, shift, lanes);
       if (a.dscale) {
         const vf dscale = weight != nullptr ? scale * load_lanes(weight + i, lanes) : scale;
-        store_lanes(row<T>(a.dscale, r) + i, bias != nullptr ? dscale + shift * load_lanes(bias + i, lanes) : dscale, lanes);
+        store_lanes(row<P>(a.dscale, r) + i, bias != nullptr ? dscale + shift * load_lanes(bias + i, lanes) : dscale, lanes);
       }
-      if (a.dgate) store_lanes(row<T>(a.dgate, r) + i, total(where.gate), lanes);
+      if (a.dgate) store_lanes(row<P>(a.dgate, r) + i, total(where.gate), lanes);
       if (a.dweight) dweight.add(scale * factor);
       if (a.dbias) dbias.add(shift * factor);
     }
-    if (a.dweight) store_lanes(static_cast<T*>(a.dweight.data) + i, dweight.value(), lanes);
-    if (a.dbias) store_lanes(static_cast<T*>(a.dbias.data) + i, dbias.value(), lanes);
+    if (a.dweight) store_lanes(static_cast<P*>(a.dweight.data) + i, dweight.value(), lanes);
+    if (a.dbias) store_lanes(static_cast<P*>(a.dbias.data) + i, dbias.value(), lanes);
   });
+}
+
+// Calls body with the storage types of a call.
+template <class Body>
+void with_types(const AdaLn& a, Body body) {
+  dispatch_adaln(a.types, [](DType dtype, auto of_type) { dispatch(dtype, of_type); }, body);
 }
 
 }  // namespace
 
 void layer_norm_modulate_forward(const AdaLn& a) {
-  dispatch(a.x.dtype, [&](auto t) {
-    using T = decltype(t);
-    forward<T>(a, [&](int64_t n, int64_t, const Modulation& m) {
-      const T* x = row<const T>(a.x, n);
-      norm_token<T>(a, m, n, x, [&](int64_t i, int lanes) { return load_lanes(x + i, lanes); });
+  with_types(a, [&](auto types) {
+    using A = decltype(types);
+    forward<A>(a, [&](int64_t n, int64_t, const Modulation& m) {
+      const auto* x = row<const typename A::T>(a.x, n);
+      norm_token<typename A::T>(a, m, n, x, [&](int64_t i, int lanes) { return load_lanes(x + i, lanes); });
     });
   });
 }
 
 void gate_residual_forward(const AdaLn& a) {
   const bool stream = streams(a.out);
-  dispatch(a.x.dtype, [&](auto t) {
-    using T = decltype(t);
-    forward<T>(a, [&](int64_t n, int64_t r, const Modulation&) {
-      T* out = row<T>(a.out, n);
-      const auto sum_at = gated<T>(a, n, r);
+  with_types(a, [&](auto types) {
+    using A = decltype(types);
+    forward<A>(a, [&](int64_t n, int64_t r, const Modulation&) {
+      auto* out = row<typename A::R>(a.out, n);
+      const auto sum_at = gated<A>(a, n, r);
       each_vector(a.x.size[1], [=](int64_t i, int lanes) { write_lanes(out + i, sum_at(i, lanes), lanes, stream); });
     });
   });
 }
 
 void gate_residual_layer_norm_modulate_forward(const AdaLn& a) {
-  dispatch(a.x.dtype, [&](auto t) {
-    using T = decltype(t);
-    forward<T>(a, [&](int64_t n, int64_t r, const Modulation& m) {
-      T* residual = row<T>(a.residual_out, n);
-      const auto sum_at = gated<T>(a, n, r);
-      norm_token<T>(a, m, n, residual, [=](int64_t i, int lanes) {
+  with_types(a, [&](auto types) {
+    using A = decltype(types);
+    forward<A>(a, [&](int64_t n, int64_t r, const Modulation& m) {
+      auto* residual = row<typename A::R>(a.residual_out, n);
+      const auto sum_at = gated<A>(a, n, r);
+      norm_token<typename A::T>(a, m, n, residual, [=](int64_t i, int lanes) {
         store_lanes(residual + i, sum_at(i, lanes), lanes);
         return load_lanes(residual + i, lanes);  // rounded
       });
@@ -336,7 +347,7 @@ void gate_residual_layer_norm_modulate_forward(const AdaLn& a) {
 }
 
 void adaln_backward(const AdaLn& a) {
-  dispatch(a.dout.dtype, [&](auto t) { backward<decltype(t)>(a); });
+  with_types(a, [&](auto types) { backward<decltype(types)>(a); });
 }
 
 }  // namespace sora::SORA_TIER

@@ -21,11 +21,14 @@
 namespace sora::cuda {
 namespace {
 
-template <class T>
-constexpr int kVectors = sizeof(T) == 4 ? 3 : 2;  // in registers of a thread of norm_backward: as many as fit into 128 registers
+// In registers of a thread of norm_backward: as many as fit into 128 registers.
+template <class A>
+constexpr int kVectors = sizeof(typename A::T) == 4   ? 3
+                         : sizeof(typename A::R) == 4 ? 1
+                                                      : 2;
 
-template <int VEC, class T>
-__device__ __forceinline__ void zero_chunk(const Backward<T>& a, const Chunk& chunk) {
+template <int VEC, class A>
+__device__ __forceinline__ void zero_chunk(const Backward<A>& a, const Chunk& chunk) {
   for (int64_t n = chunk.begin; n < chunk.end; ++n)
     each_vector<0>(a.width / VEC, [&](int, int i) {
       if (a.dx.data != nullptr) store_zeros<VEC>(a.dx[n] + i * VEC);
@@ -39,39 +42,40 @@ struct Variant {
   static constexpr bool RESIDUAL = RESIDUAL_, NORM = NORM_, OPTIONAL = OPTIONAL_;
 
   // Which of the sums s is, or -1. Only OPTIONAL has to ask.
-  template <class T>
-  __device__ static __forceinline__ int place(const Backward<T>& a, int s) {
+  template <class A>
+  __device__ static __forceinline__ int place(const Backward<A>& a, int s) {
     if (s == kGate ? !RESIDUAL : !NORM) return -1;
     return OPTIONAL ? a.place[s] : NORM ? s : 0;
   }
-  template <class T>
-  __device__ static __forceinline__ int sums(const Backward<T>& a) {
+  template <class A>
+  __device__ static __forceinline__ int sums(const Backward<A>& a) {
     return OPTIONAL ? a.sums : 2 * NORM + RESIDUAL;
   }
-  template <class T>
-  __device__ static __forceinline__ bool gated(const Backward<T>& a) {
+  template <class A>
+  __device__ static __forceinline__ bool gated(const Backward<A>& a) {
     return RESIDUAL && (!OPTIONAL || a.gate.data != nullptr);
   }
 };
 
 // What a chunk found out about vector i of its row.
-template <class P, int VEC, class T>
-__device__ __forceinline__ void finish_chunk(const Backward<T>& a, const Chunk& chunk, int i, const float (&total)[kSums][VEC]) {
+template <class Op, int VEC, class A>
+__device__ __forceinline__ void finish_chunk(const Backward<A>& a, const Chunk& chunk, int i, const float (&total)[kSums][VEC]) {
   if (a.length(chunk.row) <= kTokens) return finish_row(a, chunk.row, i, total);
   float* slot = a.slot(chunk.row) + chunk.index * a.stride + i * VEC;
   for (int s = 0; s < kSums; ++s)
-    if (P::place(a, s) >= 0) store_floats(slot + P::place(a, s) * a.width, total[s]);
+    if (Op::place(a, s) >= 0) store_floats(slot + Op::place(a, s) * a.width, total[s]);
 }
 
 // One vector of a token: what is read, and its share of the two means.
-template <class T, int VEC, class P>
+template <class A, int VEC, class Op>
 struct Piece {
-  Vector<T, VEC> dout, normed, dresidual_out, x;
+  Vector<typename A::T, VEC> dout, x;
+  Vector<typename A::R, VEC> normed, dresidual_out;
 
-  __device__ __forceinline__ void read(const Backward<T>& a, int64_t n, int i) {
-    if constexpr (P::NORM) dout = load<VEC>(a.dout[n] + i * VEC), normed = load<VEC>(a.normed[n] + i * VEC);
-    if constexpr (P::RESIDUAL) dresidual_out = load<VEC>(a.dresidual_out[n] + i * VEC);
-    if (P::gated(a)) x = load<VEC>(a.x[n] + i * VEC);
+  __device__ __forceinline__ void read(const Backward<A>& a, int64_t n, int i) {
+    if constexpr (Op::NORM) dout = load<VEC>(a.dout[n] + i * VEC), normed = load<VEC>(a.normed[n] + i * VEC);
+    if constexpr (Op::RESIDUAL) dresidual_out = load<VEC>(a.dresidual_out[n] + i * VEC);
+    if (Op::gated(a)) x = load<VEC>(a.x[n] + i * VEC);
   }
   __device__ __forceinline__ void add_means(float mean, float rstd, const float (&factor)[VEC], float (&sums)[2]) const {
     float u_sum = 0, ux_sum = 0;
@@ -84,10 +88,10 @@ struct Piece {
 };
 
 // (1 + scale) weight, a factor of all tokens of row r.
-template <class P, int VEC, class T>
-__device__ __forceinline__ void row_factor(const Backward<T>& a, int r, int i, float (&factor)[VEC]) {
+template <class Op, int VEC, class A>
+__device__ __forceinline__ void row_factor(const Backward<A>& a, int r, int i, float (&factor)[VEC]) {
   for (int k = 0; k < VEC; ++k) factor[k] = 1;
-  if (!P::OPTIONAL || a.scale.data != nullptr) {
+  if (!Op::OPTIONAL || a.scale.data != nullptr) {
     const auto scale = load<VEC>(a.scale[r] + i * VEC);
     for (int k = 0; k < VEC; ++k) factor[k] += scale[k];
   }
@@ -101,38 +105,39 @@ struct Token {
 };
 
 // Writes the gradients of vector i of token n and gives its terms of the row's sums.
-template <class T, int VEC, class P>
-__device__ __forceinline__ void token_gradient(const Backward<T>& a, int64_t n, int r, int i, const Token& token,
-                                               const Piece<T, VEC, P>& piece, const float (&factor)[VEC],
+template <class A, int VEC, class Op>
+__device__ __forceinline__ void token_gradient(const Backward<A>& a, int64_t n, int r, int i, const Token& token,
+                                               const Piece<A, VEC, Op>& piece, const float (&factor)[VEC],
                                                float (&terms)[kSums][VEC]) {
   float g[VEC] = {};
-  if constexpr (P::NORM)
+  if constexpr (Op::NORM)
     for (int k = 0; k < VEC; ++k) {
       const float xhat = (piece.normed[k] - token.mean) * token.rstd, dout = piece.dout[k];
       g[k] = fmaf(-xhat, token.mean_ux, fmaf(dout, factor[k], -token.mean_u)) * token.rstd;
       terms[kShift][k] = dout, terms[kScale][k] = dout * xhat;
     }
-  Vector<T, VEC> out;
-  if constexpr (P::RESIDUAL) {
-    Vector<T, VEC> gate;
-    if (P::gated(a)) gate = load<VEC>(a.gate[r] + i * VEC);
+  if constexpr (Op::RESIDUAL) {
+    Vector<typename A::P, VEC> gate;
+    Vector<typename A::R, VEC> dresidual;
+    if (Op::gated(a)) gate = load<VEC>(a.gate[r] + i * VEC);
     for (int k = 0; k < VEC; ++k) {
       g[k] += piece.dresidual_out[k];
-      out.set(k, g[k]);
+      dresidual.set(k, g[k]);
     }
-    store(a.dresidual[n] + i * VEC, out);
-    if (!P::gated(a)) return;
+    store(a.dresidual[n] + i * VEC, dresidual);
+    if (!Op::gated(a)) return;
     for (int k = 0; k < VEC; ++k) {
       terms[kGate][k] = g[k] * piece.x[k];
       g[k] *= gate[k];
     }
   }
-  for (int k = 0; k < VEC; ++k) out.set(k, g[k]);
-  store(a.dx[n] + i * VEC, out);
+  Vector<typename A::T, VEC> dx;
+  for (int k = 0; k < VEC; ++k) dx.set(k, g[k]);
+  store(a.dx[n] + i * VEC, dx);
 }
 
-template <class T, int VEC, class P>
-__global__ void __launch_bounds__(kMaxThreads, 1) norm_backward(const __grid_constant__ Backward<T> a) {
+template <class A, int VEC, class Op>
+__global__ void __launch_bounds__(kMaxThreads, 1) norm_backward(const __grid_constant__ Backward<A> a) {
   constexpr int kQuads = VEC / 4;
   const Chunk chunk = find_chunk<kTokens>(a);
   if (chunk.begin >= chunk.end) return;
@@ -141,31 +146,31 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_backward(const __grid_con
   // Each thread's own sums, in fours and interleaved by thread, which keeps shared memory free of bank conflicts.
   float* totals = reinterpret_cast<float*>(shared_memory);
   const auto quad = [&](int s, int j, int q) {
-    return totals + (((P::place(a, s) * kVectors<T> + j) * kQuads + q) * blockDim.x + threadIdx.x) * 4;
+    return totals + (((Op::place(a, s) * kVectors<A> + j) * kQuads + q) * blockDim.x + threadIdx.x) * 4;
   };
-  float* scratch = totals + P::sums(a) * kVectors<T> * VEC * blockDim.x;  // two floats per warp, twice
+  float* scratch = totals + Op::sums(a) * kVectors<A> * VEC * blockDim.x;  // two floats per warp, twice
 
-  float factor[kVectors<T>][VEC];
-  each_vector<kVectors<T>>(vectors, [&](int j, int i) {
-    row_factor<P>(a, r, i, factor[j]);
+  float factor[kVectors<A>][VEC];
+  each_vector<kVectors<A>>(vectors, [&](int j, int i) {
+    row_factor<Op>(a, r, i, factor[j]);
     for (int s = 0; s < kSums; ++s)
-      if (P::place(a, s) >= 0)
+      if (Op::place(a, s) >= 0)
         for (int q = 0; q < kQuads; ++q) store_zeros<4>(quad(s, j, q));
   });
   for (int64_t n = chunk.begin; n < chunk.end; ++n) {
-    Piece<T, VEC, P> piece[kVectors<T>];
-    each_vector<kVectors<T>>(vectors, [&](int j, int i) { piece[j].read(a, n, i); });
+    Piece<A, VEC, Op> piece[kVectors<A>];
+    each_vector<kVectors<A>>(vectors, [&](int j, int i) { piece[j].read(a, n, i); });
     const float mean = a.mean[n], rstd = a.rstd[n];
     float sums[2] = {};
-    each_vector<kVectors<T>>(vectors, [&](int j, int) { piece[j].add_means(mean, rstd, factor[j], sums); });
+    each_vector<kVectors<A>>(vectors, [&](int j, int) { piece[j].add_means(mean, rstd, factor[j], sums); });
     row_sums(sums, scratch + n % 2 * (2 * blockDim.x / kWarp));
     const Token token = {mean, rstd, a.rms ? 0 : sums[0] / a.width, sums[1] / a.width};
-    each_vector<kVectors<T>>(vectors, [&](int j, int i) {
+    each_vector<kVectors<A>>(vectors, [&](int j, int i) {
       keep_packed(piece[j].dout), keep_packed(piece[j].normed);
       float terms[kSums][VEC];
       token_gradient(a, n, r, i, token, piece[j], factor[j], terms);
       for (int s = 0; s < kSums; ++s)
-        if (P::place(a, s) >= 0)
+        if (Op::place(a, s) >= 0)
           for (int q = 0; q < kQuads; ++q) {
             auto total = load<4>(quad(s, j, q));
             for (int k = 0; k < 4; ++k) total.x[k] += terms[s][4 * q + k];
@@ -173,30 +178,30 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_backward(const __grid_con
           }
     });
   }
-  each_vector<kVectors<T>>(vectors, [&](int j, int i) {
+  each_vector<kVectors<A>>(vectors, [&](int j, int i) {
     float total[kSums][VEC] = {};
     for (int s = 0; s < kSums; ++s)
-      if (P::place(a, s) >= 0)
+      if (Op::place(a, s) >= 0)
         for (int k = 0; k < VEC; ++k) total[s][k] = quad(s, j, k / 4)[k % 4];
-    finish_chunk<P>(a, chunk, i, total);
+    finish_chunk<Op>(a, chunk, i, total);
   });
 }
 
-template <class T, int VEC, class P>
-__global__ void __launch_bounds__(kMaxThreads, 1) column_backward(const __grid_constant__ Backward<T> a) {
+template <class A, int VEC, class Op>
+__global__ void __launch_bounds__(kMaxThreads, 1) column_backward(const __grid_constant__ Backward<A> a) {
   const Chunk chunk = find_chunk<kTokens>(a);
   if (chunk.begin >= chunk.end) return;
   if (chunk.row == a.num_rows) return zero_chunk<VEC>(a, chunk);
   const int vectors = a.width / VEC, r = chunk.row;
-  Piece<T, VEC, P> piece;
+  Piece<A, VEC, Op> piece;
   float factor[VEC];
   float* means = reinterpret_cast<float*>(shared_memory);  // [kTokens, 2]
 
-  if constexpr (P::NORM) {  // a token to a warp
+  if constexpr (Op::NORM) {  // a token to a warp
     for (int64_t n = chunk.begin + threadIdx.x / kWarp; n < chunk.end; n += blockDim.x / kWarp) {
       float sums[2] = {};
       for (int i = threadIdx.x % kWarp; i < vectors; i += kWarp) {
-        row_factor<P>(a, r, i, factor);
+        row_factor<Op>(a, r, i, factor);
         piece.read(a, n, i);
         piece.add_means(a.mean[n], a.rstd[n], factor, sums);
       }
@@ -208,40 +213,43 @@ __global__ void __launch_bounds__(kMaxThreads, 1) column_backward(const __grid_c
   }
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
     float total[kSums][VEC] = {}, terms[kSums][VEC];
-    if constexpr (P::NORM) row_factor<P>(a, r, i, factor);
+    if constexpr (Op::NORM) row_factor<Op>(a, r, i, factor);
     for (int64_t n = chunk.begin; n < chunk.end; ++n) {
       piece.read(a, n, i);
       Token token{};
-      if constexpr (P::NORM) {
+      if constexpr (Op::NORM) {
         const float* mean = means + 2 * (n - chunk.begin);
         token = {a.mean[n], a.rstd[n], a.rms ? 0 : mean[0], mean[1]};
       }
       token_gradient(a, n, r, i, token, piece, factor, terms);
       for (int s = 0; s < kSums; ++s)
-        if (P::place(a, s) >= 0)
+        if (Op::place(a, s) >= 0)
           for (int k = 0; k < VEC; ++k) total[s][k] += terms[s][k];
     }
-    finish_chunk<P>(a, chunk, i, total);
+    finish_chunk<Op>(a, chunk, i, total);
   }
 }
 
-template <class T, bool RESIDUAL, bool NORM>
+template <class A, bool RESIDUAL, bool NORM>
 void run_backward(const AdaLn& a) {
+  using T = typename A::T;
+  using P = typename A::P;
+  using R = typename A::R;
   constexpr int kWide = 16 / sizeof(T);
   using Whole = Variant<RESIDUAL, NORM, false>;
   using Optional = Variant<RESIDUAL, NORM, true>;
   const char* op = !RESIDUAL ? "layer_norm_modulate_backward"
                    : NORM    ? "gate_residual_layer_norm_modulate_backward"
                              : "gate_residual_backward";
-  Backward<T> b{};
-  b.dresidual_out = rows<const T>(NORM ? a.dresidual_out : a.dout), b.dout = rows<const T>(a.dout);
-  b.normed = rows<const T>(RESIDUAL ? a.residual_out : a.x), b.x = rows<const T>(a.x);
-  b.gate = rows<const T>(a.gate), b.scale = rows<const T>(a.scale);
-  b.weight = static_cast<const T*>(a.weight.data), b.bias = static_cast<const T*>(a.bias.data);
+  Backward<A> b{};
+  b.dresidual_out = rows<const R>(NORM ? a.dresidual_out : a.dout), b.dout = rows<const T>(a.dout);
+  b.normed = rows<const R>(RESIDUAL ? a.residual_out : a.x), b.x = rows<const T>(a.x);
+  b.gate = rows<const P>(a.gate), b.scale = rows<const P>(a.scale);
+  b.weight = static_cast<const P*>(a.weight.data), b.bias = static_cast<const P*>(a.bias.data);
   b.mean = static_cast<const float*>(a.mean.data), b.rstd = static_cast<const float*>(a.rstd.data), b.cu = a.cu_rows.ints();
-  b.dresidual = rows<T>(a.dresidual), b.dx = rows<T>(a.dx);
-  b.dshift = rows<T>(a.dshift), b.dscale = rows<T>(a.dscale), b.dgate = rows<T>(a.dgate);
-  b.dweight = static_cast<T*>(a.dweight.data), b.dbias = static_cast<T*>(a.dbias.data);
+  b.dresidual = rows<R>(a.dresidual), b.dx = rows<T>(a.dx);
+  b.dshift = rows<P>(a.dshift), b.dscale = rows<P>(a.dscale), b.dgate = rows<P>(a.dgate);
+  b.dweight = static_cast<P*>(a.dweight.data), b.dbias = static_cast<P*>(a.dbias.data);
   b.tokens = a.dout.size[0], b.width = static_cast<int>(a.dout.size[1]), b.rms = a.rms;
   b.num_rows = a.cu_rows ? static_cast<int>(a.cu_rows.size[0] - 1) : 1;
   const bool wanted[kSums] = {a.dshift || a.dbias || (a.dscale && a.bias), a.dscale || a.dweight, static_cast<bool>(a.dgate)};
@@ -255,9 +263,8 @@ void run_backward(const AdaLn& a) {
   if (a.dweight) b.weight_totals = workspace.data() + partial;
   if (a.dbias) b.bias_totals = workspace.data() + partial + (a.dweight ? totals : 0);
 
-  const bool wide = b.width % kWide == 0 && aligned(16, sizeof(T),
-                                                    {&a.dresidual_out, &a.dout, &a.residual_out, &a.x, &a.gate, &a.scale, &a.weight,
-                                                     &a.bias, &a.dresidual, &a.dx, &a.dshift, &a.dscale, &a.dgate});
+  const bool wide = b.width % kWide == 0 && aligned(16, {&a.dresidual_out, &a.dout, &a.residual_out, &a.x, &a.gate, &a.scale,
+                                                         &a.weight, &a.bias, &a.dresidual, &a.dx, &a.dshift, &a.dscale, &a.dgate});
   const bool all = (!NORM || (a.scale && a.dshift && a.dscale)) && (!RESIDUAL || a.gate);
   const int vectors = b.width / (wide ? kWide : 1);
   const auto threads = [&](int vectors_each) {
@@ -265,17 +272,17 @@ void run_backward(const AdaLn& a) {
   };
   const Launch on{op, current_stream(a.dout)};
   const dim3 grid(static_cast<unsigned>(b.tokens / kTokens + b.num_rows + 1));
-  const int block = threads(kVectors<T>);
-  const size_t shared = (b.sums * kVectors<T> * kWide * block + 4 * block / kWarp) * sizeof(float);
-  const bool in_registers = NORM && wide && block * kVectors<T> >= vectors && shared <= max_shared_memory(op);
+  const int block = threads(kVectors<A>);
+  const size_t shared = (b.sums * kVectors<A> * kWide * block + 4 * block / kWarp) * sizeof(float);
+  const bool in_registers = NORM && wide && block * kVectors<A> >= vectors && shared <= max_shared_memory(op);
   if constexpr (NORM)
-    if (in_registers) launch(on, all ? norm_backward<T, kWide, Whole> : norm_backward<T, kWide, Optional>, grid, block, shared, b);
+    if (in_registers) launch(on, all ? norm_backward<A, kWide, Whole> : norm_backward<A, kWide, Optional>, grid, block, shared, b);
   using Columns = std::conditional_t<NORM, Optional, Whole>;  // with a norm the way for odd rows, which need no second variant
   if (!in_registers)
     launch(on,
-           wide && all ? column_backward<T, kWide, Columns>
-           : wide      ? column_backward<T, kWide, Optional>
-                       : column_backward<T, 1, Optional>,
+           wide && all ? column_backward<A, kWide, Columns>
+           : wide      ? column_backward<A, kWide, Optional>
+                       : column_backward<A, 1, Optional>,
            grid, threads(1), NORM ? 2 * kTokens * sizeof(float) : 0, b);
   launch_sums(on, b);
 }
@@ -283,14 +290,14 @@ void run_backward(const AdaLn& a) {
 }  // namespace
 
 void adaln_backward(const AdaLn& a) {
-  dispatch(a.dout.dtype, [&](auto t) {
-    using T = decltype(t);
+  with_types(a, [&](auto types) {
+    using A = decltype(types);
     if (!a.dresidual)
-      run_backward<T, false, true>(a);
+      run_backward<A, false, true>(a);
     else if (a.mean)
-      run_backward<T, true, true>(a);
+      run_backward<A, true, true>(a);
     else
-      run_backward<T, true, false>(a);
+      run_backward<A, true, false>(a);
   });
 }
 

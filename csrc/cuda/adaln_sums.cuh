@@ -18,14 +18,21 @@ constexpr int kTokens = 16;                                  // of a chunk
 constexpr int kTogether = 64;                                // chunks that gather_chunks adds
 constexpr int kShift = 0, kScale = 1, kGate = 2, kSums = 3;  // of dout, dout * xhat and g * x
 
-template <class T>
+template <class A>
 struct Backward {
-  Rows<const T> dresidual_out, dout, normed, x, gate, scale;
-  const T *weight, *bias;
+  using T = typename A::T;
+  using P = typename A::P;
+  using R = typename A::R;
+  Rows<const R> dresidual_out, normed;
+  Rows<const T> dout, x;
+  Rows<const P> gate, scale;
+  const P *weight, *bias;
   const float *mean, *rstd;
   const int32_t* cu;
-  Rows<T> dresidual, dx, dshift, dscale, dgate;
-  T *dweight, *dbias;
+  Rows<R> dresidual;
+  Rows<T> dx;
+  Rows<P> dshift, dscale, dgate;
+  P *dweight, *dbias;
   float* partial;                      // [slots, sums, D]; row r starts at slot b + min(r, b), where b = begin(r) / kTokens
   float *weight_totals, *bias_totals;  // [R, D] each, of dweight and dbias; null where they are
   int64_t tokens;
@@ -53,8 +60,8 @@ struct Chunk {
 };
 
 // Chunk number blockIdx.x of K tokens.
-template <int K, class T>
-__device__ __forceinline__ Chunk find_chunk(const Backward<T>& a) {
+template <int K, class A>
+__device__ __forceinline__ Chunk find_chunk(const Backward<A>& a) {
   const int64_t block = blockIdx.x;
   int low = 0, high = a.num_rows;
   while (low < high) {
@@ -69,9 +76,10 @@ __device__ __forceinline__ Chunk find_chunk(const Backward<T>& a) {
 }
 
 // Gradients of row r at vector i from its sums.
-template <int VEC, class T>
-__device__ __forceinline__ void finish_row(const Backward<T>& a, int r, int i, const float (&total)[kSums][VEC]) {
-  Vector<T, VEC> out;
+template <int VEC, class A>
+__device__ __forceinline__ void finish_row(const Backward<A>& a, int r, int i, const float (&total)[kSums][VEC]) {
+  using P = typename A::P;
+  Vector<P, VEC> out;
   if (a.dscale.data != nullptr) {
     float dscale[VEC];
     for (int k = 0; k < VEC; ++k) dscale[k] = total[kScale][k];
@@ -86,7 +94,7 @@ __device__ __forceinline__ void finish_row(const Backward<T>& a, int r, int i, c
     for (int k = 0; k < VEC; ++k) out.set(k, dscale[k]);
     store(a.dscale[r] + i * VEC, out);
   }
-  const auto store_sum = [&](const Rows<T>& to, int s) {
+  const auto store_sum = [&](const Rows<P>& to, int s) {
     if (to.data == nullptr) return;
     for (int k = 0; k < VEC; ++k) out.set(k, total[s][k]);
     store(to[r] + i * VEC, out);
@@ -98,8 +106,8 @@ __device__ __forceinline__ void finish_row(const Backward<T>& a, int r, int i, c
 }
 
 // A block owns 32 columns of kTogether chunks of one row that has more, and leaves their sums in the first one's slot.
-template <class T>
-__global__ void __launch_bounds__(kWarp* kLanes, 1) gather_chunks(const __grid_constant__ Backward<T> a) {
+template <class A>
+__global__ void __launch_bounds__(kWarp* kLanes, 1) gather_chunks(const __grid_constant__ Backward<A> a) {
   const Chunk group = find_chunk<kTokens * kTogether>(a);
   if (group.begin >= group.end || group.row == a.num_rows || a.length(group.row) <= kTokens * kTogether) return;
   const int column = blockIdx.y * kWarp + threadIdx.x;
@@ -117,8 +125,8 @@ __global__ void __launch_bounds__(kWarp* kLanes, 1) gather_chunks(const __grid_c
 
 // A block owns 32 columns of every gridDim.y-th row. The rows that norm_backward or column_backward finished are most of them when
 // rows are short, so a warp looks at 32 rows at once.
-template <class T>
-__global__ void __launch_bounds__(kWarp* kLanes, 1) sum_chunks(const __grid_constant__ Backward<T> a) {
+template <class A>
+__global__ void __launch_bounds__(kWarp* kLanes, 1) sum_chunks(const __grid_constant__ Backward<A> a) {
   const int column = blockIdx.x * kWarp + threadIdx.x, step = gridDim.y;
   for (int64_t first = blockIdx.y; first < a.num_rows; first += static_cast<int64_t>(kWarp) * step) {
     const int64_t mine = first + static_cast<int64_t>(threadIdx.x) * step;
@@ -140,8 +148,8 @@ __global__ void __launch_bounds__(kWarp* kLanes, 1) sum_chunks(const __grid_cons
 }
 
 // A block owns 32 columns of dweight and dbias.
-template <class T>
-__global__ void __launch_bounds__(kWarp* kLanes, 1) sum_rows(const __grid_constant__ Backward<T> a) {
+template <class A>
+__global__ void __launch_bounds__(kWarp* kLanes, 1) sum_rows(const __grid_constant__ Backward<A> a) {
   const int column = blockIdx.x * kWarp + threadIdx.x;
   float sums[2];
   column_sums(column < a.width ? a.num_rows : 0, sums, [&](int64_t r, float (&x)[2]) {
@@ -150,22 +158,22 @@ __global__ void __launch_bounds__(kWarp* kLanes, 1) sum_rows(const __grid_consta
     if (a.weight_totals != nullptr) x[kScale] = fmaf(a.weight_totals[r * a.width + column], factor, x[kScale]);
   });
   if (threadIdx.y != 0 || column >= a.width) return;
-  if (a.dweight != nullptr) a.dweight[column] = to<T>(sums[kScale]);
-  if (a.dbias != nullptr) a.dbias[column] = to<T>(sums[kShift]);
+  if (a.dweight != nullptr) a.dweight[column] = to<typename A::P>(sums[kScale]);
+  if (a.dbias != nullptr) a.dbias[column] = to<typename A::P>(sums[kShift]);
 }
 
 // What is left to do behind the chunks.
-template <class T>
-void launch_sums(const Launch& on, const Backward<T>& b) {
+template <class A>
+void launch_sums(const Launch& on, const Backward<A>& b) {
   if (b.sums == 0) return;
 
   const unsigned tiles = static_cast<unsigned>(ceil_div(b.width, kWarp));
   constexpr int64_t kGroup = kTokens * kTogether;
   if (b.tokens > kGroup)
-    launch(on, gather_chunks<T>, dim3(static_cast<unsigned>(b.tokens / kGroup + b.num_rows + 1), tiles), dim3(kWarp, kLanes),
+    launch(on, gather_chunks<A>, dim3(static_cast<unsigned>(b.tokens / kGroup + b.num_rows + 1), tiles), dim3(kWarp, kLanes),
            column_sums_bytes<kSums>, b);
-  launch(on, sum_chunks<T>, dim3(tiles, std::min(b.num_rows, 64)), dim3(kWarp, kLanes), column_sums_bytes<kSums>, b);
-  if (b.dweight != nullptr || b.dbias != nullptr) launch(on, sum_rows<T>, tiles, dim3(kWarp, kLanes), column_sums_bytes<2>, b);
+  launch(on, sum_chunks<A>, dim3(tiles, std::min(b.num_rows, 64)), dim3(kWarp, kLanes), column_sums_bytes<kSums>, b);
+  if (b.dweight != nullptr || b.dbias != nullptr) launch(on, sum_rows<A>, tiles, dim3(kWarp, kLanes), column_sums_bytes<2>, b);
 }
 
 }  // namespace sora::cuda

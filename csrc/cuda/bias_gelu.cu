@@ -98,7 +98,7 @@ void run(const char* op, const BiasGelu& a) {
   c.partial = workspace.data();
 
   constexpr int kWide = 16 / sizeof(T);
-  const bool wide = c.width % kWide == 0 && aligned(16, sizeof(T), {&a.x, &a.bias, &a.out, &a.dout, &a.dx});
+  const bool wide = c.width % kWide == 0 && aligned(16, {&a.x, &a.bias, &a.out, &a.dout, &a.dx});
   const int64_t vectors = c.width / (wide ? kWide : 1);
   const Launch on{op, current_stream(a.x)};
   launch(on, wide ? bias_gelu<T, kWide, BACKWARD> : bias_gelu<T, 1, BACKWARD>,

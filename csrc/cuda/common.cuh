@@ -41,8 +41,9 @@ __device__ __forceinline__ T to(float x) {
     return __float2half(x);
 }
 
+// Of more than 16 bytes, next to vectors of a narrower type, in several moves.
 template <class T, int VEC>
-struct alignas(sizeof(T) * VEC) Vector {
+struct alignas(sizeof(T) * VEC < 16 ? sizeof(T) * VEC : 16) Vector {
   T x[VEC];
   __device__ __forceinline__ float operator[](int i) const {
     if constexpr (std::is_same_v<T, __nv_bfloat16> && VEC % 2 == 0) {
@@ -212,13 +213,19 @@ void dispatch(DType dtype, Body body) {
   return body(__half{});
 }
 
+// The same with the storage types of adaLN.
+template <class Body>
+void with_types(const AdaLn& a, Body body) {
+  dispatch_adaln(a.types, [](DType dtype, auto of_type) { dispatch(dtype, of_type); }, body);
+}
+
 // Whether vectors of `bytes` can be moved from and to all rows of these tensors (those that are absent always can).
-inline bool aligned(int64_t bytes, int64_t element, std::initializer_list<const Tensor*> tensors) {
+inline bool aligned(int64_t bytes, std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* t : tensors) {
     if (!*t) continue;
     if (reinterpret_cast<uintptr_t>(t->data) % bytes != 0) return false;
     for (int axis = 0; axis < t->ndim - 1; ++axis)
-      if (t->size[axis] > 1 && t->stride[axis] * element % bytes != 0) return false;
+      if (t->size[axis] > 1 && t->stride[axis] * t->item_bytes % bytes != 0) return false;
   }
   return true;
 }

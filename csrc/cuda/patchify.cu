@@ -124,7 +124,7 @@ void run(const PatchEmbed& p) {
                                 " bytes in all channels, needs more shared memory than this GPU has");
 
   constexpr int kWide = 16 / sizeof(T);
-  const bool wide = a.pw * a.channels % kWide == 0 && aligned(16, sizeof(T), {&p.tokens});
+  const bool wide = a.pw * a.channels % kWide == 0 && aligned(16, {&p.tokens});
   const Launch on{op, current_stream(p.tokens)};
   int64_t token = 0, blocks = 0;
   for (int64_t i = 0; i < p.num_videos; ++i) {

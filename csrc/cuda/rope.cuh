@@ -220,7 +220,7 @@ template <class T, class Body>
 void with_width(const RopeCall<T>& a, std::initializer_list<const Tensor*> tensors, Body body) {
   const int units = std::max(a.parts[0].heads, a.parts[1].heads) * a.pairs;  // of one pair
   const auto fits = [&](int vec) {
-    return a.pairs % vec == 0 && units / vec <= kMaxThreads * kUnits && aligned(vec * sizeof(T), sizeof(T), tensors);
+    return a.pairs % vec == 0 && units / vec <= kMaxThreads * kUnits && aligned(vec * sizeof(T), tensors);
   };
   using std::integral_constant;
   if constexpr (sizeof(T) == 2)
