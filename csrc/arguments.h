@@ -20,6 +20,11 @@ struct QkNorm {
   Tensor dout, dx, dweight;  // backward
 };
 
+// The weights' storage type: x's, or float32 beside x of 2 bytes.
+inline __attribute__((always_inline)) DType weight_type(const QkNorm (&parts)[2]) {
+  return parts[0].weight ? parts[0].weight.dtype : parts[1].weight ? parts[1].weight.dtype : parts[0].x.dtype;
+}
+
 // What is absent is left out: a factor, a summand, a gradient with the sums for it. Without cu_rows one row serves all tokens.
 // Storage types: next to tokens of 2 bytes, rows, weight and bias may be float32, and with them the residual.
 struct AdaLnTypes {

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_boundaries, check_choice, check_cu_seqlens, check_number, check_tensor, fail
-from .library import Context, Grads, cotangent, register, rows
+from .checks import check_boundaries, check_choice, check_cu_seqlens, check_number, check_tensor, fail, or_float32
+from .library import Context, Grads, cotangent, of_one_dtype, register, rows
 from .memory import empty, empty_like
 
 
@@ -66,7 +66,7 @@ def layer_norm_modulate(
     op = "layer_norm_modulate"
     _check(op, x, cu_rows, {"shift": shift, "scale": scale})
     rms, eps = _check_norm(op, x, norm, weight, bias, eps)
-    shift, scale, weight, bias = _of_one_dtype(x, x, shift, scale, weight, bias)
+    shift, scale, weight, bias = of_one_dtype(x, shift, scale, weight, bias)
     return _modulate(x, shift, scale, cu_rows, rms, weight, bias, eps)[0]
 
 
@@ -85,7 +85,7 @@ def gate_residual(residual: Tensor, x: Tensor, gate: Tensor | None = None, cu_ro
     op = "gate_residual"
     _check(op, x, cu_rows, {"gate": gate})
     _check_residual(op, residual, x)
-    (gate,) = _of_one_dtype(x, residual, gate)
+    (gate,) = of_one_dtype(x, gate, float32=residual.dtype is torch.float32)
     return _gate(residual, x, gate, cu_rows)
 
 
@@ -119,13 +119,9 @@ def gate_residual_layer_norm_modulate(
     _check(op, x, cu_rows, {"gate": gate, "shift": shift, "scale": scale})
     _check_residual(op, residual, x)
     rms, eps = _check_norm(op, x, norm, weight, bias, eps)
-    gate, shift, scale, weight, bias = _of_one_dtype(x, residual, gate, shift, scale, weight, bias)
+    wide = residual.dtype is torch.float32
+    gate, shift, scale, weight, bias = of_one_dtype(x, gate, shift, scale, weight, bias, float32=wide)
     return _gate_modulate(residual, x, gate, shift, scale, cu_rows, rms, weight, bias, eps)[:2]
-
-
-def _or_float32(x: Tensor) -> torch.dtype | tuple[torch.dtype, ...]:
-    """What may be of more precision than x."""
-    return x.dtype if x.dtype is torch.float32 else (x.dtype, torch.float32)
 
 
 def _check(op: str, x: Tensor, cu_rows: Tensor | None, rows: dict[str, Tensor | None]) -> None:
@@ -136,22 +132,14 @@ def _check(op: str, x: Tensor, cu_rows: Tensor | None, rows: dict[str, Tensor | 
         if row is None:
             continue
         num_rows = "R" if cu_rows is None else cu_rows.shape[0] - 1
-        check_tensor(op, name, row, (num_rows, x.shape[1]), dtype=_or_float32(x), like=x)
+        check_tensor(op, name, row, (num_rows, x.shape[1]), dtype=or_float32(x), like=x)
         if cu_rows is None:
             fail(op, "cu_rows", f"int32 boundaries [R+1] of the rows of {name}", "None")
 
 
 def _check_residual(op: str, residual: Tensor, x: Tensor) -> None:
-    dtype = x.dtype if x.dtype is torch.float64 else _or_float32(x)
+    dtype = x.dtype if x.dtype is torch.float64 else or_float32(x)
     check_tensor(op, "residual", residual, tuple(x.shape), dtype=dtype, like=x)
-
-
-def _of_one_dtype(x: Tensor, residual: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
-    """Rows, weight and bias as kernels take them: all in x's dtype, or all in float32 if one of them or the residual is."""
-    dtype = x.dtype
-    if dtype is not torch.float64 and any(p is not None and p.dtype is not dtype for p in (residual, *parameters)):
-        dtype = torch.float32
-    return [p if p is None or p.dtype is dtype else p.to(dtype) for p in parameters]
 
 
 def _check_norm(op: str, x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[bool, float]:
@@ -159,7 +147,7 @@ def _check_norm(op: str, x: Tensor, norm: str, weight: Tensor | None, bias: Tens
     check_choice(op, "norm", norm, ("layer", "rms"))
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
-            check_tensor(op, name, value, (x.shape[1],), dtype=_or_float32(x), like=x)
+            check_tensor(op, name, value, (x.shape[1],), dtype=or_float32(x), like=x)
     if norm == "rms" and bias is not None:
         fail(op, "bias", 'None with norm="rms"', "a tensor")
     return norm == "rms", check_number(op, "eps", eps, at_least=0)

@@ -58,6 +58,11 @@ def check_tensor(
         fail(op, argument, f"a tensor on {like.device}", f"one on {tensor.device}")
 
 
+def or_float32(x: Tensor) -> torch.dtype | tuple[torch.dtype, ...]:
+    """The dtypes that parameters beside x may have."""
+    return x.dtype if x.dtype is torch.float32 else (x.dtype, torch.float32)
+
+
 def check_cu_seqlens(op: str, argument: str, cu_seqlens: Tensor, like: Tensor, entries: int | str = "B+1") -> None:
     """Checks what can be checked without reading the values: int32 [B+1] on the device of `like`."""
     check_tensor(op, argument, cu_seqlens, (entries,), dtype=torch.int32, like=like)

@@ -193,6 +193,14 @@ def autocast(*tensors: Any) -> tuple:
     )
 
 
+def of_one_dtype(x: Tensor, *parameters: Tensor | None, float32: bool = False) -> list[Tensor | None]:
+    """Parameters beside x as kernels take them: all in x's dtype, or all in float32 if one of them is, or if they have to be."""
+    dtype = x.dtype
+    if dtype is not torch.float64 and (float32 or any(p is not None and p.dtype is not dtype for p in parameters)):
+        dtype = torch.float32
+    return [p if p is None or p.dtype is dtype else p.to(dtype) for p in parameters]
+
+
 def rows(*tensors: Rows) -> list[Rows]:
     """The tensors as kernels want them: any strides but a contiguous last axis. Only one that lacks it is copied."""
     return [

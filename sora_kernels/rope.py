@@ -26,10 +26,11 @@ from .checks import (
     check_tables,
     check_tensor,
     fail,
+    or_float32,
     triple,
 )
 from .layout import PackedLayout
-from .library import Context, Grads, cotangent, register, rows
+from .library import Context, Grads, cotangent, of_one_dtype, register, rows
 from .memory import empty_like
 
 Theta = float | tuple[float, float, float]
@@ -105,7 +106,8 @@ def qk_norm_rope_3d(
     Args:
         q: [N, H, d].
         k: [N, Hk, d].
-        q_weight, k_weight: scale after the norm, [d], or [H*d] and [Hk*d] with `across_heads`, in q's dtype; None is 1.
+        q_weight, k_weight: scale after the norm, [d], or [H*d] and [Hk*d] with `across_heads`, in q's dtype or float32; None is
+            1.
         layout: of the N tokens.
         across_heads: take the mean over all heads of a token (Wan) instead of each head's d channels (most others).
         eps: added to the mean square, at least 0.
@@ -122,11 +124,11 @@ def qk_norm_rope_3d(
     for name, weight, x in (("q_weight", q_weight, q), ("k_weight", k_weight, k)):
         if weight is not None:
             size = x.shape[1] * x.shape[2] if across_heads else x.shape[2]
-            check_tensor(op, name, weight, (size,), dtype=q.dtype, like=q)
+            check_tensor(op, name, weight, (size,), dtype=or_float32(q), like=q)
     tables = _check_layout(op, layout, q)
     angles = _check_angles(op, q.shape[-1], theta, axes_dim)
     rest = check_bool(op, "interleaved", interleaved), across_heads, check_number(op, "eps", eps, at_least=0)
-    return _norm_rope(q, k, q_weight, k_weight, *tables, *angles, *rest)[:2]
+    return _norm_rope(q, k, *of_one_dtype(q, q_weight, k_weight), *tables, *angles, *rest)[:2]
 
 
 def _check_layout(op: str, layout: PackedLayout, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -302,7 +304,7 @@ def _run_norm_rope_backward(
 def _fake_norm_rope_backward(
     dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *_: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq_weight, dk_weight = (x.new_empty(0 if w is None else w.shape) for x, w in ((q, q_weight), (k, k_weight)))
+    dq_weight, dk_weight = (q.new_empty(0) if w is None else w.new_empty(w.shape) for w in (q_weight, k_weight))
     return empty_like(q), empty_like(k), dq_weight, dk_weight
 
 

@@ -166,10 +166,8 @@ def plain_norm(x: Tensor, weight: Tensor | None, across_heads: bool, eps: float)
     return (normed if weight is None else normed * weight).reshape(x.shape)
 
 
-@pytest.mark.parametrize("case", QK_NORM)
-def test_qk_norm_rope(target: Target, case: str) -> None:
-    """q, k and the gradients of both and of their weights obey the rule; slack rows are exactly 0."""
-    options = dict(QK_NORM[case])
+def check_qk_norm(target: Target, wide=(), **options) -> None:
+    """q, k and the gradients of both and of their weights obey the rule; slack rows are exactly 0. wide: weights in float32."""
     d, heads, slack = options.pop("d", 64), options.pop("heads", (3, 3)), options.pop("slack", 0)
     layout, weights = make_layout(target, options.pop("spans", SPANS)), options.pop("weights", ("q", "k"))
     scale, across, eps = options.pop("scale", 1.0), options.pop("across_heads", False), options.pop("eps", 1e-6)
@@ -180,6 +178,7 @@ def test_qk_norm_rope(target: Target, case: str) -> None:
     for name, h in zip("qk", heads, strict=True):
         if name in weights:
             inputs[f"{name}_weight"] = 1 + target.randn(h * d if across else d, scale=0.3)
+    inputs |= {name: inputs[name].float() for name in wide}
 
     def by_name(function):
         return lambda *tensors: function(**{"q_weight": None, "k_weight": None, **dict(zip(inputs, tensors, strict=True))})
@@ -200,6 +199,17 @@ def test_qk_norm_rope(target: Target, case: str) -> None:
         inputs,
     )
     assert_zero(*(x[layout.num_tokens :] for x in (*outputs, *gradients[:2])))
+
+
+@pytest.mark.parametrize("case", QK_NORM)
+def test_qk_norm_rope(target: Target, case: str) -> None:
+    check_qk_norm(target, **QK_NORM[case])
+
+
+@pytest.mark.parametrize("wide", [("q_weight",), ("q_weight", "k_weight")], ids="+".join)
+@pytest.mark.parametrize("case", ["slack", "gqa", "d10", "half"])
+def test_float32_weights(target16: Target, case: str, wide: tuple[str, ...]) -> None:
+    check_qk_norm(target16, wide=wide, **QK_NORM[case])
 
 
 def test_no_tokens(target: Target) -> None:

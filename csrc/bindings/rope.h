@@ -28,13 +28,19 @@ inline void check_part(const QkNorm& p, bool across_heads, const Tensor& q) {
   rank(p.x, 3, "[N, H, d]");
   at_most(p.x, 1);
   shape(p.x, {q.size[0], p.x.size[1], q.size[2]});
-  same_storage({&q, &p.x, &p.weight, &p.out, &p.dout, &p.dx, &p.dweight});
+  same_storage({&q, &p.x, &p.out, &p.dout, &p.dx});
   float_table(p.rstd, {q.size[0], across_heads ? 1 : p.x.size[1]});
   for (const Tensor* t : {&p.out, &p.dout, &p.dx})
     if (*t) same_shape(*t, p.x);
   for (const Tensor* t : {&p.weight, &p.dweight})
     if (*t) shape(*t, {across_heads ? p.x.size[1] * p.x.size[2] : p.x.size[2]});
   if (p.dout && p.weight && !p.dweight) fail(p.dweight, "a tensor, as there is a weight", "None");
+}
+
+inline void check_parts(const QkNorm (&parts)[2], bool across_heads) {
+  for (const QkNorm& p : parts) check_part(p, across_heads, parts[0].x);
+  const Tensor* first = same_storage({&parts[0].weight, &parts[1].weight, &parts[0].dweight, &parts[1].dweight});
+  if (first != nullptr && first->dtype != DType::kFloat32) dtype(*first, parts[0].x.dtype);
 }
 
 template <class Kernels>
@@ -55,7 +61,7 @@ void bind_rope(py::module_& m, const Kernels* kernels) {
              Tensor q_rstd, Tensor k_rstd) {
            const Rope rope = rope_tables(cu_spans, grid, origin, step, theta, axes_dim, interleaved, false, q);
            QkNorm parts[2] = {{q, q_weight, q_rstd, q_out, {}, {}, {}}, {k, k_weight, k_rstd, k_out, {}, {}, {}}};
-           for (const QkNorm& p : parts) check_part(p, across_heads, q);
+           check_parts(parts, across_heads);
            call.run([&] { kernels->qk_norm_rope_3d_forward(rope, parts, across_heads, eps); });
          });
   define(
@@ -67,7 +73,7 @@ void bind_rope(py::module_& m, const Kernels* kernels) {
           bool across_heads, Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight) {
         const Rope rope = rope_tables(cu_spans, grid, origin, step, theta, axes_dim, interleaved, true, q);
         QkNorm parts[2] = {{q, q_weight, q_rstd, {}, dq_out, dq, dq_weight}, {k, k_weight, k_rstd, {}, dk_out, dk, dk_weight}};
-        for (const QkNorm& p : parts) check_part(p, across_heads, q);
+        check_parts(parts, across_heads);
         call.run([&] { kernels->qk_norm_rope_3d_backward(rope, parts, across_heads); });
       });
 }

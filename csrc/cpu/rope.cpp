@@ -191,11 +191,15 @@ void rope_forward(const Rope& rope, Dim d, const Tensor& x, const Tensor& out) {
 int64_t weight_size(const QkNorm& p, bool across_heads) { return (across_heads ? p.x.size[1] : 1) * p.x.size[2]; }
 
 // The norm's weight in float32; ones if there is none.
-template <class T>
 void read_weight(const QkNorm& p, bool across_heads, float* to) {
-  const T* weight = static_cast<const T*>(p.weight.data);
-  each_vector(weight_size(p, across_heads), [&](int64_t i, int lanes) {
-    store_lanes(to + i, weight != nullptr ? load_lanes(weight + i, lanes) : broadcast(1), lanes);
+  const int64_t size = weight_size(p, across_heads);
+  if (!p.weight) {
+    each_vector(size, [&](int64_t i, int lanes) { store_lanes(to + i, broadcast(1), lanes); });
+    return;
+  }
+  dispatch(p.weight.dtype, [&](auto t) {
+    const auto* weight = static_cast<const decltype(t)*>(p.weight.data);
+    each_vector(size, [&](int64_t i, int lanes) { store_lanes(to + i, load_lanes(weight + i, lanes), lanes); });
   });
 }
 
@@ -236,7 +240,7 @@ void norm_rope_forward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across_
       [&](int64_t begin, int64_t end) {
         Pieces scratch{Scratch::get(angle_row_size(d) + padded(sizes[0]) + padded(sizes[1]))};
         float *rows = scratch.take(angle_row_size(d)), *weights[2] = {scratch.take(sizes[0]), scratch.take(sizes[1])};
-        for (int i = 0; i < 2; ++i) read_weight<T>(parts[i], across_heads, weights[i]);
+        for (int i = 0; i < 2; ++i) read_weight(parts[i], across_heads, weights[i]);
         each_token(rope, tables, begin, end, rows, [&](int64_t n, const float* c, const float* s) {
           for (int i = 0; i < 2; ++i) norm_rope_token<T>(rope, d, parts[i], across_heads, eps, n, c, s, weights[i]);
         });
@@ -305,7 +309,7 @@ void norm_rope_backward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across
         float *weights = scratch.take(both), *group = scratch.take(both);
         float* total = partial.data() + begin / kTokens * both;
         memset(group, 0, both * sizeof(float));
-        for (int i = 0; i < 2; ++i) read_weight<T>(parts[i], across_heads, weights + i * sizes[0]);
+        for (int i = 0; i < 2; ++i) read_weight(parts[i], across_heads, weights + i * sizes[0]);
         each_token(rope, tables, begin, end, rows, [&](int64_t n, const float* c, const float* s) {
           for (int i = 0; i < 2; ++i) {
             const int64_t first = i * sizes[0];
@@ -324,8 +328,10 @@ void norm_rope_backward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across
   for (int part = 0; part < 2; ++part) {
     if (!parts[part].dweight) continue;
     const float* first = partial.data() + part * sizes[0];
-    parallel_vectors(sizes[part], [&](int64_t i, int lanes) {
-      store_lanes(static_cast<T*>(parts[part].dweight.data) + i, column_sum(first + i, both, pieces, lanes), lanes);
+    dispatch(parts[part].dweight.dtype, [&](auto t) {
+      auto* dweight = static_cast<decltype(t)*>(parts[part].dweight.data);
+      parallel_vectors(sizes[part],
+                       [&](int64_t i, int lanes) { store_lanes(dweight + i, column_sum(first + i, both, pieces, lanes), lanes); });
     });
   }
 }

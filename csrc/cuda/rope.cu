@@ -9,9 +9,9 @@ namespace {
 
 constexpr int kTokens = 8;
 
-template <class T, int VEC, int U, bool NORM>
-__global__ void __launch_bounds__(kMaxThreads, 1) rope_forward(const __grid_constant__ RopeCall<T> a) {
-  const Part<T>& p = a.parts[blockIdx.y];
+template <class T, class W, int VEC, int U, bool NORM>
+__global__ void __launch_bounds__(kMaxThreads, 1) rope_forward(const __grid_constant__ RopeCall<T, W> a) {
+  const Part<T, W>& p = a.parts[blockIdx.y];
   const int units = p.heads * (a.pairs / VEC), groups = a.across_heads ? 1 : p.heads;
   const float channels = 2 * a.pairs * (a.across_heads ? p.heads : 1);
   const SharedMemory shared(a.pairs, NORM ? units : 0, NORM ? p.heads : 0);
@@ -78,23 +78,23 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rope_forward(const __grid_cons
 
 template <class T>
 void run_rope(const Rope& rope, const Tensor& x, const Tensor& out) {
-  RopeCall<T> a = make_call<T>("rope_3d", rope, x);
+  RopeCall<T, T> a = make_call<T, T>("rope_3d", rope, x);
   a.parts[0].x = heads<const T>(x), a.parts[0].out = heads<T>(out), a.parts[0].heads = static_cast<int>(x.size[1]);
   with_width(a, {&x, &out}, [&](auto vec, auto u, int units) {
-    launch({"rope_3d", current_stream(x)}, rope_forward<T, vec, u, false>, static_cast<unsigned>(ceil_div(a.tokens, kTokens)),
+    launch({"rope_3d", current_stream(x)}, rope_forward<T, T, vec, u, false>, static_cast<unsigned>(ceil_div(a.tokens, kTokens)),
            block_size(units), SharedMemory::bytes(a.pairs, 0, 0, 0), a);
   });
 }
 
-template <class T>
+template <class T, class W>
 void run_norm(const Rope& rope, const QkNorm (&parts)[2], bool across_heads, float eps) {
   const QkNorm &q = parts[0], &k = parts[1];
   const char* op = "qk_norm_rope_3d";
-  RopeCall<T> a = make_call<T>(op, rope, q.x);
-  for (int i = 0; i < 2; ++i) a.parts[i] = make_part<T>(parts[i]);
+  RopeCall<T, W> a = make_call<T, W>(op, rope, q.x);
+  for (int i = 0; i < 2; ++i) a.parts[i] = make_part<T, W>(parts[i]);
   a.across_heads = across_heads, a.eps = eps;
-  with_width(a, {&q.x, &k.x, &q.weight, &k.weight, &q.out, &k.out}, [&](auto vec, auto u, int units) {
-    launch({op, current_stream(q.x)}, rope_forward<T, vec, u, true>, dim3(static_cast<unsigned>(ceil_div(a.tokens, kTokens)), 2),
+  with_width(a, {&q.x, &k.x, &q.out, &k.out}, [&](auto vec, auto u, int units) {
+    launch({op, current_stream(q.x)}, rope_forward<T, W, vec, u, true>, dim3(static_cast<unsigned>(ceil_div(a.tokens, kTokens)), 2),
            block_size(units), SharedMemory::bytes(a.pairs, units, std::max(a.parts[0].heads, a.parts[1].heads), 0), a);
   });
 }
@@ -106,7 +106,7 @@ void rope_3d(const Rope& rope, const Tensor& x, const Tensor& out) {
 }
 
 void qk_norm_rope_3d_forward(const Rope& rope, QkNorm (&parts)[2], bool across_heads, float eps) {
-  dispatch(parts[0].x.dtype, [&](auto t) { run_norm<decltype(t)>(rope, parts, across_heads, eps); });
+  with_types(parts, [&](auto t, auto w) { run_norm<decltype(t), decltype(w)>(rope, parts, across_heads, eps); });
 }
 
 }  // namespace sora::cuda

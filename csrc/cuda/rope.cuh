@@ -36,20 +36,20 @@ Heads<T> heads(const Tensor& t) {
   return {static_cast<T*>(t.data), t.stride[0], t.stride[1]};
 }
 
-template <class T>
+template <class T, class W>
 struct Part {  // q or k
   Heads<const T> x, dout;
   Heads<T> out, dx;
-  const T* weight;
+  const W* weight;
   float* rstd;  // [N, H] or [N, 1]
-  T* dweight;
+  W* dweight;
   float* partial;  // [blocks, width of the weight]
   int heads;
 };
 
-template <class T>
+template <class T, class W>
 struct RopeCall {
-  Part<T> parts[2];
+  Part<T, W> parts[2];
   const int32_t *cu_spans, *grid;
   const float *origin, *step;
   int64_t tokens;
@@ -103,8 +103,8 @@ struct SharedMemory {
   }
 };
 
-template <class T>
-__device__ __forceinline__ void fill_table(const RopeCall<T>& a, const SharedMemory& shared, int span, int64_t n) {
+template <class T, class W>
+__device__ __forceinline__ void fill_table(const RopeCall<T, W>& a, const SharedMemory& shared, int span, int64_t n) {
   const int32_t* size = a.grid + 3 * span;
   const int height = max(size[1], 1), width = max(size[2], 1), raster = static_cast<int>(n - a.cu_spans[span]);
   for (int p = threadIdx.x; p < a.pairs; p += blockDim.x) {
@@ -121,8 +121,8 @@ struct Unit {
   int head, first, second;  // channels of its two vectors
   int pair, other_pair;     // pair k of the unit is pair + k of the head, in the unit's second half other_pair + k
 };
-template <int VEC, class T>
-__device__ __forceinline__ Unit unit_at(const RopeCall<T>& a, int q) {
+template <int VEC, class T, class W>
+__device__ __forceinline__ Unit unit_at(const RopeCall<T, W>& a, int q) {
   const int per_head = a.pairs / VEC, head = q / per_head, i = (q - head * per_head) * VEC;
   if (!a.interleaved) return {head, i, i + a.pairs, i, i};
   if (VEC == 1) return {head, 2 * i, 2 * i + 1, i, i};
@@ -167,22 +167,23 @@ __device__ __forceinline__ void rotate(const Turn* table, const Unit& unit, floa
 }
 
 // The norm's weight of a unit.
-template <int VEC, class T>
-__device__ __forceinline__ void weights(const RopeCall<T>& a, const Part<T>& p, const Unit& unit, float (&u)[VEC],
+template <int VEC, class T, class W>
+__device__ __forceinline__ void weights(const RopeCall<T, W>& a, const Part<T, W>& p, const Unit& unit, float (&u)[VEC],
                                         float (&v)[VEC]) {
-  Pairs<T, VEC> weight;
+  Pairs<W, VEC> weight;
   weight.read(p.weight + (a.across_heads ? unit.head * 2 * a.pairs : 0), unit);
   weight.get(a.interleaved, u, v);
 }
 
-template <class T>
-__device__ __forceinline__ void zero_token(const RopeCall<T>& a, const Part<T>& p, const Heads<T>& out, int64_t n) {
+template <class T, class W>
+__device__ __forceinline__ void zero_token(const RopeCall<T, W>& a, const Part<T, W>& p, const Heads<T>& out, int64_t n) {
   for (int i = threadIdx.x; i < p.heads * 2 * a.pairs; i += blockDim.x) out.at(n, i / (2 * a.pairs))[i % (2 * a.pairs)] = to<T>(0);
 }
 
 // From unit_sums, finish(sum) of each head or of all heads, as a function of the head. All threads of the block must call it.
-template <int VEC, class T, class Finish>
-__device__ __forceinline__ auto group_sums(const RopeCall<T>& a, const Part<T>& p, const SharedMemory& shared, Finish finish) {
+template <int VEC, class T, class W, class Finish>
+__device__ __forceinline__ auto group_sums(const RopeCall<T, W>& a, const Part<T, W>& p, const SharedMemory& shared,
+                                           Finish finish) {
   const int per_head = a.pairs / VEC;
   __syncthreads();
   for (int h = threadIdx.x; h < p.heads; h += blockDim.x) {
@@ -199,9 +200,9 @@ __device__ __forceinline__ auto group_sums(const RopeCall<T>& a, const Part<T>& 
   return [all, across = a.across_heads, sums = shared.head_sums](int h) { return across ? all : sums[h]; };
 }
 
-template <class T>
-RopeCall<T> make_call(const char* op, const Rope& rope, const Tensor& x) {
-  RopeCall<T> a{};
+template <class T, class W>
+RopeCall<T, W> make_call(const char* op, const Rope& rope, const Tensor& x) {
+  RopeCall<T, W> a{};
   a.cu_spans = rope.cu_spans.ints(), a.grid = rope.grid.ints(), a.spans = static_cast<int>(rope.grid.size[0]);
   a.origin = static_cast<const float*>(rope.origin.data), a.step = static_cast<const float*>(rope.step.data);
   a.tokens = x.size[0], a.pairs = static_cast<int>(x.size[2] / 2), a.interleaved = rope.interleaved, a.inverse = rope.inverse;
@@ -216,11 +217,14 @@ RopeCall<T> make_call(const char* op, const Rope& rope, const Tensor& x) {
 }
 
 // Calls body(VEC, U), as compile-time constants, with the widest vectors that all rows allow.
-template <class T, class Body>
-void with_width(const RopeCall<T>& a, std::initializer_list<const Tensor*> tensors, Body body) {
+template <class T, class W, class Body>
+void with_width(const RopeCall<T, W>& a, std::initializer_list<const Tensor*> tensors, Body body) {
   const int units = std::max(a.parts[0].heads, a.parts[1].heads) * a.pairs;  // of one pair
   const auto fits = [&](int vec) {
-    return a.pairs % vec == 0 && units / vec <= kMaxThreads * kUnits && aligned(vec * sizeof(T), tensors);
+    const int weight_bytes = std::min<int>(vec * sizeof(W), 16);
+    const bool weights_fit = std::all_of(
+        a.parts, a.parts + 2, [&](const Part<T, W>& p) { return reinterpret_cast<uintptr_t>(p.weight) % weight_bytes == 0; });
+    return a.pairs % vec == 0 && units / vec <= kMaxThreads * kUnits && weights_fit && aligned(vec * sizeof(T), tensors);
   };
   using std::integral_constant;
   if constexpr (sizeof(T) == 2)
@@ -233,12 +237,23 @@ inline int block_size(int units) {
   return std::clamp(static_cast<int>(ceil_div(units, kWarp * kUnits)) * kWarp, 2 * kWarp, kMaxThreads);
 }
 
-template <class T>
-Part<T> make_part(const QkNorm& p) {
-  Part<T> part{};
+// Calls body(T{}, W{}) with the storage types of x and of the weights.
+template <class Body>
+void with_types(const QkNorm (&parts)[2], Body body) {
+  dispatch(parts[0].x.dtype, [&](auto t) {
+    if (sizeof(t) == sizeof(float) || weight_type(parts) != DType::kFloat32)
+      body(t, t);
+    else
+      body(t, float{});
+  });
+}
+
+template <class T, class W>
+Part<T, W> make_part(const QkNorm& p) {
+  Part<T, W> part{};
   part.x = heads<const T>(p.x), part.dout = heads<const T>(p.dout), part.out = heads<T>(p.out), part.dx = heads<T>(p.dx);
-  part.weight = static_cast<const T*>(p.weight.data), part.rstd = static_cast<float*>(p.rstd.data);
-  part.dweight = static_cast<T*>(p.dweight.data), part.heads = static_cast<int>(p.x.size[1]);
+  part.weight = static_cast<const W*>(p.weight.data), part.rstd = static_cast<float*>(p.rstd.data);
+  part.dweight = static_cast<W*>(p.dweight.data), part.heads = static_cast<int>(p.x.size[1]);
   return part;
 }
 

@@ -26,14 +26,15 @@ __device__ __forceinline__ int total_index(int q, int e) {
 }
 
 // What both variants compute of a token and of a unit.
-template <class T, int VEC>
+template <class T, class W, int VEC>
 struct Block {
-  const RopeCall<T>& a;
-  const Part<T>& p;
+  const RopeCall<T, W>& a;
+  const Part<T, W>& p;
   const SharedMemory shared;
   const int units;
 
-  __device__ Block(const RopeCall<T>& a, const Part<T>& p, int units) : a(a), p(p), shared(a.pairs, units, p.heads), units(units) {}
+  __device__ Block(const RopeCall<T, W>& a, const Part<T, W>& p, int units)
+      : a(a), p(p), shared(a.pairs, units, p.heads), units(units) {}
 
   __device__ __forceinline__ float rstd(int64_t n, int head) const {
     return a.across_heads ? p.rstd[n] : p.rstd[n * p.heads + head];
@@ -125,8 +126,8 @@ struct Block {
 };
 
 // Tokens [begin, end), each read before its angles are computed.
-template <class T, int VEC, int U>
-__device__ __forceinline__ void units_in_registers(const Block<T, VEC>& block, int64_t begin, int64_t end) {
+template <class T, class W, int VEC, int U>
+__device__ __forceinline__ void units_in_registers(const Block<T, W, VEC>& block, int64_t begin, int64_t end) {
   Unit unit[U];
   Pairs<T, VEC> x[U], dout[U];
   each_vector<U>(block.units, [&](int j, int q) { unit[j] = unit_at<VEC>(block.a, q); });
@@ -143,8 +144,8 @@ __device__ __forceinline__ void units_in_registers(const Block<T, VEC>& block, i
 }
 
 // Tokens [begin, end), each read by both passes.
-template <class T, int VEC>
-__device__ __forceinline__ void units_read_twice(const Block<T, VEC>& block, int64_t begin, int64_t end) {
+template <class T, class W, int VEC>
+__device__ __forceinline__ void units_read_twice(const Block<T, W, VEC>& block, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     if (!block.start_token(n)) continue;
     Pairs<T, VEC> x, dout;
@@ -162,45 +163,45 @@ __device__ __forceinline__ void units_read_twice(const Block<T, VEC>& block, int
   }
 }
 
-template <class T, int VEC, int U>
-__global__ void __launch_bounds__(kMaxThreads, 1) norm_rope_backward(const __grid_constant__ RopeCall<T> a) {
-  const Part<T>& p = a.parts[blockIdx.y];
-  const Block<T, VEC> block(a, p, p.heads * (a.pairs / VEC));
+template <class T, class W, int VEC, int U>
+__global__ void __launch_bounds__(kMaxThreads, 1) norm_rope_backward(const __grid_constant__ RopeCall<T, W> a) {
+  const Part<T, W>& p = a.parts[blockIdx.y];
+  const Block<T, W, VEC> block(a, p, p.heads * (a.pairs / VEC));
   for (int i = threadIdx.x; i < a.pairs; i += blockDim.x) block.shared.frequency[i] = a.frequency[i];
   each_vector<U>(block.units, [&](int, int q) {
     for (int e = 0; e < 2 * VEC; ++e) block.shared.totals[total_index<VEC>(q, e)] = 0;
   });
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kTokens, end = min(begin + kTokens, a.tokens);
   if constexpr (U > 0)
-    units_in_registers<T, VEC, U>(block, begin, end);
+    units_in_registers<T, W, VEC, U>(block, begin, end);
   else
-    units_read_twice<T, VEC>(block, begin, end);
+    units_read_twice<T, W, VEC>(block, begin, end);
   if (p.weight == nullptr) return;
   __syncthreads();
   block.write_partial();
 }
 
 // A block owns 32 columns of one dweight.
-template <class T>
-__global__ void __launch_bounds__(kWarp* kLanes, 1) sum_weights(const __grid_constant__ RopeCall<T> a, int64_t blocks) {
-  const Part<T>& p = a.parts[blockIdx.y];
+template <class T, class W>
+__global__ void __launch_bounds__(kWarp* kLanes, 1) sum_weights(const __grid_constant__ RopeCall<T, W> a, int64_t blocks) {
+  const Part<T, W>& p = a.parts[blockIdx.y];
   const int width = 2 * a.pairs * (a.across_heads ? p.heads : 1), column = blockIdx.x * kWarp + threadIdx.x;
   float sums[1];
   column_sums(p.weight != nullptr && column < width ? blocks : 0, sums,
               [&](int64_t block, float (&x)[1]) { x[0] += p.partial[block * width + column]; });
-  if (p.weight != nullptr && threadIdx.y == 0 && column < width) p.dweight[column] = to<T>(sums[0]);
+  if (p.weight != nullptr && threadIdx.y == 0 && column < width) p.dweight[column] = to<W>(sums[0]);
 }
 
-template <class T>
+template <class T, class W>
 void run_backward(const Rope& rope, const QkNorm (&parts)[2], bool across_heads) {
   const QkNorm &q = parts[0], &k = parts[1];
   const char* op = "qk_norm_rope_3d_backward";
-  RopeCall<T> a = make_call<T>(op, rope, q.x);
-  for (int i = 0; i < 2; ++i) a.parts[i] = make_part<T>(parts[i]);
+  RopeCall<T, W> a = make_call<T, W>(op, rope, q.x);
+  for (int i = 0; i < 2; ++i) a.parts[i] = make_part<T, W>(parts[i]);
   a.across_heads = across_heads;
   const Launch on{op, current_stream(q.x)};
   const int num_heads = std::max(a.parts[0].heads, a.parts[1].heads);
-  with_width(a, {&q.x, &k.x, &q.weight, &k.weight, &q.dout, &k.dout, &q.dx, &k.dx}, [&](auto vec, auto u, int units) {
+  with_width(a, {&q.x, &k.x, &q.dout, &k.dout, &q.dx, &k.dx}, [&](auto vec, auto u, int units) {
     const int threads = block_size(units);
     const size_t shared =
         SharedMemory::bytes(a.pairs, units, num_heads, static_cast<int>(ceil_div(units, threads)) * threads * 2 * vec);
@@ -213,9 +214,9 @@ void run_backward(const Rope& rope, const QkNorm (&parts)[2], bool across_heads)
     const bool weighted = q.weight || k.weight;
     const Workspace workspace(q.x, weighted ? blocks * (widths[0] + widths[1]) : 0);
     a.parts[0].partial = workspace.data(), a.parts[1].partial = workspace.data() + blocks * widths[0];
-    launch(on, norm_rope_backward<T, vec, u>, dim3(static_cast<unsigned>(blocks), 2), threads, shared, a);
+    launch(on, norm_rope_backward<T, W, vec, u>, dim3(static_cast<unsigned>(blocks), 2), threads, shared, a);
     if (weighted)
-      launch(on, sum_weights<T>, dim3(static_cast<unsigned>(ceil_div(std::max(widths[0], widths[1]), kWarp)), 2),
+      launch(on, sum_weights<T, W>, dim3(static_cast<unsigned>(ceil_div(std::max(widths[0], widths[1]), kWarp)), 2),
              dim3(kWarp, kLanes), column_sums_bytes<1>, a, blocks);
   });
 }
@@ -223,7 +224,7 @@ void run_backward(const Rope& rope, const QkNorm (&parts)[2], bool across_heads)
 }  // namespace
 
 void qk_norm_rope_3d_backward(const Rope& rope, QkNorm (&parts)[2], bool across_heads) {
-  dispatch(parts[0].x.dtype, [&](auto t) { run_backward<decltype(t)>(rope, parts, across_heads); });
+  with_types(parts, [&](auto t, auto w) { run_backward<decltype(t), decltype(w)>(rope, parts, across_heads); });
 }
 
 }  // namespace sora::cuda
