@@ -22,10 +22,12 @@ $(READY): pyproject.toml setup.py constraints.txt $(CSRC)
 demo: $(READY)
 	$(BIN)/sora demo --out outputs/demo --overwrite
 
-# First what runs for real, on all cores; then GPU kernels one operation or one thread at a time, a process for each core.
+# First what runs for real, then GPU kernels one operation or one thread at a time: a process for each core, of one thread unless a
+# test asks for more. Files stay whole, as some prepare for minutes what all their tests read.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 test: $(READY) lint
-	$(BIN)/python -m pytest -m 'not emulated'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m emulated -n auto
+	$(PYTEST) --dist loadfile -m 'not emulated'
+	$(PYTEST) -m emulated
 
 lint: $(READY)
 	$(BIN)/ruff check .
