@@ -183,3 +183,13 @@ def test_bad_options_of_torchs_signatures() -> None:
             varlen_attn(X[0], X[0], X[0], cu, cu, **options)
     with pytest.raises(TypeError, match="scaled_dot_product_attention: enable_gqa: expected a bool, got 'no'"):
         scaled_dot_product_attention(X, X, X, enable_gqa="no")
+
+
+def test_alibi_is_as_exact_as_the_queries() -> None:
+    """Slopes are float32, but their product with a distance is of float64 where queries are."""
+    q, k, v = (torch.zeros(1, n, 1, 1, dtype=torch.float64) for n in (1, 40, 40))
+    v = v + torch.arange(40.0, dtype=torch.float64)[:, None, None]
+    slopes = torch.tensor([0.6435])
+    out = flash_attn_func(q, k, v, alibi_slopes=slopes)
+    weights = torch.softmax(-slopes.double() * torch.arange(39.0, -1.0, -1.0, dtype=torch.float64), 0)
+    assert abs(out.item() - (weights * v.flatten()).sum().item()) < 1e-13

@@ -151,13 +151,30 @@ NO_CAPTIONER = "captioner: expected a checkpoint with a captioner, got one witho
         (["generate", "x", "--scheduler", "magic"], "--scheduler: expected one of euler, heun, unipc, dpm++, got 'magic'"),
         (["generate", "x", "--guidance", "nan"], "--guidance: expected a finite number, got nan"),
         (["generate", "x", "--fps", "inf"], "--fps: expected a finite number, got inf"),
+        (["generate", "x", "--guidance", "1e29"], "--guidance: expected at most 1000, got 1e+29"),
+        (["generate", "x", "--count", "1" + 20 * "0"], "'--count': Input should be less than or equal to 9999"),
+        (["generate", "x", "--out", ""], "'--out': expected a path, got ''"),
+        (["generate", "x", "--checkpoint", ""], "'--checkpoint': expected a path, got ''"),
+        (["caption", ""], "expected a path, got ''"),
+        (
+            ["generate", "x", "--out", "{media}/new/" + 300 * "a"],
+            "--out: expected a folder that can be written to, got {media}/new/a",
+        ),
+        (["generate", "ok", "\udcff"], "PROMPTS: expected text in UTF-8, got '\\udcff'"),
+        (["expand", "\udcff"], "PROMPTS: expected text in UTF-8, got '\\udcff'"),
+        (["generate", "x", "--negative", "\udcff"], "--negative: expected text in UTF-8, got '\\udcff'"),
+        (["loop", "x", "--size", "1x16x16"], "--size: expected a clip of at least 4 frames, got 1"),
+        (["generate", "x", "--size", "999999999x1x1"], "--size: expected videos for which the memory of"),
+        (["generate", "x", "--size", "1x20000x8"], "--size: expected frames of at most 16384 pixels along a side, got 20000"),
+        (["caption", "{media}/pipe.mp4"], "cannot read {media}/pipe.mp4: expected a file, got a pipe or a device"),
+        (["animate", "{media}/pipe.mp4", "x"], "cannot read {media}/pipe.mp4: expected a file, got a pipe or a device"),
         (["generate", "x", "--seed", "99999999999999999999"], "9223372036854775808"),
         (["generate", "x", "--negative", "y", "--guidance", "1"], "--negative: expected none with --guidance 1, which has no use"),
         (["animate", "{media}/none.png", "x"], "none.png: it does not exist"),
         (["restyle", "{media}/a.mp4", "x", "--strength", "0"], "strength: expected a number above 0 and up to 1, got 0"),
         (["loop", "x", "--size", "6x16"], "--size: expected TxHxW"),
         (["long", "x", "--seconds", "0"], "--seconds: expected at least one frame"),
-        (["long", "x", "--seconds", "1e308"], "--seconds: expected at most 1e+09, got 1e+308"),
+        (["long", "x", "--seconds", "1e29"], "--seconds: expected at most 1e+09, got 1e+29"),
         (["long", "x", "--seconds", "nan"], "--seconds: expected a finite number, got nan"),
         (["simulate", "x", "--size", "6x16"], "--size: expected TxHxW"),
         (["caption", "{media}/none.mp4"], "none.mp4: it does not exist"),
@@ -188,6 +205,8 @@ NO_CAPTIONER = "captioner: expected a checkpoint with a captioner, got one witho
         (["train", "{media}/new", "--detailed", "2"], "--detailed: expected a number from 0 to 1, got 2"),
         (["train", "{media}/new", "--per-frame", "2"], "--per-frame: expected"),
         (["train", "{media}/new", "--learning-rate", "nan"], "--learning-rate: expected a finite number, got nan"),
+        (["train", "{media}/new", "--learning-rate", "1e300"], "--learning-rate: expected a number of at most 1e+30, got 1e+300"),
+        (["train", "{media}/new", "--data", ""], "--data: expected a folder or a source, got ''"),
         (["train", "{media}/new", "--steps", "0"], "steps: expected a number above 0, got 0"),
         (["train", "{media}/new", "--resume"], "training.safetensors, which is not there"),
         (["train-vae", "{media}/new", "--ema", "2"], "--ema: expected a number from 0 to 1, got 2"),
@@ -196,8 +215,19 @@ NO_CAPTIONER = "captioner: expected a checkpoint with a captioner, got one witho
             "expected an empty folder or one with a checkpoint to replace",
         ),
         (["export", "{media}/words", "{media}"], "expected an empty folder or one with a checkpoint to replace, got {media}"),
-        (["export", "{media}/words", "{media}/words"], "OUT: expected another folder than CHECKPOINT, got {media}/words"),
-        (["export", "{media}/words", "{media}/linked", "--overwrite"], "OUT: expected another folder than CHECKPOINT, got"),
+        (
+            ["export", "{media}/words", "{media}/words"],
+            "OUT: expected a folder that is neither CHECKPOINT nor in or around it, got",
+        ),
+        (
+            ["export", "{media}/words", "{media}/words/dit", "--overwrite"],
+            "OUT: expected a folder that is neither CHECKPOINT nor in",
+        ),
+        (["export", "{media}/words", "{media}/linked", "--overwrite"], "OUT: expected a folder that is neither CHECKPOINT nor in"),
+        (
+            ["export", "{media}/words", "{media}/linked/dit", "--overwrite"],
+            "OUT: expected a folder that is neither CHECKPOINT nor in",
+        ),
         (["export", "{media}/words", "{media}/file/x"], "OUT: expected a folder, got the file {media}/file"),
         (["eval", "--out", "{media}/figures.txt"], "--out: expected a file that ends in .json, got {media}/figures.txt"),
         (["eval", "--out", "{media}/file/x.json"], "--out: expected a folder, got the file {media}/file"),
@@ -212,6 +242,7 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(args, message, 
     (media / "words" / "model_index.json").write_text(json.dumps(index))
     if not (media / "linked").is_symlink():
         (media / "linked").symlink_to("words")
+        os.mkfifo(media / "pipe.mp4")
     out = [] if "--out" in args or args[0] not in TASKS else ["--out", media / "new"]
     assert message.replace("{media}", str(media)) in refused(*filled(args, media), *out)
     assert not (media / "new").exists()

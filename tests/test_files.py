@@ -61,6 +61,21 @@ def test_names_go_on_from_those_there(tmp_path) -> None:
     assert free_paths(tmp_path, ["a.mp4"], overwrite=True)[0].name == "00-a.mp4"
 
 
+def test_numbers_beyond_all_counting_are_not_counted(tmp_path) -> None:
+    """Or the next file would have a name that no file system takes."""
+    (tmp_path / f"{240 * '9'}-a.mp4").touch()
+    assert [path.name for path in free_paths(tmp_path, ["a.mp4"])] == ["00-a.mp4", "contact_sheet.png"]
+
+
+def test_requests_are_not_replaced(small, tmp_path) -> None:
+    """By --overwrite, even if they have the name of what is made."""
+    requests = tmp_path / "00-a-seed0.png"
+    requests.write_text(text := '[{"prompt": "a", "size": "1x16x16"}]')
+    sora("batch", requests, "--checkpoint", small, "--out", tmp_path, "--steps", 1, "--overwrite")
+    assert requests.read_text() == text
+    assert (tmp_path / "01-a-seed0.png").exists()
+
+
 def test_a_contact_sheet_alone_is_not_replaced(tmp_path) -> None:
     (tmp_path / "contact_sheet.png").touch()
     assert [path.name for path in free_paths(tmp_path, ["a.mp4"])] == ["01-a.mp4", "contact_sheet-01.png"]

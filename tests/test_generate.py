@@ -16,6 +16,8 @@ from sora_model.cli.call import LARGER
 from sora_model.cli.requests import ALIASES, COMMON, TASKS
 from sora_model.cli.run import errors_by_option
 from sora_model.data import probe, read_comment, read_video, write_video
+from sora_model.pipeline import clips
+from sora_model.pipeline.clips import resized
 from sora_model.pipeline.parts import EMBEDDED, read_outline
 
 ROOT = Path(__file__).parent.parent
@@ -309,3 +311,15 @@ def test_a_request_that_joins_other_speeds_is_named(media, unloaded, tmp_path) -
     (tmp_path / "requests.json").write_text(json.dumps([{"prompt": "x"}, join]))
     said = sora("batch", tmp_path / "requests.json", "--out", tmp_path / "out", code=2)
     assert "error: batch: request 1: last: expected the frames per second of first, got 8 and 60; --fps sets one for both" in said
+
+
+def test_a_strip_is_scaled_without_what_is_cut_off(monkeypatch) -> None:
+    """Of a wide frame brought to a tall strip, no more than the strip is enlarged; what is shown is the middle."""
+    enlarged = []
+    monkeypatch.setattr(clips, "resized", lambda video, h, w: enlarged.append((h, w)) or resized(video, h, w))
+    video = torch.linspace(-1, 1, 64).expand(3, 1, 64, 64)
+    made = clips.fitted(video, 512, 4)
+    assert made.shape == (3, 1, 512, 4)
+    assert enlarged[0][1] <= 32
+    assert made.mean().abs() < 0.02
+    assert made[..., 0].mean() < made[..., -1].mean()

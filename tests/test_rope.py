@@ -212,6 +212,13 @@ def test_float32_weights(target16: Target, case: str, wide: tuple[str, ...]) -> 
     check_qk_norm(target16, wide=wide, **QK_NORM[case])
 
 
+def test_no_heads(target: Target) -> None:
+    layout = PackedLayout.from_grids([(1, 1, 2)], target.device)
+    q, k = ops.qk_norm_rope_3d(target.randn(2, 0, 8), target.randn(2, 1, 8), None, None, layout)
+    assert q.shape == (2, 0, 8)
+    assert k.shape == (2, 1, 8)
+
+
 def test_no_tokens(target: Target) -> None:
     """Not even the strides of a tensor without elements matter."""
     x = target.randn(0, 3, 128)[..., ::2].requires_grad_()

@@ -75,7 +75,7 @@ def attention(
         distance = i + len(k_b) - len(q_b) - j
         added = None if bias is None else widen(bias[b])
         if alibi is not None:
-            slope = -widen(alibi[b])[:, None, None] * distance.abs()
+            slope = -widen(alibi[b]).to(widen(q_b[:0]).dtype)[:, None, None] * distance.abs()
             added = slope if added is None else added + slope
         results.append(attend(q_b, k_b, v_b, (distance <= left) & (distance >= -right), scale, softcap, added))
 

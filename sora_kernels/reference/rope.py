@@ -62,7 +62,7 @@ def norm_rope(
     groups = norm_groups(x[: len(angles)], across_heads)
     rstd = torch.rsqrt(groups.square().mean(dim=-1, keepdim=True) + eps)
     normed = groups * rstd if weight is None else groups * rstd * widen(weight)
-    turned = rotate(normed.reshape(-1, *x.shape[1:]), angles, interleaved)
+    turned = rotate(normed.reshape(len(groups), *x.shape[1:]), angles, interleaved)
     return zero_rows(turned, len(x)), zero_rows(rstd.squeeze(-1), len(x))
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 MAX_PIXELS = 2**16  # of frames that are read to be captioned
+LARGEST = 1e30  # of numbers that are not whole; float32 holds little more
 CLIP_PIXELS = 2**28  # of all frames read from one file, which are in memory at once: 4 GB
 # What torch says where it gets no memory, on the CPU and on GPUs, and where a size does not even fit a number.
 NO_MEMORY = re.compile(
@@ -122,12 +123,14 @@ def command(
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [one.replace(annotation=hints[one.name]) for one in arguments]
         parameters += [inspect.Parameter(key, kind, default=shared[key], annotation=hints[key]) for key in shared]
+        for one in parameters:
+            _read_paths(one.annotation)
         words = {one.name: _word(one) for one in parameters}
 
         @functools.wraps(function)
         def run(**values: Any) -> None:
             with one_line_errors(words):
-                check_finite(values)
+                check_values(values, words)
                 chosen = options(**{key: values.pop(key) for key in shared})
                 function(**values, **{last.name: chosen})
 
@@ -135,6 +138,14 @@ def command(
         return app.command(name, help=help)(run)
 
     return make
+
+
+def _read_paths(annotation: Any) -> None:
+    """Has an option or argument of paths read by `to_path`."""
+    kind, *metadata = get_args(annotation)
+    if kind is Path or Path in get_args(kind):
+        for one in metadata:
+            one.parser = to_path
 
 
 def _word(parameter: inspect.Parameter) -> str:
@@ -226,11 +237,36 @@ def parse_size(text: str, option: str = "--size") -> Size:
     return t, h, w
 
 
-def check_finite(values: dict[str, Any]) -> None:
-    """Raises ValueError for options that are NaN or infinite, which every range lets through."""
+def check_values(values: Mapping[str, Any], words: Mapping[str, str]) -> None:
+    """Raises ValueError for numbers that are no finite ones or beyond all use, which every range lets through, and for text that
+    is not UTF-8. words: what the command calls its parameters.
+    """
     for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{name.replace('_', '-')}: expected a finite number, got {value}")
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, float) and not abs(one) <= LARGEST:
+                expected = f"a number of at most {LARGEST:g}" if math.isfinite(one) else "a finite number"
+                raise ValueError(f"{words[name]}: expected {expected}, got {one:g}")
+            if isinstance(one, str) and not is_utf8(one):
+                raise ValueError(f"{words[name]}: expected text in UTF-8, got {one!r}")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether text can be written: what a shell passes on may be any bytes, which Python keeps as halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def to_path(text: str | Path) -> Path:
+    """A path of the command line. An empty one, of a variable that is not set say, would be the present folder."""
+    if text == "":
+        raise typer.BadParameter("expected a path, got ''")
+    return Path(text)
+
+
+to_path.__name__ = "path"  # as the help calls what it makes
 
 
 def known_device(device: str) -> str:
@@ -252,8 +288,9 @@ def check_folder(path: Path, option: str = "--out") -> None:
     if not there.is_dir():
         raise ValueError(f"{option}: expected a folder, got the file {there}")
     try:
-        with contextlib.suppress(FileNotFoundError):
-            path.lstat()  # names that are too long, folders that may not be entered
+        for name in path.absolute().relative_to(there.absolute()).parts or (".",):
+            with contextlib.suppress(FileNotFoundError):
+                (there / name).lstat()  # names that are too long, folders that may not be entered
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:

@@ -45,7 +45,7 @@ class Call(Loaded):
     scheduler: Annotated[
         str | None, typer.Option(help="euler, heun, unipc or dpm++, for a flow-matching model. Default: the checkpoint's.")
     ] = None
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 3.0
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance, up to 1000; 1 is none.")] = 3.0
     guidance_from: Annotated[
         float, typer.Option(min=0, max=1, help="Noise level, from 0 to 1, below which there is no guidance.")
     ] = 0.6
@@ -61,6 +61,7 @@ class Call(Loaded):
         ),
     ] = None
     inputs: list[tuple[Path, Any]] = field(default_factory=list, init=False)  # the files read, with their clips
+    kept: list[Path] = field(default_factory=list, init=False)  # other files that are never replaced
     unknown_words: set[str] = field(default_factory=set, init=False)  # those that `check_words` has named
 
     def __post_init__(self) -> None:
@@ -70,6 +71,8 @@ class Call(Loaded):
                 raise ValueError(
                     f"--out: expected a folder for files, got one with the folder {path}, which has the name of a file"
                 )
+        if abs(self.guidance) > 1000:
+            raise ValueError(f"--guidance: expected at most 1000, got {self.guidance:g}")
         if self.negative and self.guidance == 1:
             raise ValueError(f"--negative: expected none with --guidance 1, which has no use for it, got {self.negative!r}")
         self.rate()
@@ -151,17 +154,20 @@ class Call(Loaded):
 
         sizes: of what is packed into one pass. made: of the files, where those are larger. option: what the sizes come from.
         """
-        from .estimate import check_pixels, memory, tokens
+        from .estimate import check_memory, check_pixels, memory, tokens
 
         check_pixels(option, [*(made or sizes)], self.device)
-        side = self.scale * max(max(size[1:]) for size in sizes)
-        if side > SIDE:
-            raise ValueError(f"--scale: expected frames of at most {SIDE} pixels along a side, got {side}")
+        side = max(max(size[1:]) for size in sizes)
+        if self.scale * side > SIDE:
+            which = "--scale" if side <= SIDE else option
+            raise ValueError(f"{which}: expected frames of at most {SIDE} pixels along a side, got {self.scale * side}")
+        needed = memory(outline, sizes, made)
+        check_memory(option, needed, self.device)
         count = f"{len(sizes)} videos" if len(sizes) > 1 else "1 video"
         shapes = ", ".join(dict.fromkeys("x".join(map(str, size)) for size in made or sizes))
         say(
             f"{count} of {shapes}, seed {self.seed}: {tokens(outline, sizes):,} tokens at once, "
-            f"about {memory(outline, sizes, made) / 1e9:.1f} GB of memory"
+            f"about {needed / 1e9:.1f} GB of memory"
         )
 
     def check_words(self, pipeline: SoraPipeline, prompts: Sequence[str]) -> None:
@@ -231,7 +237,7 @@ class Call(Loaded):
         *paths, sheet = write_files(
             videos, prompts, self.out, fps, self.scale, self.format.value, seeds=seeds,
             settings=[_recorded({**common, **one}) for one in by_video or [{}] * len(videos)],
-            overwrite=self.overwrite, inputs=[path for path, _ in self.inputs],
+            overwrite=self.overwrite, inputs=[*self.kept, *(path for path, _ in self.inputs)],
         )  # fmt: skip
         for path, seed in zip(paths, seeds, strict=True):
             say(f"{path} (seed {seed})")

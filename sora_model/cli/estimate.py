@@ -1,4 +1,4 @@
-"""How much memory a call takes, from what its checkpoint's configs say: `memory`, `check_pixels`.
+"""How much memory a call takes, from what its checkpoint's configs say: `memory`, `check_memory`, `check_pixels`.
 
 Measured with the checkpoint that comes with the package, on a CPU, within 50% above. Other VAEs may take several times as much:
     transformer   52 float32 of width D for each token, both halves of guidance among them
@@ -49,6 +49,16 @@ def check_pixels(option: str, sizes: Sequence[Size], device: str) -> None:
         raise ValueError(
             f"{option}: expected videos that {'the memory' if device == 'cpu' else device} of {there / 1e9:.3g} GB can hold, "
             f"got {needed / 1e9:.3g} GB of pixels"
+        )
+
+
+def check_memory(option: str, needed: float, device: str) -> None:
+    """Raises ValueError where even half of the estimate, which is too high by no more, is beyond the device."""
+    there = installed(device)
+    if needed > 2 * there:
+        raise ValueError(
+            f"{option}: expected videos for which {'the memory' if device == 'cpu' else device} of {there / 1e9:.3g} GB is enough, "
+            f"got ones that take about {needed / 1e9:.3g} GB"
         )
 
 

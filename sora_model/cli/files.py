@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What the names look like: a number, then words, or those of a contact sheet.
-NAMES = re.compile(r"(?:(\d{2,})-.*|contact_sheet(?:-\d{2,})?)\.(?:mp4|gif|png)")
+NAMES = re.compile(r"(?:(\d{2,9})-.*|contact_sheet(?:-\d{2,9})?)\.(?:mp4|gif|png)")
 
 
 def write_files(

@@ -26,7 +26,7 @@ ClipSize = Annotated[str | None, typer.Option("--size", help="TxHxW in pixels. D
 FrameSize = Annotated[
     str | None, typer.Option("--size", help="HxW that frames are scaled and cut to. Default: theirs, see --max-pixels.")
 ]
-Count = Annotated[int, typer.Option(min=1, help="Videos of each prompt; their seeds count up.")]
+Count = Annotated[int, typer.Option(min=1, max=9999, help="Videos of each prompt; their seeds count up.")]
 Overlap = Annotated[
     int, typer.Option(min=0, help="Latent frames seen of what is there, besides the first; they fade into what is made.")
 ]
@@ -183,6 +183,9 @@ def loop(
     shape, stride = parse_size(size) if size else outline.size, outline.timing.stride
     if passage is not None and passage % stride:
         raise ValueError(f"--passage: expected a multiple of {stride}, the frames of a latent frame, got {passage}")
+    if shape[0] < max(stride, outline.timing.first):
+        option = "--size" if size else "--checkpoint"
+        raise ValueError(f"{option}: expected a clip of at least {max(stride, outline.timing.first)} frames, got {shape[0]}")
     way = passage or max(shape[0] // stride, 1) * stride
     call.announce(outline, [shape], made=[(shape[0] + way, *shape[1:])])
     pipeline = call.pipeline()
@@ -279,6 +282,7 @@ def batch(
     call: Call,
 ) -> None:
     asked = read_requests(requests, call.negative, call)
+    call.kept.append(requests)
     for one in asked:
         if call.guidance == 1 and one.fields["negative_prompt"]:
             raise ValueError(

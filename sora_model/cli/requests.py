@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .app import parse_size
+from .app import is_utf8, parse_size
 
 if TYPE_CHECKING:
     from ..pipeline.parts import Outline
@@ -33,7 +33,7 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and len(value) == 3 and all(COUNT.fits(n) for n in value))
 
 
-TEXT = Kind("text", lambda value: isinstance(value, str))
+TEXT = Kind("text", lambda value: isinstance(value, str) and is_utf8(value))
 FILE = Kind("the name of a file", lambda value: isinstance(value, str) and value != "")
 COUNT = _whole(1)
 SEED = Kind(f"a whole number from 0 to {2**63}", lambda value: type(value) is int and 0 <= value <= 2**63)

@@ -58,6 +58,8 @@ class Run:
         from ..training.sources import FileLimits
 
         check_folder(out, "OUT")
+        if not self.data:  # which would be the present folder
+            raise ValueError("--data: expected a folder or a source, got ''")
         return RunSettings(
             data=self.data,
             sizes=tuple(parse_size(text) for text in self.size or []),

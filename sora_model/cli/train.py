@@ -122,8 +122,10 @@ def export(
         from ..storage.files import check_replaceable
 
         check_replaceable(out)
-        if same_file(out, checkpoint):  # whose weights would lose their precision for good
-            raise ValueError(f"OUT: expected another folder than CHECKPOINT, got {out}")
+        # The weights that are read would lose their precision for good, or go with the folder that is replaced.
+        inner, outer = out.resolve(), checkpoint.resolve()
+        if same_file(out, checkpoint) or inner.is_relative_to(outer) or outer.is_relative_to(inner):
+            raise ValueError(f"OUT: expected a folder that is neither CHECKPOINT nor in or around it, got {out}")
         if not out.is_dir() or any(out.iterdir()):
             check_new(out, overwrite, "OUT")
         check_folder(out.absolute().parent, "OUT")

@@ -35,6 +35,8 @@ def reading(path: Path) -> Iterator[None]:
 
     Decoders raise errors of any type on bytes that somebody has made up, so all of them are caught.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise MediaError(f"cannot read {path}: expected a file, got a pipe or a device, which might be waited for")
     try:
         yield
     except MediaError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,6 +72,10 @@ def fitted(video: Tensor, height: int, width: int) -> Tensor:
     """A video [3, T, h, w] scaled until it covers height x width, and cut to that evenly around; it keeps its shape."""
     h, w = video.shape[2:]
     scale = max(height / h, width / w)
+    if h * w * scale**2 > 4 * height * width:  # of a strip nearly all would be scaled for nothing: the rest is cut off first
+        rows, columns = min(math.ceil(height / scale) + 2, h), min(math.ceil(width / scale) + 2, w)
+        top, left = (h - rows) // 2, (w - columns) // 2
+        video, (h, w) = video[:, :, top : top + rows, left : left + columns], (rows, columns)
     video = resized(video, max(round(h * scale), height), max(round(w * scale), width))
     top, left = (video.shape[2] - height) // 2, (video.shape[3] - width) // 2
     return video[:, :, top : top + height, left : left + width]

@@ -16,9 +16,9 @@ from ..cli.app import (
     Overwrite,
     app,
     check_file,
-    check_finite,
     check_folder,
     check_new,
+    check_values,
     command,
     console,
     one_line_errors,
@@ -136,7 +136,7 @@ def scaling(
 ) -> None:
     """Train models of four sizes with the same compute, in at most 15,000 steps, and plot their losses against it."""
     with one_line_errors(), errors_by_option():
-        check_finite({"compute": compute})
+        check_values({"compute": compute}, {"compute": "--compute"})
         check_folder(out, "OUT")
         for name in ("scaling.json", "scaling.png"):
             check_new(out / name, overwrite, "OUT")
