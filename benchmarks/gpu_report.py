@@ -3,8 +3,8 @@
 Runs every op on a typical workload, records Triton's launches instead of making them, and compiles the kernels for each
 architecture. The compiled code has registers, spills, shared memory and tensor-core instructions. Module _cuda, which is compiled
 already, is read in the same way. The table of work has the bytes that must move, with each input read once and each output written
-once, and the FLOPs. It also has the time that these need at the rates of each GPU's data sheet. No kernel runs: it is a plan, not a
-measurement.
+once, and the FLOPs. It also has the time that these need at the rates of each GPU's data sheet.
+No kernel runs: it is a plan, not a measurement.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ def report() -> str:
     forced = os.environ.get("SORA_KERNELS_BACKEND")
     lines.append(f"backend: forced by SORA_KERNELS_BACKEND={forced}" if forced else "backend: the first in each list that can run")
     for device in ("cpu", "cuda"):
-        lines += ["", f"backends for {device} tensors, in the order in which they are asked:", *_op_lines(device)]
+        absent = " (this machine has none)" if device == "cuda" and not torch.cuda.is_available() else ""
+        lines += ["", f"backends for {device} tensors{absent}, in the order in which they are asked:", *_op_lines(device)]
     lines += ["", "float64 is served by the reference everywhere."]
     return "\n".join(lines)
 

@@ -125,8 +125,8 @@ def _check_patch(op: str, patch_size: tuple[int, int, int]) -> list[int]:
 def _clips(op: str, videos: Videos) -> list[Tensor]:
     if not isinstance(videos, Tensor | list | tuple):
         fail(op, "videos", "a list of tensors [C, T, H, W] or one [B, C, T, H, W]", type(videos).__name__, TypeError)
-    if isinstance(videos, Tensor) and videos.ndim == 0:
-        fail(op, "videos", "shape [B, C, T, H, W]", "[]")
+    if isinstance(videos, Tensor) and videos.ndim != 5:
+        fail(op, "videos", "a list of videos [C, T, H, W], or shape [B, C, T, H, W]", str(list(videos.shape)))
     return list(videos)
 
 

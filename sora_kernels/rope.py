@@ -123,7 +123,10 @@ def qk_norm_rope_3d(
     check_tensor(op, "k", k, (q.shape[0], "Hk", q.shape[2]), dtype=q.dtype, like=q)
     for name, weight, x in (("q_weight", q_weight, q), ("k_weight", k_weight, k)):
         if weight is not None:
-            size = x.shape[1] * x.shape[2] if across_heads else x.shape[2]
+            size, all_heads = x.shape[2], x.shape[1] * x.shape[2]
+            if not across_heads and size != all_heads and weight.shape == (all_heads,):
+                fail(op, name, f"shape [{size}], or across_heads=True for a norm of all heads", str(list(weight.shape)))
+            size = all_heads if across_heads else size
             check_tensor(op, name, weight, (size,), dtype=or_float32(q), like=q)
     tables = _check_layout(op, layout, q)
     angles = _check_angles(op, q.shape[-1], theta, axes_dim)

@@ -54,7 +54,7 @@ def plain_varlen(q, k, v, cu_q, cu_k, causal=False, window_size=(-1, -1), softca
         offset = torch.tensor([[i + shift - j for j in range(k1 - k0)] for i in range(q1 - q0)], device=q.device)
         offset = offset.reshape(q1 - q0, k1 - k0)
         slopes = None if alibi_slopes is None else alibi_slopes.expand(len(cu_q) - 1, -1)[b]
-        added = None if slopes is None else -slopes[:, None, None] * offset.abs()
+        added = None if slopes is None else -slopes.to(torch.promote_types(q.dtype, slopes.dtype))[:, None, None] * offset.abs()
         visible = (-right <= offset) & (offset <= left)
         out[q0:q1], lse[:, q0:q1] = plain_sample(q[q0:q1], k[k0:k1], v[k0:k1], visible, softcap, added)
     return out, lse

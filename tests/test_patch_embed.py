@@ -137,12 +137,12 @@ VIDEOS = [
     ({"videos": [V[0], V[1][:3]]}, "videos[1]: expected shape [4, T, H, W], got [3, 1, 2, 2]"),
     ({"videos": [V[0], V[1].half()]}, "videos[1]: expected dtype float32, got float16"),
     ({"videos": [V[0][..., 1:]]}, "videos[0]: expected (T, H, W) divisible by patch_size (1, 2, 2), got (2, 4, 5)"),
-    ({"videos": V[0]}, "videos[0]: expected shape [~, T, H, W], got [2, 4, 6]"),
+    ({"videos": V[0]}, "videos: expected a list of videos [C, T, H, W], or shape [B, C, T, H, W], got [4, 2, 4, 6]"),
     ({"videos": 3}, "videos: expected ~, got ~int~"),
     ({"patch_size": 2}, "patch_size: expected three ints (T, H, W), got 2"),
     ({"patch_size": (1, 2)}, "patch_size: expected three ints (T, H, W), got (1, 2)"),
     ({"patch_size": (0, 2, 2)}, "patch_size: expected three sizes >= 1, got (0, 2, 2)"),
-    ({"videos": torch.tensor(1.0)}, "videos: expected shape [B, C, T, H, W], got []"),
+    ({"videos": torch.tensor(1.0)}, "videos: expected a list of videos [C, T, H, W], or shape [B, C, T, H, W], got []"),
 ]
 BAD = {
     "patchify_3d": [

@@ -270,7 +270,8 @@ BAD = [
     ("qk_norm_rope_3d", {"q": X[0]}, "q: expected shape [N, H, d], got [2, 8]"),
     ("qk_norm_rope_3d", {"k": X[1:]}, "k: expected shape [6, Hk, 8], got [5, 2, 8]"),
     ("qk_norm_rope_3d", {"k": X.double()}, "k: expected dtype float32, got float64"),
-    ("qk_norm_rope_3d", {"q_weight": torch.ones(16)}, "q_weight: expected shape [8], got [16]"),
+    ("qk_norm_rope_3d", {"q_weight": torch.ones(16)}, "q_weight: expected shape [8], or across_heads=True ~, got [16]"),
+    ("qk_norm_rope_3d", {"q_weight": torch.ones(15)}, "q_weight: expected shape [8], got [15]"),
     (
         "qk_norm_rope_3d",
         {"k_weight": W, "across_heads": True, "q_weight": None},

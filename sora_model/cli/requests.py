@@ -66,7 +66,7 @@ def described() -> str:
 
     commands = {task: command for command, task in ALIASES.items()}
     tasks = "\n".join(f"{task}{f' or {commands[task]}' if task in commands else ''}\n{listed(TASKS[task])}" for task in TASKS)
-    example = '[{"prompt": "a cat"}, {"task": "extend", "prompt": "it sleeps", "video": "cat.mp4", "frames": 8}]'
+    example = '[{"prompt": "a blue star"}, {"task": "extend", "prompt": "a blue star moves up", "video": "star.mp4", "frames": 8}]'
     parts = [
         "Run requests of different tasks and sizes in one packed batch.",
         f"REQUESTS is a JSON file, a list of objects:\n{example}",

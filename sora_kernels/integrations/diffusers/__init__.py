@@ -5,8 +5,8 @@
 >>> with attention_backend("sora"):
 ...     out = dispatch_attention_fn(q, k, v)
 
-A model takes one by `model.set_attention_backend("sora")`, which as in all of diffusers holds for all models from then on. With the
-environment variable DIFFUSERS_ATTN_BACKEND=sora this has to be imported before diffusers, which refuses a name that it does not know.
+A model takes one by `model.set_attention_backend("sora")`, which as in all of diffusers holds for all models from then on. With
+DIFFUSERS_ATTN_BACKEND=sora in the environment this has to be imported before diffusers, which refuses names that it does not know.
 """
 
 from .attention_backend import BACKENDS as BACKENDS
