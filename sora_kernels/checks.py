@@ -125,11 +125,13 @@ def check_qkv(
 ) -> float:
     """Checks k and v against q ([..., H, d], already checked) and returns the softmax scale."""
     check_tensor(op, names.k, k, (*q.shape[:-3], "Nk", "Hk", q.shape[-1]), dtype=q.dtype, like=q)
-    check_tensor(op, names.v, v, tuple(k.shape), dtype=q.dtype, like=q)
+    check_tensor(op, names.v, v, (*k.shape[:-1], "dv"), dtype=q.dtype, like=q)
     if q.shape[-2] % k.shape[-2] if k.shape[-2] else q.shape[-2]:
         fail(op, names.k, f"a head count that divides {names.q}'s {q.shape[-2]}", f"{k.shape[-2]}")
     if q.shape[-1] == 0:
         fail(op, names.q, "a head dim of at least 1", "0")
+    if v.shape[-1] == 0:
+        fail(op, names.v, "a head dim of at least 1", "0")
     if check_number(op, "dropout_p", dropout_p) != 0.0:
         fail(op, "dropout_p", "0 (attention dropout is not supported)", repr(dropout_p))
     return q.shape[-1] ** -0.5 if softmax_scale is None else check_number(op, names.scale, softmax_scale)
