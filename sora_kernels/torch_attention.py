@@ -88,7 +88,8 @@ def scaled_dot_product_attention(
         key: [..., Hk, Sk, d]; Hk may differ from H only with `enable_gqa`.
         value: [..., Hk, Sk, dv]; where dv differs from d, what is narrower is copied with zeros behind its channels.
         attn_mask: broadcastable to [..., H, S, Sk]: bool (True is seen) or float (added to the scores, as it
-            is: autocast does not round it), or torch's `causal_lower_right` or `causal_upper_left` of S and Sk.
+            is: autocast does not round it), or torch's `causal_lower_right` or `causal_upper_left` of S and Sk. The gradient of a
+            float mask, where it needs one, is that of the formula in plain torch, which builds the scores of one sample at a time.
         dropout_p: must be 0.
         is_causal: key j is seen by query i iff j <= i (aligned to the top left); excludes `attn_mask`.
         scale: scale of q.k; default 1/sqrt(d).
@@ -176,14 +177,17 @@ def _right_side(op: str, mask: Any, sizes: tuple[int, int]) -> int:
 
 
 def _bias(op: str, mask: Tensor, scores: tuple[int, ...], q: Tensor) -> Tensor:
-    """The mask as numbers to add to the scores [..., H, S, Sk], as [B, H, S, Sk]: expanded to them without copying."""
+    """The mask as numbers to add to the scores [..., H, S, Sk]: [B, H, S, Sk], of which any size may be 1."""
     check_tensor(op, "attn_mask", mask, dtype=(torch.bool, *FLOATS), like=q)
-    if mask.requires_grad and torch.is_grad_enabled():
-        fail(op, "attn_mask", "a mask that needs no gradient", "requires_grad=True")
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=compute).masked_fill(~mask, float("-inf"))
     try:
-        return mask.to(compute).expand(scores).reshape(q.shape[0], *scores[-3:])
+        torch.broadcast_to(mask, scores)
     except RuntimeError:
         fail(op, "attn_mask", f"a shape that broadcasts to {list(scores)}", str(list(mask.shape)))
+    mask = mask.to(compute)[(None,) * (len(scores) - mask.ndim)]
+    own, rank = mask.shape[-3:], len(scores) - 3
+    if math.prod(mask.shape[:rank]) == 1:
+        return mask.reshape(1, *own)
+    return mask.expand(*scores[:rank], *own).reshape(q.shape[0], *own)

@@ -126,6 +126,52 @@ def test_causal_masks_of_torch(target: Target, corner: str, sizes: tuple[int, in
     check_accuracy(partial(scaled_dot_product_attention, attn_mask=make(*sizes)), plain, plain, inputs)
 
 
+MASKS = {
+    "all": (2, 4, 29, 37),
+    "position bias": (1, 4, 29, 37),
+    "shared": (29, 37),
+    "per sample": (2, 1, 1, 37),
+    "per query": (29, 1),
+    "one": (),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_gradient_of_a_mask(target: Target, name: str) -> None:
+    """Summed over all that the mask is shared by, beside the kernels' gradients of q, k and v."""
+    inputs = {key: target.randn(2, h, n, 24) for key, h, n in (("q", 4, 29), ("k", 2, 37), ("v", 2, 37))}
+    inputs["mask"] = target.randn(*MASKS[name])
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return formula(q, *(x.repeat_interleave(2, dim=1) for x in (k, v)), added=mask)
+
+    check_accuracy(partial(scaled_dot_product_attention, enable_gqa=True), plain, plain, inputs)
+
+
+def test_gradient_of_a_mask_of_many_dimensions(target32: Target) -> None:
+    inputs = {name: target32.randn(2, 3, 2, n, 8) for name, n in (("q", 9), ("k", 11), ("v", 11))}
+    inputs["mask"] = target32.randn(3, 1, 9, 11)
+    plain = lambda q, k, v, mask: formula(q, k, v, added=mask)  # noqa: E731
+    check_accuracy(scaled_dot_product_attention, plain, plain, inputs)
+
+
+def test_gradient_of_what_a_mask_hides(target32: Target) -> None:
+    """Zero, of queries without keys, too, and without the gradients of q, k and v."""
+    q, k, v = (target32.randn(2, 2, n, 8) for n in (5, 7, 7))
+    mask = target32.randn(5, 7)
+    mask[2] = mask[:, 3] = -torch.inf
+    (out,), (dmask,) = run(lambda mask: scaled_dot_product_attention(q, k, v, mask), [mask])
+    assert_zero(out[:, :, 2], dmask[2], dmask[:, 3])
+    assert (dmask[0] != 0).sum() == 6
+
+
+def test_gradient_of_a_mask_compiled(target32: Target) -> None:
+    inputs = [target32.randn(2, 2, n, 8) for n in (5, 7, 7)] + [target32.randn(2, 5, 7)]
+    compiled = torch.compile(scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
+    actual, expected = run(compiled, inputs), run(scaled_dot_product_attention, inputs)
+    assert_bit_equal(actual[0] + actual[1], expected[0] + expected[1])
+
+
 USED = {
     "full": {},
     "causal": {"causal": True},
