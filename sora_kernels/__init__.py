@@ -34,6 +34,7 @@ _PUBLIC = {
         ),
         "backends": ("forced_backend", "record", "use_backend"),
         "bias_gelu": ("bias_gelu",),
+        "kv_cache": ("flash_attn_with_kvcache",),
         "layout": ("PackedLayout", "Span"),
         "memory": ("cache_limit", "cached_bytes", "empty_cache"),
         "patch_embed": ("patch_embed_3d", "patchify_3d", "unpatchify_3d"),
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from .backends import record as record
     from .backends import use_backend as use_backend
     from .bias_gelu import bias_gelu as bias_gelu
+    from .kv_cache import flash_attn_with_kvcache as flash_attn_with_kvcache
     from .layout import PackedLayout as PackedLayout
     from .layout import Span as Span
     from .memory import cache_limit as cache_limit

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .attention_arguments import attend, check_unpaged
 from .checks import check_tensor
+from .kv_cache import flash_attn_with_kvcache as flash_attn_with_kvcache
 from .spatiotemporal_attention import spatiotemporal_attention as spatiotemporal_attention
 from .torch_attention import scaled_dot_product_attention as scaled_dot_product_attention
 from .torch_attention import varlen_attn as varlen_attn

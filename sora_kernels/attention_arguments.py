@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -55,7 +55,6 @@ def attend(
     """
     check_tensor(op, names.q, q, ("B", "S", "H", "d") if boundaries is None else ("Nq", "H", "d"))
     q, k, v = autocast(q, k, v)
-    scale = check_qkv(op, q, k, v, dropout_p, softmax_scale, names)
     cu_q = cu_k = None
     batch = q.shape[0]
     if boundaries is not None:
@@ -63,11 +62,50 @@ def attend(
         check_cu_seqlens(op, names.cu_q, cu_q, q)
         check_cu_seqlens(op, names.cu_k, cu_k, q, cu_q.shape[0])
         batch = cu_q.shape[0] - 1
+    options = check_options(op, q, k, v, batch, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, names)
+    return_attn_probs = check_bool(op, "return_attn_probs", return_attn_probs)
+    if seqused_k is not None and cu_q is not None and cu_k is not None:
+        check_tensor(op, "seqused_k", seqused_k, (batch,), dtype=torch.int32, like=q)
+        cu_q, cu_k, _ = used_keys(op, "seqused_k", cu_q, cu_k, seqused_k, (q.shape[0], k.shape[0]))
+        options = options.of_used_keys()
+    out, lse = run(q, k, v, cu_q, cu_k, options)
+    return (out, lse, out.new_empty(0)) if return_attn_probs else out
+
+
+class Options(NamedTuple):
+    """What is not a tensor of tokens, as the registered op takes it."""
+
+    alibi: Tensor | None
+    scale: float
+    left: int
+    right: int
+    softcap: float
+
+    def of_used_keys(self) -> Options:
+        """Those of the two samples that `used_keys` makes of each."""
+        return self if self.alibi is None else self._replace(alibi=self.alibi.repeat_interleave(2, dim=0))
+
+
+def check_options(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    names: AttentionNames,
+) -> Options:
+    """Checks k and v against q, which is checked already, and the options of `batch` samples."""
+    scale = check_qkv(op, q, k, v, dropout_p, softmax_scale, names)
     left, right = decode_window(op, window_size, causal)
     softcap = check_number(op, "softcap", softcap)
     largest = math.inf if q.dtype == torch.float64 else _LARGEST
     softcap = min(max(softcap, _SMALLEST), largest) if softcap > 0 else 0.0
-    return_attn_probs = check_bool(op, "return_attn_probs", return_attn_probs)
     alibi = None
     if alibi_slopes is not None:
         heads = q.shape[-2]
@@ -77,15 +115,15 @@ def attend(
         if alibi_slopes.requires_grad and torch.is_grad_enabled():
             fail(op, "alibi_slopes", "slopes that need no gradient", "requires_grad=True")
         alibi = alibi_slopes.expand(batch, heads)
-    if seqused_k is not None and cu_q is not None and cu_k is not None:
-        check_tensor(op, "seqused_k", seqused_k, (batch,), dtype=torch.int32, like=q)
-        cu_q, cu_k, _ = used_keys(op, "seqused_k", cu_q, cu_k, seqused_k, (q.shape[0], k.shape[0]))
-        alibi = alibi if alibi is None else alibi.repeat_interleave(2, dim=0)
+    return Options(alibi, scale, left, right, softcap)
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+    """out and lse of checked arguments."""
     width = v.shape[-1]
     q, k, v = of_one_head_dim(q, k, v)
-    out, lse, _ = attention_forward(q, k, v, cu_q, cu_k, None, alibi, scale, left, right, softcap)
-    out = first_channels(out, width)
-    return (out, lse, out.new_empty(0)) if return_attn_probs else out
+    out, lse, _ = attention_forward(q, k, v, cu_q, cu_k, None, *options)
+    return first_channels(out, width), lse
 
 
 def of_one_head_dim(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
