@@ -9,7 +9,8 @@ exists at any time. A query that sees no key gets out 0 and lse -inf. Tokens pas
 whatever the storage dtype, the backward is deterministic, and q, k and v may be views into one fused projection. Under autocast
 they are taken in its lower dtype, as torch's own attention takes them.
 
-Forward-mode derivatives and derivatives of gradients are those of the formula in plain torch, which does build the S x S scores.
+Forward-mode derivatives, derivatives of gradients and the gradient of a mask are those of the formula in plain torch, which does
+build the S x S scores.
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ def check_options(
 def run(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """out and lse of checked arguments."""
     width = v.shape[-1]
-    q, k, v = of_one_head_dim(q, k, v)
+    if width != q.shape[-1]:
+        q, k, v = of_one_head_dim(q, k, v)
     out, lse, _ = attention_forward(q, k, v, cu_q, cu_k, None, *options)
     return first_channels(out, width), lse
 
@@ -154,6 +155,10 @@ def check_unpaged(op: str, block_table: object, num_splits: object = None) -> No
 
 def decode_window(op: str, window_size: object, causal: object) -> tuple[int, int]:
     """Sides of a window as kernels take them: two integers of any kind, as flash_attn takes them."""
+    if type(window_size) is tuple and len(window_size) == 2:  # what most calls pass, in a third of the time
+        left, right = window_size
+        if type(left) is int and type(right) is int and left == right == -1:
+            return UNBOUNDED, 0 if check_bool(op, "causal", causal) else UNBOUNDED
     sizes: Any = window_size
     if isinstance(sizes, np.ndarray) or (isinstance(sizes, Tensor) and not _cannot_be_read(sizes)):
         sizes = sizes.tolist()

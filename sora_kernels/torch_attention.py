@@ -110,7 +110,13 @@ def scaled_dot_product_attention(
         if tensor.ndim < 2:
             fail(op, name, "shape [..., H, S, d] or [S, d]", str(list(tensor.shape)))
     rank = max(query.ndim, key.ndim, value.ndim)
-    query, key, value = _broadcast(op, max(rank, 3), query, key, value, check_bool(op, "enable_gqa", enable_gqa))
+    if key.shape[-1] != query.shape[-1]:
+        fail(op, "key", f"a head dim of {query.shape[-1]}", f"{key.shape[-1]}")
+    if value.shape[-2] != key.shape[-2]:
+        fail(op, "value", f"{key.shape[-2]} keys", f"{value.shape[-2]}")
+    grouped = check_bool(op, "enable_gqa", enable_gqa)
+    if rank < 3 or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        query, key, value = _broadcast(op, max(rank, 3), query, key, value, grouped)
     lead = query.shape[:-3]
     batch = math.prod(lead)
     q, k, v = (x.reshape(batch, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value))
@@ -141,10 +147,6 @@ def _broadcast(op: str, rank: int, query: Tensor, key: Tensor, value: Tensor, gr
             if n != m and n != 1 and m != 1:
                 fail(op, name, f"leading dimensions that broadcast to {lead}", str(list(x.shape[:-3])))
             lead[axis] = m if n == 1 else n
-    if key.shape[-1] != query.shape[-1]:
-        fail(op, "key", f"a head dim of {query.shape[-1]}", f"{key.shape[-1]}")
-    if value.shape[-2] != key.shape[-2]:
-        fail(op, "value", f"{key.shape[-2]} keys", f"{value.shape[-2]}")
     heads, key_heads = query.shape[-3], key.shape[-3]
     if grouped and value.shape[-3] != key_heads:
         fail(op, "value", f"{key_heads} heads, as many as key", f"{value.shape[-3]}")
@@ -183,11 +185,11 @@ def _bias(op: str, mask: Tensor, scores: tuple[int, ...], q: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=compute).masked_fill(~mask, float("-inf"))
     try:
-        torch.broadcast_to(mask, scores)
+        mask.expand(scores)
     except RuntimeError:
         fail(op, "attn_mask", f"a shape that broadcasts to {list(scores)}", str(list(mask.shape)))
-    mask = mask.to(compute)[(None,) * (len(scores) - mask.ndim)]
-    own, rank = mask.shape[-3:], len(scores) - 3
-    if math.prod(mask.shape[:rank]) == 1:
+    mask = mask.to(compute)
+    own = (1, 1, 1, *mask.shape)[-3:]
+    if math.prod(mask.shape[:-3]) == 1:  # as it is of no leading dimensions
         return mask.reshape(1, *own)
-    return mask.expand(*scores[:rank], *own).reshape(q.shape[0], *own)
+    return mask.expand(*scores[:-3], *own).reshape(q.shape[0], *own)
