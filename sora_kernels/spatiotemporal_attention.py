@@ -10,6 +10,7 @@ Source: Hassani et al., Neighborhood Attention Transformer (2023), whose window 
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 
 from . import backends
@@ -64,12 +65,12 @@ def spatiotemporal_attention(
     if (
         not isinstance(axes, tuple | list)
         or len(axes) != 3
-        or any(w is not None and (isinstance(w, bool) or not isinstance(w, int) or w < 1) for w in axes)
+        or any(w is not None and (isinstance(w, bool) or not isinstance(w, int | np.integer) or w < 1) for w in axes)
     ):
         fail(op, "window", "three sizes >= 1, or None for a whole axis", repr(window))
     width = v.shape[-1]
     q, k, v = of_one_head_dim(q, k, v)
-    sizes = [0 if w is None else side(w) for w in axes]
+    sizes = [0 if w is None else side(w if isinstance(w, int) else int(w)) for w in axes]
     causal_axes = triple(op, "causal", causal, bool)
     if not any(sizes) and not any(causal_axes):
         boundaries = layout.cu_seqlens, layout.cu_seqlens

@@ -105,6 +105,13 @@ def test_windows_of_any_integers(kind: str) -> None:
     assert torch.equal(packed, varlen_attn(q[0], k[0], v[0], cu_q, cu_k, window_size=(7, 3)))
 
 
+def test_windows_in_space_of_numpy() -> None:
+    layout = PackedLayout.from_grids([(2, 3, 4)])
+    q = torch.randn(24, 1, 8)
+    numpys = spatiotemporal_attention(q, q, q, layout, window=(np.int64(1), None, np.int32(3)))
+    assert torch.equal(numpys, spatiotemporal_attention(q, q, q, layout, window=(1, None, 3)))
+
+
 def test_numbers_of_numpy() -> None:
     q = torch.randn(1, 9, 2, 16)
     actual = flash_attn_func(q, q, q, softcap=np.float32(5), softmax_scale=np.float32(0.25), causal=np.bool_(True))
