@@ -31,16 +31,16 @@ _PUBLIC = {
             "flash_attn_varlen_func",
             "flash_attn_varlen_kvpacked_func",
             "flash_attn_varlen_qkvpacked_func",
-            "scaled_dot_product_attention",
-            "varlen_attn",
         ),
         "backends": ("forced_backend", "record", "use_backend"),
         "bias_gelu": ("bias_gelu",),
+        "kv_cache": ("flash_attn_with_kvcache",),
         "layout": ("PackedLayout", "Span"),
         "memory": ("cache_limit", "cached_bytes", "empty_cache"),
         "patch_embed": ("patch_embed_3d", "patchify_3d", "unpatchify_3d"),
         "rope": ("default_axes_dim", "qk_norm_rope_3d", "rope_3d"),
         "spatiotemporal_attention": ("spatiotemporal_attention",),
+        "torch_attention": ("scaled_dot_product_attention", "varlen_attn"),
     }.items()
     for name in names
 }
@@ -56,12 +56,11 @@ if TYPE_CHECKING:
     from .attention import flash_attn_varlen_func as flash_attn_varlen_func
     from .attention import flash_attn_varlen_kvpacked_func as flash_attn_varlen_kvpacked_func
     from .attention import flash_attn_varlen_qkvpacked_func as flash_attn_varlen_qkvpacked_func
-    from .attention import scaled_dot_product_attention as scaled_dot_product_attention
-    from .attention import varlen_attn as varlen_attn
     from .backends import forced_backend as forced_backend
     from .backends import record as record
     from .backends import use_backend as use_backend
     from .bias_gelu import bias_gelu as bias_gelu
+    from .kv_cache import flash_attn_with_kvcache as flash_attn_with_kvcache
     from .layout import PackedLayout as PackedLayout
     from .layout import Span as Span
     from .memory import cache_limit as cache_limit
@@ -74,6 +73,8 @@ if TYPE_CHECKING:
     from .rope import qk_norm_rope_3d as qk_norm_rope_3d
     from .rope import rope_3d as rope_3d
     from .spatiotemporal_attention import spatiotemporal_attention as spatiotemporal_attention
+    from .torch_attention import scaled_dot_product_attention as scaled_dot_product_attention
+    from .torch_attention import varlen_attn as varlen_attn
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_boundaries
+from .checks import check_boundaries, fail
 from .library import Context, Grads, cotangent, register, rows
 from .memory import empty_like
 
@@ -42,7 +42,7 @@ def _run(
     if cu_q is not None and cu_k is not None:
         check_boundaries("attention", "cu_seqlens_q", cu_q, q.shape[0])
         check_boundaries("attention", "cu_seqlens_k", cu_k, k.shape[0])
-    (q, k, v), (cu_q, cu_k) = rows(q, k, v), rows(cu_q, cu_k)
+    (q, k, v), (cu_q, cu_k), bias = rows(q, k, v), rows(cu_q, cu_k), _of_all_scores(bias, q, k)
     out, lse, statistics = _fake(q)
     backends.call(
         "attention_forward",
@@ -63,6 +63,11 @@ def _run(
         statistics=statistics,
     )
     return out, lse, statistics
+
+
+def _of_all_scores(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """A dense batch's bias as kernels take it, [B, H, Sq, Sk], without a copy of what is shared."""
+    return bias if bias is None or q.ndim == 3 else bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
 
 
 def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +91,7 @@ def _run_backward(
     right: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (dout, q, k, v), (dlse, cu_q, cu_k) = rows(dout, q, k, v), rows(dlse, cu_q, cu_k)
+    (dout, q, k, v), (dlse, cu_q, cu_k), bias = rows(dout, q, k, v), rows(dlse, cu_q, cu_k), _of_all_scores(bias, q, k)
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     backends.call(
         "attention_backward",
@@ -116,6 +121,9 @@ def _run_backward(
 def _save(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     q, k, v, cu_q, cu_k, bias, alibi, *ctx.scalars = inputs
     out, _, statistics = output
+    ctx.wants_bias = bias is not None and bias.requires_grad
+    if ctx.wants_bias and cu_q is not None:
+        fail("attention", "bias", "one that needs no gradient, in a packed batch", "requires_grad=True")
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(statistics)
     ctx.save_for_backward(q, k, v, out, statistics, cu_q, cu_k, bias, alibi)
@@ -124,8 +132,14 @@ def _save(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _grad(ctx: Context, dout: Tensor | None, dlse: Tensor | None, _: None) -> Grads:
     if dout is None and dlse is None:
         return (None,) * 11
-    q, *saved = ctx.saved_tensors
-    return *_backward(cotangent(dout, q), dlse, q, *saved, *ctx.scalars), *(None,) * 8
+    q, k, v, out, statistics, cu_q, cu_k, bias, alibi = ctx.saved_tensors
+    dout = cotangent(dout, q)
+    grads = _backward(dout, dlse, q, k, v, out, statistics, cu_q, cu_k, bias, alibi, *ctx.scalars)
+    dbias = None
+    if ctx.wants_bias:  # which no kernel computes
+        with backends.without_autocast(q.device.type):
+            dbias = backends.BACKENDS["reference"].load().bias_gradient(dout, dlse, q, k, v, bias, alibi, *ctx.scalars)
+    return *grads, None, None, dbias, *(None,) * 5
 
 
 _ARGUMENTS = "Tensor? cu_q, Tensor? cu_k, Tensor? bias, Tensor? alibi, float scale, SymInt left, SymInt right, float softcap"

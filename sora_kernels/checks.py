@@ -124,15 +124,19 @@ def check_qkv(
     names: AttentionNames = AttentionNames(),  # noqa: B008
 ) -> float:
     """Checks k and v against q ([..., H, d], already checked) and returns the softmax scale."""
-    check_tensor(op, names.k, k, (*q.shape[:-3], "Nk", "Hk", q.shape[-1]), dtype=q.dtype, like=q)
-    check_tensor(op, names.v, v, tuple(k.shape), dtype=q.dtype, like=q)
-    if q.shape[-2] % k.shape[-2] if k.shape[-2] else q.shape[-2]:
-        fail(op, names.k, f"a head count that divides {names.q}'s {q.shape[-2]}", f"{k.shape[-2]}")
-    if q.shape[-1] == 0:
+    *lead, _, heads, width = q.shape
+    check_tensor(op, names.k, k, (*lead, "Nk", "Hk", width), dtype=q.dtype, like=q)
+    *of_keys, key_heads, _ = k.shape
+    check_tensor(op, names.v, v, (*of_keys, key_heads, "dv"), dtype=q.dtype, like=q)
+    if heads % key_heads if key_heads else heads:
+        fail(op, names.k, f"a head count that divides {names.q}'s {heads}", f"{key_heads}")
+    if width == 0:
         fail(op, names.q, "a head dim of at least 1", "0")
+    if v.shape[-1] == 0:
+        fail(op, names.v, "a head dim of at least 1", "0")
     if check_number(op, "dropout_p", dropout_p) != 0.0:
         fail(op, "dropout_p", "0 (attention dropout is not supported)", repr(dropout_p))
-    return q.shape[-1] ** -0.5 if softmax_scale is None else check_number(op, names.scale, softmax_scale)
+    return width**-0.5 if softmax_scale is None else check_number(op, names.scale, softmax_scale)
 
 
 UNBOUNDED = 2**30  # a side of a window without a limit: no sample that fits into memory is as long

@@ -10,9 +10,11 @@ Source: Hassani et al., Neighborhood Attention Transformer (2023), whose window 
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 
 from . import backends
+from .attention_arguments import first_channels, of_one_head_dim
 from .attention_op import attention_forward, statistics_like
 from .checks import UNBOUNDED, check_cu_seqlens, check_qkv, check_tables, check_tensor, fail, side, triple
 from .layout import PackedLayout
@@ -43,7 +45,7 @@ def spatiotemporal_attention(
 
     Args:
         q: [N, H, d].
-        k, v: [N, Hk, d].
+        k, v: [N, Hk, d]; v may have another head dim, which the output then has; see `flash_attn_func`.
         layout: of the N tokens.
         window: keys seen along T, H and W; None (for all or for one axis) is the whole axis.
         causal: per axis.
@@ -63,16 +65,18 @@ def spatiotemporal_attention(
     if (
         not isinstance(axes, tuple | list)
         or len(axes) != 3
-        or any(w is not None and (isinstance(w, bool) or not isinstance(w, int) or w < 1) for w in axes)
+        or any(w is not None and (isinstance(w, bool) or not isinstance(w, int | np.integer) or w < 1) for w in axes)
     ):
         fail(op, "window", "three sizes >= 1, or None for a whole axis", repr(window))
-    sizes = [0 if w is None else side(w) for w in axes]
+    width = v.shape[-1]
+    q, k, v = of_one_head_dim(q, k, v)
+    sizes = [0 if w is None else side(w if isinstance(w, int) else int(w)) for w in axes]
     causal_axes = triple(op, "causal", causal, bool)
     if not any(sizes) and not any(causal_axes):
         boundaries = layout.cu_seqlens, layout.cu_seqlens
-        return attention_forward(q, k, v, *boundaries, None, None, scale, UNBOUNDED, UNBOUNDED, 0.0)[0]
+        return first_channels(attention_forward(q, k, v, *boundaries, None, None, scale, UNBOUNDED, UNBOUNDED, 0.0)[0], width)
     tables = layout.cu_seqlens, layout.cu_spans, layout.grid, layout.step
-    return _forward(q, k, v, *tables, sizes, causal_axes, scale)[0]
+    return first_channels(_forward(q, k, v, *tables, sizes, causal_axes, scale)[0], width)
 
 
 def _run_forward(

@@ -212,7 +212,7 @@ SIGNATURES = {
     "flash_attn_func": f"q k v {TAIL}",
     "flash_attn_qkvpacked_func": f"qkv {TAIL}",
     "flash_attn_kvpacked_func": f"q kv {TAIL}",
-    "flash_attn_varlen_func": f"q k v {BOUNDS} {TAIL} block_table",
+    "flash_attn_varlen_func": f"q k v {BOUNDS} {TAIL} block_table seqused_k",
     "flash_attn_varlen_qkvpacked_func": f"qkv cu_seqlens max_seqlen {TAIL}",
     "flash_attn_varlen_kvpacked_func": f"q kv {BOUNDS} {TAIL}",
     "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal scale enable_gqa",
@@ -229,9 +229,9 @@ def test_varlen_attn(target: Target) -> None:
     """torch's parameters; lse on request; key heads may differ only with enable_gqa; causal is window (-1, 0)."""
     ours, theirs = (inspect.signature(f).parameters for f in (ops.varlen_attn, torch_varlen_attn))
     assert list(ours)[:7] == list(theirs)[:7]
-    keywords = {"return_aux", "scale", "window_size", "enable_gqa"}
-    assert set(ours) == {*list(theirs)[:7], *keywords}
-    assert set(theirs) >= keywords - {"enable_gqa"}, "which is newer than torch 2.11"
+    keywords, newer = {"return_aux", "scale", "window_size"}, {"enable_gqa", "seqused_k", "block_table", "num_splits"}
+    assert set(ours) == {*list(theirs)[:7], *keywords, *newer}
+    assert set(theirs) >= keywords, "the others are newer than torch 2.11"
     inputs, (cu_q, cu_k), _ = packed_case(target, heads=(4, 2), **CROSS)
     out, lse = ops.varlen_attn(
         *inputs.values(), cu_q, cu_k, 199, 64, return_aux=AuxRequest(lse=True), window_size=(-1, 0), enable_gqa=True
@@ -317,7 +317,8 @@ BAD = [
     ("flash_attn_func", {"q": X.int()}, "q: expected dtype float32 or ~, got int32"),
     ("flash_attn_func", {"q": P}, "q: expected shape [B, S, H, d], got [12, 4, 8]"),
     ("flash_attn_func", {"k": X.half()}, "k: expected dtype float32, got float16"),
-    ("flash_attn_func", {"v": X[..., 1:]}, "v: expected shape [2, 6, 4, 8], got [2, 6, 4, 7]"),
+    ("flash_attn_func", {"v": X[:, 1:]}, "v: expected shape [2, 6, 4, dv], got [2, 5, 4, 8]"),
+    ("flash_attn_func", {"v": X[..., :0]}, "v: expected a head dim of at least 1, got 0"),
     ("flash_attn_func", {"k": X[:, :, :3], "v": X[:, :, :3]}, "k: expected a head count that divides q's 4, got 3"),
     ("flash_attn_func", {"dropout_p": 0.1}, "dropout_p: expected 0~, got 0.1"),
     ("flash_attn_func", {"window_size": (-2, 0)}, "window_size: expected two sizes >= -1~, got (-2, 0)"),
@@ -330,7 +331,7 @@ BAD = [
     ("flash_attn_varlen_func", {"block_table": CU}, "block_table: expected None~, got Tensor"),
     ("flash_attn_varlen_kvpacked_func", {"kv": P}, "kv: expected shape [Nk, 2, Hk, d], got [12, 4, 8]"),
     ("varlen_attn", {"key": P[:, :2], "value": P[:, :2]}, "key: expected 4 heads (or enable_gqa=True), got 2"),
-    ("scaled_dot_product_attention", {"key": X[:1]}, "key: expected shape [2, Hk, Sk, d], got [1, 6, 4, 8]"),
+    ("scaled_dot_product_attention", {"key": X[0, 0, 0]}, "key: expected shape [..., H, S, d] or [S, d], got [8]"),
     ("scaled_dot_product_attention", {"attn_mask": X[0]}, "attn_mask: expected a shape that ~, got [6, 4, 8]"),
 ]
 

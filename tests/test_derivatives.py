@@ -36,6 +36,7 @@ CASES: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
     "flash_attn_varlen_func": (lambda q, k, v: flash_attn_varlen_func(q, k, v, CU, CU), [HEADS] * 3),
     "self": (lambda x: flash_attn_varlen_func(x, x, x, CU, CU), [HEADS]),
     "scaled_dot_product_attention": (scaled_dot_product_attention, [(1, 2, 3, 4)] * 3),
+    "attn_mask": (scaled_dot_product_attention, [(1, 2, 3, 4), (1, 2, 2, 4), (1, 2, 2, 4), (2, 1, 2)]),
     "spatiotemporal_attention": (lambda q, k, v: spatiotemporal_attention(q, k, v, LAYOUT, window=(1, 1, 2)), [HEADS] * 3),
     "rope_3d": (lambda x: rope_3d(x, LAYOUT, axes_dim=(0, 2, 2)), [HEADS]),
     "qk_norm_rope_3d": (lambda q, k, a, b: qk_norm_rope_3d(q, k, a, b, LAYOUT, axes_dim=(0, 2, 2)), [HEADS, HEADS, (4,), (4,)]),

@@ -16,6 +16,7 @@ from .adaln import (
 from .attention import (
     attention_backward,
     attention_forward,
+    bias_gradient,
     spatiotemporal_attention_backward,
     spatiotemporal_attention_forward,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "attention_forward",
     "bias_gelu_backward",
     "bias_gelu_forward",
+    "bias_gradient",
     "collecting",
     "gate_residual_backward",
     "gate_residual_forward",

@@ -8,13 +8,14 @@ lse[i] = m[i] + log l[i]
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .common import widen, write, write_gradients
+from .common import pull_back, widen, write, write_gradients
 from .rope import token_coordinates
 
 
@@ -87,6 +88,42 @@ def attention(
         return out.reshape(q.shape), lse, statistics(maximum, total, scale, is_plain)
     out, lse, maximum, total = join(results, q)
     return out, lse, statistics(maximum, total, scale, is_plain)
+
+
+def bias_gradient(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    alibi: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+) -> Tensor:
+    """The gradient of a dense batch's bias, of the bias's shape, which broadcasts to [B,H,Sq,Sk]; it can be differentiated itself.
+
+    One sample after the other, as each takes memory for its scores.
+    """
+    gradients = []
+    for b, sample in enumerate(zip(q[:, None], k[:, None], v[:, None], strict=True)):
+        slopes = None if alibi is None else alibi[b : b + 1]
+
+        def of_bias(own: Tensor, sample: Any = sample, slopes: Any = slopes) -> tuple[Tensor, ...]:
+            q, k, v = sample
+            added = own.expand(1, q.shape[2], q.shape[1], k.shape[1])
+            return attention(q, k, v, None, None, added, slopes, scale, left, right, softcap)[:2]
+
+        own = bias[b : b + 1] if len(bias) > 1 else bias
+        cotangents = dout[b : b + 1], None if dlse is None else dlse[b : b + 1]
+        (gradient,) = pull_back(of_bias, (own,), cotangents)
+        if gradient is not None:
+            gradients.append(gradient)
+    if not gradients:
+        return torch.zeros_like(bias)
+    return torch.cat(gradients) if len(bias) > 1 else sum(gradients[1:], gradients[0])
 
 
 def statistics(maximum: Tensor, total: Tensor, scale: float, is_plain: bool) -> Tensor:
