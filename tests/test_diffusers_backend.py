@@ -6,8 +6,15 @@ import sys
 from collections.abc import Callable, Iterator
 from unittest import mock
 
+import diffusers
 import pytest
 import torch
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    attention_backend,
+    dispatch_attention_fn,
+)
 from tolerance import allowed_error, error, largest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,14 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sora_kernels import backends
 from sora_kernels.integrations import diffusers as ours
 from sora_kernels.integrations.key_mask import pack_keys
-
-diffusers = pytest.importorskip("diffusers")
-from diffusers.models.attention_dispatch import (  # noqa: E402
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    attention_backend,
-    dispatch_attention_fn,
-)
 
 B, S, SK, H, D = 3, 11, 14, 2, 16
 

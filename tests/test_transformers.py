@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from sora_kernels import backends
 from sora_kernels.integrations import transformers as ours
-
-transformers = pytest.importorskip("transformers")
 
 
 def clip() -> tuple[torch.nn.Module, dict]:
