@@ -23,10 +23,13 @@ demo: $(READY)
 	$(BIN)/sora demo --out outputs/demo --overwrite
 
 # First what runs for real, then GPU kernels one operation or one thread at a time: a process for each core, of one thread unless a
-# test asks for more. Files stay whole, as some prepare for minutes what all their tests read.
+# test asks for more. Files stay whole, as some prepare for minutes what all their tests read. The tests of the GPU driver have
+# deadlines and build on all cores, so they run alone.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+DRIVER_TESTS := tests/test_gpu_driver.py tests/test_gpu_rehearsal.py
 test: $(READY) lint
-	$(PYTEST) --dist loadfile -m 'not emulated'
+	$(PYTEST) --dist loadfile -m 'not emulated' $(DRIVER_TESTS:%=--ignore=%)
+	$(BIN)/python -m pytest $(DRIVER_TESTS)
 	$(PYTEST) -m emulated
 
 lint: $(READY)

@@ -124,7 +124,8 @@ def qk_norm_rope_3d(
     for name, weight, x in (("q_weight", q_weight, q), ("k_weight", k_weight, k)):
         if weight is not None:
             size, all_heads = x.shape[2], x.shape[1] * x.shape[2]
-            if not across_heads and size != all_heads and weight.shape == (all_heads,):
+            is_for_all = isinstance(weight, Tensor) and size != all_heads and weight.shape == (all_heads,)
+            if not across_heads and is_for_all:
                 fail(op, name, f"shape [{size}], or across_heads=True for a norm of all heads", str(list(weight.shape)))
             size = all_heads if across_heads else size
             check_tensor(op, name, weight, (size,), dtype=or_float32(q), like=q)
