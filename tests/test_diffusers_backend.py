@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_kernels import backends
 from sora_kernels.integrations import diffusers as ours
+from sora_kernels.integrations import key_mask
 from sora_kernels.integrations.key_mask import pack_keys
 
 B, S, SK, H, D = 3, 11, 14, 2, 16
@@ -141,6 +142,11 @@ def test_a_mask_is_packed_once_while_it_is_the_same() -> None:
     assert error(out, formula(q.double(), k.double(), v.double(), mask)[0]) < 1e-6
 
 
+def test_what_a_mask_was_packed_to_goes_with_it() -> None:
+    ours.sora_varlen(*inputs(), attn_mask=padded("front"))
+    assert key_mask._kept is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -210,14 +216,15 @@ def flux() -> tuple[torch.nn.Module, dict]:
     return model, {**given, **ids, "encoder_hidden_states": torch.randn(2, 5, 32)}
 
 
-@pytest.mark.parametrize("backend", ours.BACKENDS)
-@pytest.mark.parametrize("make", [wan, hunyuan, ltx, flux])
+# LTX adds numbers to the scores, which are no mask of keys.
+ON_MODELS = [*((make, backend) for make in (wan, hunyuan, flux) for backend in ours.BACKENDS), (ltx, "sora")]
+
+
+@pytest.mark.parametrize(("make", "backend"), ON_MODELS)
 def test_models(make: Callable, backend: str) -> None:
     """Real head dims, masks where the model makes them: the output and every gradient are those of torch's attention."""
     torch.manual_seed(0)
     model, given = make()
-    if make is ltx and backend == "sora_varlen":
-        pytest.skip("LTX adds numbers to the scores")
 
     def results() -> list[Tensor]:
         model.zero_grad()
@@ -235,6 +242,15 @@ def test_models(make: Callable, backend: str) -> None:
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5 * max(1, largest(right)))
     model.set_attention_backend(backend)
     torch.testing.assert_close(results(), here, rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_that_ltx_adds_to_scores_are_not_taken_for_a_mask_of_keys() -> None:
+    model, given = ltx()
+    with (
+        attention_backend("sora_varlen"),
+        pytest.raises(TypeError, match="sora_varlen: attn_mask: expected dtype bool, got float32"),
+    ):
+        model(**given)
 
 
 def test_compiled_whole() -> None:

@@ -91,6 +91,7 @@ def test_generation() -> None:
         ({"softcap": 50.0}, "sora: softcap: expected None, got 50.0"),
         ({"output_attentions": True}, "sora: output_attentions: expected None, got True"),
         ({"cache": object()}, "sora: cache: expected None, got object"),
+        ({"s_aux": torch.zeros(2)}, "sora: s_aux: expected None, got Tensor"),
         ({"attention_mask": torch.ones(1, 1, 3, 9)}, "attn_mask: expected a shape that broadcasts to"),
     ],
 )

@@ -67,6 +67,14 @@ class _Kept(NamedTuple):
 _kept: _Kept | None = None
 
 
+def _forget(mask: weakref.ref) -> None:
+    """Frees what was made of a mask that is gone."""
+    global _kept
+    kept = _kept
+    if kept is not None and kept.mask is mask:
+        _kept = None
+
+
 def packed_keys(op: str, mask: Tensor, batch: int, num_keys: int) -> PackedKeys:
     """The same, once for a mask that all layers of a model are given: the last one's is kept while the mask lives unchanged."""
     global _kept
@@ -75,5 +83,5 @@ def packed_keys(op: str, mask: Tensor, batch: int, num_keys: int) -> PackedKeys:
     kept = _kept
     if kept is None or kept.mask() is not mask or kept.version != mask._version or kept.shape != (batch, num_keys):
         keys = pack_keys(key_mask(op, mask, batch, num_keys))
-        kept = _kept = _Kept(weakref.ref(mask), mask._version, (batch, num_keys), keys)
+        kept = _kept = _Kept(weakref.ref(mask, _forget), mask._version, (batch, num_keys), keys)
     return kept.keys

@@ -39,6 +39,7 @@ def sora(
     softcap: float | None = None,
     output_attentions: bool | None = None,
     cache: Any = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention as a model calls it.
@@ -50,8 +51,10 @@ def sora(
         attention_mask: broadcastable to [B, H, S, Sk]: bool, True is seen, or numbers to add to the scores.
         dropout: must be 0.
         position_bias: numbers to add to the scores, such as T5's, [1, H, S, Sk]; it may need a gradient.
-        softcap, output_attentions, cache: must be None or False: scores are not capped with a mask, never returned, and nothing is
-            paged.
+        softcap, output_attentions, cache, s_aux: must be None or False. Scores are neither capped nor returned, and there is no
+            paged cache and no attention sink.
+
+    Other keywords are the model's own and change nothing that its mask does not say.
 
     Returns:
         (out [B, S, H, d], None).
@@ -61,8 +64,8 @@ def sora(
     """
     if dropout:
         fail(NAME, "dropout", "0 (attention dropout is not supported; set the config's attention_dropout)", str(dropout))
-    for name, given in (("softcap", softcap), ("output_attentions", output_attentions), ("cache", cache)):
-        if given:
+    for name, given in (("softcap", softcap), ("output_attentions", output_attentions), ("cache", cache), ("s_aux", s_aux)):
+        if given is not None and given is not False:
             fail(NAME, name, "None", repr(given) if isinstance(given, float | bool) else type(given).__name__)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
