@@ -8,8 +8,7 @@ Backward of the norm, with dn = R^T dout the gradient turned back, xhat = (x - m
 which only a LayerNorm has those of x and of dn * weight:
 
     dx = rstd * (dn * weight - mean(dn * weight) - xhat * mean(dn * weight * xhat))
-
-dweight is the sum of dn * xhat and dbias that of dn.
+    dweight = sum of dn * xhat and dbias = sum of dn, over tokens (and heads)
 """
 
 from __future__ import annotations
