@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import PackedContract
-from tolerance import Case, Target, assert_bit_equal, check_accuracy, check_large, check_rejected, large_lengths, run
+from tolerance import Case, Target, assert_bit_equal, check_accuracy, check_large, check_rejected, large_lengths, random_like, run
 from torch import Tensor
 
 from sora_kernels import backends
@@ -367,10 +367,16 @@ def test_tables_of_any_strides(target: Target) -> None:
         assert_bit_equal([norm_rope(x, *tables)], [expected])
 
 
-def test_equal_channels(target: Target) -> None:
+@pytest.mark.parametrize("d", [24, 64])
+def test_equal_channels(target: Target, d: int) -> None:
     """A LayerNorm of a head whose channels are all one large number gives the bias."""
-    x, bias = torch.full((2, 3, 24), 12345.678).to(target.device, target.dtype), target.randn(24)
-    assert_bit_equal([norm_rope(x, norm="layer", bias=bias)], [bias.expand(2, 3, 24).contiguous()])
+    value = 12345.678 if target.dtype == torch.float16 else 1.2345678e10
+    x, bias = torch.full((2, 3, d), value).to(target.device, target.dtype), target.randn(d)
+    (y,), (dx, _) = run(lambda x, bias: norm_rope(x, norm="layer", bias=bias), [x, bias])
+    assert_bit_equal([y], [bias.expand(x.shape).contiguous()])
+    cotangent = random_like(y)
+    exact = 1e3 * (cotangent.double() - cotangent.double().mean(-1, keepdim=True))  # 1 / sqrt(eps)
+    torch.testing.assert_close(dx.double(), exact, rtol=0.01, atol=8 if target.dtype.itemsize == 2 else 0.01)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 8), (0, 5, 3, 8), (2, 0, 3, 8), (4, 0, 8)], ids=str)

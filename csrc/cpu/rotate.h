@@ -96,14 +96,14 @@ SORA_INLINE void rotate_token(const Rotation<Dim, Rotated>& turn, const Tensor& 
 
 // Of a head, or of all heads of a token. The weight is in float32.
 struct RmsNorm {
-  static constexpr bool kCentered = false;
+  static constexpr bool kCentred = false;
   const float* weight;
   bool across_heads;
 };
 
 // Of a head; means [H] are of the token's heads.
 struct LayerNorm {
-  static constexpr bool kCentered = true;
+  static constexpr bool kCentred = true;
   const float *weight, *bias;
   float* means;
   static constexpr bool across_heads = false;
@@ -111,7 +111,7 @@ struct LayerNorm {
 
 template <class Norm>
 SORA_INLINE float mean_of(const Norm& norm, int64_t h) {
-  if constexpr (Norm::kCentered)
+  if constexpr (Norm::kCentred)
     return norm.means[h];
   else
     return 0;
@@ -148,22 +148,41 @@ void store_sums(const Tensor& to, const float* first, int64_t stride, int64_t co
 
 }  // namespace
 
-// Mean and variance of a head. What rounding left of the mean corrects both: equal channels have that very mean.
-struct Moments {
-  float mean, variance;
-};
+// Channels of a head without their mean; zero past the last one.
+template <class T>
+SORA_INLINE vf centred(const T* x, int lanes, float mean) {
+  const vf y = load_lanes(x, lanes) - mean;
+  return lanes == W ? y : lanes_below(lanes) ? y : vf{};
+}
+
+// Mean and rstd of each head of a token, in a loop over the heads for each sum, so that none waits for another one of its head.
 template <class T, class Dim>
-SORA_INLINE Moments moments(const T* x, Dim d) {
-  vf total = {}, left = {}, squares = {};
-  each_vector(d, [&](int64_t i, int lanes) { total += load_lanes(x + i, lanes); });
-  const float mean = sum(total) / d;
-  each_vector(d, [&](int64_t i, int lanes) {
-    const vf y = load_lanes(x + i, lanes) - mean, used = lanes == W ? y : lanes_below(lanes) ? y : vf{};
-    left += used;
-    squares += used * used;
-  });
-  const float rest = sum(left) / d;
-  return {mean + rest, sum(squares) / d - rest * rest};
+SORA_INLINE void layer_norm_statistics(const Tensor& x, int64_t n, Dim d, float eps, float* means, float* rstd) {
+  const int64_t num_heads = x.size[1];
+  for (int64_t h = 0; h < num_heads; ++h) {
+    const T* from = at<const T>(x, n, h);
+    vf total = {};
+    each_vector(d, [&](int64_t i, int lanes) { total += load_lanes(from + i, lanes); });
+    means[h] = sum(total) / d;
+  }
+  // The mean of what is left corrects the rounding of the sum: equal channels have that very mean, and no variance.
+  for (int64_t h = 0; h < num_heads; ++h) {
+    const T* from = at<const T>(x, n, h);
+    const float mean = means[h];
+    vf left = {};
+    each_vector(d, [&](int64_t i, int lanes) { left += centred(from + i, lanes, mean); });
+    means[h] = mean + sum(left) / d;
+  }
+  for (int64_t h = 0; h < num_heads; ++h) {
+    const T* from = at<const T>(x, n, h);
+    const float mean = means[h];
+    vf squares = {};
+    each_vector(d, [&](int64_t i, int lanes) {
+      const vf y = centred(from + i, lanes, mean);
+      squares += y * y;
+    });
+    rstd[h] = 1 / __builtin_sqrtf(sum(squares) / d + eps);
+  }
 }
 
 // Normalises and rotates the heads of a token.
@@ -176,13 +195,11 @@ SORA_INLINE void norm_rope_token(const Norm& norm, const Rotation<Dim, Rotated>&
   float* rstd = static_cast<float*>(p.rstd.data) + n * p.rstd.size[1];
   // In two loops over the heads: in one, the rotation would wait for its head's sum, root and quotient.
   vf squares = {};
-  for (int64_t h = 0; h < num_heads; ++h) {
-    const T* from = at<const T>(p.x, n, h);
-    if constexpr (Norm::kCentered) {
-      const Moments found = moments(from, d);
-      norm.means[h] = found.mean;
-      rstd[h] = 1 / __builtin_sqrtf(found.variance + eps);
-    } else {
+  if constexpr (Norm::kCentred) {
+    layer_norm_statistics<T>(p.x, n, d, eps, norm.means, rstd);
+  } else {
+    for (int64_t h = 0; h < num_heads; ++h) {
+      const T* from = at<const T>(p.x, n, h);
       if (!across_heads) squares = vf{};
       each_vector(d, [&](int64_t i, int lanes) {
         const vf x = load_lanes(from + i, lanes);
@@ -200,7 +217,7 @@ SORA_INLINE void norm_rope_token(const Norm& norm, const Rotation<Dim, Rotated>&
         turn, angles_of(h),
         [=](int64_t i, int lanes) {
           const vf x = load_lanes(from + i, lanes);
-          if constexpr (Norm::kCentered)
+          if constexpr (Norm::kCentred)
             return (x - mean) * r * load_lanes(w + i, lanes) + load_lanes(norm.bias + i, lanes);
           else
             return x * r * load_lanes(w + i, lanes);
@@ -235,7 +252,7 @@ SORA_INLINE void norm_rope_backward_token(const Norm& norm, const Rotation<Dim, 
         turn, angles_of(h), [=](int64_t i, int lanes) { return load_lanes(from + i, lanes); },
         [&](int64_t i, vf y, int lanes) {
           vf product;
-          if constexpr (Norm::kCentered) {
+          if constexpr (Norm::kCentred) {
             product = y * (load_lanes(x + i, lanes) - mean) * r;
             total += y * load_lanes(w + i, lanes);
             store_lanes(room.dbias + i, load_lanes(room.dbias + i, lanes) + y, lanes);
@@ -247,7 +264,7 @@ SORA_INLINE void norm_rope_backward_token(const Norm& norm, const Rotation<Dim, 
           store_lanes(dw + i, load_lanes(dw + i, lanes) + product, lanes);
         });
     if (!across_heads) room.means[h] = sum(dot) / d;
-    if constexpr (Norm::kCentered) room.means[num_heads + h] = sum(total) / d;
+    if constexpr (Norm::kCentred) room.means[num_heads + h] = sum(total) / d;
   }
   if (across_heads) room.means[0] = sum(dot) / (d * num_heads);
   for (int64_t h = 0; h < num_heads; ++h) {
@@ -255,10 +272,10 @@ SORA_INLINE void norm_rope_backward_token(const Norm& norm, const Rotation<Dim, 
     T* dx = at<T>(p.dx, n, h);
     const float *w = norm.weight + h * next, *from = room.g + h * d;
     const float r = rstd[across_heads ? 0 : h], factor = r * room.means[across_heads ? 0 : h];
-    const float mean = mean_of(norm, h), level = Norm::kCentered ? room.means[num_heads + h] : 0;
+    const float mean = mean_of(norm, h), level = Norm::kCentred ? room.means[num_heads + h] : 0;
     each_vector(d, [&](int64_t i, int lanes) {
       const vf u = load_lanes(from + i, lanes) * load_lanes(w + i, lanes), y = load_lanes(x + i, lanes);
-      if constexpr (Norm::kCentered)
+      if constexpr (Norm::kCentred)
         write_lanes(dx + i, (u - level - (y - mean) * factor) * r, lanes, stream);
       else
         write_lanes(dx + i, (u - y * factor) * r, lanes, stream);

@@ -81,19 +81,16 @@ def forward_kernel(
     if p_rstd is not None:
         group = groups(token, head, H, ACROSS)
         store_group = (token < num_tokens)[None, :, None] if ACROSS else row
-        variance = group_mean(u * u + v * v, H, D, ACROSS)
         if p_mean is not None:
-            mean = group_mean(u + v, H, D, ACROSS)
             has_u, has_v = _inside(D, R, BLOCK_P, INTERLEAVED)
+            mean = group_mean(u + v, H, D, ACROSS)
+            # What rounding left of the mean corrects it: equal channels have that very mean, and no variance.
+            left = group_mean(tl.where(has_u, u - mean, 0.0) + tl.where(has_v, v - mean, 0.0), H, D, ACROSS)
+            mean += left
             u = tl.where(has_u, u - mean, 0.0)
             v = tl.where(has_v, v - mean, 0.0)
-            # What rounding left of the mean corrects it: equal channels have that very mean.
-            left = group_mean(u + v, H, D, ACROSS)
-            variance = group_mean(u * u + v * v, H, D, ACROSS) - left * left
-            u -= left
-            v -= left
-            tl.store(p_mean + group, mean + left, mask=store_group)
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+            tl.store(p_mean + group, mean, mask=store_group)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(group_mean(u * u + v * v, H, D, ACROSS) + eps))
         tl.store(p_rstd + group, rstd, mask=store_group)
         w_u, w_v = load_weight(p_weight, 1.0, token, head, H, D, R, ACROSS, HEADS, TOKENS, BLOCK_P, INTERLEAVED)
         u = u * rstd * w_u
