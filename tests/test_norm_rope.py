@@ -200,6 +200,21 @@ def test_gradient_of_one_table(target32: Target) -> None:
     torch.testing.assert_close(cos.grad, x.detach().unflatten(-1, (4, 2)).sum((1, 3)))
 
 
+def test_gradients_of_tables_compiled(target32: Target) -> None:
+    """Compiled functions and torch.func's transforms do not lose them."""
+    x, angles, weight = target32.randn(2, 5, 3, 16), target32.randn(5, 3, 8), target32.randn(16)
+
+    def both(x: Tensor, angles: Tensor, weight: Tensor) -> Tensor:
+        cos, sin = angles.cos(), angles.sin()
+        return norm_rope(x, cos, sin, weight=weight) + apply_rope(x, cos, sin, interleaved=False)
+
+    expected = run(both, [x, angles, weight], torch.ones_like)
+    torch.compiler.reset()
+    actual = run(torch.compile(both, fullgraph=True, backend="aot_eager"), [x, angles, weight], torch.ones_like)
+    assert_bit_equal(actual[0] + actual[1], expected[0] + expected[1])
+    assert_bit_equal([torch.func.grad(lambda angles: both(x, angles, weight).sum())(angles)], [expected[1][1]])
+
+
 # What models compute, in plain torch, written as they write it: x [B, S, H, d] float32.
 
 
