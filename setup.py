@@ -38,7 +38,7 @@ NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 # Each tier compiles the same sources: name, vector width in bytes, flags, sources. bindings.cpp picks one at import.
 ATTENTION = ["attention", "attention_backward", "spatiotemporal_attention", "spatiotemporal_attention_backward"]
 PRODUCTS = [*ATTENTION, "patch_embed"]
-KERNELS = [*PRODUCTS, "rope", "adaln", "bias_gelu", "limits"]
+KERNELS = [*PRODUCTS, "rope", "norm_rope", "adaln", "bias_gelu", "limits"]
 TIERS = [("baseline", 16, "", KERNELS)]
 if platform.machine() in ("x86_64", "AMD64"):
     TIERS += [("avx2", 32, "-march=x86-64-v3", KERNELS), ("avx512", 64, "-march=x86-64-v4", KERNELS)]

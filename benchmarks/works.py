@@ -13,6 +13,7 @@ from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate,
 from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attention
 from sora_kernels.bias_gelu import bias_gelu
 from sora_kernels.layout import PackedLayout
+from sora_kernels.norm_rope import apply_rope, norm_rope
 from sora_kernels.patch_embed import patch_embed_3d, patchify_3d, unpatchify_3d
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
 
@@ -146,6 +147,23 @@ def rope_works(batch: Batch) -> Iterator[Work]:
     yield from passes("qk_norm_rope_3d", n, Cost(4 * size), Cost(6 * size), norm_rotate, inputs)
 
 
+def norm_rope_works(batch: Batch) -> Iterator[Work]:
+    """Tables count as what is read once, in float32; they serve all heads."""
+    n, size, d = batch.num_tokens, batch.tokens_bytes, batch.head_dim
+    cos, sin = (batch.make((n, d // 2), dtype=torch.float32) for _ in range(2))
+    tables = cos.nbytes + sin.nbytes
+
+    def rotate(x: Tensor) -> Tensor:
+        return apply_rope(x, cos, sin)
+
+    def norm_rotate(x: Tensor, weight: Tensor) -> Tensor:
+        return norm_rope(x, cos, sin, weight=weight)
+
+    x, weight = batch.heads(), batch.tensor(d)
+    yield from passes("apply_rope", n, Cost(2 * size + tables), Cost(2 * size + tables), rotate, [x])
+    yield from passes("norm_rope", n, Cost(2 * size + tables), Cost(3 * size + tables), norm_rotate, [x, weight])
+
+
 def attention_works(batch: Batch) -> Iterator[Work]:
     """In units of one query and one key that it attends to."""
     layout, heads, d, size = batch.layout, batch.num_heads, batch.head_dim, batch.tokens_bytes
@@ -190,7 +208,7 @@ def patch_works(batch: Batch) -> Iterator[Work]:
     yield Work("unpatchify_3d", "token", n, 2 * size / 1e9, 0, join, [batch.tensor(n, elements)])
 
 
-OPS = (adaln_works, bias_gelu_works, rope_works, attention_works, patch_works)
+OPS = (adaln_works, bias_gelu_works, rope_works, norm_rope_works, attention_works, patch_works)
 
 
 def works(

@@ -37,6 +37,7 @@ _PUBLIC = {
         "kv_cache": ("flash_attn_with_kvcache",),
         "layout": ("PackedLayout", "Span"),
         "memory": ("cache_limit", "cached_bytes", "empty_cache"),
+        "norm_rope": ("apply_rope", "norm_rope"),
         "patch_embed": ("patch_embed_3d", "patchify_3d", "unpatchify_3d"),
         "rope": ("default_axes_dim", "qk_norm_rope_3d", "rope_3d"),
         "spatiotemporal_attention": ("spatiotemporal_attention",),
@@ -66,6 +67,8 @@ if TYPE_CHECKING:
     from .memory import cache_limit as cache_limit
     from .memory import cached_bytes as cached_bytes
     from .memory import empty_cache as empty_cache
+    from .norm_rope import apply_rope as apply_rope
+    from .norm_rope import norm_rope as norm_rope
     from .patch_embed import patch_embed_3d as patch_embed_3d
     from .patch_embed import patchify_3d as patchify_3d
     from .patch_embed import unpatchify_3d as unpatchify_3d
@@ -90,7 +93,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Two functions have the names of their modules, which the import system would put in their place."""
+    """Three functions have the names of their modules, which the import system would put in their place."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _PUBLIC and isinstance(value, ModuleType)):

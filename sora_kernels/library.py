@@ -214,3 +214,12 @@ def cotangent(grad: Tensor | None, output: Tensor) -> Tensor:
     have none by nature, such as statistics, in every backward.
     """
     return torch.zeros_like(output) if grad is None else grad
+
+
+def want_gradients(*inputs: Tensor | None) -> bool:
+    """Whether a backward has to compute gradients of any of an op's inputs; asked where the op saves its inputs.
+
+    Below a transform of torch.func a tensor does not say whether it wants one, so that all of them get theirs.
+    """
+    present = [x for x in inputs if x is not None]
+    return bool(present) and (transforms_active() or any(x.requires_grad for x in present))

@@ -58,6 +58,10 @@ SIGNATURES = dict(
             f"qk_norm_rope_3d_forward(q, k, q_weight?, k_weight?, {_TABLES}, across_heads, eps) -> q_out, k_out, q_rstd, k_rstd",
             f"qk_norm_rope_3d_backward(dq_out, dk_out, q, k, q_weight?, k_weight?, q_rstd, k_rstd, {_TABLES}, across_heads)"
             " -> dq, dk, dq_weight?, dk_weight?",
+            "apply_rope(x, cos, sin, interleaved, inverse) -> out",
+            "norm_rope_forward(x, weight?, bias?, cos?, sin?, layer, across_heads, interleaved, eps) -> out, mean?, rstd",
+            "norm_rope_backward(dout, x, weight?, bias?, cos?, sin?, mean?, rstd, layer, across_heads, interleaved)"
+            " -> dx, dweight?, dbias?",
             f"layer_norm_modulate_forward(x, shift?, scale?, {_NORM}, eps) -> out, mean, rstd",
             f"layer_norm_modulate_backward(dout, x, scale?, {_NORM}, mean, rstd) -> dx, dshift?, dscale?, dweight?, dbias?",
             "gate_residual_forward(residual, x, gate?, cu_rows?) -> out",

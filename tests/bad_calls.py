@@ -32,6 +32,7 @@ from sora_kernels.attention import (
 )
 from sora_kernels.bias_gelu import bias_gelu
 from sora_kernels.layout import PackedLayout, Span
+from sora_kernels.norm_rope import apply_rope, norm_rope
 from sora_kernels.patch_embed import patch_embed_3d, patchify_3d, unpatchify_3d
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
 
@@ -78,6 +79,15 @@ def workload(dtype: torch.dtype) -> None:
         weights = [randn(m * d if across_heads else d) for m in (4, 2)]
         backward(qk_norm_rope_3d(q, k, *weights, layout, across_heads=across_heads))
     backward(qk_norm_rope_3d(q, k, None, None, layout))
+
+    angles = torch.randn(n // 2, d // 2)
+    cos, sin = angles.cos(), angles.sin()
+    dense = q[: n // 2 * 2].unflatten(0, (2, -1))
+    backward(apply_rope(dense, cos, sin))
+    backward(apply_rope(q, *torch.randn(2, n, 4, 3), interleaved=False))
+    backward(norm_rope(dense, cos, sin, norm="layer", weight=randn(d), bias=randn(d).float()))
+    backward(norm_rope(q, *torch.randn(2, n, 4, 3), weight=randn(4 * d), across_heads=True, interleaved=False))
+    backward(norm_rope(q))
 
     backward(flash_attn_varlen_func(q, k, v, cu, cu, n, n, causal=True, softcap=5.0, alibi_slopes=torch.rand(4)))
     backward(flash_attn_func(*(t[None] for t in (q, k, v)), window_size=(5, 3), return_attn_probs=True))

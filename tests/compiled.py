@@ -24,6 +24,7 @@ from benchmarks.launches import Compiled, compilations
 from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
 from sora_kernels.attention import flash_attn_varlen_func, scaled_dot_product_attention, spatiotemporal_attention
 from sora_kernels.layout import PackedLayout
+from sora_kernels.norm_rope import norm_rope
 from sora_kernels.patch_embed import patch_embed_3d
 from sora_kernels.rope import qk_norm_rope_3d
 
@@ -57,6 +58,9 @@ def variants() -> dict[str, tuple[Callable, list[Tensor]]]:
     patches = [empty(1, 1, 2, 2), empty(16, 1, 1, 2, 2)]
     slopes, mask = torch.empty(8), torch.empty(1024, 1024)
     dense = [empty(2, 8, 1024, 128) for _ in range(3)]
+    rotated = [empty(2048, 24, 128), empty(128), empty(128), empty(24 * 128)]
+    of_heads = [torch.empty(2048, 24, 64) for _ in range(2)]
+    of_all, of_one = ([torch.empty(n, pairs) for _ in range(2)] for n, pairs in ((2048, 48), (1, 32)))
     windowed = [x[: layout.num_tokens] for x in plain]
     return {
         "64 channels": (packed(small), small),
@@ -85,6 +89,17 @@ def variants() -> dict[str, tuple[Callable, list[Tensor]]]:
         ),
         "no gate": (lambda: gate_residual(*row[:2]), row[:2]),
         "one token, RoPE": (lambda: qk_norm_rope_3d(*heads, single), heads),
+        "tables of heads": (lambda: norm_rope(rotated[0], *of_heads, weight=rotated[1]), rotated[:2]),
+        "tables of heads, across heads": (
+            lambda: norm_rope(rotated[0], *of_heads, weight=rotated[3], across_heads=True, interleaved=False),
+            [rotated[0], rotated[3]],
+        ),
+        "LayerNorm, a part rotated": (
+            lambda: norm_rope(rotated[0], *of_all, norm="layer", weight=rotated[1], bias=rotated[2], interleaved=False),
+            rotated[:3],
+        ),
+        "heads of a LayerNorm": (lambda: norm_rope(rotated[0], norm="layer"), rotated[:1]),
+        "one token, tables": (lambda: norm_rope(heads[0], *of_one), heads[:1]),
         "one patch": (lambda: patch_embed_3d([patches[0]], patches[1], None, patch_size=(1, 2, 2))[0], patches),
     }
 

@@ -5,6 +5,7 @@ their own for these, are held to the same derivatives in float64.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate,
 from sora_kernels.attention import flash_attn_func, flash_attn_varlen_func, scaled_dot_product_attention, spatiotemporal_attention
 from sora_kernels.bias_gelu import bias_gelu
 from sora_kernels.layout import PackedLayout, Span
+from sora_kernels.norm_rope import apply_rope, norm_rope
 from sora_kernels.patch_embed import patch_embed_3d, patchify_3d, unpatchify_3d
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
 
@@ -40,6 +42,14 @@ CASES: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
     "spatiotemporal_attention": (lambda q, k, v: spatiotemporal_attention(q, k, v, LAYOUT, window=(1, 1, 2)), [HEADS] * 3),
     "rope_3d": (lambda x: rope_3d(x, LAYOUT, axes_dim=(0, 2, 2)), [HEADS]),
     "qk_norm_rope_3d": (lambda q, k, a, b: qk_norm_rope_3d(q, k, a, b, LAYOUT, axes_dim=(0, 2, 2)), [HEADS, HEADS, (4,), (4,)]),
+    "apply_rope": (apply_rope, [HEADS, (N, 1), (N, 1)]),
+    "apply_rope, tables of heads": (partial(apply_rope, interleaved=False), [(2, 3, 2, 4), (3, 2, 2), (3, 2, 2)]),
+    "norm_rope": (lambda x, c, s, w: norm_rope(x, c, s, weight=w, across_heads=True), [HEADS, (N, 2), (N, 2), (8,)]),
+    "norm_rope, LayerNorm": (
+        lambda x, c, s, w, b: norm_rope(x, c, s, norm="layer", weight=w, bias=b),
+        [(2, 3, 2, 4), (3, 1), (3, 1), (4,), (4,)],
+    ),
+    "norm_rope, norm alone": (lambda x, w: norm_rope(x, weight=w), [HEADS, (4,)]),
     "layer_norm_modulate": (
         lambda x, a, b, w, c: layer_norm_modulate(x, a, b, CU, weight=w, bias=c),
         [(N, 3), ROWS, ROWS, (3,), (3,)],

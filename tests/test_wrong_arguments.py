@@ -22,6 +22,7 @@ RIGHT: dict[str, Any] = {
     **dict.fromkeys(("k_cache", "v_cache"), DENSE),
     "qkv": torch.zeros(4, 3, 2, 8),
     "kv": torch.zeros(4, 2, 2, 8),
+    **dict.fromkeys(("cos", "sin"), torch.zeros(4, 4)),
     "alibi_slopes": torch.zeros(2),
     "attn_mask": torch.zeros(4, 4),
     "layout": LAYOUT,
@@ -45,6 +46,8 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "flash_attn_with_kvcache": {"q": DENSE},
     "scaled_dot_product_attention": {"query": DENSE, "key": DENSE, "value": DENSE},
     "rope_3d": {"x": HEADS},
+    "apply_rope": {"x": HEADS},
+    "norm_rope": {"x": HEADS},
     "patch_embed_3d": {"weight": torch.zeros(8, 1, 1, 2, 2)},
     "PackedLayout.pack": {"samples": [X]},
 }

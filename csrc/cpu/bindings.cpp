@@ -23,6 +23,7 @@
 #include "../bindings/adaln.h"
 #include "../bindings/attention.h"
 #include "../bindings/bias_gelu.h"
+#include "../bindings/norm_rope.h"
 #include "../bindings/patch_embed.h"
 #include "../bindings/patchify.h"
 #include "../bindings/rope.h"
@@ -163,6 +164,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_attention(m, kernels);
   bind_spatiotemporal_attention(m, kernels);
   bind_rope(m, kernels);
+  bind_norm_rope(m, kernels);
   bind_adaln(m, kernels);
   bind_bias_gelu(m, kernels);
   bind_patch_embed(m, kernels);

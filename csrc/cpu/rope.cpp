@@ -2,20 +2,14 @@
 //
 // cos and sin are computed in double once per index along each axis of a span: T + H + W rows instead of T * H * W. A work item is
 // kTokens consecutive tokens. Each token's row of cos and sin (d floats, which stay in L1) joins its three axis rows, of which
-// usually only W's has changed. It serves all heads of q and k. Each element is read and written once.
-//
-// Table rows are laid out as they are used. Interleaved pairs have (cos, cos) and (-sin, sin), so that a rotation is
-// x * cos + swap_pairs(x) * sin. The half layout has one cos and one sin per pair.
+// usually only W's has changed. It serves all heads of q and k; rotate.h says how it looks. Each element
+// is read and written once.
 #include <cmath>
 
-#include "parallel.h"
-#include "simd_stream.h"
+#include "rotate.h"
 
 namespace sora::SORA_TIER {
 namespace {
-
-constexpr int64_t kTokens = 64;
-constexpr int64_t kGroup = 4;  // tokens whose weight gradients are summed before they join a longer sum: smaller rounding errors
 
 class AngleTables {
  public:
@@ -82,7 +76,7 @@ SORA_INLINE void copy_vectors(float* to, const float* from, int length) {
 
 constexpr int64_t angle_row_size(int64_t d) { return 2 * (padded(d) + 16); }
 
-// Calls body(n, cosines, sines) for each token of an item, the rows [d] or [d / 2] being valid during the call.
+// Calls body(n, angles) for each token of an item, the rows [d] or [d / 2] being valid during the call.
 template <class Body>
 void each_token(const Rope& rope, const AngleTables& tables, int64_t begin, int64_t end, float* rows, Body body) {
   const int32_t* cu = rope.cu_spans.ints();
@@ -107,142 +101,41 @@ void each_token(const Rope& rope, const AngleTables& tables, int64_t begin, int6
       copy_vectors(cosines + at, row, tables.width(axis));
       copy_vectors(sines + at, row + tables.width(axis), tables.width(axis));
     }
-    body(n, cosines, sines);
+    body(n, Angles{cosines, sines});
   }
-}
-
-// A head dim known at compile time, over which loops are unrolled.
-template <int n>
-struct Fixed {
-  constexpr operator int() const { return n; }
-};
-
-// Calls body(d), with a constant for the usual head dims.
-template <class Body>
-void by_head_dim(int64_t d, Body body) {
-  if (d == 64) return body(Fixed<64>{});
-  if (d == 128) return body(Fixed<128>{});
-  body(static_cast<int>(d));
-}
-
-// Rotates one head: read(i, lanes) gives channels i.., write(i, x, lanes) takes them.
-template <class Dim, class Read, class Write>
-SORA_INLINE void rotate(bool interleaved, Dim d, const float* cosines, const float* sines, Read read, Write write) {
-  if (interleaved) {
-    each_vector(d, [&](int64_t i, int lanes) {
-      const vf x = read(i, lanes);
-      write(i, x * load_lanes(cosines + i, lanes) + swap_pairs(x) * load_lanes(sines + i, lanes), lanes);
-    });
-  } else {
-    const int half = d / 2;
-    each_vector(half, [&](int64_t i, int lanes) {
-      const vf u = read(i, lanes), v = read(i + half, lanes), c = load_lanes(cosines + i, lanes), s = load_lanes(sines + i, lanes);
-      write(i, u * c - v * s, lanes);
-      write(i + half, v * c + u * s, lanes);
-    });
-  }
-}
-
-template <class T>
-T* at(const Tensor& x, int64_t n, int64_t h) {
-  return static_cast<T*>(x.data) + n * x.stride[0] + h * x.stride[1];
-}
-
-template <class T>
-void zero_token(const Tensor& x, int64_t n) {
-  for (int64_t h = 0; h < x.size[1]; ++h) memset(at<T>(x, n, h), 0, x.size[2] * sizeof(T));
 }
 
 int64_t used_tokens(const Rope& rope) { return rope.cu_spans.ints()[rope.cu_spans.size[0] - 1]; }
 
-// Calls body(begin, end) for pieces of kTokens of the tokens inside the spans, zero(n) for each token of the slack.
-template <class Body, class Zero>
-void each_piece(int64_t used, int64_t total, Body body, Zero zero) {
-  parallel_for((total + kTokens - 1) / kTokens, [&](int64_t i) {
-    const int64_t begin = i * kTokens, end = begin + kTokens < total ? begin + kTokens : total;
-    const int64_t middle = end < used ? end : begin < used ? used : begin;
-    if (begin < middle) body(begin, middle);
-    for (int64_t n = middle; n < end; ++n) zero(n);
-  });
-}
-
 template <class T, class Dim>
 void rope_forward(const Rope& rope, Dim d, const Tensor& x, const Tensor& out) {
   const AngleTables tables(rope);
+  const Rotation<Dim, Dim> turn{rope.interleaved, d, d};
   const bool stream = streams(out);
   each_piece(
       used_tokens(rope), x.size[0],
       [&](int64_t begin, int64_t end) {
-        each_token(rope, tables, begin, end, Scratch::get(angle_row_size(d)), [&](int64_t n, const float* c, const float* s) {
-          for (int64_t h = 0; h < x.size[1]; ++h) {
-            const T* from = at<const T>(x, n, h);
-            T* to = at<T>(out, n, h);
-            rotate(
-                rope.interleaved, d, c, s, [=](int64_t i, int lanes) { return load_lanes(from + i, lanes); },
-                [=](int64_t i, vf y, int lanes) { write_lanes(to + i, y, lanes, stream); });
-          }
-        });
+        each_token(rope, tables, begin, end, Scratch::get(angle_row_size(d)),
+                   [&](int64_t n, Angles angles) { rotate_token<T>(turn, x, out, n, [=](int64_t) { return angles; }, stream); });
         finish_streams();
       },
       [&](int64_t n) { zero_token<T>(out, n); });
 }
 
-// Channels of a norm's weight: of all heads, or of one.
-int64_t weight_size(const QkNorm& p, bool across_heads) { return (across_heads ? p.x.size[1] : 1) * p.x.size[2]; }
-
-// The norm's weight in float32; ones if there is none.
-void read_weight(const QkNorm& p, bool across_heads, float* to) {
-  const int64_t size = weight_size(p, across_heads);
-  if (!p.weight) {
-    each_vector(size, [&](int64_t i, int lanes) { store_lanes(to + i, broadcast(1), lanes); });
-    return;
-  }
-  dispatch(p.weight.dtype, [&](auto t) {
-    const auto* weight = static_cast<const decltype(t)*>(p.weight.data);
-    each_vector(size, [&](int64_t i, int lanes) { store_lanes(to + i, load_lanes(weight + i, lanes), lanes); });
-  });
-}
-
-template <class T, class Dim>
-void norm_rope_token(const Rope& rope, Dim d, const QkNorm& p, bool across_heads, float eps, int64_t n, const float* c,
-                     const float* s, const float* weight) {
-  const int64_t num_heads = p.x.size[1];
-  const bool stream = streams(p.out);
-  float* rstd = static_cast<float*>(p.rstd.data) + n * p.rstd.size[1];
-  // In two loops over the heads: in one, the rotation would wait for its head's sum, root and quotient.
-  vf squares = {};
-  for (int64_t h = 0; h < num_heads; ++h) {
-    const T* from = at<const T>(p.x, n, h);
-    if (!across_heads) squares = vf{};
-    each_vector(d, [&](int64_t i, int lanes) {
-      const vf x = load_lanes(from + i, lanes);
-      squares += x * x;
-    });
-    if (!across_heads) rstd[h] = 1 / __builtin_sqrtf(sum(squares) / d + eps);
-  }
-  if (across_heads) rstd[0] = 1 / __builtin_sqrtf(sum(squares) / (d * num_heads) + eps);
-  for (int64_t h = 0; h < num_heads; ++h) {
-    const T* from = at<const T>(p.x, n, h);
-    T* to = at<T>(p.out, n, h);
-    const float *w = weight + (across_heads ? h * d : 0), r = rstd[across_heads ? 0 : h];
-    rotate(
-        rope.interleaved, d, c, s, [=](int64_t i, int lanes) { return load_lanes(from + i, lanes) * r * load_lanes(w + i, lanes); },
-        [=](int64_t i, vf y, int lanes) { write_lanes(to + i, y, lanes, stream); });
-  }
-}
-
 template <class T, class Dim>
 void norm_rope_forward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across_heads, float eps) {
   const AngleTables tables(rope);
+  const Rotation<Dim, Dim> turn{rope.interleaved, d, d};
   const int64_t sizes[2] = {weight_size(parts[0], across_heads), weight_size(parts[1], across_heads)};
   each_piece(
       used_tokens(rope), parts[0].x.size[0],
       [&](int64_t begin, int64_t end) {
         Pieces scratch{Scratch::get(angle_row_size(d) + padded(sizes[0]) + padded(sizes[1]))};
         float *rows = scratch.take(angle_row_size(d)), *weights[2] = {scratch.take(sizes[0]), scratch.take(sizes[1])};
-        for (int i = 0; i < 2; ++i) read_weight(parts[i], across_heads, weights[i]);
-        each_token(rope, tables, begin, end, rows, [&](int64_t n, const float* c, const float* s) {
-          for (int i = 0; i < 2; ++i) norm_rope_token<T>(rope, d, parts[i], across_heads, eps, n, c, s, weights[i]);
+        for (int i = 0; i < 2; ++i) read_row(parts[i].weight, sizes[i], 1, weights[i]);
+        each_token(rope, tables, begin, end, rows, [&](int64_t n, Angles angles) {
+          for (int i = 0; i < 2; ++i)
+            norm_rope_token<T>(RmsNorm{weights[i], across_heads}, turn, parts[i], n, [=](int64_t) { return angles; }, eps);
         });
         finish_streams();
       },
@@ -254,47 +147,10 @@ void norm_rope_forward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across_
       });
 }
 
-// With g the gradient turned back, xhat = x * rstd and u = g * weight:
-//   dx = rstd * (u - xhat * mean(u * xhat)),   dweight += g * xhat
-// In two loops over the heads, as forward.
-template <class T, class Dim>
-void norm_rope_backward_token(const Rope& rope, Dim d, const QkNorm& p, bool across_heads, int64_t n, const float* c,
-                              const float* s, const float* weight, float* g, float* mean, float* dweight) {
-  const int64_t num_heads = p.x.size[1], next = across_heads ? d : 0;  // from one head's weight to the next one's
-  const float* rstd = static_cast<const float*>(p.rstd.data) + n * p.rstd.size[1];
-  const bool stream = streams(p.dx);
-  vf dot = {};
-  for (int64_t h = 0; h < num_heads; ++h) {
-    const T *from = at<const T>(p.dout, n, h), *x = at<const T>(p.x, n, h);
-    const float *w = weight + h * next, r = rstd[across_heads ? 0 : h];
-    float *to = g + h * d, *dw = dweight + h * next;
-    if (!across_heads) dot = vf{};
-    rotate(
-        rope.interleaved, d, c, s, [=](int64_t i, int lanes) { return load_lanes(from + i, lanes); },
-        [&](int64_t i, vf y, int lanes) {
-          const vf product = y * load_lanes(x + i, lanes) * r;
-          dot += product * load_lanes(w + i, lanes);
-          store_lanes(to + i, y, lanes);
-          store_lanes(dw + i, load_lanes(dw + i, lanes) + product, lanes);
-        });
-    if (!across_heads) mean[h] = sum(dot) / d;
-  }
-  if (across_heads) mean[0] = sum(dot) / (d * num_heads);
-  for (int64_t h = 0; h < num_heads; ++h) {
-    const T* x = at<const T>(p.x, n, h);
-    T* dx = at<T>(p.dx, n, h);
-    const float *w = weight + h * next, *from = g + h * d;
-    const float r = rstd[across_heads ? 0 : h], factor = r * mean[across_heads ? 0 : h];
-    each_vector(d, [&](int64_t i, int lanes) {
-      const vf u = load_lanes(from + i, lanes) * load_lanes(w + i, lanes);
-      write_lanes(dx + i, (u - load_lanes(x + i, lanes) * factor) * r, lanes, stream);
-    });
-  }
-}
-
 template <class T, class Dim>
 void norm_rope_backward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across_heads) {
   const AngleTables tables(rope);
+  const Rotation<Dim, Dim> turn{rope.interleaved, d, d};
   const int64_t tokens = parts[0].x.size[0], pieces = (tokens + kTokens - 1) / kTokens;
   // Each piece sums its own weight gradients; adding those in order makes the result independent of the threads.
   const int64_t sizes[2] = {weight_size(parts[0], across_heads), weight_size(parts[1], across_heads)};
@@ -309,11 +165,13 @@ void norm_rope_backward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across
         float *weights = scratch.take(both), *group = scratch.take(both);
         float* total = partial.data() + begin / kTokens * both;
         memset(group, 0, both * sizeof(float));
-        for (int i = 0; i < 2; ++i) read_weight(parts[i], across_heads, weights + i * sizes[0]);
-        each_token(rope, tables, begin, end, rows, [&](int64_t n, const float* c, const float* s) {
+        for (int i = 0; i < 2; ++i) read_row(parts[i].weight, sizes[i], 1, weights + i * sizes[0]);
+        each_token(rope, tables, begin, end, rows, [&](int64_t n, Angles angles) {
           for (int i = 0; i < 2; ++i) {
             const int64_t first = i * sizes[0];
-            norm_rope_backward_token<T>(rope, d, parts[i], across_heads, n, c, s, weights + first, g, mean, group + first);
+            const RmsNorm norm{weights + first, across_heads};
+            norm_rope_backward_token<T>(norm, turn, parts[i], n, [=](int64_t) { return angles; },
+                                        {g, mean, group + first, nullptr});
           }
           if ((n + 1 - begin) % kGroup == 0 || n + 1 == end) {
             add_row(total, group, both);
@@ -325,15 +183,7 @@ void norm_rope_backward(const Rope& rope, Dim d, QkNorm (&parts)[2], bool across
       [&](int64_t n) {
         for (const QkNorm& p : parts) zero_token<T>(p.dx, n);
       });
-  for (int part = 0; part < 2; ++part) {
-    if (!parts[part].dweight) continue;
-    const float* first = partial.data() + part * sizes[0];
-    dispatch(parts[part].dweight.dtype, [&](auto t) {
-      auto* dweight = static_cast<decltype(t)*>(parts[part].dweight.data);
-      parallel_vectors(sizes[part],
-                       [&](int64_t i, int lanes) { store_lanes(dweight + i, column_sum(first + i, both, pieces, lanes), lanes); });
-    });
-  }
+  for (int part = 0; part < 2; ++part) store_sums(parts[part].dweight, partial.data() + part * sizes[0], both, pieces);
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ from .attention import (
 )
 from .bias_gelu import bias_gelu_backward, bias_gelu_forward
 from .common import collecting
+from .norm_rope import apply_rope, norm_rope_backward, norm_rope_forward
 from .patch_embed import (
     patch_embed_3d_backward,
     patch_embed_3d_forward,
@@ -35,6 +36,7 @@ from .rope import (
 )
 
 __all__ = [
+    "apply_rope",
     "attention_backward",
     "attention_forward",
     "bias_gelu_backward",
@@ -47,6 +49,8 @@ __all__ = [
     "gate_residual_layer_norm_modulate_forward",
     "layer_norm_modulate_backward",
     "layer_norm_modulate_forward",
+    "norm_rope_backward",
+    "norm_rope_forward",
     "patch_embed_3d_backward",
     "patch_embed_3d_forward",
     "patchify_3d",

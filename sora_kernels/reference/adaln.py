@@ -30,9 +30,9 @@ def per_token(rows: Tensor, cu_rows: Tensor | None) -> Tensor:
 
 
 def moments(x: Tensor, rms: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """mean [N,1] (0 for RMSNorm), x - mean [N,D] and its mean square [N,1]."""
+    """mean [..,1] (0 for RMSNorm), x - mean [..,D] and its mean square [..,1] of rows x [..,D]."""
     x = widen(x)
-    mean = torch.zeros_like(x[:, :1]) if rms else x.mean(dim=-1, keepdim=True)
+    mean = torch.zeros_like(x[..., :1]) if rms else x.mean(dim=-1, keepdim=True)
     if not rms:  # exact for a row of one value
         mean = mean + (x - mean).mean(dim=-1, keepdim=True)
     return mean, x - mean, (x - mean).square().mean(dim=-1, keepdim=True)

@@ -36,15 +36,20 @@ def rotary_angles(
 
 
 def rotate(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
-    """Turn each channel pair of x [N,H,d] by its angle [n, d/2]; the tokens past n become zeros.
+    """Turn each channel pair of x [N,H,d] by its angle [n, d/2]; the tokens past n become zeros."""
+    cos, sin = (rearrange(f(angles), "n i -> n 1 i") for f in (torch.cos, torch.sin))
+    return zero_rows(rotate_pairs(x[: len(angles)], cos, sin, interleaved), len(x))
 
-    (a, b) -> (a·cos - b·sin, a·sin + b·cos), where pair i is channels (2i, 2i+1), or (i, i+d/2) if not interleaved.
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """(a, b) -> (a·cos - b·sin, a·sin + b·cos) of x [N,H,d] and cos, sin [N,H or 1,d/2].
+
+    Pair i is channels (2i, 2i+1), or (i, i+d/2) if not interleaved.
     """
     split, join = ("n h (i two)", "two n h i") if interleaved else ("n h (two i)", "two n h i")
-    a, b = rearrange(widen(x[: len(angles)]), f"{split} -> {join}", two=2)
-    cos, sin = (rearrange(f(angles), "n i -> n 1 i").to(a.dtype) for f in (torch.cos, torch.sin))
-    turned = rearrange(torch.stack([a * cos - b * sin, a * sin + b * cos]), f"{join} -> {split}")
-    return zero_rows(turned, len(x))
+    a, b = rearrange(widen(x), f"{split} -> {join}", two=2)
+    cos, sin = cos.to(a.dtype), sin.to(a.dtype)
+    return rearrange(torch.stack([a * cos - b * sin, a * sin + b * cos]), f"{join} -> {split}")
 
 
 def norm_groups(x: Tensor, across_heads: bool) -> Tensor:

@@ -14,11 +14,13 @@ from .adaln import (
 from .attention import attention_backward, attention_forward
 from .bias_gelu import bias_gelu_backward, bias_gelu_forward
 from .configs import unavailable
+from .norm_rope import apply_rope, norm_rope_backward, norm_rope_forward
 from .patch_embed import patch_embed_3d_backward, patch_embed_3d_forward, patchify_3d, unpatchify_3d
 from .rope import qk_norm_rope_3d_backward, qk_norm_rope_3d_forward, rope_3d
 from .spatiotemporal_attention import spatiotemporal_attention_backward, spatiotemporal_attention_forward
 
 __all__ = [
+    "apply_rope",
     "attention_backward",
     "attention_forward",
     "bias_gelu_backward",
@@ -29,6 +31,8 @@ __all__ = [
     "gate_residual_layer_norm_modulate_forward",
     "layer_norm_modulate_backward",
     "layer_norm_modulate_forward",
+    "norm_rope_backward",
+    "norm_rope_forward",
     "patch_embed_3d_backward",
     "patch_embed_3d_forward",
     "patchify_3d",

@@ -103,7 +103,7 @@ def _rotation(
 
 
 @triton.jit
-def _rows(x, token, head, D: tl.constexpr, DENSE: tl.constexpr):
+def head_rows(x, token, head, D: tl.constexpr, DENSE: tl.constexpr):
     """Pointers to the rows [HEADS, TOKENS, 1] of x; heads that lie end to end are known to be aligned."""
     s_head = x.head_stride
     if DENSE:
@@ -112,8 +112,25 @@ def _rows(x, token, head, D: tl.constexpr, DENSE: tl.constexpr):
 
 
 @triton.jit
-def _load_pairs(
-    p_row, load_row, A: tl.constexpr, B: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, INTERLEAVED: tl.constexpr
+def pair_columns(D: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Of the half layout: the columns [BLOCK_P] of both channels of each pair, and whether they are there.
+
+    R of the D channels are rotated. The rest, which passes, is made into pairs behind them.
+    """
+    pair = tl.arange(0, BLOCK_P)
+    if R < D:
+        PAIRS: tl.constexpr = (D - R + 1) // 2  # that pass
+        u = tl.where(pair < R // 2, pair, pair + R // 2)
+        v = u + tl.where(pair < R // 2, R // 2, PAIRS)
+        return u, v, pair < R // 2 + PAIRS, v < D
+    else:
+        return pair, D // 2 + pair, pair < D // 2, pair < D // 2
+
+
+@triton.jit
+def load_pairs(
+    p_row, load_row, A: tl.constexpr, B: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Both channels of each pair of the rows [A, B, 1]: float32 [A, B, BLOCK_P] each."""
     if INTERLEAVED:
@@ -121,16 +138,16 @@ def _load_pairs(
         x = tl.load(p_row + cols, mask=load_row & (cols < D), other=0.0).to(tl.float32)
         return tl.split(tl.reshape(x, [A, B, BLOCK_P, 2]))
     else:
-        pair = tl.arange(0, BLOCK_P)[None, None, :]
-        load = load_row & (pair < D // 2)
-        u = tl.load(p_row + pair, mask=load, other=0.0).to(tl.float32)
-        v = tl.load(p_row + D // 2 + pair, mask=load, other=0.0).to(tl.float32)
+        c_u, c_v, has_u, has_v = pair_columns(D, R, BLOCK_P)
+        u = tl.load(p_row + c_u[None, None, :], mask=load_row & has_u[None, None, :], other=0.0).to(tl.float32)
+        v = tl.load(p_row + c_v[None, None, :], mask=load_row & has_v[None, None, :], other=0.0).to(tl.float32)
         return u, v
 
 
 @triton.jit
-def _store_pairs(
-    p_row, store_row, u, v, A: tl.constexpr, B: tl.constexpr, D: tl.constexpr, BLOCK_P: tl.constexpr, INTERLEAVED: tl.constexpr
+def store_pairs(
+    p_row, store_row, u, v, A: tl.constexpr, B: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     u = u.to(p_row.dtype.element_ty)
     v = v.to(p_row.dtype.element_ty)
@@ -138,32 +155,31 @@ def _store_pairs(
         cols = tl.arange(0, 2 * BLOCK_P)[None, None, :]
         tl.store(p_row + cols, tl.reshape(tl.join(u, v), [A, B, 2 * BLOCK_P]), mask=store_row & (cols < D))
     else:
-        pair = tl.arange(0, BLOCK_P)[None, None, :]
-        store = store_row & (pair < D // 2)
-        tl.store(p_row + pair, u, mask=store)
-        tl.store(p_row + D // 2 + pair, v, mask=store)
+        c_u, c_v, has_u, has_v = pair_columns(D, R, BLOCK_P)
+        tl.store(p_row + c_u[None, None, :], u, mask=store_row & has_u[None, None, :])
+        tl.store(p_row + c_v[None, None, :], v, mask=store_row & has_v[None, None, :])
 
 
 @triton.jit
-def _load_weight(
-    p, token, head, H: tl.constexpr, D: tl.constexpr, ACROSS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_P: tl.constexpr, INTERLEAVED: tl.constexpr,
+def load_weight(
+    p, absent: tl.constexpr, token, head, H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ACROSS: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_P: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """The norm's weight [HEADS, TOKENS, BLOCK_P], or [1, 1, BLOCK_P] where all heads have the same."""
+    """The norm's weight [HEADS, TOKENS, BLOCK_P], or [1, 1, BLOCK_P] where all heads have the same; `absent` without one."""
     if p is None:
-        one = tl.full([1, 1, 1], 1.0, tl.float32)
-        return one, one
+        same = tl.full([1, 1, 1], absent, tl.float32)
+        return same, same
     elif ACROSS:
         # For each token: a tile of one would give threads to heads, and x would go through shared memory to meet it.
         p_row = p + head[:, None, None] * D + token[None, :, None] * 0
-        return _load_pairs(p_row, head[:, None, None] < H, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)
+        return load_pairs(p_row, head[:, None, None] < H, HEADS, TOKENS, D, R, BLOCK_P, INTERLEAVED)
     else:
         zero = tl.zeros([1, 1, 1], tl.int32)
-        return _load_pairs(p + zero, zero == 0, 1, 1, D, BLOCK_P, INTERLEAVED)
+        return load_pairs(p + zero, zero == 0, 1, 1, D, R, BLOCK_P, INTERLEAVED)
 
 
 @triton.jit
-def _group_mean(x, H: tl.constexpr, D: tl.constexpr, ACROSS: tl.constexpr):
+def group_mean(x, H: tl.constexpr, D: tl.constexpr, ACROSS: tl.constexpr):
     """Mean of [HEADS, TOKENS, BLOCK_P] pairs' sums over the channels of a head, or of all heads of a token."""
     total = tl.sum(x, axis=2, keep_dims=True)
     if ACROSS:
@@ -173,7 +189,7 @@ def _group_mean(x, H: tl.constexpr, D: tl.constexpr, ACROSS: tl.constexpr):
 
 
 @triton.jit
-def _groups(token, head, H: tl.constexpr, ACROSS: tl.constexpr):
+def groups(token, head, H: tl.constexpr, ACROSS: tl.constexpr):
     """Where the rstd of each normalised group lies: [1, TOKENS, 1] across heads, else [HEADS, TOKENS, 1]."""
     if ACROSS:
         return token.to(tl.int64)[None, :, None]
@@ -192,22 +208,22 @@ def forward_kernel(
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     row = (token < num_tokens)[None, :, None] & (head < H)[:, None, None]
-    p_row = _rows(Rows(p_x, s_token, s_head), token, head, D, DENSE)
-    u, v = _load_pairs(p_row, row, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)  # before the angles, which hide it
+    p_row = head_rows(Rows(p_x, s_token, s_head), token, head, D, DENSE)
+    u, v = load_pairs(p_row, row, HEADS, TOKENS, D, D, BLOCK_P, INTERLEAVED)  # before the angles, which hide it
     cos, sin, used = _rotation(tables, octaves, num_spans, search_steps, token, PAIRS_T, PAIRS_H, BLOCK_P)
     if INVERSE:
         sin = -sin
     if NORM:
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(_group_mean(u * u + v * v, H, D, ACROSS) + eps))
-        w_u, w_v = _load_weight(p_weight, token, head, H, D, ACROSS, HEADS, TOKENS, BLOCK_P, INTERLEAVED)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(group_mean(u * u + v * v, H, D, ACROSS) + eps))
+        w_u, w_v = load_weight(p_weight, 1.0, token, head, H, D, D, ACROSS, HEADS, TOKENS, BLOCK_P, INTERLEAVED)
         u = u * rstd * w_u
         v = v * rstd * w_v
-        group = _groups(token, head, H, ACROSS)
+        group = groups(token, head, H, ACROSS)
         store_rstd = (token < num_tokens)[None, :, None] if ACROSS else row
         tl.store(p_rstd + group, tl.where(used, rstd, 0.0), mask=store_rstd)
     y_u = tl.where(used, u * cos - v * sin, 0.0)
     y_v = tl.where(used, u * sin + v * cos, 0.0)
-    _store_pairs(_rows(Rows(p_out, H * D, D), token, head, D, True), row, y_u, y_v, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)
+    store_pairs(head_rows(Rows(p_out, H * D, D), token, head, D, True), row, y_u, y_v, HEADS, TOKENS, D, D, BLOCK_P, INTERLEAVED)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "part"])
@@ -227,11 +243,11 @@ def backward_kernel(
     for first in range(begin, tl.minimum(begin + part, num_tokens), TOKENS):
         token = first + tl.arange(0, TOKENS)
         row = (token < num_tokens)[None, :, None] & (head < H)[:, None, None]
-        p_row = _rows(Rows(p_dout, s_dout_token, s_dout_head), token, head, D, DENSE_DOUT)
-        g_u, g_v = _load_pairs(p_row, row, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)  # before the angles, which hide them
-        p_row = _rows(Rows(p_x, s_token, s_head), token, head, D, DENSE)
-        u, v = _load_pairs(p_row, row, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)
-        group = _groups(token, head, H, ACROSS)
+        p_row = head_rows(Rows(p_dout, s_dout_token, s_dout_head), token, head, D, DENSE_DOUT)
+        g_u, g_v = load_pairs(p_row, row, HEADS, TOKENS, D, D, BLOCK_P, INTERLEAVED)  # before the angles, which hide them
+        p_row = head_rows(Rows(p_x, s_token, s_head), token, head, D, DENSE)
+        u, v = load_pairs(p_row, row, HEADS, TOKENS, D, D, BLOCK_P, INTERLEAVED)
+        group = groups(token, head, H, ACROSS)
         rstd = tl.load(p_rstd + group, mask=(token < num_tokens)[None, :, None] if ACROSS else row, other=0.0)
         cos, sin, used = _rotation(tables, octaves, num_spans, search_steps, token, PAIRS_T, PAIRS_H, BLOCK_P)
         g_u = tl.where(used, g_u, 0.0)  # of the slack all counts as zero
@@ -248,26 +264,28 @@ def backward_kernel(
         else:
             dw_u += tl.sum(dn_u * u, axis=0, keep_dims=True)
             dw_v += tl.sum(dn_v * v, axis=0, keep_dims=True)
-        w_u, w_v = _load_weight(p_weight, token, head, H, D, ACROSS, HEADS, TOKENS, BLOCK_P, INTERLEAVED)
+        w_u, w_v = load_weight(p_weight, 1.0, token, head, H, D, D, ACROSS, HEADS, TOKENS, BLOCK_P, INTERLEAVED)
         dn_u *= w_u
         dn_v *= w_v
-        mean = _group_mean(dn_u * u + dn_v * v, H, D, ACROSS)
+        mean = group_mean(dn_u * u + dn_v * v, H, D, ACROSS)
         dx_u = rstd * (dn_u - u * mean)
         dx_v = rstd * (dn_v - v * mean)
-        _store_pairs(_rows(Rows(p_dx, H * D, D), token, head, D, True), row, dx_u, dx_v, HEADS, TOKENS, D, BLOCK_P, INTERLEAVED)
+        store_pairs(
+            head_rows(Rows(p_dx, H * D, D), token, head, D, True), row, dx_u, dx_v, HEADS, TOKENS, D, D, BLOCK_P, INTERLEAVED
+        )
     if p_parts is not None:
         slot = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         weight_row = tl.arange(0, ROWS)[:, None, None]
         p_slot = p_parts + (slot.to(tl.int64) * (H if ACROSS else 1) + weight_row) * D
         dw_u = tl.sum(dw_u, axis=1, keep_dims=True)
         dw_v = tl.sum(dw_v, axis=1, keep_dims=True)
-        _store_pairs(p_slot, weight_row < H, dw_u, dw_v, ROWS, 1, D, BLOCK_P, INTERLEAVED)
+        store_pairs(p_slot, weight_row < H, dw_u, dw_v, ROWS, 1, D, D, BLOCK_P, INTERLEAVED)
 
 
-def _tile(x: Tensor, interleaved: bool, across: bool, per_thread: int) -> dict[str, int]:
+def tile_of(x: Tensor, interleaved: bool, across: bool, per_thread: int) -> dict[str, int]:
     """`per_thread` elements to a thread: vectors of 16 bytes of as many heads of one token, so that heads share its angles."""
     _, heads, d = x.shape
-    block, threads, vector = power_of_2(d // 2), 128, 16 // x.element_size()
+    block, threads, vector = power_of_2((d + 1) // 2), 128, 16 // x.element_size()
     if across:
         heads = power_of_2(heads)
         tokens = max(threads * per_thread // (heads * 2 * block), 1)
@@ -313,7 +331,7 @@ def _forward(
     rope: Rope, x: Tensor, weight: Tensor | None, out: Tensor, rstd: Tensor | None, *, inverse: bool = False, eps: float = 0.0
 ) -> None:
     num_tokens, heads, _ = x.shape
-    tile = _tile(x, rope.interleaved, rope.across_heads, 64)
+    tile = tile_of(x, rope.interleaved, rope.across_heads, 64)
     if num_tokens and heads:
         forward_kernel[triton.cdiv(num_tokens, tile["TOKENS"]), triton.cdiv(heads, tile["HEADS"])](
             p_x=x, p_weight=weight, p_out=out, p_rstd=rstd, eps=eps, INVERSE=inverse, NORM=rstd is not None, **rope.arguments(x),
@@ -325,7 +343,7 @@ def _backward(
     rope: Rope, dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dx: Tensor, dweight: Tensor | None
 ) -> None:  # fmt: skip
     num_tokens, heads, d = x.shape
-    tile = _tile(x, rope.interleaved, rope.across_heads, 32)
+    tile = tile_of(x, rope.interleaved, rope.across_heads, 32)
     blocks = triton.cdiv(heads, tile["HEADS"])
     part = max(triton.cdiv(num_tokens * blocks, MAX_PARTS), MIN_TOKENS)
     part = triton.cdiv(part, tile["TOKENS"]) * tile["TOKENS"]
