@@ -209,6 +209,11 @@ def rows(*tensors: Rows) -> list[Rows]:
     ]
 
 
+def shaped_as(x: Tensor, like: Tensor) -> Tensor:
+    """x reshaped, or x itself, as a view costs an entry in autograd's graph."""
+    return x if x.shape == like.shape else x.reshape(like.shape)
+
+
 def cotangent(grad: Tensor | None, output: Tensor) -> Tensor:
     """The gradient of an output, or zeros. Ops call `ctx.set_materialize_grads(False)`, or autograd would make zeros for those that
     have none by nature, such as statistics, in every backward.

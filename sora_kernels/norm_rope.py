@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_bool, check_choice, check_number, check_tensor, fail, or_float32
-from .library import Context, Grads, cotangent, of_one_dtype, register, rows, want_gradients
+from .library import Context, Grads, cotangent, of_one_dtype, register, rows, shaped_as, want_gradients
 from .memory import empty_like
 
 
@@ -51,7 +51,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True)
     heads = _check_heads(op, x)
     _check_rope_tables(op, x, heads, cos, sin)
     interleaved = check_bool(op, "interleaved", interleaved)
-    return _apply_rope(heads, *of_one_dtype(x, cos, sin, float32=True), interleaved, False).view(x.shape)
+    return shaped_as(_apply_rope(heads, *of_one_dtype(x, cos, sin, float32=True), interleaved, False), x)
 
 
 def norm_rope(
@@ -104,7 +104,7 @@ def norm_rope(
         fail(op, "bias", "None with norm 'rms'", "a tensor")
     rest = norm == "layer", across_heads, check_bool(op, "interleaved", interleaved), check_number(op, "eps", eps, at_least=0)
     tables = of_one_dtype(x, cos, sin, float32=True)
-    return _norm_rope(heads, *of_one_dtype(x, weight, bias), *tables, *rest)[0].view(x.shape)
+    return shaped_as(_norm_rope(heads, *of_one_dtype(x, weight, bias), *tables, *rest)[0], x)
 
 
 def _check_heads(op: str, x: Tensor) -> Tensor:

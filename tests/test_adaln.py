@@ -364,7 +364,7 @@ EVERYWHERE = [
     ({"cu_rows": None}, "cu_rows: expected int32 boundaries [R+1] of the rows of ~, got None"),
     ({"x": 1}, "x: expected a torch.Tensor, got int"),
     ({"x": X.int()}, "x: expected dtype float32 or ~, got int32"),
-    ({"x": X[0]}, "x: expected shape [N, D], got [8]"),
+    ({"x": X[0]}, "x: expected shape [N, D] or [B, S, D], got [8]"),
     ({"cu_rows": [0, 4, 6]}, "cu_rows: expected a torch.Tensor, got list"),
     ({"cu_rows": CU.long()}, "cu_rows: expected dtype int32, got int64"),
     ({"cu_rows": CU[:0]}, "cu_rows: expected at least one entry~, got none"),
