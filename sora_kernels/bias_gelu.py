@@ -12,8 +12,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import backends
-from .checks import check_tensor
-from .library import Context, register, rows
+from .checks import check_tensor, fail
+from .library import Context, register, rows, shaped_as
 from .memory import empty_like
 
 
@@ -25,19 +25,21 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     torch.Size([400, 1536])
 
     Args:
-        x: [N, D], float32, bfloat16, float16 or float64; computed in float32 (float64 in float64).
+        x: [N, D] or [..., D], float32, bfloat16, float16 or float64; computed in float32 (float64 in float64).
         bias: [D] in x's dtype; None is 0.
 
     Returns:
-        [N, D] in x's dtype.
+        x's shape and dtype.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    check_tensor("bias_gelu", "x", x, ("N", "D"))
+    check_tensor("bias_gelu", "x", x)
+    if x.ndim < 2:
+        fail("bias_gelu", "x", "shape [N, D] or [..., D]", str(list(x.shape)))
     if bias is not None:
-        check_tensor("bias_gelu", "bias", bias, (x.shape[1],), dtype=x.dtype, like=x)
-    return _bias_gelu(x, bias)
+        check_tensor("bias_gelu", "bias", bias, (x.shape[-1],), dtype=x.dtype, like=x)
+    return shaped_as(_bias_gelu(x.flatten(0, -2), bias), x)
 
 
 def _run(x: Tensor, bias: Tensor | None) -> Tensor:

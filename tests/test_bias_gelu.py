@@ -70,7 +70,7 @@ X = torch.zeros(6, 8)
 BAD = [
     ({"x": 1}, "x: expected a torch.Tensor, got int"),
     ({"x": X.int()}, "x: expected dtype float32 or ~, got int32"),
-    ({"x": X[0]}, "x: expected shape [N, D], got [8]"),
+    ({"x": X[0]}, "x: expected shape [N, D] or [..., D], got [8]"),
     ({"bias": X}, "bias: expected shape [8], got [6, 8]"),
     ({"bias": X[0, :4]}, "bias: expected shape [8], got [4]"),
     ({"bias": X[0].half()}, "bias: expected dtype float32, got float16"),
@@ -90,3 +90,11 @@ def test_large(d: int, dtype: torch.dtype) -> None:
 
 class TestContract(PackedContract):
     """What every op is held to, for each of OPS."""
+
+
+def test_leading_dimensions() -> None:
+    x, bias = torch.randn(2, 3, 5, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+    flat = x.detach().flatten(0, 2).requires_grad_()
+    out, want = bias_gelu(x, bias), bias_gelu(flat, bias)
+    assert torch.equal(out, want.view(2, 3, 5, 16))
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0].flatten(0, 2), torch.autograd.grad(want.sum(), flat)[0])

@@ -1,0 +1,210 @@
+"""apply(model): a model of diffusers computes by these kernels. revert(model): as it was.
+
+What is replaced are attention processors, by diffusers' own `set_processor`, and the forward of blocks and of modules such as GELU,
+by an attribute of that one module. Weights, names, and every linear layer with its LoRA or quantisation stay, as forwards call the
+same modules. So do hooks: a block whose norm somebody watches, offloads or casts takes its own forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from diffusers.models.attention_dispatch import AttentionBackendName
+from torch import nn
+
+from ...checks import fail
+
+MODELS = {
+    "WanAnimateTransformer3DModel": "wan",
+    "WanTransformer3DModel": "wan",
+    "WanVACETransformer3DModel": "wan",
+}
+"""The module beside this one that knows a class of models."""
+_RECORD = "_sora_kernels_replaced"
+
+
+class Family(NamedTuple):
+    """What replaces what, by exact class."""
+
+    processors: dict[type, type]
+    forwards: dict[type, Callable[..., Any]]
+    """A forward takes the module first, as a method would."""
+
+
+class Report(NamedTuple):
+    """What `apply` has replaced, and what it has left to diffusers."""
+
+    model: str
+    replaced: dict[str, int]
+    """How many of each class."""
+    left: dict[str, str]
+    """Name and class of attention processors that it does not know; none of a known model."""
+
+    def __str__(self) -> str:
+        parts = [f"{count} {name}" for name, count in self.replaced.items()]
+        return "\n".join([f"{self.model}: {', '.join(parts)}", *(f"left: {name}, {kind}" for name, kind in self.left.items())])
+
+
+class _Forward(NamedTuple):
+    module: nn.Module
+    ours: Callable[..., Any]
+
+
+class _Processor(NamedTuple):
+    module: Any
+    ours: Any
+    original: Any
+
+
+class _Backend(NamedTuple):
+    processor: Any
+    original: Any
+
+
+def apply(model: nn.Module, *, strict: bool = True) -> Report:
+    """Replaces what these kernels compute faster.
+
+    >>> from diffusers import WanTransformer3DModel
+    >>> model = WanTransformer3DModel(
+    ...     num_attention_heads=2, attention_head_dim=64, num_layers=2, ffn_dim=64, text_dim=32, freq_dim=32, rope_max_seq_len=32
+    ... )
+    >>> print(apply(model))
+    WanTransformer3DModel: 4 WanAttnProcessor, 1 WanRotaryPosEmbed, 2 WanTransformerBlock, 2 GELU
+    >>> revert(model)
+
+    Before `torch.compile`, before or after loading weights, LoRA adapters, quantisation and hooks. Attention is the backend
+    "sora_varlen", until `model.set_attention_backend` says otherwise.
+
+    Args:
+        model: a transformer, such as `pipe.transformer`, of the classes in MODELS or derived from them.
+        strict: False also takes other models, and known ones with processors that are not diffusers' own. Of both only attention is
+            replaced, and where a processor is unknown only its backend, by "sora".
+
+    Raises:
+        ValueError, TypeError: if the model is unknown, is patched already, is compiled, or is on several devices. It is unchanged.
+    """
+    op = "apply"
+    if not isinstance(model, nn.Module):
+        fail(op, "model", "a torch.nn.Module, such as pipe.transformer", type(model).__name__, TypeError)
+    if _RECORD in model.__dict__:
+        fail(op, "model", "one that is not patched (call revert first)", "a patched one")
+    _check_not_compiled(op, model)
+    devices = sorted({str(x.device) for x in model.parameters()})
+    if len(devices) > 1:
+        fail(op, "model", "all parameters on one device (offload or distribute it afterwards)", ", ".join(devices))
+    family = _family(model)
+    if family is None:
+        if strict:
+            fail(op, "model", f"one of {', '.join(MODELS)}, or strict=False", type(model).__name__)
+        family = Family({}, {})
+    record, report = _plan(op, model, family, strict)
+    for entry in record:
+        _install(entry)
+    model.__dict__[_RECORD] = record
+    return report
+
+
+def revert(model: nn.Module) -> None:
+    """Puts back what `apply` has replaced, and nothing else.
+
+    Raises:
+        ValueError: if the model is not patched, is compiled, or something has replaced a forward of ours.
+    """
+    op = "revert"
+    record = getattr(model, "__dict__", {}).get(_RECORD)
+    if record is None:
+        fail(op, "model", "one that apply has patched", type(model).__name__)
+    _check_not_compiled(op, model)
+    for entry in record:
+        if isinstance(entry, _Forward) and not _places(entry.module, entry.ours):
+            fail(op, "model", f"the forward that apply gave to {type(entry.module).__name__}", "another one")
+    for entry in record:
+        _remove(entry)
+    del model.__dict__[_RECORD]
+
+
+def _family(model: nn.Module) -> Family | None:
+    for kind in type(model).__mro__:
+        if kind.__module__.startswith("diffusers.") and kind.__name__ in MODELS:
+            return importlib.import_module(f".{MODELS[kind.__name__]}", __package__).FAMILY
+    return None
+
+
+def _check_not_compiled(op: str, model: nn.Module) -> None:
+    # What torch.compile returns; to ask for the class would load its compiler.
+    if any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in model.modules()):
+        fail(op, "model", "one that is not compiled yet", "a compiled one")
+
+
+def _plan(op: str, model: nn.Module, family: Family, strict: bool) -> tuple[list, Report]:
+    record: list[_Forward | _Processor | _Backend] = []
+    left = {}
+    for name, module in model.named_modules():
+        processor = getattr(module, "processor", None)
+        if processor is None:
+            continue
+        if (kind := family.processors.get(type(processor))) is not None:
+            record.append(_Processor(module, kind(), processor))
+        elif strict:
+            known = ", ".join(kind.__name__ for kind in family.processors)
+            fail(op, f"{name}.processor", f"one of {known}, or strict=False", type(processor).__name__)
+        else:
+            left[f"{name}.processor"] = type(processor).__name__
+            if hasattr(processor, "_attention_backend"):
+                record.append(_Backend(processor, processor._attention_backend))
+    for name, module in model.named_modules():
+        if not left and (forward := family.forwards.get(type(module))) is not None:
+            if not _places(module, None):
+                fail(op, name, f"the forward of {type(module).__name__}", "one that something else has replaced")
+            record.append(_Forward(module, functools.partial(forward, module)))
+    counts = Counter(_label(entry) for entry in record)
+    return record, Report(type(model).__name__, dict(counts), left)
+
+
+def _label(entry: _Forward | _Processor | _Backend) -> str:
+    if isinstance(entry, _Forward):
+        return type(entry.module).__name__
+    if isinstance(entry, _Processor):
+        return type(entry.original).__name__
+    return f"backends of {type(entry.processor).__name__}"
+
+
+def _places(module: nn.Module, ours: Callable[..., Any] | None) -> list[tuple[Any, str]]:
+    """Where `ours`, or if None the forward of the module's class, is called from: the module, or hooks of accelerate or diffusers.
+
+    Both keep the forward that they found, and put another one into the module.
+    """
+    at: list[tuple[Any, str]] = [(module, name) for name in ("forward", "_old_forward") if name in module.__dict__]
+    for reference in getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", ()):
+        at += [(reference, name) for name in ("forward", "original_forward")]
+    if ours is None:
+        own = type(module).forward
+        return [p for p in at if getattr(getattr(*p), "__func__", None) is own] if at else [(module, "forward")]
+    return [p for p in at if getattr(*p) is ours]
+
+
+def _install(entry: _Forward | _Processor | _Backend) -> None:
+    if isinstance(entry, _Forward):
+        for owner, name in _places(entry.module, None):
+            setattr(owner, name, entry.ours)
+    elif isinstance(entry, _Processor):
+        entry.module.set_processor(entry.ours)
+    else:
+        entry.processor._attention_backend = AttentionBackendName("sora")
+
+
+def _remove(entry: _Forward | _Processor | _Backend) -> None:
+    if isinstance(entry, _Forward):
+        for owner, name in _places(entry.module, entry.ours):
+            if owner is entry.module and name == "forward":
+                del entry.module.forward
+            else:
+                setattr(owner, name, entry.module.__class__.forward.__get__(entry.module))
+    elif isinstance(entry, _Processor):
+        entry.module.set_processor(entry.original)
+    else:
+        entry.processor._attention_backend = entry.original

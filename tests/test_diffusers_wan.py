@@ -1,0 +1,55 @@
+"""Wan 2.1, 2.2, VACE and Animate, patched."""
+
+from functools import partial
+
+import torch
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+from diffusers_contract import FamilyContract, Inputs, Variant
+
+CONFIG = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 64,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+SIZES = ((2, 3, 8, 8), (3, 2, 8, 12), (5, 5, 12, 4))
+
+
+def inputs(size: int, channels: int = 4, image: bool = False, per_token: bool = False) -> Inputs:
+    b, *grid = SIZES[size]
+    tokens = grid[0] * grid[1] * grid[2] // 4
+    made = {
+        "hidden_states": torch.randn(b, channels, *grid),
+        "timestep": torch.randint(0, 1000, (b, tokens) if per_token else (b,)),
+        "encoder_hidden_states": torch.randn(b, 512, 32),
+    }
+    if image:
+        made["encoder_hidden_states_image"] = torch.randn(b, 10 + size, 16)
+    return made
+
+
+def vace_inputs(size: int) -> Inputs:
+    b, *grid = SIZES[size]
+    return inputs(size) | {"control_hidden_states": torch.randn(b, 6, *grid), "control_hidden_states_scale": torch.ones(2)}
+
+
+def build(kind: type = WanTransformer3DModel, **changes):
+    return partial(kind, **(CONFIG | changes))
+
+
+VARIANTS = {
+    "t2v": Variant(build(), inputs),
+    "i2v": Variant(build(image_dim=16, added_kv_proj_dim=256), partial(inputs, image=True)),
+    "ti2v": Variant(build(), partial(inputs, per_token=True)),
+    "no_cross_attn_norm": Variant(build(cross_attn_norm=False), inputs),
+    "vace": Variant(build(WanVACETransformer3DModel, vace_layers=[0, 1], vace_in_channels=6), vace_inputs),
+}
+
+
+class TestWan(FamilyContract):
+    pass
