@@ -35,9 +35,11 @@ _NAMES = AttentionNames("query", "key", "value", "scale", "cum_seq_q", "cum_seq_
 def register() -> None:
     """Offers these kernels to torch as the FlashAttention implementation "SORA", and activates nothing.
 
-        register()
-        torch.nn.attention.activate_flash_attention_impl("SORA")
-        torch.nn.attention.restore_flash_attention_impl()  # torch's own again
+    >>> register()
+    >>> torch.nn.attention.activate_flash_attention_impl("SORA")
+    >>> torch.nn.attention.current_flash_attention_impl()
+    'SORA'
+    >>> torch.nn.attention.restore_flash_attention_impl()
 
     While it is active, the operators of FlashAttention are these kernels for all CUDA tensors of the process. They are called by
     `torch.nn.functional.scaled_dot_product_attention` where torch chooses FlashAttention, by
