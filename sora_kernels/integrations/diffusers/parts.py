@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -12,7 +12,9 @@ from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from torch import Tensor, nn
 
 from ...adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
+from ...attention import flash_attn_varlen_func
 from ...bias_gelu import bias_gelu
+from ...checks import fail
 from ...norm_rope import apply_rope, norm_rope
 
 _LAYER_NORMS = nn.LayerNorm, FP32LayerNorm
@@ -48,6 +50,10 @@ def unless_watched(*names: str) -> Callable[[Callable[..., Any]], Callable[..., 
         def chosen(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if all(is_norm(getattr(self, name)) for name in names):
                 return forward(self, *args, **kwargs)
+            if any(isinstance(x, Packing) for x in args):
+                fail(
+                    "packed_forward", type(self).__name__, f"{', '.join(names)} without hooks, offloading or casts", "one with them"
+                )
             return type(self).forward(self, *args, **kwargs)
 
         return chosen
@@ -68,15 +74,18 @@ def _rows(x: Tensor, *rows: Tensor | None) -> list[Tensor | None]:
     return [r if r is None or r.dtype in (x.dtype, torch.float32) else r.to(x.dtype) for r in rows]
 
 
-def modulate(norm: nn.Module, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """norm(x) * (1 + scale) + shift."""
+def modulate(
+    norm: nn.Module, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, cu_rows: Tensor | None = None
+) -> Tensor:
+    """norm(x) * (1 + scale) + shift. Like the others, of a dense x, or of packed tokens and the boundaries of their rows."""
     shift, scale = _rows(x, shift, scale)
-    return layer_norm_modulate(x, shift, scale, **_norm(norm))
+    return layer_norm_modulate(x, shift, scale, cu_rows, **_norm(norm))
 
 
-def gate(residual: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
+def gate(residual: Tensor, x: Tensor, gate: Tensor | None = None, cu_rows: Tensor | None = None) -> Tensor:
     """residual + gate * x, in the residual's dtype."""
-    return gate_residual(residual, x.to(residual.dtype) if residual.dtype != torch.float32 else x, *_rows(x, gate))
+    x = x if residual.dtype == torch.float32 else x.to(residual.dtype)
+    return gate_residual(residual, x, _rows(x, gate)[0], cu_rows)
 
 
 def gate_modulate(
@@ -86,32 +95,63 @@ def gate_modulate(
     gate: Tensor | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
+    cu_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(residual, y): residual <- residual + gate * x; y = norm(residual) * (1 + scale) + shift."""
     x = x.to(residual.dtype)
     if type(norm) is nn.Identity:
-        residual = gate_residual(residual, x, *_rows(x, gate))
+        residual = gate_residual(residual, x, _rows(x, gate)[0], cu_rows)
         return residual, residual
-    return gate_residual_layer_norm_modulate(residual, x, *_rows(x, gate, shift, scale), **_norm(norm))  # type: ignore[arg-type]
+    gate, shift, scale = _rows(x, gate, shift, scale)
+    return gate_residual_layer_norm_modulate(residual, x, gate, shift, scale, cu_rows, **_norm(norm))
 
 
 def normed_rotated(norm: nn.Module | None, x: Tensor, tables: Tables | None, across_heads: bool = False, **options: Any) -> Tensor:
-    """Queries or keys [B, S, H, d] behind their norm, of each head or across heads, and rotated by cos and sin, if there are any.
+    """Queries or keys, [B, S, H, d] or packed [N, H, d], behind their norm, of each head or across heads, and rotated, if by any.
 
     The tables are [N, r/2] or [N, H, r/2]; an option of `apply_rope` is `interleaved`.
     """
     if not is_norm(norm):
-        x, norm = norm(x.flatten(2)).view_as(x) if across_heads else norm(x), None  # type: ignore[misc]
+        x, norm = norm(x.flatten(-2)).view_as(x) if across_heads else norm(x), None  # type: ignore[misc]
     cos, sin = (None, None) if tables is None else _rows(x, *tables)
     if norm is None or type(norm) is nn.Identity:
         return x if cos is None or sin is None else apply_rope(x, cos, sin, **options)
     return norm_rope(x, cos, sin, across_heads=across_heads, **_norm(norm), **options)
 
 
-def attend(processor: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-    """Attention of [B, S, H, d] by the backend that the processor has been given -> [B, S, H * d]."""
-    out = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=processor._attention_backend, **options)
-    return out.flatten(2, 3)
+class Packing(NamedTuple):
+    """What the attention of a packed batch needs; a patched block takes it in the place of its tables.
+
+    Boundaries are int32: of samples among the tokens and among those of their texts [B+1], of rows of modulation [R+1].
+    """
+
+    tables: Tables
+    cu_seqlens: Tensor
+    cu_text: Tensor
+    cu_rows: Tensor
+    image: Tensor | None = None
+    """Packed tokens that are attended to beside the text, and their boundaries [B+1]."""
+    cu_image: Tensor | None = None
+
+
+def attend(
+    processor: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Attention -> [B, S, H * d], or packed [N, H * d].
+
+    Of [B, S, H, d] by the backend that the processor has been given; of packed queries and keys, with both boundaries, by ours.
+    """
+    if cu_seqlens is None:
+        out = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=processor._attention_backend, **options)
+    else:
+        out = flash_attn_varlen_func(query, key, value, *cu_seqlens)
+    return out.flatten(-2)
 
 
 class Processor:

@@ -33,6 +33,8 @@ class Family(NamedTuple):
     processors: dict[type, type]
     forwards: dict[type, Callable[..., Any]]
     """A forward takes the module first, as a method would."""
+    packed: Callable[..., Any] | None = None
+    """Of the model and packed.Samples."""
 
 
 class Report(NamedTuple):
@@ -90,13 +92,13 @@ def apply(model: nn.Module, *, strict: bool = True) -> Report:
     op = "apply"
     if not isinstance(model, nn.Module):
         fail(op, "model", "a torch.nn.Module, such as pipe.transformer", type(model).__name__, TypeError)
-    if _RECORD in model.__dict__:
+    if is_patched(model):
         fail(op, "model", "one that is not patched (call revert first)", "a patched one")
     _check_not_compiled(op, model)
     devices = sorted({str(x.device) for x in model.parameters()})
     if len(devices) > 1:
         fail(op, "model", "all parameters on one device (offload or distribute it afterwards)", ", ".join(devices))
-    family = _family(model)
+    family = family_of(model)
     if family is None:
         if strict:
             fail(op, "model", f"one of {', '.join(MODELS)}, or strict=False", type(model).__name__)
@@ -127,7 +129,11 @@ def revert(model: nn.Module) -> None:
     del model.__dict__[_RECORD]
 
 
-def _family(model: nn.Module) -> Family | None:
+def is_patched(model: nn.Module) -> bool:
+    return _RECORD in getattr(model, "__dict__", {})
+
+
+def family_of(model: nn.Module) -> Family | None:
     for kind in type(model).__mro__:
         if kind.__module__.startswith("diffusers.") and kind.__name__ in MODELS:
             return importlib.import_module(f".{MODELS[kind.__name__]}", __package__).FAMILY
