@@ -1,0 +1,230 @@
+"""What stands in for flash_attn.flash_attn_interface: its public functions, and the passes behind them.
+
+diffusers, and whoever splits a sequence over several devices, calls the passes themselves: the backward is given an output and an
+lse that may be of more keys than the ones it is given. So it takes them as they are, and computes each probability as
+exp(s_ij - lse_i).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...attention import flash_attn_func as flash_attn_func
+from ...attention import flash_attn_kvpacked_func as flash_attn_kvpacked_func
+from ...attention import flash_attn_qkvpacked_func as flash_attn_qkvpacked_func
+from ...attention import flash_attn_varlen_func as flash_attn_varlen_func
+from ...attention import flash_attn_varlen_kvpacked_func as flash_attn_varlen_kvpacked_func
+from ...attention import flash_attn_varlen_qkvpacked_func as flash_attn_varlen_qkvpacked_func
+from ...attention import flash_attn_with_kvcache as flash_attn_with_kvcache
+from ...attention_arguments import check_options
+from ...checks import AttentionNames, check_cu_seqlens, check_tensor, fail
+
+PUBLIC = (
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+)
+NAMES = (
+    *PUBLIC,
+    "_flash_attn_forward",
+    "_flash_attn_backward",
+    "_flash_attn_varlen_forward",
+    "_flash_attn_varlen_backward",
+    "_wrapped_flash_attn_forward",
+    "_wrapped_flash_attn_backward",
+    "_wrapped_flash_attn_varlen_forward",
+    "_wrapped_flash_attn_varlen_backward",
+)
+
+
+@torch.no_grad()
+def _flash_attn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention of a dense batch, without derivatives.
+
+    Returns:
+        out, lse [B, H, S], and two empty tensors where flash_attn has its dropout mask and the state of its random numbers.
+    """
+    window = (window_size_left, window_size_right)
+    out, lse, mask = flash_attn_func(q, k, v, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, False, True)
+    return out, lse, mask, _no_random_numbers(q)
+
+
+@torch.no_grad()
+def _flash_attn_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+    num_splits: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same of a packed batch, with lse [H, N]. There is no leftpad_k; num_splits may be 0 or 1."""
+    op = "_flash_attn_varlen_forward"
+    if leftpad_k is not None:
+        fail(op, "leftpad_k", "None (not supported)", type(leftpad_k).__name__)
+    if num_splits not in (0, 1):
+        fail(op, "num_splits", "0 or 1, as keys are not split", repr(num_splits))
+    out, lse, mask = flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        (window_size_left, window_size_right), softcap, alibi_slopes, False, True, block_table, seqused_k=seqused_k,
+    )  # fmt: skip
+    return out, lse, mask, _no_random_numbers(q)
+
+
+def _no_random_numbers(q: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device=q.device)
+
+
+def _flash_attn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """Writes the gradients of a dense batch into dq, dk and dv, those that are not None.
+
+        p_ij = exp(s_ij - lse_i),   ds_ij = p_ij (dout_i . v_j - dout_i . out_i)
+
+    Args:
+        out, softmax_lse: [B, S, H, d] and float32 [B, H, S]: of these keys, or of these and others.
+        deterministic, rng_state: taken for compatibility.
+
+    The others are those of the forward pass.
+
+    Returns:
+        dout . out, float32 [B, H, S].
+    """
+    window = (window_size_left, window_size_right)
+    options = dropout_p, softmax_scale, causal, window, softcap, alibi_slopes
+    return _backward("_flash_attn_backward", dout, q, k, v, out, softmax_lse, (dq, dk, dv), None, *options)
+
+
+def _flash_attn_varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> Tensor:
+    """The same of a packed batch, with lse [H, N]; returns dout . out, float32 [H, N]."""
+    window, boundaries = (window_size_left, window_size_right), (cu_seqlens_q, cu_seqlens_k)
+    options = dropout_p, softmax_scale, causal, window, softcap, alibi_slopes
+    return _backward("_flash_attn_varlen_backward", dout, q, k, v, out, softmax_lse, (dq, dk, dv), boundaries, *options)
+
+
+@torch.no_grad()
+def _backward(
+    op: str,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    boundaries: tuple[Tensor, Tensor] | None,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    check_tensor(op, "q", q, ("B", "S", "H", "d") if boundaries is None else ("Nq", "H", "d"))
+    cu_q = cu_k = None
+    batch = q.shape[0]
+    if boundaries is not None:
+        cu_q, cu_k = boundaries
+        check_cu_seqlens(op, "cu_seqlens_q", cu_q, q)
+        check_cu_seqlens(op, "cu_seqlens_k", cu_k, q, cu_q.shape[0])
+        batch = cu_q.shape[0] - 1
+    options = check_options(op, q, k, v, batch, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, AttentionNames())
+    check_tensor(op, "v", v, tuple(k.shape), dtype=q.dtype, like=q)
+    for name, x in (("dout", dout), ("out", out)):
+        check_tensor(op, name, x, tuple(q.shape), dtype=q.dtype, like=q)
+    of_queries = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    check_tensor(op, "softmax_lse", lse, of_queries, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, like=q)
+    for name, wanted, like in zip(("dq", "dk", "dv"), gradients, (q, k, v), strict=True):
+        if wanted is not None:
+            check_tensor(op, name, wanted, tuple(like.shape), dtype=q.dtype, like=q)
+
+    # A maximum of lse and a sum of 1 is what exp(s - lse) is in the terms of the registered op; see `statistics_like`.
+    scores_are_products = options.alibi is None and options.softcap == 0 and options.scale > 0
+    maximum = lse / options.scale if scores_are_products else lse
+    blind = lse.isinf()  # -inf, or flash_attn's own +inf, of queries that see no key
+    statistics = torch.stack([maximum.masked_fill(blind, -torch.inf), (~blind).to(lse.dtype)])
+    found = torch.ops.sora_kernels.attention_backward(dout, None, q, k, v, out, statistics, cu_q, cu_k, None, *options)
+    for wanted, gradient in zip(gradients, found, strict=True):
+        if wanted is not None:
+            wanted.copy_(gradient)
+    return (dout.to(lse.dtype) * out).sum(-1).transpose(-1, -2).contiguous()
+
+
+# flash_attn's operators by the names of their functions: here both are the same.
+_wrapped_flash_attn_forward = _flash_attn_forward
+_wrapped_flash_attn_backward = _flash_attn_backward
+_wrapped_flash_attn_varlen_forward = _flash_attn_varlen_forward
+_wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
