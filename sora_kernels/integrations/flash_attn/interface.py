@@ -1,8 +1,7 @@
 """What stands in for flash_attn.flash_attn_interface: its public functions, and the passes behind them.
 
-diffusers, and whoever splits a sequence over several devices, calls the passes themselves: the backward is given an output and an
-lse that may be of more keys than the ones it is given. So it takes them as they are, and computes each probability as
-exp(s_ij - lse_i).
+diffusers, and whoever splits a sequence over several devices, calls the passes themselves. There the backward is given an output
+and an lse of more keys than the ones that it is given.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from ...attention import flash_attn_varlen_func as flash_attn_varlen_func
 from ...attention import flash_attn_varlen_kvpacked_func as flash_attn_varlen_kvpacked_func
 from ...attention import flash_attn_varlen_qkvpacked_func as flash_attn_varlen_qkvpacked_func
 from ...attention import flash_attn_with_kvcache as flash_attn_with_kvcache
-from ...attention_arguments import check_options
-from ...checks import AttentionNames, check_cu_seqlens, check_tensor, fail
+from ...attention_arguments import attend
+from ...checks import check_tensor, fail
 
 PUBLIC = (
     "flash_attn_func",
@@ -131,7 +130,8 @@ def _flash_attn_backward(
         p_ij = exp(s_ij - lse_i),   ds_ij = p_ij (dout_i . v_j - dout_i . out_i)
 
     Args:
-        out, softmax_lse: [B, S, H, d] and float32 [B, H, S]: of these keys, or of these and others.
+        out, softmax_lse: [B, S, H, d] and float32 [B, H, S]: of these keys, or of these and others. The forward pass of these keys
+            is computed once more.
         deterministic, rng_state: taken for compatibility.
 
     The others are those of the forward pass.
@@ -141,7 +141,7 @@ def _flash_attn_backward(
     """
     window = (window_size_left, window_size_right)
     options = dropout_p, softmax_scale, causal, window, softcap, alibi_slopes
-    return _backward("_flash_attn_backward", dout, q, k, v, out, softmax_lse, (dq, dk, dv), None, *options)
+    return _backward("_flash_attn_backward", dout, q, k, v, out, softmax_lse, (dq, dk, dv), None, options)
 
 
 def _flash_attn_varlen_backward(
@@ -172,10 +172,9 @@ def _flash_attn_varlen_backward(
     """The same of a packed batch, with lse [H, N]; returns dout . out, float32 [H, N]."""
     window, boundaries = (window_size_left, window_size_right), (cu_seqlens_q, cu_seqlens_k)
     options = dropout_p, softmax_scale, causal, window, softcap, alibi_slopes
-    return _backward("_flash_attn_varlen_backward", dout, q, k, v, out, softmax_lse, (dq, dk, dv), boundaries, *options)
+    return _backward("_flash_attn_varlen_backward", dout, q, k, v, out, softmax_lse, (dq, dk, dv), boundaries, options)
 
 
-@torch.no_grad()
 def _backward(
     op: str,
     dout: Tensor,
@@ -186,41 +185,34 @@ def _backward(
     lse: Tensor,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
     boundaries: tuple[Tensor, Tensor] | None,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
+    options: tuple[float, float, bool, tuple[int, int], float, Tensor | None],
 ) -> Tensor:
-    check_tensor(op, "q", q, ("B", "S", "H", "d") if boundaries is None else ("Nq", "H", "d"))
-    cu_q = cu_k = None
-    batch = q.shape[0]
-    if boundaries is not None:
-        cu_q, cu_k = boundaries
-        check_cu_seqlens(op, "cu_seqlens_q", cu_q, q)
-        check_cu_seqlens(op, "cu_seqlens_k", cu_k, q, cu_q.shape[0])
-        batch = cu_q.shape[0] - 1
-    options = check_options(op, q, k, v, batch, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, AttentionNames())
-    check_tensor(op, "v", v, tuple(k.shape), dtype=q.dtype, like=q)
-    for name, x in (("dout", dout), ("out", out)):
-        check_tensor(op, name, x, tuple(q.shape), dtype=q.dtype, like=q)
-    of_queries = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    check_tensor(op, "softmax_lse", lse, of_queries, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, like=q)
-    for name, wanted, like in zip(("dq", "dk", "dv"), gradients, (q, k, v), strict=True):
-        if wanted is not None:
-            check_tensor(op, name, wanted, tuple(like.shape), dtype=q.dtype, like=q)
+    """Attention to these keys alone has an out' and an lse' of its own.
 
-    # A maximum of lse and a sum of 1 is what exp(s - lse) is in the terms of the registered op; see `statistics_like`.
-    scores_are_products = options.alibi is None and options.softcap == 0 and options.scale > 0
-    maximum = lse / options.scale if scores_are_products else lse
-    blind = lse.isinf()  # -inf, or flash_attn's own +inf, of queries that see no key
-    statistics = torch.stack([maximum.masked_fill(blind, -torch.inf), (~blind).to(lse.dtype)])
-    found = torch.ops.sora_kernels.attention_backward(dout, None, q, k, v, out, statistics, cu_q, cu_k, None, *options)
-    for wanted, gradient in zip(gradients, found, strict=True):
-        if wanted is not None:
-            wanted.copy_(gradient)
-    return (dout.to(lse.dtype) * out).sum(-1).transpose(-1, -2).contiguous()
+    With w = exp(lse' - lse), its probabilities times w are p. So w dout and w dout . (out' - out) are the gradients of out' and
+    lse' that give ds.
+    """
+    with torch.enable_grad():
+        inputs = own_q, own_k, own_v = [x.detach().requires_grad_() for x in (q, k, v)]
+        own_out, own_lse, _ = attend(op, own_q, own_k, own_v, boundaries, *options, True)
+    with torch.no_grad():
+        for name, x in (("dout", dout), ("out", out)):
+            check_tensor(op, name, x, tuple(own_out.shape), dtype=own_out.dtype, like=q)
+        check_tensor(op, "softmax_lse", lse, tuple(own_lse.shape), dtype=own_lse.dtype, like=q)
+        for name, wanted, like in zip(("dq", "dk", "dv"), gradients, (q, k, v), strict=True):
+            if wanted is not None:
+                check_tensor(op, name, wanted, tuple(like.shape), dtype=like.dtype, like=q)
+
+        blind = own_lse.isinf() | lse.isinf()  # of no key, where flash_attn itself has +inf
+        weight = (own_lse - lse).exp().masked_fill(blind, 0.0)
+        wide = dout.to(lse.dtype)
+        dlse = weight * (wide * (own_out.to(lse.dtype) - out)).sum(-1).transpose(-1, -2)
+        own_dout = (wide * weight.transpose(-1, -2)[..., None]).to(own_out.dtype)
+        found = torch.autograd.grad((own_out, own_lse), inputs, (own_dout, dlse))
+        for wanted, gradient in zip(gradients, found, strict=True):
+            if wanted is not None:
+                wanted.copy_(gradient)
+        return (wide * out).sum(-1).transpose(-1, -2).contiguous()
 
 
 # flash_attn's operators by the names of their functions: here both are the same.
