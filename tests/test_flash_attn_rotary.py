@@ -233,6 +233,8 @@ def test_products_depend_on_the_distance(interleaved: bool, scale_base: float | 
     distance = torch.arange(ROWS).double()[:, None] - torch.arange(ROWS)
     factor = torch.polar(torch.ones(()).double(), distance[..., None] * angles)
     if scale_base is not None:
+        middle = rotate._cos_cached[ROWS // 2]
+        torch.testing.assert_close(middle.double(), (ROWS // 2 * angles).cos(), rtol=1e-5, atol=1e-5)  # no factor there
         factor = factor * ((2 * places + 0.4 * dim) / (1.4 * dim)) ** (distance / scale_base)[..., None]
     torch.testing.assert_close(products, (product * factor).real.sum(-1), rtol=1e-4, atol=1e-4)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -153,6 +154,12 @@ def test_bad_arguments(clean: None) -> None:
     with pytest.raises(TypeError, match="install: replace: expected a bool, got 'yes'"):
         stand_in.install(replace="yes")  # type: ignore[arg-type]
     assert not modules()
+
+
+def test_page() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/integrations/flash_attn.md").read_text(), re.MULTILINE | re.DOTALL)
+    lines = [code.replace(".install()", ".install(replace=True)") for code in blocks]  # also where flash_attn itself is installed
+    assert run("\n".join(lines)) == "torch.Size([2, 7, 4, 64])\n"
 
 
 # The wheel.

@@ -203,8 +203,7 @@ def _backward(
             if wanted is not None:
                 check_tensor(op, name, wanted, tuple(like.shape), dtype=like.dtype, like=q)
 
-        blind = own_lse.isinf() | lse.isinf()  # of no key, where flash_attn itself has +inf
-        weight = (own_lse - lse).exp().masked_fill(blind, 0.0)
+        weight = (own_lse - lse).exp().masked_fill(own_lse.isinf(), 0.0)  # -inf - -inf of queries that see no key
         wide = dout.to(lse.dtype)
         dlse = weight * (wide * (own_out.to(lse.dtype) - out)).sum(-1).transpose(-1, -2)
         own_dout = (wide * weight.transpose(-1, -2)[..., None]).to(own_out.dtype)
