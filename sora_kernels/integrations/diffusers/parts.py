@@ -77,15 +77,15 @@ def _rows(x: Tensor, *rows: Tensor | None) -> list[Tensor | None]:
 def modulate(
     norm: nn.Module, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, cu_rows: Tensor | None = None
 ) -> Tensor:
-    """norm(x) * (1 + scale) + shift. Like the others, of a dense x, or of packed tokens and the boundaries of their rows."""
+    """norm(x) * (1 + scale) + shift. Of this and the others, `cu_rows` are boundaries of rows among all tokens, dense or packed."""
     shift, scale = _rows(x, shift, scale)
-    return layer_norm_modulate(x, shift, scale, cu_rows, **_norm(norm))
+    return layer_norm_modulate(_tokens(x, cu_rows), shift, scale, cu_rows, **_norm(norm)).view_as(x)
 
 
 def gate(residual: Tensor, x: Tensor, gate: Tensor | None = None, cu_rows: Tensor | None = None) -> Tensor:
     """residual + gate * x, in the residual's dtype."""
     x = x if residual.dtype == torch.float32 else x.to(residual.dtype)
-    return gate_residual(residual, x, _rows(x, gate)[0], cu_rows)
+    return gate_residual(_tokens(residual, cu_rows), _tokens(x, cu_rows), _rows(x, gate)[0], cu_rows).view_as(x)
 
 
 def gate_modulate(
@@ -100,10 +100,18 @@ def gate_modulate(
     """(residual, y): residual <- residual + gate * x; y = norm(residual) * (1 + scale) + shift."""
     x = x.to(residual.dtype)
     if type(norm) is nn.Identity:
-        residual = gate_residual(residual, x, _rows(x, gate)[0], cu_rows)
+        residual = gate_residual(_tokens(residual, cu_rows), _tokens(x, cu_rows), _rows(x, gate)[0], cu_rows).view_as(x)
         return residual, residual
     gate, shift, scale = _rows(x, gate, shift, scale)
-    return gate_residual_layer_norm_modulate(residual, x, gate, shift, scale, cu_rows, **_norm(norm))
+    residual, y = gate_residual_layer_norm_modulate(
+        _tokens(residual, cu_rows), _tokens(x, cu_rows), gate, shift, scale, cu_rows, **_norm(norm)
+    )
+    return residual.view_as(x), y.view_as(x)
+
+
+def _tokens(x: Tensor, cu_rows: Tensor | None) -> Tensor:
+    """[N, D] where there are boundaries."""
+    return x if cu_rows is None else x.flatten(0, -2)
 
 
 def normed_rotated(norm: nn.Module | None, x: Tensor, tables: Tables | None, across_heads: bool = False, **options: Any) -> Tensor:
