@@ -67,10 +67,10 @@ def to(inputs: Any, dtype: torch.dtype) -> Any:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """Those of an output, which may be nested tuples and lists."""
+    """Those of an output, which may be nested tuples and lists. Other things in it, such as caches, have none."""
     if isinstance(output, Tensor):
         return [output]
-    return [x for part in output if part is not None for x in tensors(part)]
+    return [x for part in output for x in tensors(part)] if isinstance(output, (tuple, list)) else []
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:

@@ -68,15 +68,19 @@ def _rows(x: Tensor, *rows: Tensor | None) -> list[Tensor | None]:
     return [r if r is None or r.dtype in (x.dtype, torch.float32) else r.to(x.dtype) for r in rows]
 
 
-def modulate(norm: nn.Module, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """norm(x) * (1 + scale) + shift."""
+def modulate(
+    norm: nn.Module, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, cu_rows: Tensor | None = None
+) -> Tensor:
+    """norm(x) * (1 + scale) + shift. With `cu_rows` rows are of the tokens between its boundaries, sample after sample."""
     shift, scale = _rows(x, shift, scale)
-    return layer_norm_modulate(x, shift, scale, **_norm(norm))
+    return layer_norm_modulate(_packed(x, cu_rows), shift, scale, cu_rows, **_norm(norm)).view_as(x)
 
 
-def gate(residual: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
+def gate(residual: Tensor, x: Tensor, gate: Tensor | None = None, cu_rows: Tensor | None = None) -> Tensor:
     """residual + gate * x, in the residual's dtype."""
-    return gate_residual(residual, x.to(residual.dtype) if residual.dtype != torch.float32 else x, *_rows(x, gate))
+    x = x.to(residual.dtype) if residual.dtype != torch.float32 else x
+    (gate,) = _rows(x, gate)
+    return gate_residual(_packed(residual, cu_rows), _packed(x, cu_rows), gate, cu_rows).view_as(x)
 
 
 def gate_modulate(
@@ -86,13 +90,22 @@ def gate_modulate(
     gate: Tensor | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
+    cu_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(residual, y): residual <- residual + gate * x; y = norm(residual) * (1 + scale) + shift."""
     x = x.to(residual.dtype)
+    gate, shift, scale = _rows(x, gate, shift, scale)
+    tokens = _packed(residual, cu_rows), _packed(x, cu_rows)
     if type(norm) is nn.Identity:
-        residual = gate_residual(residual, x, *_rows(x, gate))
+        residual = gate_residual(*tokens, gate, cu_rows).view_as(x)
         return residual, residual
-    return gate_residual_layer_norm_modulate(residual, x, *_rows(x, gate, shift, scale), **_norm(norm))  # type: ignore[arg-type]
+    residual, y = gate_residual_layer_norm_modulate(*tokens, gate, shift, scale, cu_rows, **_norm(norm))
+    return residual.view_as(x), y.view_as(x)
+
+
+def _packed(x: Tensor, cu_rows: Tensor | None) -> Tensor:
+    """[B, S, D], or [B*S, D] where there are boundaries."""
+    return x if cu_rows is None else x.flatten(0, 1)
 
 
 def normed_rotated(norm: nn.Module | None, x: Tensor, tables: Tables | None, across_heads: bool = False, **options: Any) -> Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 from ...checks import fail
 
 MODELS = {
+    "Flux2Transformer2DModel": "flux2",
     "FluxTransformer2DModel": "flux",
     "WanAnimateTransformer3DModel": "wan",
     "WanTransformer3DModel": "wan",
