@@ -21,6 +21,7 @@ from ...checks import fail
 MODELS = {
     "Flux2Transformer2DModel": "flux2",
     "FluxTransformer2DModel": "flux",
+    "QwenImageTransformer2DModel": "qwenimage",
     "WanAnimateTransformer3DModel": "wan",
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan",
