@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
 from ...bias_gelu import bias_gelu
 from ...norm_rope import apply_rope, norm_rope
+from .attention_backend import BACKENDS
 
 _LAYER_NORMS = nn.LayerNorm, FP32LayerNorm
 _RMS_NORMS = nn.RMSNorm, RMSNorm
@@ -122,8 +123,16 @@ def normed_rotated(norm: nn.Module | None, x: Tensor, tables: Tables | None, acr
 
 
 def attend(processor: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-    """Attention of [B, S, H, d] by the backend that the processor has been given -> [B, S, H * d]."""
-    out = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=processor._attention_backend, **options)
+    """Attention of [B, S, H, d] by the backend that the processor has been given -> [B, S, H * d].
+
+    A mask may be one of keys, [B, Sk]. One that "sora_varlen" does not take, of queries or of numbers to add, is "sora"'s.
+    """
+    backend = processor._attention_backend
+    if mask is not None and backend not in BACKENDS:
+        mask = mask[:, None, None] if mask.ndim == 2 else mask
+    elif mask is not None and (mask.dtype != torch.bool or any(n != 1 for n in mask.shape[1:-1])):
+        backend = AttentionBackendName("sora")
+    out = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, **options)
     return out.flatten(2, 3)
 
 
