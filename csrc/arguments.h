@@ -64,7 +64,7 @@ inline __attribute__((always_inline)) void dispatch_adaln(const AdaLnTypes& type
 // norm_gate_residual adds to the residual what others write to `out`: it has residual_out and dresidual_out, but no out and no
 // dout. Its gate is `scale`, which multiplies as it is, where others multiply by 1 + scale.
 struct AdaLn {
-  bool gates_norm() const { return !out && !dout; }
+  __attribute__((always_inline)) bool gates_norm() const { return !out && !dout; }
 
   Tensor residual, x, gate, shift, scale, cu_rows, weight, bias;
   bool rms;

@@ -134,11 +134,15 @@ SORA_INLINE void norm_token(const AdaLn& a, const Modulation m, int64_t n, const
   });
 }
 
-// put(i, lanes, y) that writes to token n of `out`, of storage type T.
+// put(i, lanes, y) that writes to token n of `out`.
 template <class T>
-auto writer(const Tensor& out, int64_t n) {
-  return [to = row<T>(out, n), stream = streams(out)](int64_t i, int lanes, vf y) { write_lanes(to + i, y, lanes, stream); };
-}
+struct Writer {
+  Writer(const Tensor& out, int64_t n) : to(row<T>(out, n)), stream(streams(out)) {}
+  SORA_INLINE void operator()(int64_t i, int lanes, vf y) const { write_lanes(to + i, y, lanes, stream); }
+
+  T* to;
+  bool stream;
+};
 
 void zero_row(const Tensor& x, int64_t n) {
   if (x) memset(static_cast<char*>(x.data) + n * x.stride[0] * x.item_bytes, 0, x.size[1] * x.item_bytes);
@@ -241,11 +245,13 @@ void backward_token(const AdaLn& a, const Modulation& m, const Sums& where, int6
   };
   T* dx = row<T>(a.dx, n);
   if (A::kGatesNorm || !a.dresidual) {
-    const auto write = writer<T>(a.dx, n);
-    each_vector(d, [=](int64_t i, int lanes) { write(i, lanes, through_norm(i, lanes)); });
-    if (!a.dresidual) return;
-    const auto write_residual = writer<R>(a.dresidual, n);
-    each_vector(d, [=](int64_t i, int lanes) { write_residual(i, lanes, load_lanes(dout + i, lanes)); });
+    const bool stream = streams(a.dx);
+    each_vector(d, [=](int64_t i, int lanes) { write_lanes(dx + i, through_norm(i, lanes), lanes, stream); });
+    if constexpr (A::kGatesNorm)
+      if (a.dresidual) {
+        const Writer<R> write(a.dresidual, n);
+        each_vector(d, [=](int64_t i, int lanes) { write(i, lanes, load_lanes(dout + i, lanes)); });
+      }
     return;
   }
   const bool stream = streams(a.dresidual), stream_x = streams(a.dx);
@@ -341,7 +347,7 @@ void layer_norm_modulate_forward(const AdaLn& a) {
     forward<A>(a, [&](int64_t n, int64_t, const Modulation& m) {
       const auto* x = row<const typename A::T>(a.x, n);
       const auto x_at = [=](int64_t i, int lanes) { return load_lanes(x + i, lanes); };
-      norm_token(a, m, n, x, x_at, writer<typename A::T>(a.out, n));
+      norm_token(a, m, n, x, x_at, Writer<typename A::T>(a.out, n));
     });
   });
 }
@@ -368,7 +374,7 @@ void gate_residual_layer_norm_modulate_forward(const AdaLn& a) {
         store_lanes(residual + i, sum_at(i, lanes), lanes);
         return load_lanes(residual + i, lanes);
       };
-      norm_token(a, m, n, residual, rounded_at, writer<typename A::T>(a.out, n));
+      norm_token(a, m, n, residual, rounded_at, Writer<typename A::T>(a.out, n));
     });
   });
 }
@@ -379,7 +385,7 @@ void norm_gate_residual_forward(const AdaLn& a) {
     forward<A>(a, [&](int64_t n, int64_t, const Modulation& m) {
       const auto* x = row<const typename A::T>(a.x, n);
       const auto* residual = row<const typename A::R>(a.residual, n);
-      const auto write = writer<typename A::R>(a.residual_out, n);
+      const Writer<typename A::R> write(a.residual_out, n);
       const auto x_at = [=](int64_t i, int lanes) { return load_lanes(x + i, lanes); };
       const auto add = [=](int64_t i, int lanes, vf y) { write(i, lanes, load_lanes(residual + i, lanes) + y); };
       norm_token(a, m, n, x, x_at, add);
