@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from ...attention import flash_attn_varlen_func
 from ...bias_gelu import bias_gelu
 from ...checks import fail
 from ...norm_rope import apply_rope, norm_rope
+from .attention_backend import BACKENDS
 
 _LAYER_NORMS = nn.LayerNorm, FP32LayerNorm
 _RMS_NORMS = nn.RMSNorm, RMSNorm
@@ -99,13 +100,12 @@ def gate_modulate(
 ) -> tuple[Tensor, Tensor]:
     """(residual, y): residual <- residual + gate * x; y = norm(residual) * (1 + scale) + shift."""
     x = x.to(residual.dtype)
-    if type(norm) is nn.Identity:
-        residual = gate_residual(_tokens(residual, cu_rows), _tokens(x, cu_rows), _rows(x, gate)[0], cu_rows).view_as(x)
-        return residual, residual
     gate, shift, scale = _rows(x, gate, shift, scale)
-    residual, y = gate_residual_layer_norm_modulate(
-        _tokens(residual, cu_rows), _tokens(x, cu_rows), gate, shift, scale, cu_rows, **_norm(norm)
-    )
+    tokens = _tokens(residual, cu_rows), _tokens(x, cu_rows)
+    if type(norm) is nn.Identity:
+        residual = gate_residual(*tokens, gate, cu_rows).view_as(x)
+        return residual, residual
+    residual, y = gate_residual_layer_norm_modulate(*tokens, gate, shift, scale, cu_rows, **_norm(norm))
     return residual.view_as(x), y.view_as(x)
 
 
@@ -154,12 +154,16 @@ def attend(
     """Attention -> [B, S, H * d], or packed [N, H * d].
 
     Of [B, S, H, d] by the backend that the processor has been given; of packed queries and keys, with both boundaries, by ours.
+    A mask may be one of keys, [B, Sk]. One that "sora_varlen" does not take, of queries or of numbers to add, is "sora"'s.
     """
-    if cu_seqlens is None:
-        out = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=processor._attention_backend, **options)
-    else:
-        out = flash_attn_varlen_func(query, key, value, *cu_seqlens)
-    return out.flatten(-2)
+    if cu_seqlens is not None:
+        return flash_attn_varlen_func(query, key, value, *cu_seqlens).flatten(-2)
+    backend = processor._attention_backend
+    if mask is not None and backend not in BACKENDS:
+        mask = mask[:, None, None] if mask.ndim == 2 else mask
+    elif mask is not None and (mask.dtype != torch.bool or any(n != 1 for n in mask.shape[1:-1])):
+        backend = AttentionBackendName("sora")
+    return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, **options).flatten(-2)
 
 
 class Processor:
@@ -173,3 +177,71 @@ def gelu(self: Any, hidden_states: Tensor) -> Tensor:
     """Of diffusers' GELU: its linear layer, and the tanh approximation."""
     hidden_states = self.proj(hidden_states)
     return bias_gelu(hidden_states) if self.approximate == "tanh" else self.gelu(hidden_states)
+
+
+def torch_gelu(self: nn.GELU, x: Tensor) -> Tensor:
+    """Of torch's GELU, in the tanh approximation."""
+    return bias_gelu(x) if self.approximate == "tanh" else nn.GELU.forward(self, x)
+
+
+@unless_watched("norm")
+def ada_layer_norm_zero(
+    self: Any,
+    x: Tensor,
+    timestep: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    hidden_dtype: torch.dtype | None = None,
+    emb: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Of diffusers' AdaLayerNormZero: the modulated norm, and the four rows that its block needs later."""
+    if self.emb is not None:
+        emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+    shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
+    return modulate(self.norm, x, shift, scale), *rest
+
+
+@unless_watched("norm")
+def ada_layer_norm_zero_single(self: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
+    """Of diffusers' AdaLayerNormZeroSingle: the modulated norm, and the gate."""
+    shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
+    return modulate(self.norm, x, shift, scale), gate
+
+
+@unless_watched("norm")
+def ada_layer_norm_continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+    """Of diffusers' AdaLayerNormContinuous, with which many models end."""
+    scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
+    return modulate(self.norm, x, shift, scale)
+
+
+def within_float16(x: Tensor) -> Tensor:
+    """What overflowed in float16, within its range, as some blocks return it."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def of_pairs(tables: Tables | Tensor | None) -> Tables | None:
+    """Cosines and sines of pairs, [..., d/2], of tables that have each twice, [..., d], or of complex numbers."""
+    if tables is None:
+        return None
+    if isinstance(tables, Tensor):
+        cos, sin = torch.view_as_real(tables).unbind(-1)
+    else:
+        cos, sin = tables[0][..., 0::2], tables[1][..., 1::2]
+    return cos.contiguous(), sin.contiguous()
+
+
+def normed_joint(
+    attn: Any, text: Sequence[Tensor], x: Sequence[Tensor], text_tables: Tables | None, tables: Tables | None
+) -> list[Tensor]:
+    """Queries, keys and values [B, S, H, d] of a text and, behind it, x: `text` and `x` are the three of each, not normed yet."""
+    query = normed_rotated(attn.norm_added_q, text[0], text_tables), normed_rotated(attn.norm_q, x[0], tables)
+    key = normed_rotated(attn.norm_added_k, text[1], text_tables), normed_rotated(attn.norm_k, x[1], tables)
+    return [torch.cat(pair, dim=1) for pair in (query, key, (text[2], x[2]))]
+
+
+def split_tables(tables: Tables | None, length: int) -> tuple[Tables | None, Tables | None]:
+    """Those of the first tokens, and of the others."""
+    if tables is None:
+        return None, None
+    cos, sin = tables
+    return (cos[:length], sin[:length]), (cos[length:], sin[length:])

@@ -19,6 +19,11 @@ from torch import nn
 from ...checks import fail
 
 MODELS = {
+    "DiTTransformer2DModel": "dit",
+    "Flux2Transformer2DModel": "flux2",
+    "FluxTransformer2DModel": "flux",
+    "LatteTransformer3DModel": "dit",
+    "QwenImageTransformer2DModel": "qwenimage",
     "WanAnimateTransformer3DModel": "wan",
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan",
