@@ -95,6 +95,8 @@ def backward_kernel(
             dh = load_rows(dresidual_out, token, cols, inside)
         if norm.mean is not None:
             dy = load_rows(dout, token, cols, inside)
+            if GATES_NORM and p_dresidual is not None:
+                store_rows(p_dresidual, token, cols, store, dy, D)
             h = load_rows(normed, token, cols, inside)
             mean = tl.load(norm.mean + token, mask=token < end, other=0.0)[:, None]
             rstd = tl.load(norm.rstd + token, mask=token < end, other=0.0)[:, None]
@@ -103,8 +105,6 @@ def backward_kernel(
                 scale_sum += tl.sum(dy * xhat, axis=0)
             if sums.shift is not None:
                 shift_sum += tl.sum(dy, axis=0)
-            if GATES_NORM and p_dresidual is not None:
-                store_rows(p_dresidual, token, cols, store, dy, D)
             # The row's factors are read anew for each token, from L1: kept, they would cost registers that hide latency.
             factor = _factor(scale, row_block, cols, load_row, GATES_NORM)
             if norm.weight is not None:
