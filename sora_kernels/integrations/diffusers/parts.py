@@ -109,9 +109,39 @@ def normed_rotated(norm: nn.Module | None, x: Tensor, tables: Tables | None, acr
 
 
 def attend(processor: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-    """Attention of [B, S, H, d] by the backend that the processor has been given -> [B, S, H * d]."""
-    out = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=processor._attention_backend, **options)
+    """Attention of [B, S, H, d] by the backend that the processor has been given -> [B, S, H * d].
+
+    "sora_varlen" knows masks of keys only; others go to "sora".
+    """
+    backend = processor._attention_backend
+    if backend == "sora_varlen" and mask is not None and not is_of_keys(mask):
+        backend = AttentionBackendName("sora")
+    out = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, **options)
     return out.flatten(2, 3)
+
+
+def is_of_keys(mask: Tensor) -> bool:
+    """Whether a mask is bool, and the same for all heads and queries."""
+    return mask.dtype == torch.bool and (mask.ndim == 2 or all(n == 1 for n in mask.shape[1:-1]))
+
+
+def text_keys(mask: Tensor | None) -> Tensor | None:
+    """LTX's mask of text [B, Sk], 1 where a token counts, as one of keys [B, 1, 1, Sk].
+
+    diffusers adds -10,000 to the scores of the others. That leaves them nothing, except in a sample where all are masked: there it
+    changes nothing.
+    """
+    if mask is None or mask.ndim != 2:
+        return mask
+    keys = mask == 1
+    return (keys | ~keys.any(dim=1, keepdim=True))[:, None, None]
+
+
+def mask_of_heads(mask: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    """A mask [B, 1 or S, Sk], or [B*H, 1 or S, Sk], with an axis of heads."""
+    if mask is None or mask.ndim == 4:
+        return mask
+    return mask[:, None] if mask.shape[0] == batch else mask.unflatten(0, (batch, heads))
 
 
 class Processor:

@@ -19,6 +19,7 @@ from torch import nn
 from ...checks import fail
 
 MODELS = {
+    "LTXVideoTransformer3DModel": "ltx",
     "WanAnimateTransformer3DModel": "wan",
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan",
