@@ -19,6 +19,7 @@ from torch import nn
 from ...checks import fail
 
 MODELS = {
+    "LTX2VideoTransformer3DModel": "ltx2",
     "LTXVideoTransformer3DModel": "ltx",
     "WanAnimateTransformer3DModel": "wan",
     "WanTransformer3DModel": "wan",
