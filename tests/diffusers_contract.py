@@ -58,11 +58,11 @@ def given(variant: Variant, dtype: torch.dtype = torch.float32, size: int = 0) -
 
 
 def to(inputs: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors, in lists too, in this dtype."""
+    """Floating tensors, in lists and tuples too, in this dtype."""
     if isinstance(inputs, dict):
         return {name: to(x, dtype) for name, x in inputs.items()}
-    if isinstance(inputs, list):
-        return [to(x, dtype) for x in inputs]
+    if isinstance(inputs, list | tuple):
+        return type(inputs)(to(x, dtype) for x in inputs)
     return inputs.to(dtype) if isinstance(inputs, Tensor) and inputs.is_floating_point() else inputs
 
 

@@ -19,6 +19,8 @@ from torch import nn
 from ...checks import fail
 
 MODELS = {
+    "CosmosControlNetModel": "cosmos",
+    "CosmosTransformer3DModel": "cosmos",
     "LTX2VideoTransformer3DModel": "ltx2",
     "LTXVideoTransformer3DModel": "ltx",
     "WanAnimateTransformer3DModel": "wan",
