@@ -21,6 +21,7 @@ from ...checks import fail
 MODELS = {
     "CosmosControlNetModel": "cosmos",
     "CosmosTransformer3DModel": "cosmos",
+    "Kandinsky5Transformer3DModel": "kandinsky5",
     "LTX2VideoTransformer3DModel": "ltx2",
     "LTXVideoTransformer3DModel": "ltx",
     "WanAnimateTransformer3DModel": "wan",
