@@ -161,9 +161,33 @@ def attend(
     backend = processor._attention_backend
     if mask is not None and backend not in BACKENDS:
         mask = mask[:, None, None] if mask.ndim == 2 else mask
-    elif mask is not None and (mask.dtype != torch.bool or any(n != 1 for n in mask.shape[1:-1])):
+    elif mask is not None and not is_of_keys(mask):
         backend = AttentionBackendName("sora")
     return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, **options).flatten(-2)
+
+
+def is_of_keys(mask: Tensor) -> bool:
+    """Whether a mask is bool, and the same for all heads and queries."""
+    return mask.dtype == torch.bool and all(n == 1 for n in mask.shape[1:-1])
+
+
+def text_keys(mask: Tensor | None) -> Tensor | None:
+    """LTX's mask of text [B, Sk], 1 where a token counts, as one of keys [B, 1, 1, Sk].
+
+    diffusers adds -10,000 to the scores of the others. That leaves them nothing, except in a sample where all are masked: there it
+    changes nothing.
+    """
+    if mask is None or mask.ndim != 2:
+        return mask
+    keys = mask == 1
+    return (keys | ~keys.any(dim=1, keepdim=True))[:, None, None]
+
+
+def mask_of_heads(mask: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    """A mask [B, 1 or S, Sk], or [B*H, 1 or S, Sk], with an axis of heads."""
+    if mask is None or mask.ndim == 4:
+        return mask
+    return mask[:, None] if mask.shape[0] == batch else mask.unflatten(0, (batch, heads))
 
 
 class Processor:

@@ -19,9 +19,14 @@ from torch import nn
 from ...checks import fail
 
 MODELS = {
+    "CosmosControlNetModel": "cosmos",
+    "CosmosTransformer3DModel": "cosmos",
     "DiTTransformer2DModel": "dit",
     "Flux2Transformer2DModel": "flux2",
     "FluxTransformer2DModel": "flux",
+    "Kandinsky5Transformer3DModel": "kandinsky5",
+    "LTX2VideoTransformer3DModel": "ltx2",
+    "LTXVideoTransformer3DModel": "ltx",
     "LatteTransformer3DModel": "dit",
     "QwenImageTransformer2DModel": "qwenimage",
     "WanAnimateTransformer3DModel": "wan",
