@@ -27,6 +27,7 @@ MODELS = {
     "WanAnimateTransformer3DModel": "wan",
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan",
+    "ZImageTransformer2DModel": "z_image",
 }
 """The module beside this one that knows a class of models."""
 _RECORD = "_sora_kernels_replaced"
@@ -38,6 +39,8 @@ class Family(NamedTuple):
     processors: dict[type, type]
     forwards: dict[type, Callable[..., Any]]
     """A forward takes the module first, as a method would."""
+    prepare: Callable[[Any], None] | None = None
+    """Computes what the model else computes in its first forward, in a way that torch.compile and torch.export do not take."""
 
 
 class Report(NamedTuple):
@@ -107,6 +110,8 @@ def apply(model: nn.Module, *, strict: bool = True) -> Report:
             fail(op, "model", f"one of {', '.join(MODELS)}, or strict=False", type(model).__name__)
         family = Family({}, {})
     record, report = _plan(op, model, family, strict)
+    if family.prepare is not None:
+        family.prepare(model)
     for entry in record:
         _install(entry)
     model.__dict__[_RECORD] = record
