@@ -131,7 +131,7 @@ def _norm_out(self: Any, hidden_states: Tensor, embedded_timestep: Tensor, temb:
     return modulate(self.norm, hidden_states, *_rows(self, 2, hidden_states, embedded_timestep, temb))
 
 
-def _timestep(model: nn.Module, timestep: Tensor, latents: Tensor) -> Tensor:
+def _timestep(model: Any, timestep: Tensor, latents: Tensor) -> Tensor:
     """[B, 1, T, 1, 1] -> [B*T], which keeps diffusers from repeating what follows from it for each token."""
     batch, _, frames, *_ = latents.shape
     per_frame = timestep.shape == (batch, 1, frames, 1, 1) and model.config.patch_size[0] == 1

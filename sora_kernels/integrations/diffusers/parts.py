@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from torch import Tensor, nn
 
-from ...adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
+from ...adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from ...attention import flash_attn_varlen_func
 from ...bias_gelu import bias_gelu
 from ...checks import fail
@@ -107,6 +107,16 @@ def gate_modulate(
         return residual, residual
     residual, y = gate_residual_layer_norm_modulate(*tokens, gate, shift, scale, cu_rows, **_norm(norm))
     return residual.view_as(x), y.view_as(x)
+
+
+def norm_gate(
+    norm: nn.Module, residual: Tensor, x: Tensor, gate: Tensor | None = None, cu_rows: Tensor | None = None, tanh: bool = False
+) -> Tensor:
+    """residual + g * norm(x), where g is the gate or its tanh, in the residual's dtype."""
+    x = x.to(residual.dtype) if residual.dtype != torch.float32 else x
+    (gate,) = _rows(x, gate)
+    tokens = _tokens(residual, cu_rows), _tokens(x, cu_rows)
+    return norm_gate_residual(*tokens, gate, cu_rows, tanh=tanh, **_norm(norm)).view_as(x)
 
 
 def _tokens(x: Tensor, cu_rows: Tensor | None) -> Tensor:

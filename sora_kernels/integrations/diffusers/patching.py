@@ -32,6 +32,7 @@ MODELS = {
     "WanAnimateTransformer3DModel": "wan",
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan",
+    "ZImageTransformer2DModel": "z_image",
 }
 """The module beside this one that knows a class of models."""
 _RECORD = "_sora_kernels_replaced"
@@ -45,6 +46,8 @@ class Family(NamedTuple):
     """A forward takes the module first, as a method would."""
     packed: Callable[..., Any] | None = None
     """Of the model and packed.Samples."""
+    prepare: Callable[[Any], None] | None = None
+    """Computes what the model else computes in its first forward, in a way that torch.compile and torch.export do not take."""
 
 
 class Report(NamedTuple):
@@ -114,6 +117,8 @@ def apply(model: nn.Module, *, strict: bool = True) -> Report:
             fail(op, "model", f"one of {', '.join(MODELS)}, or strict=False", type(model).__name__)
         family = Family({}, {})
     record, report = _plan(op, model, family, strict)
+    if family.prepare is not None:
+        family.prepare(model)
     for entry in record:
         _install(entry)
     model.__dict__[_RECORD] = record
