@@ -68,15 +68,29 @@ def _rows(x: Tensor, *rows: Tensor | None) -> list[Tensor | None]:
     return [r if r is None or r.dtype in (x.dtype, torch.float32) else r.to(x.dtype) for r in rows]
 
 
-def modulate(norm: nn.Module, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """norm(x) * (1 + scale) + shift."""
+def two_parts(x: Tensor, length: int) -> Tensor:
+    """cu_rows, int32 [2B+1], of x [B, S, D] whose first `length` tokens have one row, and the others another."""
+    batch, num_tokens, _ = x.shape
+    cu_rows = torch.arange(0, batch * num_tokens + 1, num_tokens, dtype=torch.int32, device=x.device)
+    return torch.cat([torch.stack([cu_rows[:-1], cu_rows[:-1] + length], dim=1).flatten(), cu_rows[-1:]])
+
+
+def modulate(
+    norm: nn.Module, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, cu_rows: Tensor | None = None
+) -> Tensor:
+    """norm(x) * (1 + scale) + shift. With cu_rows the rows are [R, D], of x [B, S, D] as packed tokens."""
     shift, scale = _rows(x, shift, scale)
-    return layer_norm_modulate(x, shift, scale, **_norm(norm))
+    y = layer_norm_modulate(x if cu_rows is None else x.flatten(0, 1), shift, scale, cu_rows, **_norm(norm))
+    return y.view(x.shape)
 
 
-def gate(residual: Tensor, x: Tensor, gate: Tensor | None = None) -> Tensor:
+def gate(residual: Tensor, x: Tensor, gate: Tensor | None = None, cu_rows: Tensor | None = None) -> Tensor:
     """residual + gate * x, in the residual's dtype."""
-    return gate_residual(residual, x.to(residual.dtype) if residual.dtype != torch.float32 else x, *_rows(x, gate))
+    shape, x = residual.shape, x.to(residual.dtype) if residual.dtype != torch.float32 else x
+    if cu_rows is not None:
+        residual, x = residual.flatten(0, 1), x.flatten(0, 1)
+    (gate,) = _rows(x, gate)
+    return gate_residual(residual, x, gate, cu_rows).view(shape)
 
 
 def gate_modulate(
@@ -86,13 +100,18 @@ def gate_modulate(
     gate: Tensor | None = None,
     shift: Tensor | None = None,
     scale: Tensor | None = None,
+    cu_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(residual, y): residual <- residual + gate * x; y = norm(residual) * (1 + scale) + shift."""
-    x = x.to(residual.dtype)
+    shape, x = residual.shape, x.to(residual.dtype)
+    if cu_rows is not None:
+        residual, x = residual.flatten(0, 1), x.flatten(0, 1)
+    gate, shift, scale = _rows(x, gate, shift, scale)
     if type(norm) is nn.Identity:
-        residual = gate_residual(residual, x, *_rows(x, gate))
+        residual = gate_residual(residual, x, gate, cu_rows).view(shape)
         return residual, residual
-    return gate_residual_layer_norm_modulate(residual, x, *_rows(x, gate, shift, scale), **_norm(norm))  # type: ignore[arg-type]
+    residual, y = gate_residual_layer_norm_modulate(residual, x, gate, shift, scale, cu_rows, **_norm(norm))
+    return residual.view(shape), y.view(shape)
 
 
 def normed_rotated(norm: nn.Module | None, x: Tensor, tables: Tables | None, across_heads: bool = False, **options: Any) -> Tensor:
@@ -125,3 +144,32 @@ def gelu(self: Any, hidden_states: Tensor) -> Tensor:
     """Of diffusers' GELU: its linear layer, and the tanh approximation."""
     hidden_states = self.proj(hidden_states)
     return bias_gelu(hidden_states) if self.approximate == "tanh" else self.gelu(hidden_states)
+
+
+def tanh_gelu(self: Any, x: Tensor) -> Tensor:
+    """Of torch's GELU."""
+    return bias_gelu(x) if self.approximate == "tanh" else type(self).forward(self, x)
+
+
+@unless_watched("norm")
+def layer_norm_zero(
+    self: Any, x: Tensor, timestep: Any = None, class_labels: Any = None, hidden_dtype: Any = None, emb: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Of AdaLayerNormZero."""
+    if self.emb is not None:
+        emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+    return layer_norm_zero_single(self, x, emb)
+
+
+@unless_watched("norm")
+def layer_norm_zero_single(self: Any, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Of AdaLayerNormZeroSingle."""
+    shift, scale, *rows = self.linear(self.silu(emb)).split(x.shape[-1], dim=1)
+    return modulate(self.norm, x, shift, scale), *rows
+
+
+@unless_watched("norm")
+def layer_norm_continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+    """Of AdaLayerNormContinuous."""
+    scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
+    return modulate(self.norm, x, shift, scale)

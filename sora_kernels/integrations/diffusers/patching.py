@@ -19,6 +19,8 @@ from torch import nn
 from ...checks import fail
 
 MODELS = {
+    "HunyuanVideoFramepackTransformer3DModel": "hunyuan_video",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "WanAnimateTransformer3DModel": "wan",
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan",
