@@ -19,6 +19,7 @@ from torch import nn
 from ...checks import fail
 
 MODELS = {
+    "CogVideoXTransformer3DModel": "cogvideox",
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
     "HunyuanVideoFramepackTransformer3DModel": "hunyuan_video",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
