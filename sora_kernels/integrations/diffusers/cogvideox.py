@@ -1,4 +1,4 @@
-"""CogVideoX: text in front of video in one sequence with rows for each, affine norms, LayerNorm per head, RoPE of the video if any."""
+"""CogVideoX: text in front of video in one sequence, each with rows of its own, LayerNorm per head, RoPE of the video if any."""
 
 from __future__ import annotations
 
