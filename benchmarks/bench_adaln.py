@@ -7,6 +7,7 @@ all tokens and have no shift, scale and gate per row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from benchmarks.race import (
     passes,
     randn,
 )
-from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
+from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from sora_kernels.layout import PackedLayout
 
 Spread = Callable[[Tensor], Tensor]  # rows [R, D] -> [N, D]
@@ -50,16 +51,21 @@ def gated_modulate(residual: Tensor, x: Tensor, gate: Tensor, shift: Tensor, sca
     return [residual, modulate(residual, shift, scale, spread)]
 
 
+def gated_norm(residual: Tensor, x: Tensor, gate: Tensor, spread: Spread) -> Tensor:
+    return residual + spread(gate.tanh()) * F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
 # our op; the same in torch; [N, D] inputs, [R, D] rows, outputs; [N, D] tensors that a backward must read or write
 ADALN = {
     "layer_norm_modulate": (layer_norm_modulate, modulate, 1, 2, 1, 3),
     "gate_residual": (gate_residual, gated, 2, 1, 1, 3),
     "gate_residual_layer_norm_modulate": (gate_residual_layer_norm_modulate, gated_modulate, 2, 3, 2, 6),
+    "norm_gate_residual": (partial(norm_gate_residual, tanh=True, norm="rms"), gated_norm, 2, 1, 1, 4),
 }
 
 
 def adaln(op: str, dtype: torch.dtype, which: str, *, per_frame: bool = False, layout: PackedLayout = LAYOUT) -> Race:
-    """One of the three adaLN ops, with modulation rows per sample or per latent frame."""
+    """One of the four adaLN ops, with modulation rows per sample or per latent frame."""
     torch.manual_seed(0)
     backward = which != FORWARD
     ours, peer, num_inputs, num_rows, num_outputs, backward_tensors = ADALN[op]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
+from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attention
 from sora_kernels.bias_gelu import bias_gelu
 from sora_kernels.layout import PackedLayout
@@ -119,10 +119,14 @@ def adaln_works(batch: Batch) -> Iterator[Work]:
     def fused(residual: Tensor, x: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Any:
         return gate_residual_layer_norm_modulate(residual, x, gate, shift, scale, cu, weight=weight, bias=bias)
 
+    def gated_norm(residual: Tensor, x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+        return norm_gate_residual(residual, x, gate, cu, tanh=True, norm="rms", weight=weight)
+
     yield from passes("layer_norm_modulate", n, Cost(2 * size), Cost(3 * size), modulate, [x, shift, scale])
     yield from passes("gate_residual", n, Cost(3 * size), Cost(4 * size), gated, [residual, x, gate])
     inputs = [residual, x, gate, shift, scale, weight, bias]
     yield from passes("gate_residual_layer_norm_modulate", n, Cost(4 * size), Cost(6 * size), fused, inputs)
+    yield from passes("norm_gate_residual", n, Cost(3 * size), Cost(4 * size), gated_norm, [residual, x, gate, weight])
 
 
 def bias_gelu_works(batch: Batch) -> Iterator[Work]:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "tensor.h"
 
@@ -31,12 +32,17 @@ struct AdaLnTypes {
   DType tokens, parameters, residual;
 };
 
-// The same as C++ types: T of tokens, P of the parameters, which are rows, weight and bias, R of the residual.
-template <class Tokens, class Parameters, class Residual>
+// The same as C++ types: T of tokens, P of the parameters, which are rows, weight and bias, R of the residual. A backward reads the
+// norm's input, X, and the gradient of what it made of that, G. kGatesNorm: of norm_gate_residual.
+template <class Tokens, class Parameters, class Residual, bool gates_norm = false>
 struct AdaLnOf {
   using T = Tokens;
   using P = Parameters;
   using R = Residual;
+  using X = std::conditional_t<gates_norm, T, R>;
+  using G = std::conditional_t<gates_norm, R, T>;
+  static constexpr bool kGatesNorm = gates_norm;
+  using GatesNorm = AdaLnOf<T, P, R, true>;
 };
 
 // Calls body(AdaLnOf<...>{}); dispatch(dtype, body) calls body with a value of a storage type.
@@ -55,7 +61,11 @@ inline __attribute__((always_inline)) void dispatch_adaln(const AdaLnTypes& type
   });
 }
 
+// norm_gate_residual adds to the residual what others write to `out`: it has residual_out and dresidual_out, but no out and no
+// dout. Its gate is `scale`, which multiplies as it is, where others multiply by 1 + scale.
 struct AdaLn {
+  __attribute__((always_inline)) bool gates_norm() const { return !out && !dout; }
+
   Tensor residual, x, gate, shift, scale, cu_rows, weight, bias;
   bool rms;
   float eps;

@@ -13,7 +13,8 @@
   X(void, layer_norm_modulate_forward, (const AdaLn&))                                             \
   X(void, gate_residual_forward, (const AdaLn&))                                                   \
   X(void, gate_residual_layer_norm_modulate_forward, (const AdaLn&))                               \
-  X(void, adaln_backward, (const AdaLn&)) /* of all three */                                       \
+  X(void, norm_gate_residual_forward, (const AdaLn&))                                              \
+  X(void, adaln_backward, (const AdaLn&)) /* of all four */                                        \
   X(void, bias_gelu_forward, (const BiasGelu&))                                                    \
   X(void, bias_gelu_backward, (const BiasGelu&))                                                   \
   X(void, patchify_3d, (const PatchEmbed&))                                                        \

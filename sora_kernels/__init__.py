@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     name: module
     for module, names in {
-        "adaln": ("gate_residual", "gate_residual_layer_norm_modulate", "layer_norm_modulate"),
+        "adaln": ("gate_residual", "gate_residual_layer_norm_modulate", "layer_norm_modulate", "norm_gate_residual"),
         "attention": (
             "flash_attn_func",
             "flash_attn_kvpacked_func",
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .adaln import gate_residual as gate_residual
     from .adaln import gate_residual_layer_norm_modulate as gate_residual_layer_norm_modulate
     from .adaln import layer_norm_modulate as layer_norm_modulate
+    from .adaln import norm_gate_residual as norm_gate_residual
     from .attention import flash_attn_func as flash_attn_func
     from .attention import flash_attn_kvpacked_func as flash_attn_kvpacked_func
     from .attention import flash_attn_qkvpacked_func as flash_attn_qkvpacked_func

@@ -3,12 +3,13 @@
     layer_norm_modulate                  y = norm(x) * (1 + scale[r]) + shift[r]
     gate_residual                        residual + gate[r] * x
     gate_residual_layer_norm_modulate    residual <- residual + gate[r] * x;  y = norm(residual) * (1 + scale[r]) + shift[r]
+    norm_gate_residual                   residual + gate[r] * norm(x)
 
 Of packed tokens [N, D], row r of shift, scale and gate serves tokens cu_rows[r]:cu_rows[r+1]: a sample, a latent frame
 (`layout.cu_frames`) or a single token alike. Of a dense batch [B, S, D], each of a sample's F rows serves S / F tokens, in order.
 Each of the three may be None: its factor or summand is left out. Without shift and scale the first is a plain norm, without a gate
-the second is residual + x. norm is LayerNorm or RMSNorm over the last axis, with or without its own weight and bias. Each function
-reads its inputs once, and sums in float32.
+the second is residual + x and the last residual + norm(x). norm is LayerNorm or RMSNorm over the last axis, with or without its own
+weight and bias. Each function reads its inputs once, and sums in float32.
 
 Beside bfloat16 or float16 x, the rows, weight and bias may be float32, as Wan, Kandinsky and Cosmos have them, and so may the
 residual: nothing is rounded to x's dtype that was not there before. Each gradient has its input's dtype.
@@ -23,8 +24,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .adaln_op import gate_add, gate_modulate, modulate
-from .checks import check_choice, check_cu_seqlens, check_number, check_tensor, fail, or_float32
+from .adaln_op import gate_add, gate_modulate, modulate, norm_gate
+from .checks import check_bool, check_choice, check_cu_seqlens, check_number, check_tensor, fail, or_float32
 from .library import of_one_dtype, shaped_as
 
 
@@ -125,6 +126,47 @@ def gate_residual_layer_norm_modulate(
     added = shaped_as(residual, tokens)
     out, y = gate_modulate(added, tokens, gate, shift, scale, cu_rows, rms, weight, bias, eps)[:2]
     return shaped_as(out, x), shaped_as(y, x)
+
+
+def norm_gate_residual(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None = None,
+    cu_rows: Tensor | None = None,
+    *,
+    tanh: bool = False,
+    norm: str = "layer",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """residual + g[r] * norm(x), where g is the gate or its tanh.
+
+    >>> residual, attn = torch.randn(2, 2, 400, 1152)
+    >>> gate, weight = torch.randn(2, 1, 1152), torch.ones(1152)
+    >>> norm_gate_residual(residual, attn, gate, tanh=True, norm="rms", weight=weight).shape
+    torch.Size([2, 400, 1152])
+
+    Args:
+        residual, x, gate, cu_rows: those of `gate_residual`. Without a gate: residual + norm(x).
+        tanh: multiply by tanh(gate), taken in float32, instead of the gate.
+        norm, weight, bias, eps: those of `layer_norm_modulate`.
+
+    Returns:
+        x's shape, in the residual's dtype; tokens past the last boundary give zeros.
+
+    Source: the norms behind attention and feed-forward layers of Z-Image (with tanh and a weight) and Mochi.
+    """
+    op = "norm_gate_residual"
+    (tokens, gate), boundaries = _check(op, x, cu_rows, gate=gate)
+    _check_residual(op, residual, x)
+    rms, eps = _check_norm(op, x, norm, weight, bias, eps)
+    if check_bool(op, "tanh", tanh) and gate is not None:
+        gate = torch.tanh(gate if gate.dtype is torch.float64 else gate.float())
+    gate, weight, bias = of_one_dtype(x, gate, weight, bias, float32=residual.dtype is torch.float32)
+    # A dense batch has no tokens past its last boundary.
+    out = norm_gate(shaped_as(residual, tokens), tokens, gate, boundaries, rms, weight, bias, eps, cu_rows is not None)[0]
+    return shaped_as(out, x)
 
 
 def _check(op: str, x: Tensor, cu_rows: Tensor | None, **rows: Tensor | None) -> tuple[list[Tensor], Tensor | None]:

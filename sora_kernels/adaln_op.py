@@ -306,3 +306,98 @@ gate_modulate = register(
     _grad_gate_modulate,
     _save_gate_modulate,
 )
+
+
+# Inside the boundaries the gradient of the residual is dout itself. Only where there may be tokens behind the last boundary, with
+# `slack`, does the backward write one.
+
+
+def _run_norm_gate(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    cu_rows: Tensor | None,
+    rms: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    slack: bool,
+) -> tuple[Tensor, ...]:
+    _check_values("norm_gate_residual", x, cu_rows)
+    (residual, x), (gate, cu_rows, weight, bias) = rows(residual, x), rows(gate, cu_rows, weight, bias)
+    out, mean, rstd = empty_like(residual), *_statistics(x)
+    backends.call(
+        "norm_gate_residual_forward", x, residual=residual, x=x, gate=gate, cu_rows=cu_rows, rms=rms, weight=weight, bias=bias,
+        eps=eps, out=out, mean=mean, rstd=rstd,
+    )  # fmt: skip
+    return out, mean, rstd
+
+
+def _run_norm_gate_backward(
+    dout: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    cu_rows: Tensor | None,
+    rms: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    slack: bool,
+) -> tuple[Tensor, ...]:
+    (dout, x), (gate, cu_rows, weight, bias) = rows(dout, x), rows(gate, cu_rows, weight, bias)
+    grads = _fake_norm_gate_backward(dout, x, gate, cu_rows, rms, weight, bias, mean, rstd, slack)
+    dresidual, dx, dgate, dweight, dbias = _present(grads, dout if slack else None, x, gate, weight, bias)
+    backends.call(
+        "norm_gate_residual_backward", x, dout=dout, x=x, gate=gate, cu_rows=cu_rows, rms=rms, weight=weight, bias=bias, mean=mean,
+        rstd=rstd, dresidual=dresidual, dx=dx, dgate=dgate, dweight=dweight, dbias=dbias,
+    )  # fmt: skip
+    return grads
+
+
+def _fake_norm_gate_backward(
+    dout: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    cu_rows: Tensor | None,
+    rms: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    slack: bool,
+) -> tuple[Tensor, ...]:
+    of_tokens = _gradients(x, x.shape, dout if slack else None, x)
+    return *of_tokens, *_gradients(x, _rows_shape(x, cu_rows), gate), *_gradients(x, x.shape[1:], weight, bias)
+
+
+def _save_norm_gate(ctx: Context, inputs: tuple, output: tuple) -> None:
+    _, x, gate, cu_rows, ctx.rms, weight, bias, _, ctx.slack = inputs
+    ctx.dtype = output[0].dtype
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, gate, cu_rows, weight, bias, *output[1:])
+
+
+def _grad_norm_gate(ctx: Context, dout: Tensor | None, *_: object) -> Grads:
+    x, gate, cu_rows, weight, bias, mean, rstd = ctx.saved_tensors
+    dout = x.new_zeros(x.shape, dtype=ctx.dtype) if dout is None else dout
+    grads = _norm_gate_backward(dout, x, gate, cu_rows, ctx.rms, weight, bias, mean, rstd, ctx.slack)
+    dresidual, dx, dgate, dweight, dbias = _present(grads, dout, x, gate, weight, bias)
+    return dresidual if ctx.slack else dout, dx, dgate, None, None, dweight, dbias, None, None
+
+
+_norm_gate_backward = register(
+    f"norm_gate_residual_backward(Tensor dout, Tensor x, Tensor? gate, {_NORM}, Tensor mean, Tensor rstd, bool slack) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_norm_gate_backward,
+    _fake_norm_gate_backward,
+)
+norm_gate = register(
+    f"norm_gate_residual_forward(Tensor residual, Tensor x, Tensor? gate, {_NORM}, float eps, bool slack) "
+    "-> (Tensor, Tensor, Tensor)",
+    _run_norm_gate,
+    lambda residual, x, *_: (empty_like(residual), *_statistics(x)),
+    _grad_norm_gate,
+    _save_norm_gate,
+)

@@ -70,6 +70,8 @@ SIGNATURES = dict(
             " -> residual_out, out, mean, rstd",
             f"gate_residual_layer_norm_modulate_backward(dresidual_out, dout, residual_out, x?, gate?, scale?, {_NORM}, mean, rstd)"
             " -> dresidual, dx?, dgate?, dshift?, dscale?, dweight?, dbias?",
+            f"norm_gate_residual_forward(residual, x, gate?, {_NORM}, eps) -> out, mean, rstd",
+            f"norm_gate_residual_backward(dout, x, gate?, {_NORM}, mean, rstd) -> dresidual?, dx, dgate?, dweight?, dbias?",
             "bias_gelu_forward(x, bias?) -> out",
             "bias_gelu_backward(dout, x, bias?) -> dx, dbias?",
             "patch_embed_3d_forward(videos, weight, bias?, patch_size) -> tokens",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sora_kernels import backends
-from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
+from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from sora_kernels.attention import (
     flash_attn_func,
     flash_attn_varlen_func,
@@ -65,6 +65,8 @@ def workload(dtype: torch.dtype) -> None:
         backward(layer_norm_modulate(x, weight=weight, bias=weight))
         backward(gate_residual_layer_norm_modulate(y, x, gate, shift, scale, cu, weight=weight, bias=weight))
         backward(gate_residual_layer_norm_modulate(y, x, None, None, scale, cu, weight=weight))
+        backward(norm_gate_residual(y, x, gate, cu, weight=weight, bias=weight))
+        backward(norm_gate_residual(y, x, norm="rms", weight=weight))
         backward(bias_gelu(x, None if weight is None else bias))
     backward(gate_residual(y, x, gate, cu))
     backward(gate_residual(y, x))
@@ -72,6 +74,7 @@ def workload(dtype: torch.dtype) -> None:
         backward(gate_residual(residual, x, gate.float(), cu))
         backward(gate_residual(residual, x))
         backward(gate_residual_layer_norm_modulate(residual, x, gate, shift, scale.float(), cu, weight=weight, bias=weight))
+        backward(norm_gate_residual(residual, x, gate, cu, tanh=True, norm="rms", weight=weight))
 
     q, k, v = randn(n, 4, d), randn(n, 2, d), randn(n, 2, d)
     backward(rope_3d(q, layout, interleaved=False))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a program, from any
 
 from benchmarks.gpu_report import measured
 from benchmarks.launches import Compiled, compilations
-from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
+from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from sora_kernels.attention import flash_attn_varlen_func, scaled_dot_product_attention, spatiotemporal_attention
 from sora_kernels.layout import PackedLayout
 from sora_kernels.norm_rope import norm_rope
@@ -88,6 +88,10 @@ def variants() -> dict[str, tuple[Callable, list[Tensor]]]:
             [*row[:2], row[4]],
         ),
         "no gate": (lambda: gate_residual(*row[:2]), row[:2]),
+        "gated norm": (lambda: norm_gate_residual(*row[:3], cu(0, 64), weight=affine[0], bias=affine[1]), row[:3] + affine),
+        "float32 beside x, gated norm": (lambda: norm_gate_residual(*wide[:3], cu(0, 1000, 2048), norm="rms"), wide[:3]),
+        "one channel, gated norm": (lambda: norm_gate_residual(*one_channel[:3], cu(0, 64)), one_channel[:3]),
+        "gated norm without gate": (lambda: norm_gate_residual(*row[:2], norm="rms"), row[:2]),
         "one token, RoPE": (lambda: qk_norm_rope_3d(*heads, single), heads),
         "tables of heads": (lambda: norm_rope(rotated[0], *of_heads, weight=rotated[1]), rotated[:2]),
         "tables of heads, across heads": (

@@ -5,7 +5,7 @@ import torch
 from tolerance import assert_bit_equal
 from torch.nn.functional import layer_norm
 
-from sora_kernels import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
+from sora_kernels import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 
 B, S, D = 2, 12, 40
 ROWS = {"samples_2d": (B, D), "samples": (B, 1, D), "frames": (B, 3, D), "tokens": (B, S, D)}
@@ -25,9 +25,14 @@ def added(residual, x, gate):
     return residual + per_token(gate) * x
 
 
+def gated_norm(residual, x, gate):
+    return added(residual, layer_norm(x, (D,), eps=1e-6), gate)
+
+
 FUNCTIONS = {
     "modulate": (layer_norm_modulate, modulate, 1, 2),
     "gate": (gate_residual, added, 2, 1),
+    "norm_gate": (norm_gate_residual, gated_norm, 2, 1),
     "both": (
         gate_residual_layer_norm_modulate,
         lambda residual, x, gate, shift, scale: (added(residual, x, gate), modulate(added(residual, x, gate), shift, scale)),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sora_kernels.adaln import gate_residual_layer_norm_modulate, layer_norm_modulate
+from sora_kernels.adaln import gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from sora_kernels.bias_gelu import bias_gelu
 from sora_kernels.checks import check_bool, check_int, check_number, check_tables, triple
 from sora_kernels.layout import PackedLayout
@@ -100,6 +100,7 @@ VIDEO = torch.zeros(1, 2, 2, 2)
 EPS = {
     "layer_norm_modulate": lambda eps: layer_norm_modulate(X, ROW, ROW, CU, eps=eps),
     "gate_residual_layer_norm_modulate": lambda eps: gate_residual_layer_norm_modulate(X, X, ROW, ROW, ROW, CU, eps=eps),
+    "norm_gate_residual": lambda eps: norm_gate_residual(X, X, ROW, CU, eps=eps),
     "qk_norm_rope_3d": lambda eps: qk_norm_rope_3d(Q, Q, None, None, LAYOUT, eps=eps),
 }
 

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sora_kernels import backends
-from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
+from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from sora_kernels.attention import flash_attn_func, flash_attn_varlen_func, scaled_dot_product_attention, spatiotemporal_attention
 from sora_kernels.bias_gelu import bias_gelu
 from sora_kernels.layout import PackedLayout, Span
@@ -66,6 +66,15 @@ CASES: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
         [(N, 3), (N, 3), ROWS],
     ),
     "residual": (gate_residual, [(N, 3), (N, 3)]),
+    "norm_gate_residual": (
+        lambda r, x, g, w, c: norm_gate_residual(r, x, g, CU, weight=w, bias=c),
+        [(N, 3), (N, 3), ROWS, (3,), (3,)],
+    ),
+    "norm_gate_residual, dense": (
+        lambda r, x, g, w: norm_gate_residual(r, x, g, tanh=True, norm="rms", weight=w),
+        [(2, 4, 3), (2, 4, 3), (2, 2, 3), (3,)],
+    ),
+    "norm_gate_residual, no gate": (norm_gate_residual, [(N, 3), (N, 3)]),
     "bias_gelu": (bias_gelu, [(4, 3), (3,)]),
     "gelu": (bias_gelu, [(4, 3)]),
     "patch_embed_3d": (

@@ -40,7 +40,7 @@ inline void check_adaln(AdaLn& a) {
     if (*t) shape(*t, {d});
   for (const Tensor* t : {&a.mean, &a.rstd})
     if (*t) float_table(*t, {n});
-  if (!a.dresidual) return;
+  if (!a.dresidual || a.gates_norm()) return;
   for (const Tensor* t : {&a.x, &a.dx, &a.dgate})  // of a gate, in the backward
     if (static_cast<bool>(*t) != static_cast<bool>(a.gate))
       fail(*t, a.gate ? "a tensor, as there is a gate" : "None, as there is no gate", *t ? "a tensor" : "None");
@@ -91,6 +91,15 @@ void bind_adaln(py::module_& m, const Kernels* kernels) {
       m,
       "gate_residual_layer_norm_modulate_backward(dresidual_out, dout, residual_out, x?, gate?, scale?, cu_rows?, rms, weight?, "
       "bias?, mean, rstd) -> dresidual, dx?, dgate?, dshift?, dscale?, dweight?, dbias?",
+      kernels->adaln_backward);
+  define_adaln<&A::residual, &A::x, &A::scale, &A::cu_rows, &A::rms, &A::weight, &A::bias, &A::eps, &A::residual_out, &A::mean,
+               &A::rstd>(m, "norm_gate_residual_forward(residual, x, gate?, cu_rows?, rms, weight?, bias?, eps) -> out, mean, rstd",
+                         kernels->norm_gate_residual_forward);
+  define_adaln<&A::dresidual_out, &A::x, &A::scale, &A::cu_rows, &A::rms, &A::weight, &A::bias, &A::mean, &A::rstd, &A::dresidual,
+               &A::dx, &A::dscale, &A::dweight, &A::dbias>(
+      m,
+      "norm_gate_residual_backward(dout, x, gate?, cu_rows?, rms, weight?, bias?, mean, rstd) -> dresidual?, dx, dgate?, dweight?, "
+      "dbias?",
       kernels->adaln_backward);
 }
 

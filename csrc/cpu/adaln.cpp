@@ -1,4 +1,5 @@
-// adaLN: gated residual, normalisation and modulation of packed tokens [N, D], rows of shift, scale and gate by cu_rows.
+// adaLN: gated residual, normalisation and modulation of packed tokens [N, D], and a gated norm added to a residual. Rows of shift,
+// scale and gate by cu_rows.
 //
 // Forward: a work item is kTokens consecutive tokens; a row of D elements stays in L1 between the mean, the variance and the
 // result, so memory sees each input once. Backward: an item is up to kTokens tokens of one row r; it sums the gradients of that
@@ -69,18 +70,23 @@ struct Boundaries {
   int64_t rows, tokens;
 };
 
+// What `scale` is added to.
+float factor_begin(const AdaLn& a) { return a.scale && a.gates_norm() ? 0 : 1; }
+
 // What modulation and the norm's own weight and bias do to xhat for all tokens of a row r: xhat * factor + offset. The backward has
 // no offset.
 struct Modulation {
   Modulation(Pieces& pieces, const AdaLn& a, int64_t d)
-      : factor(a.scale || a.weight ? pieces.take(d) : nullptr), offset(a.out && (a.shift || a.bias) ? pieces.take(d) : nullptr) {}
+      : factor(a.scale || a.weight ? pieces.take(d) : nullptr),
+        offset(!a.dout && !a.dresidual_out && (a.shift || a.bias) ? pieces.take(d) : nullptr) {}
 
   template <class P>
   void read(const AdaLn& a, int64_t d, int64_t r) {
     const P *scale = row<const P>(a.scale, r), *weight = static_cast<const P*>(a.weight.data);
     const P *shift = row<const P>(a.shift, r), *bias = static_cast<const P*>(a.bias.data);
+    const float begin = factor_begin(a);
     each_vector(d, [&](int64_t i, int lanes) {
-      vf f = vf{} + 1.0f, o = {};
+      vf f = vf{} + begin, o = {};
       if (scale != nullptr) f += load_lanes(scale + i, lanes);
       if (bias != nullptr) o = f * load_lanes(bias + i, lanes);
       if (shift != nullptr) o += load_lanes(shift + i, lanes);
@@ -97,9 +103,10 @@ struct Modulation {
   float *factor, *offset;  // null: there is none
 };
 
-// Normalises and modulates token n: x_at(i, lanes) gives its elements, once; after that they are at x.
-template <class T, class Normed, class X>
-SORA_INLINE void norm_token(const AdaLn& a, const Modulation m, int64_t n, const Normed* x, X x_at) {
+// Normalises and modulates token n: x_at(i, lanes) gives its elements, once; after that they are at x. put(i, lanes, y) gets the
+// results.
+template <class Normed, class X, class Put>
+SORA_INLINE void norm_token(const AdaLn& a, const Modulation m, int64_t n, const Normed* x, X x_at, Put put) {
   const int64_t d = a.x.size[1];
   const auto square = [](vf y) { return y * y; };
   float mean = 0, variance = 0;
@@ -121,13 +128,21 @@ SORA_INLINE void norm_token(const AdaLn& a, const Modulation m, int64_t n, const
   const float rstd = 1 / __builtin_sqrtf(variance + a.eps);
   static_cast<float*>(a.mean.data)[n] = mean;
   static_cast<float*>(a.rstd.data)[n] = rstd;
-  T* out = row<T>(a.out, n);
-  const bool stream = streams(a.out);
   each_vector(d, [=](int64_t i, int lanes) {
     const vf xhat = (load_lanes(x + i, lanes) - mean) * rstd;
-    write_lanes(out + i, m.modulated(xhat, i, lanes), lanes, stream);
+    put(i, lanes, m.modulated(xhat, i, lanes));
   });
 }
+
+// put(i, lanes, y) that writes to token n of `out`.
+template <class T>
+struct Writer {
+  Writer(const Tensor& out, int64_t n) : to(row<T>(out, n)), stream(streams(out)) {}
+  SORA_INLINE void operator()(int64_t i, int lanes, vf y) const { write_lanes(to + i, y, lanes, stream); }
+
+  T* to;
+  bool stream;
+};
 
 void zero_row(const Tensor& x, int64_t n) {
   if (x) memset(static_cast<char*>(x.data) + n * x.stride[0] * x.item_bytes, 0, x.size[1] * x.item_bytes);
@@ -186,17 +201,25 @@ struct Sums {
   int64_t length = 0;
 };
 
+template <class A>
+const Tensor& gradient_of_output(const AdaLn& a) {
+  return A::kGatesNorm ? a.dresidual_out : a.dout;
+}
+
 // With u = dout (1 + scale) weight:  d(norm input) = rstd (u - mean(u) - xhat mean(u xhat)), without mean(u) for RMS.
-// ALL: there is a factor, a gate and every sum, where the op has one. To ask for each vector would take some 6% of the time.
+// ALL: there is a factor, a gate and every sum, where the op has one. To ask for each vector would take some 6% of the time. Behind
+// a gated norm only a bias needs the sum of dout: there ALL is without.
 template <class A, bool ALL>
 void backward_token(const AdaLn& a, const Modulation& m, const Sums& where, int64_t n, int64_t r, float* sums) {
   using T = typename A::T;
   using R = typename A::R;
-  const int64_t d = a.dout.size[1];
+  using X = typename A::X;
+  using G = typename A::G;
+  const int64_t d = gradient_of_output<A>(a).size[1];
   const bool norm = static_cast<bool>(a.mean);
   // Without a norm, dout is the residual's own gradient.
-  const T* dout = norm ? row<const T>(a.dout, n) : nullptr;
-  const R* normed = norm ? row<const R>(a.residual_out ? a.residual_out : a.x, n) : nullptr;
+  const G* dout = norm ? row<const G>(gradient_of_output<A>(a), n) : nullptr;
+  const X* normed = norm ? row<const X>(a.residual_out ? a.residual_out : a.x, n) : nullptr;
   const float mean = norm ? static_cast<const float*>(a.mean.data)[n] : 0,
               rstd = norm ? static_cast<const float*>(a.rstd.data)[n] : 0;
   const float* factor = m.factor;
@@ -208,7 +231,7 @@ void backward_token(const AdaLn& a, const Modulation& m, const Sums& where, int6
     float *shift_sum = Sums::at(sums, where.shift), *scale_sum = Sums::at(sums, where.scale);
     row_sums(d, means, [=](int64_t i, int lanes, vf(&values)[2]) {
       const vf g = load_lanes(dout + i, lanes), xhat = xhat_at(i, lanes);
-      if (ALL || shift_sum != nullptr) add(shift_sum + i, g, lanes);
+      if (ALL ? !A::kGatesNorm : shift_sum != nullptr) add(shift_sum + i, g, lanes);
       if (ALL || scale_sum != nullptr) add(scale_sum + i, g * xhat, lanes);
       values[0] = scaled(g, i, lanes);
       values[1] = values[0] * xhat;
@@ -221,9 +244,14 @@ void backward_token(const AdaLn& a, const Modulation& m, const Sums& where, int6
     return (u - mean_u - xhat_at(i, lanes) * mean_ux) * rstd;
   };
   T* dx = row<T>(a.dx, n);
-  if (!a.dresidual) {
+  if (A::kGatesNorm || !a.dresidual) {
     const bool stream = streams(a.dx);
     each_vector(d, [=](int64_t i, int lanes) { write_lanes(dx + i, through_norm(i, lanes), lanes, stream); });
+    if constexpr (A::kGatesNorm)
+      if (a.dresidual) {
+        const Writer<R> write(a.dresidual, n);
+        each_vector(d, [=](int64_t i, int lanes) { write(i, lanes, load_lanes(dout + i, lanes)); });
+      }
     return;
   }
   const bool stream = streams(a.dresidual), stream_x = streams(a.dx);
@@ -245,8 +273,9 @@ void backward_token(const AdaLn& a, const Modulation& m, const Sums& where, int6
 template <class A>
 void backward(const AdaLn& a) {
   using P = typename A::P;
-  const Boundaries boundaries(a, a.dout.size[0]);
-  const int64_t rows = boundaries.rows, d = a.dout.size[1];
+  const Tensor& dout = gradient_of_output<A>(a);
+  const Boundaries boundaries(a, dout.size[0]);
+  const int64_t rows = boundaries.rows, d = dout.size[1];
   const Sums where(a, d);
   const int64_t stride = where.length;
   const Memory<int64_t> first(rows + 1);  // first item of each row
@@ -254,8 +283,9 @@ void backward(const AdaLn& a) {
   for (int64_t r = 0; r < rows; ++r)
     first[r + 1] = first[r] + (boundaries.begin(r + 1) - boundaries.begin(r) + kTokens - 1) / kTokens;
   const Zeros partial(first[rows], stride);
-  const bool all_of_norm = !a.mean || ((a.scale || a.weight) && where.shift >= 0 && where.scale >= 0);
-  const auto token_gradients = all_of_norm && (!a.dresidual || a.gate) ? backward_token<A, true> : backward_token<A, false>;
+  const bool all_of_norm = !a.mean || ((a.scale || a.weight) && where.scale >= 0 && (where.shift < 0) == A::kGatesNorm);
+  const auto token_gradients =
+      all_of_norm && (A::kGatesNorm || !a.dresidual || a.gate) ? backward_token<A, true> : backward_token<A, false>;
 
   parallel_for(first[rows], [&](int64_t item) {
     int64_t r = 0;
@@ -276,7 +306,7 @@ void backward(const AdaLn& a) {
     }
     finish_streams();
   });
-  for (int64_t n = boundaries.used(); n < a.dout.size[0]; ++n) zero_row(a.dx, n), zero_row(a.dresidual, n);
+  for (int64_t n = boundaries.used(); n < dout.size[0]; ++n) zero_row(a.dx, n), zero_row(a.dresidual, n);
   if (stride == 0) return;
 
   parallel_vectors(d, [&](int64_t i, int lanes) {
@@ -287,7 +317,8 @@ void backward(const AdaLn& a) {
         return column_sum(partial.data() + first[r] * stride + sum + i, stride, first[r + 1] - first[r], lanes);
       };
       const vf shift = where.shift < 0 ? vf{} : total(where.shift), scale = where.scale < 0 ? vf{} : total(where.scale);
-      const vf factor = a.scale ? 1.0f + load_lanes(row<const P>(a.scale, r) + i, lanes) : vf{} + 1.0f;
+      vf factor = vf{} + factor_begin(a);
+      if (a.scale) factor += load_lanes(row<const P>(a.scale, r) + i, lanes);
       if (a.dshift) store_lanes(row<P>(a.dshift, r) + i, shift, lanes);
       if (a.dscale) {
         const vf dscale = weight != nullptr ? scale * load_lanes(weight + i, lanes) : scale;
@@ -315,7 +346,8 @@ void layer_norm_modulate_forward(const AdaLn& a) {
     using A = decltype(types);
     forward<A>(a, [&](int64_t n, int64_t, const Modulation& m) {
       const auto* x = row<const typename A::T>(a.x, n);
-      norm_token<typename A::T>(a, m, n, x, [&](int64_t i, int lanes) { return load_lanes(x + i, lanes); });
+      const auto x_at = [=](int64_t i, int lanes) { return load_lanes(x + i, lanes); };
+      norm_token(a, m, n, x, x_at, Writer<typename A::T>(a.out, n));
     });
   });
 }
@@ -338,16 +370,34 @@ void gate_residual_layer_norm_modulate_forward(const AdaLn& a) {
     forward<A>(a, [&](int64_t n, int64_t r, const Modulation& m) {
       auto* residual = row<typename A::R>(a.residual_out, n);
       const auto sum_at = gated<A>(a, n, r);
-      norm_token<typename A::T>(a, m, n, residual, [=](int64_t i, int lanes) {
+      const auto rounded_at = [=](int64_t i, int lanes) {
         store_lanes(residual + i, sum_at(i, lanes), lanes);
-        return load_lanes(residual + i, lanes);  // rounded
-      });
+        return load_lanes(residual + i, lanes);
+      };
+      norm_token(a, m, n, residual, rounded_at, Writer<typename A::T>(a.out, n));
+    });
+  });
+}
+
+void norm_gate_residual_forward(const AdaLn& a) {
+  with_types(a, [&](auto types) {
+    using A = decltype(types);
+    forward<A>(a, [&](int64_t n, int64_t, const Modulation& m) {
+      const auto* x = row<const typename A::T>(a.x, n);
+      const auto* residual = row<const typename A::R>(a.residual, n);
+      const Writer<typename A::R> write(a.residual_out, n);
+      const auto x_at = [=](int64_t i, int lanes) { return load_lanes(x + i, lanes); };
+      const auto add = [=](int64_t i, int lanes, vf y) { write(i, lanes, load_lanes(residual + i, lanes) + y); };
+      norm_token(a, m, n, x, x_at, add);
     });
   });
 }
 
 void adaln_backward(const AdaLn& a) {
-  with_types(a, [&](auto types) { backward<decltype(types)>(a); });
+  with_types(a, [&](auto types) {
+    using A = decltype(types);
+    a.gates_norm() ? backward<typename A::GatesNorm>(a) : backward<A>(a);
+  });
 }
 
 }  // namespace sora::SORA_TIER

@@ -2,6 +2,7 @@
 //
 //   residual_out = residual + gate[r] x                      (RESIDUAL)
 //   out = norm(residual_out or x) (1 + scale[r]) + shift[r]  (NORM)
+//   residual_out = residual + norm(x) scale[r]               (A::kGatesNorm, with NORM alone: a gate in the place of 1 + scale)
 //
 // A row of threads (threadIdx.x) owns a token: a warp up to 160 vectors of 16 bytes (1280 channels of bfloat16), then one more warp
 // per 160. A block has about 128 threads; with 100 registers each, five blocks fit on a multiprocessor. The token's row stays in
@@ -62,15 +63,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(const __grid_con
   if constexpr (V > 0)
     each_vector<V>(count, [&](int j, int i) {
       x[j] = load<VEC>(x_row + i * VEC);
-      if constexpr (RESIDUAL) sum[j] = load<VEC>(residual_row + i * VEC);
+      if constexpr (RESIDUAL || A::kGatesNorm) sum[j] = load<VEC>(residual_row + i * VEC);
     });
   const int r = !inside || (OPTIONAL && a.cu == nullptr) ? 0 : find_row(a.cu, a.num_rows, n);
   const P *const gate_row = a.gate[r], *const shift_row = a.shift[r], *const scale_row = a.scale[r];
 
   if (inside && r == a.num_rows) {  // slack
     each_vector<0>(count, [&](int, int i) {
-      if constexpr (RESIDUAL) store_zeros<VEC>(residual_out_row + i * VEC);
-      if constexpr (NORM) store_zeros<VEC>(out_row + i * VEC);
+      if constexpr (RESIDUAL || A::kGatesNorm) store_zeros<VEC>(residual_out_row + i * VEC);
+      if constexpr (NORM && !A::kGatesNorm) store_zeros<VEC>(out_row + i * VEC);
     });
     if (NORM && threadIdx.x == 0) a.mean[n] = a.rstd[n] = 0;
     count = 0;
@@ -152,9 +153,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1) adaln_forward(const __grid_con
         const auto bias = load<VEC>(a.bias + i * VEC);
         for (int k = 0; k < VEC; ++k) y[k] += bias[k];
       }
-      Vector<T, VEC> out;
-      for (int k = 0; k < VEC; ++k) out.set(k, fmaf(y[k], scaled ? 1 + scale[k] : 1, shifted ? shift[k] : 0));
-      store(out_row + i * VEC, out);
+      if constexpr (A::kGatesNorm) {
+        if constexpr (V == 0) sum[0] = load<VEC>(residual_row + i * VEC);
+        for (int k = 0; k < VEC; ++k) sum[j].set(k, fmaf(y[k], scaled ? scale[k] : 1, sum[j][k]));
+        store(residual_out_row + i * VEC, sum[j]);
+      } else {
+        Vector<T, VEC> out;
+        for (int k = 0; k < VEC; ++k) out.set(k, fmaf(y[k], scaled ? 1 + scale[k] : 1, shifted ? shift[k] : 0));
+        store(out_row + i * VEC, out);
+      }
     });
   }
 }
@@ -183,12 +190,12 @@ void run_forward(const char* op, const AdaLn& a) {
   const size_t shared = NORM ? 3 * block.x * block.y / kWarp * sizeof(float) : 0;
   const bool in_registers = static_cast<int>(block.x) * kVectors >= vectors;
   const bool whole = a.cu_rows && (!NORM || (a.shift && a.scale && !a.weight && !a.bias)) && (!RESIDUAL || a.gate);
-  launch({op, current_stream(a.x)},
-         wide && in_registers && whole ? adaln_forward<A, kWide, kVectors, RESIDUAL, NORM, false>
-         : wide && in_registers        ? adaln_forward<A, kWide, kVectors, RESIDUAL, NORM, true>
-         : wide                        ? adaln_forward<A, kWide, 0, RESIDUAL, NORM, true>
-                                       : adaln_forward<A, 1, 0, RESIDUAL, NORM, true>,
-         grid, block, shared, f);
+  auto kernel = wide && in_registers ? adaln_forward<A, kWide, kVectors, RESIDUAL, NORM, true>
+                : wide               ? adaln_forward<A, kWide, 0, RESIDUAL, NORM, true>
+                                     : adaln_forward<A, 1, 0, RESIDUAL, NORM, true>;
+  if constexpr (!A::kGatesNorm)
+    if (wide && in_registers && whole) kernel = adaln_forward<A, kWide, kVectors, RESIDUAL, NORM, false>;
+  launch({op, current_stream(a.x)}, kernel, grid, block, shared, f);
 }
 
 }  // namespace
@@ -203,6 +210,10 @@ void gate_residual_forward(const AdaLn& a) {
 
 void gate_residual_layer_norm_modulate_forward(const AdaLn& a) {
   with_types(a, [&](auto types) { run_forward<decltype(types), true, true>("gate_residual_layer_norm_modulate", a); });
+}
+
+void norm_gate_residual_forward(const AdaLn& a) {
+  with_types(a, [&](auto types) { run_forward<typename decltype(types)::GatesNorm, false, true>("norm_gate_residual", a); });
 }
 
 }  // namespace sora::cuda

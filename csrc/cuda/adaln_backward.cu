@@ -5,6 +5,8 @@
 //   dshift[r] = sum dout,  dscale[r] = sum dout (weight xhat + bias),  dgate[r] = sum g x
 //   dweight = sum_r (1 + scale[r]) sum dout xhat,  dbias = sum_r (1 + scale[r]) sum dout
 //
+// norm_gate_residual (A::kGatesNorm) has a gate in the place of 1 + scale, and its gradient in that of dscale; dresidual is dout.
+//
 // What is absent counts as no factor; of the sums over dout, dout xhat and g x only those that somebody asked for are formed. The
 // variant OPTIONAL asks for each, the other one has all rows and all their sums.
 //
@@ -69,8 +71,10 @@ __device__ __forceinline__ void finish_chunk(const Backward<A>& a, const Chunk& 
 // One vector of a token: what is read, and its share of the two means.
 template <class A, int VEC, class Op>
 struct Piece {
-  Vector<typename A::T, VEC> dout, x;
-  Vector<typename A::R, VEC> normed, dresidual_out;
+  Vector<typename A::G, VEC> dout;
+  Vector<typename A::X, VEC> normed;
+  Vector<typename A::T, VEC> x;
+  Vector<typename A::R, VEC> dresidual_out;
 
   __device__ __forceinline__ void read(const Backward<A>& a, int64_t n, int i) {
     if constexpr (Op::NORM) dout = load<VEC>(a.dout[n] + i * VEC), normed = load<VEC>(a.normed[n] + i * VEC);
@@ -87,13 +91,13 @@ struct Piece {
   }
 };
 
-// (1 + scale) weight, a factor of all tokens of row r.
+// (1 + scale) weight, a factor of all tokens of row r; of norm_gate_residual gate weight.
 template <class Op, int VEC, class A>
 __device__ __forceinline__ void row_factor(const Backward<A>& a, int r, int i, float (&factor)[VEC]) {
   for (int k = 0; k < VEC; ++k) factor[k] = 1;
   if (!Op::OPTIONAL || a.scale.data != nullptr) {
     const auto scale = load<VEC>(a.scale[r] + i * VEC);
-    for (int k = 0; k < VEC; ++k) factor[k] += scale[k];
+    for (int k = 0; k < VEC; ++k) factor[k] = A::kGatesNorm ? scale[k] : factor[k] + scale[k];
   }
   if (a.weight == nullptr) return;
   const auto weight = load<VEC>(a.weight + i * VEC);
@@ -131,6 +135,8 @@ __device__ __forceinline__ void token_gradient(const Backward<A>& a, int64_t n, 
       g[k] *= gate[k];
     }
   }
+  if constexpr (A::kGatesNorm)
+    if (a.dresidual.data != nullptr) store(a.dresidual[n] + i * VEC, piece.dout);
   Vector<typename A::T, VEC> dx;
   for (int k = 0; k < VEC; ++k) dx.set(k, g[k]);
   store(a.dx[n] + i * VEC, dx);
@@ -235,22 +241,26 @@ void run_backward(const AdaLn& a) {
   using T = typename A::T;
   using P = typename A::P;
   using R = typename A::R;
+  using G = typename A::G;
   constexpr int kWide = 16 / sizeof(T);
   using Whole = Variant<RESIDUAL, NORM, false>;
   using Optional = Variant<RESIDUAL, NORM, true>;
-  const char* op = !RESIDUAL ? "layer_norm_modulate_backward"
-                   : NORM    ? "gate_residual_layer_norm_modulate_backward"
-                             : "gate_residual_backward";
+  using All = std::conditional_t<A::kGatesNorm, Optional, Whole>;  // a gated norm has no shift, and needs no second variant
+  const char* op = A::kGatesNorm ? "norm_gate_residual_backward"
+                   : !RESIDUAL   ? "layer_norm_modulate_backward"
+                   : NORM        ? "gate_residual_layer_norm_modulate_backward"
+                                 : "gate_residual_backward";
   Backward<A> b{};
-  b.dresidual_out = rows<const R>(NORM ? a.dresidual_out : a.dout), b.dout = rows<const T>(a.dout);
-  b.normed = rows<const R>(RESIDUAL ? a.residual_out : a.x), b.x = rows<const T>(a.x);
+  const Tensor& dout = A::kGatesNorm ? a.dresidual_out : a.dout;
+  b.dresidual_out = rows<const R>(NORM ? a.dresidual_out : a.dout), b.dout = rows<const G>(dout);
+  b.normed = rows<const typename A::X>(RESIDUAL ? a.residual_out : a.x), b.x = rows<const T>(a.x);
   b.gate = rows<const P>(a.gate), b.scale = rows<const P>(a.scale);
   b.weight = static_cast<const P*>(a.weight.data), b.bias = static_cast<const P*>(a.bias.data);
   b.mean = static_cast<const float*>(a.mean.data), b.rstd = static_cast<const float*>(a.rstd.data), b.cu = a.cu_rows.ints();
   b.dresidual = rows<R>(a.dresidual), b.dx = rows<T>(a.dx);
   b.dshift = rows<P>(a.dshift), b.dscale = rows<P>(a.dscale), b.dgate = rows<P>(a.dgate);
   b.dweight = static_cast<P*>(a.dweight.data), b.dbias = static_cast<P*>(a.dbias.data);
-  b.tokens = a.dout.size[0], b.width = static_cast<int>(a.dout.size[1]), b.rms = a.rms;
+  b.tokens = dout.size[0], b.width = static_cast<int>(dout.size[1]), b.rms = a.rms;
   b.num_rows = a.cu_rows ? static_cast<int>(a.cu_rows.size[0] - 1) : 1;
   const bool wanted[kSums] = {a.dshift || a.dbias || (a.dscale && a.bias), a.dscale || a.dweight, static_cast<bool>(a.dgate)};
   for (int s = 0; s < kSums; ++s) b.place[s] = wanted[s] ? b.sums++ : -1;
@@ -258,7 +268,7 @@ void run_backward(const AdaLn& a) {
 
   const int64_t whole = b.tokens / kTokens, slots = whole + std::min(static_cast<int64_t>(b.num_rows), whole) + 1;
   const int64_t partial = b.tokens > kTokens ? slots * b.stride : 0, totals = static_cast<int64_t>(b.num_rows) * b.width;
-  const Workspace workspace(a.dout, partial + (a.dweight ? totals : 0) + (a.dbias ? totals : 0));
+  const Workspace workspace(dout, partial + (a.dweight ? totals : 0) + (a.dbias ? totals : 0));
   b.partial = workspace.data();
   if (a.dweight) b.weight_totals = workspace.data() + partial;
   if (a.dbias) b.bias_totals = workspace.data() + partial + (a.dweight ? totals : 0);
@@ -270,13 +280,13 @@ void run_backward(const AdaLn& a) {
   const auto threads = [&](int vectors_each) {
     return std::clamp(static_cast<int>(ceil_div(vectors, kWarp * vectors_each)) * kWarp, kWarp, kMaxThreads);
   };
-  const Launch on{op, current_stream(a.dout)};
+  const Launch on{op, current_stream(dout)};
   const dim3 grid(static_cast<unsigned>(b.tokens / kTokens + b.num_rows + 1));
   const int block = threads(kVectors<A>);
   const size_t shared = (b.sums * kVectors<A> * kWide * block + 4 * block / kWarp) * sizeof(float);
   const bool in_registers = NORM && wide && block * kVectors<A> >= vectors && shared <= max_shared_memory(op);
   if constexpr (NORM)
-    if (in_registers) launch(on, all ? norm_backward<A, kWide, Whole> : norm_backward<A, kWide, Optional>, grid, block, shared, b);
+    if (in_registers) launch(on, all ? norm_backward<A, kWide, All> : norm_backward<A, kWide, Optional>, grid, block, shared, b);
   using Columns = std::conditional_t<NORM, Optional, Whole>;  // with a norm the way for odd rows, which need no second variant
   if (!in_registers)
     launch(on,
@@ -292,7 +302,9 @@ void run_backward(const AdaLn& a) {
 void adaln_backward(const AdaLn& a) {
   with_types(a, [&](auto types) {
     using A = decltype(types);
-    if (!a.dresidual)
+    if (a.gates_norm())
+      run_backward<typename A::GatesNorm, false, true>(a);
+    else if (!a.dresidual)
       run_backward<A, false, true>(a);
     else if (a.mean)
       run_backward<A, true, true>(a);

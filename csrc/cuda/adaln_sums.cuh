@@ -23,8 +23,10 @@ struct Backward {
   using T = typename A::T;
   using P = typename A::P;
   using R = typename A::R;
-  Rows<const R> dresidual_out, normed;
-  Rows<const T> dout, x;
+  Rows<const R> dresidual_out;
+  Rows<const typename A::X> normed;
+  Rows<const typename A::G> dout;
+  Rows<const T> x;
   Rows<const P> gate, scale;
   const P *weight, *bias;
   const float *mean, *rstd;
@@ -153,7 +155,7 @@ __global__ void __launch_bounds__(kWarp* kLanes, 1) sum_rows(const __grid_consta
   const int column = blockIdx.x * kWarp + threadIdx.x;
   float sums[2];
   column_sums(column < a.width ? a.num_rows : 0, sums, [&](int64_t r, float (&x)[2]) {
-    const float factor = a.scale.data != nullptr ? 1 + to_float(a.scale[r][column]) : 1;
+    const float factor = a.scale.data != nullptr ? (A::kGatesNorm ? 0 : 1) + to_float(a.scale[r][column]) : 1;
     if (a.bias_totals != nullptr) x[kShift] = fmaf(a.bias_totals[r * a.width + column], factor, x[kShift]);
     if (a.weight_totals != nullptr) x[kScale] = fmaf(a.weight_totals[r * a.width + column], factor, x[kScale]);
   });

@@ -12,6 +12,8 @@ from .adaln import (
     gate_residual_layer_norm_modulate_forward,
     layer_norm_modulate_backward,
     layer_norm_modulate_forward,
+    norm_gate_residual_backward,
+    norm_gate_residual_forward,
 )
 from .attention import (
     attention_backward,
@@ -49,6 +51,8 @@ __all__ = [
     "gate_residual_layer_norm_modulate_forward",
     "layer_norm_modulate_backward",
     "layer_norm_modulate_forward",
+    "norm_gate_residual_backward",
+    "norm_gate_residual_forward",
     "norm_rope_backward",
     "norm_rope_forward",
     "patch_embed_3d_backward",

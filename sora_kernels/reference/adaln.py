@@ -1,8 +1,9 @@
-"""adaLN: normalize and modulate, gate and add, and both in one; row r of a modulation serves tokens cu_rows[r]:cu_rows[r+1].
+"""adaLN: normalize and modulate, gate and add, both in one; normalize, gate and add. Row r serves tokens cu_rows[r]:cu_rows[r+1].
 
 norm(x) = (x - mean) / sqrt(var + eps) · weight + bias      ("rms": x / sqrt(mean(x²) + eps) · weight + bias)
 layer_norm_modulate = norm(x) · (1 + scale[r]) + shift[r]
 gate_residual = residual + gate[r] · x
+norm_gate_residual = residual + gate[r] · norm(x)
 
 Of shift, scale and gate each may be None: its factor or summand is left out. Without `cu_rows` one row serves all tokens.
 """
@@ -95,6 +96,21 @@ def gate_residual_layer_norm_modulate(
     added = gate_residual(residual, x, gate, cu_rows)
     y, mean, rstd = layer_norm_modulate(added, shift, scale, cu_rows, rms, weight, bias, eps)
     return added, y, mean, rstd
+
+
+def norm_gate_residual(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    cu_rows: Tensor | None,
+    rms: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """residual and x [N,D], gate [R,D], weight and bias [D] -> [N,D], mean [N], rstd [N] of x."""
+    normed, mean, rstd = layer_norm_modulate(x, None, None, cu_rows, rms, weight, bias, eps)
+    return gate_residual(residual, normed, gate, cu_rows), mean, rstd
 
 
 def layer_norm_modulate_forward(
@@ -223,3 +239,45 @@ def gate_residual_layer_norm_modulate_backward(
     inputs = (residual, x, gate, None if dshift is None else torch.zeros_like(dshift), scale, weight, bias)
     outputs = (dresidual, dx, dgate, dshift, dscale, dweight, dbias)
     write_gradients(function, inputs, (dresidual_out, dout, None, None), outputs)
+
+
+def norm_gate_residual_forward(
+    residual: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    cu_rows: Tensor | None,
+    rms: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> None:
+    write(norm_gate_residual(residual, x, gate, cu_rows, rms, weight, bias, eps), (out, mean, rstd))
+
+
+def norm_gate_residual_backward(
+    dout: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    cu_rows: Tensor | None,
+    rms: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dresidual: Tensor | None,
+    dx: Tensor,
+    dgate: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    eps = eps_of_forward(x, cu_rows, rms, rstd)
+
+    def function(residual: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
+        return norm_gate_residual(residual, x, gate, cu_rows, rms, weight, bias, eps)
+
+    # any residual has the same gradients
+    inputs = (torch.zeros_like(dout), x, gate, weight, bias)
+    write_gradients(function, inputs, (dout, None, None), (dresidual, dx, dgate, dweight, dbias))

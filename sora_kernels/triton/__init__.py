@@ -10,6 +10,8 @@ from .adaln import (
     gate_residual_layer_norm_modulate_forward,
     layer_norm_modulate_backward,
     layer_norm_modulate_forward,
+    norm_gate_residual_backward,
+    norm_gate_residual_forward,
 )
 from .attention import attention_backward, attention_forward
 from .bias_gelu import bias_gelu_backward, bias_gelu_forward
@@ -31,6 +33,8 @@ __all__ = [
     "gate_residual_layer_norm_modulate_forward",
     "layer_norm_modulate_backward",
     "layer_norm_modulate_forward",
+    "norm_gate_residual_backward",
+    "norm_gate_residual_forward",
     "norm_rope_backward",
     "norm_rope_forward",
     "patch_embed_3d_backward",
