@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers.models.controlnets import controlnet_cosmos
 from diffusers.models.transformers import transformer_cosmos
-from torch import Tensor, nn
+from torch import Tensor
 
 from .parts import Processor, Tables, attend, gate, gate_modulate, is_norm, is_plain, modulate, normed_rotated
 from .patching import Family
@@ -42,7 +42,7 @@ class CosmosImageProcessor(CosmosProcessor):
         self,
         attn: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Any,
+        encoder_hidden_states: Any = None,
         attention_mask: Any = None,
         image_rotary_emb: Tables | None = None,
     ) -> Tensor:

@@ -75,6 +75,13 @@ def _rows(x: Tensor, *rows: Tensor | None) -> list[Tensor | None]:
     return [r if r is None or r.dtype in (x.dtype, torch.float32) else r.to(x.dtype) for r in rows]
 
 
+def two_parts(x: Tensor, length: int) -> Tensor:
+    """cu_rows, int32 [2B+1], of x [B, S, D] whose first `length` tokens have one row, and the others another."""
+    batch, num_tokens, _ = x.shape
+    cu_rows = torch.arange(0, batch * num_tokens + 1, num_tokens, dtype=torch.int32, device=x.device)
+    return torch.cat([torch.stack([cu_rows[:-1], cu_rows[:-1] + length], dim=1).flatten(), cu_rows[-1:]])
+
+
 def modulate(
     norm: nn.Module, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, cu_rows: Tensor | None = None
 ) -> Tensor:

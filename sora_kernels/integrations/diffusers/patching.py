@@ -19,11 +19,15 @@ from torch import nn
 from ...checks import fail
 
 MODELS = {
+    "CogVideoXTransformer3DModel": "cogvideox",
     "CosmosControlNetModel": "cosmos",
     "CosmosTransformer3DModel": "cosmos",
     "DiTTransformer2DModel": "dit",
     "Flux2Transformer2DModel": "flux2",
     "FluxTransformer2DModel": "flux",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    "HunyuanVideoFramepackTransformer3DModel": "hunyuan_video",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "Kandinsky5Transformer3DModel": "kandinsky5",
     "LTX2VideoTransformer3DModel": "ltx2",
     "LTXVideoTransformer3DModel": "ltx",
