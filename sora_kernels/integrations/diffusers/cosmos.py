@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers.models.controlnets import controlnet_cosmos
 from diffusers.models.transformers import transformer_cosmos
-from torch import Tensor, nn
+from torch import Tensor
 
 from .parts import Processor, Tables, attend, gate, gate_modulate, is_norm, is_plain, modulate, normed_rotated
 from .patching import Family
@@ -42,7 +42,7 @@ class CosmosImageProcessor(CosmosProcessor):
         self,
         attn: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Any,
+        encoder_hidden_states: Any = None,
         attention_mask: Any = None,
         image_rotary_emb: Tables | None = None,
     ) -> Tensor:
@@ -131,7 +131,7 @@ def _norm_out(self: Any, hidden_states: Tensor, embedded_timestep: Tensor, temb:
     return modulate(self.norm, hidden_states, *_rows(self, 2, hidden_states, embedded_timestep, temb))
 
 
-def _timestep(model: nn.Module, timestep: Tensor, latents: Tensor) -> Tensor:
+def _timestep(model: Any, timestep: Tensor, latents: Tensor) -> Tensor:
     """[B, 1, T, 1, 1] -> [B*T], which keeps diffusers from repeating what follows from it for each token."""
     batch, _, frames, *_ = latents.shape
     per_frame = timestep.shape == (batch, 1, frames, 1, 1) and model.config.patch_size[0] == 1
