@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from diffusers.models.normalization import FP32LayerNorm, RMSNorm
+from diffusers.models.normalization import FP32LayerNorm, MochiRMSNorm, RMSNorm
 from torch import Tensor, nn
 
-from ...adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
+from ...adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from ...bias_gelu import bias_gelu
 from ...norm_rope import apply_rope, norm_rope
 
 _LAYER_NORMS = nn.LayerNorm, FP32LayerNorm
-_RMS_NORMS = nn.RMSNorm, RMSNorm
+_RMS_NORMS = nn.RMSNorm, RMSNorm, MochiRMSNorm
 Tables = tuple[Tensor, Tensor]
 
 
@@ -91,6 +91,12 @@ def gate(residual: Tensor, x: Tensor, gate: Tensor | None = None, cu_rows: Tenso
         residual, x = residual.flatten(0, 1), x.flatten(0, 1)
     (gate,) = _rows(x, gate)
     return gate_residual(residual, x, gate, cu_rows).view(shape)
+
+
+def norm_gate(norm: nn.Module, residual: Tensor, x: Tensor, gate: Tensor | None = None, tanh: bool = False) -> Tensor:
+    """residual + gate * norm(x), or with tanh(gate)."""
+    (gate,) = _rows(x, gate)
+    return norm_gate_residual(residual, x.to(residual.dtype), gate, tanh=tanh, **_norm(norm))
 
 
 def gate_modulate(

@@ -23,6 +23,7 @@ MODELS = {
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
     "HunyuanVideoFramepackTransformer3DModel": "hunyuan_video",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
+    "MochiTransformer3DModel": "mochi",
     "WanAnimateTransformer3DModel": "wan",
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan",
@@ -191,12 +192,19 @@ def _places(module: nn.Module, ours: Callable[..., Any] | None) -> list[tuple[An
     return [p for p in at if getattr(*p) is ours]
 
 
+def _set_processor(module: Any, processor: Any) -> None:
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:  # Mochi's attention
+        module.processor = processor
+
+
 def _install(entry: _Forward | _Processor | _Backend) -> None:
     if isinstance(entry, _Forward):
         for owner, name in _places(entry.module, None):
             setattr(owner, name, entry.ours)
     elif isinstance(entry, _Processor):
-        entry.module.set_processor(entry.ours)
+        _set_processor(entry.module, entry.ours)
     else:
         entry.processor._attention_backend = AttentionBackendName("sora")
 
@@ -209,6 +217,6 @@ def _remove(entry: _Forward | _Processor | _Backend) -> None:
             else:
                 setattr(owner, name, entry.module.__class__.forward.__get__(entry.module))
     elif isinstance(entry, _Processor):
-        entry.module.set_processor(entry.original)
+        _set_processor(entry.module, entry.original)
     else:
         entry.processor._attention_backend = entry.original
