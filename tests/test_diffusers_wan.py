@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+from diffusers import WanAnimateTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers_contract import FamilyContract, Inputs, Variant
 
 CONFIG = {
@@ -38,16 +38,39 @@ def vace_inputs(size: int) -> Inputs:
     return inputs(size) | {"control_hidden_states": torch.randn(b, 6, *grid), "control_hidden_states_scale": torch.ones(2)}
 
 
+def animate_inputs(size: int) -> Inputs:
+    """Of a face four frames per latent frame, behind the first one, which is the reference."""
+    b, t, h, w = SIZES[size]
+    made = inputs(size, channels=12, image=True)
+    face = torch.rand(b, 3, 4 * (t - 2) + 1, 16, 16)
+    return made | {"pose_hidden_states": torch.randn(b, 4, t - 1, h, w), "face_pixel_values": face}
+
+
 def build(kind: type = WanTransformer3DModel, **changes):
     return partial(kind, **(CONFIG | changes))
 
 
+ANIMATE = {
+    "in_channels": 12,
+    "latent_channels": 4,
+    "image_dim": 16,
+    "added_kv_proj_dim": 256,
+    "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
+    "motion_encoder_size": 16,
+    "motion_style_dim": 16,
+    "motion_dim": 4,
+    "motion_encoder_dim": 16,
+    "face_encoder_hidden_dim": 32,
+    "face_encoder_num_heads": 4,
+    "inject_face_latents_blocks": 1,
+}
 VARIANTS = {
     "t2v": Variant(build(), inputs),
     "i2v": Variant(build(image_dim=16, added_kv_proj_dim=256), partial(inputs, image=True)),
     "ti2v": Variant(build(), partial(inputs, per_token=True)),
     "no_cross_attn_norm": Variant(build(cross_attn_norm=False), inputs),
     "vace": Variant(build(WanVACETransformer3DModel, vace_layers=[0, 1], vace_in_channels=6), vace_inputs),
+    "animate": Variant(build(WanAnimateTransformer3DModel, **ANIMATE), animate_inputs),
 }
 
 

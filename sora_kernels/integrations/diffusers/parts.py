@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from diffusers.models.normalization import FP32LayerNorm, RMSNorm
+from diffusers.models.normalization import FP32LayerNorm, MochiRMSNorm, RMSNorm
 from torch import Tensor, nn
 
 from ...adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
@@ -19,7 +19,7 @@ from ...norm_rope import apply_rope, norm_rope
 from .attention_backend import BACKENDS
 
 _LAYER_NORMS = nn.LayerNorm, FP32LayerNorm
-_RMS_NORMS = nn.RMSNorm, RMSNorm
+_RMS_NORMS = nn.RMSNorm, RMSNorm, MochiRMSNorm
 Tables = tuple[Tensor, Tensor]
 
 

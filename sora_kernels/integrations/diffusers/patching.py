@@ -32,6 +32,7 @@ MODELS = {
     "LTX2VideoTransformer3DModel": "ltx2",
     "LTXVideoTransformer3DModel": "ltx",
     "LatteTransformer3DModel": "dit",
+    "MochiTransformer3DModel": "mochi",
     "QwenImageTransformer2DModel": "qwenimage",
     "WanAnimateTransformer3DModel": "wan",
     "WanTransformer3DModel": "wan",
@@ -212,12 +213,19 @@ def _places(module: nn.Module, ours: Callable[..., Any] | None) -> list[tuple[An
     return [p for p in at if getattr(*p) is ours]
 
 
+def _set_processor(module: Any, processor: Any) -> None:
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:  # Mochi's attention
+        module.processor = processor
+
+
 def _install(entry: _Forward | _Processor | _Backend) -> None:
     if isinstance(entry, _Forward):
         for owner, name in _places(entry.module, None):
             setattr(owner, name, entry.ours)
     elif isinstance(entry, _Processor):
-        entry.module.set_processor(entry.ours)
+        _set_processor(entry.module, entry.ours)
     else:
         entry.processor._attention_backend = AttentionBackendName("sora")
 
@@ -230,6 +238,6 @@ def _remove(entry: _Forward | _Processor | _Backend) -> None:
             else:
                 setattr(owner, name, entry.module.__class__.forward.__get__(entry.module))
     elif isinstance(entry, _Processor):
-        entry.module.set_processor(entry.original)
+        _set_processor(entry.module, entry.original)
     else:
         entry.processor._attention_backend = entry.original
