@@ -23,7 +23,7 @@ CONFIG = {
 SIZES = ((2, 6, 8), (3, 5, 12), (5, 9, 4))
 
 
-def inputs(size: int, guidance: bool = True, control: bool = False, text: int = 512) -> Inputs:
+def inputs(size: int, guidance: bool = True, control: bool = False, text: int = 512, masked: bool = False) -> Inputs:
     b, *grid = SIZES[size]
     tokens = grid[0] * grid[1]
     made = {
@@ -36,6 +36,9 @@ def inputs(size: int, guidance: bool = True, control: bool = False, text: int = 
     }
     if guidance:
         made["guidance"] = torch.full((b,), 3.5)
+    if masked:  # some keys of each query, not the same ones
+        mask = torch.rand(b, 1, text + tokens, text + tokens) < 0.7
+        made["joint_attention_kwargs"] = {"attention_mask": mask}
     if control:
         made["controlnet_block_samples"] = [torch.randn(b, tokens, 256)]
         made["controlnet_single_block_samples"] = [torch.randn(b, tokens, 256) for _ in range(2)]
@@ -53,6 +56,7 @@ VARIANTS = {
     "dev": Variant(build, inputs),
     "schnell": Variant(partial(build, guidance_embeds=False), partial(inputs, guidance=False, text=256)),
     "control": Variant(build, partial(inputs, control=True, text=77)),
+    "masked": Variant(build, partial(inputs, masked=True, text=77), masked=True),
     "fused": Variant(partial(build, fused=True), partial(inputs, text=77), lora=("to_qkv", "to_added_qkv", "to_out.0")),
 }
 
