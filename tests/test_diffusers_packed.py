@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel, ZImageTransformer2DModel
 from diffusers_contract import Variant, made
+from einops import rearrange
+from test_diffusers_qwenimage import CONFIG as QWEN
 from test_diffusers_wan import CONFIG
+from test_diffusers_z_image import CONFIG as Z_IMAGE
 from tolerance import assert_bit_equal
 from torch import Tensor
 
@@ -29,6 +32,85 @@ def alone(model, latents, timesteps, text, image=None):
     image = [None] * len(latents) if image is None else [x[None] for x in image]
     given = zip(latents, timesteps, text, image, strict=True)
     return [model(x[None], t[None], c[None], i, return_dict=False)[0][0] for x, t, c, i in given]
+
+
+def qwen():
+    return made(Variant(lambda: QwenImageTransformer2DModel(**QWEN), None)).eval()
+
+
+def qwen_alone(model, latents, timesteps, text):
+    """As diffusers' pipelines do: patches as channels, and back."""
+    outs = []
+    for x, t, c in zip(latents, timesteps, text, strict=True):
+        _, f, h, w = x.shape
+        patches = rearrange(x, "c f (h ph) (w pw) -> 1 (f h w) (c ph pw)", ph=2, pw=2)
+        out = model(patches, c[None], None, t[None], [[(f, h // 2, w // 2)]], return_dict=False)[0]
+        outs.append(rearrange(out, "1 (f h w) (c ph pw) -> c f (h ph) (w pw)", f=f, h=h // 2, w=w // 2, ph=2, pw=2))
+    return outs
+
+
+def z_image():
+    return made(Variant(lambda: ZImageTransformer2DModel(**Z_IMAGE), None)).eval()
+
+
+def z_image_alone(model, latents, timesteps, text):
+    return [model([x], t[None], [c], return_dict=False)[0][0] for x, t, c in zip(latents, timesteps, text, strict=True)]
+
+
+IMAGES = ((1, 8, 8), (1, 12, 4), (1, 4, 18)) * 2
+OTHERS = {"qwen": (qwen, qwen_alone, 2), "z_image": (z_image, z_image_alone, 16)}
+
+
+def image_samples(channels: int, grids=IMAGES, texts=TEXTS) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    torch.manual_seed(1)
+    return [torch.randn(channels, *g) for g in grids], torch.rand(len(grids)), [torch.randn(n, 32) for n in texts]
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_images(family):
+    build, alone, channels = OTHERS[family]
+    model, given = build(), image_samples(channels)
+
+    def results(outs):
+        loss = sum((x * torch.cos(torch.arange(x.numel())).view_as(x)).sum() for x in outs)
+        return list(outs), torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+    want, want_grads = results(alone(model, *given))
+    apply(model)
+    got, grads = results(packed_forward(model, *given))
+    close(got, want)
+    for g, w in zip(grads, want_grads, strict=True):
+        assert (g is None) == (w is None)
+        if g is not None:
+            torch.testing.assert_close(g, w, rtol=1e-3, atol=3e-5 * max(1, float(w.abs().max())))
+    with pytest.raises(ValueError, match=r"timesteps\[0\]: expected one, got 3"):
+        packed_forward(model, given[0], [torch.zeros(3)] * 6, given[2])
+    with pytest.raises(ValueError, match="image: expected None, got some"):
+        packed_forward(model, *given, image=given[2])
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_images_compiled_once_for_all_packings(family):
+    torch._dynamo.reset()
+    build, alone, channels = OTHERS[family]
+    model, plain = build(), build()
+    apply(model)
+    model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
+    for step, (grids, texts) in enumerate(
+        ((IMAGES, TEXTS), (IMAGES[:3], TEXTS[:3]), (IMAGES[1:5], TEXTS[2:]), (IMAGES[:2], (4, 77)))
+    ):
+        given = image_samples(channels, grids, texts)
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=step > 1):
+            close(packed_forward(model, *given), alone(plain, *given))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("option", ["zero_cond_t", "use_layer3d_rope"])
+def test_qwen_images_to_edit_are_refused(option):
+    model = QwenImageTransformer2DModel(**QWEN, **{option: True})
+    apply(model)
+    with pytest.raises(ValueError, match=f"packed_forward: model: expected one without {option}, got one with it"):
+        packed_forward(model, *image_samples(2))
 
 
 def close(got, want):

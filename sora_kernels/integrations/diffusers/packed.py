@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import check_tensor, fail
-from .patching import family_of, is_patched
+from .patching import family_of, is_hooked, is_patched
 
 OP = "packed_forward"
 
@@ -68,7 +68,7 @@ def packed_forward(
     family = family_of(model)
     if family is None or family.packed is None or not is_patched(model):
         fail(OP, "model", "a Wan, Qwen-Image or Z-Image transformer that apply has patched", type(model).__name__)
-    if model._forward_hooks or model._forward_pre_hooks or "forward" in model.__dict__:
+    if is_hooked(model):
         fail(OP, "model", "one without hooks or offloading of the whole model", "one with them")
     return family.packed(model, _check(model, latents, timesteps, text, image))
 
@@ -96,6 +96,18 @@ def check_latents(samples: Samples, channels: int, patch_size: Sequence[int]) ->
             shape = ", ".join(f"{p} n" for p in patch_size)
             fail(OP, f"latents[{i}]", f"shape [{channels}, {shape}]", str(list(x.shape)))
     return [tuple(n // p for n, p in zip(x.shape[1:], patch_size, strict=True)) for x in samples.latents]
+
+
+def one_time_each(samples: Samples) -> list[Tensor]:
+    for i, t in enumerate(samples.timesteps):
+        if len(t) != 1:
+            fail(OP, f"timesteps[{i}]", "one", str(len(t)))
+    return samples.timesteps
+
+
+def refuse_image(samples: Samples) -> None:
+    if samples.image is not None:
+        fail(OP, "image", "None", "some")
 
 
 def boundaries(lengths: Sequence[int], like: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def unless_watched(*names: str) -> Callable[[Callable[..., Any]], Callable[..., 
         def chosen(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if all(is_norm(getattr(self, name)) for name in names):
                 return forward(self, *args, **kwargs)
-            if any(isinstance(x, Packing) for x in args):
+            if any(isinstance(x, Packing) for x in (*args, *kwargs.values())):
                 fail(
                     "packed_forward", type(self).__name__, f"{', '.join(names)} without hooks, offloading or casts", "one with them"
                 )
@@ -145,18 +145,29 @@ def normed_rotated(norm: nn.Module | None, x: Tensor, tables: Tables | None, acr
 
 
 class Packing(NamedTuple):
-    """What the attention of a packed batch needs; a patched block takes it in the place of its tables.
-
-    Boundaries are int32: of samples among the tokens and among those of their texts [B+1], of rows of modulation [R+1].
-    """
+    """What a block needs of a packed batch, in the place of its tables. Boundaries are int32."""
 
     tables: Tables
     cu_seqlens: Tensor
-    cu_text: Tensor
+    """[B+1], of samples among the tokens that attend."""
     cu_rows: Tensor
+    """[R+1], of rows of modulation among the tokens."""
+    cu_text: Tensor | None = None
+    """[B+1], of samples among the tokens of text."""
     image: Tensor | None = None
-    """Packed tokens that are attended to beside the text, and their boundaries [B+1]."""
+    """Wan's: packed tokens that are attended to beside the text, and their boundaries [B+1]."""
     cu_image: Tensor | None = None
+    joint: Joint | None = None
+
+
+class Joint(NamedTuple):
+    """How text and what is behind it, each packed by itself, become a packed sequence of both, and back."""
+
+    text_tables: Tables
+    order: Tensor
+    """Of the tokens of text and, behind them, all others: which is at each place."""
+    places: Tensor
+    """Where each is."""
 
 
 def attend(
@@ -274,10 +285,10 @@ def of_pairs(tables: Tables | Tensor | None) -> Tables | None:
 def normed_joint(
     attn: Any, text: Sequence[Tensor], x: Sequence[Tensor], text_tables: Tables | None, tables: Tables | None
 ) -> list[Tensor]:
-    """Queries, keys and values [B, S, H, d] of a text and, behind it, x: `text` and `x` are the three of each, not normed yet."""
+    """Queries, keys and values, [B, S, H, d] or [N, H, d], of a text and, behind it, x; given are the three projections of each."""
     query = normed_rotated(attn.norm_added_q, text[0], text_tables), normed_rotated(attn.norm_q, x[0], tables)
     key = normed_rotated(attn.norm_added_k, text[1], text_tables), normed_rotated(attn.norm_k, x[1], tables)
-    return [torch.cat(pair, dim=1) for pair in (query, key, (text[2], x[2]))]
+    return [torch.cat(pair, dim=-3) for pair in (query, key, (text[2], x[2]))]
 
 
 def split_tables(tables: Tables | None, length: int) -> tuple[Tables | None, Tables | None]:

@@ -153,6 +153,13 @@ def is_patched(model: nn.Module) -> bool:
     return _RECORD in getattr(model, "__dict__", {})
 
 
+def is_hooked(model: nn.Module) -> bool:
+    """Whether a call of the whole model does more than its forward, or than ours."""
+    ours = [entry.ours for entry in model.__dict__.get(_RECORD, ()) if isinstance(entry, _Forward) and entry.module is model]
+    forward = model.__dict__.get("forward")
+    return bool(model._forward_hooks or model._forward_pre_hooks or (forward is not None and forward not in ours))
+
+
 def family_of(model: nn.Module) -> Family | None:
     for kind in type(model).__mro__:
         if kind.__module__.startswith("diffusers.") and kind.__name__ in MODELS:

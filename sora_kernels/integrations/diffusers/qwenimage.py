@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from diffusers.models.activations import GELU
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers import transformer_qwenimage
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...checks import fail
+from .packed import OP, Samples, boundaries, check_latents, one_time_each, refuse_image, run_block
 from .parts import (
+    Joint,
+    Packing,
     Processor,
     ada_layer_norm_continuous,
     attend,
@@ -41,7 +46,7 @@ class QwenProcessor(Processor):
         encoder_hidden_states: Tensor | None = None,
         encoder_hidden_states_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: Frequencies | None = None,
+        image_rotary_emb: Frequencies | Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
         if encoder_hidden_states is None:
             fail("QwenProcessor", "encoder_hidden_states", "a tensor, the text", "None")
@@ -52,13 +57,24 @@ class QwenProcessor(Processor):
         image = [layer(hidden_states).unflatten(-1, (-1, head_dim)) for layer in (attn.to_q, attn.to_k, attn.to_v)]
         added = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
         text = [layer(encoder_hidden_states).unflatten(-1, (-1, head_dim)) for layer in added]
-        image_tables, text_tables = map(of_pairs, image_rotary_emb or (None, None))
-        query, key, value = normed_joint(attn, text, image, text_tables, image_tables)
-        out = attend(self, query, key, value, attention_mask, parallel_config=self._parallel_config).type_as(query)
-        text_out, out = out[:, :length].contiguous(), out[:, length:].contiguous()
+        if isinstance(image_rotary_emb, Packing):
+            text_out, out = self.packed(attn, text, image, image_rotary_emb)
+        else:
+            image_tables, text_tables = map(of_pairs, image_rotary_emb or (None, None))
+            query, key, value = normed_joint(attn, text, image, text_tables, image_tables)
+            out = attend(self, query, key, value, attention_mask, parallel_config=self._parallel_config).type_as(query)
+            text_out, out = out[:, :length].contiguous(), out[:, length:].contiguous()
         for layer in attn.to_out:
             out = layer(out)
         return out, attn.to_add_out(text_out)
+
+    def packed(self, attn: Any, text: list[Tensor], image: list[Tensor], packing: Packing) -> tuple[Tensor, Tensor]:
+        """Each sample's tokens of text and image attend together: (those of text, those of images)."""
+        assert packing.joint is not None
+        text_tables, order, places = packing.joint
+        query, key, value = (x[order] for x in normed_joint(attn, text, image, text_tables, packing.tables))
+        out = attend(self, query, key, value, cu_seqlens=(packing.cu_seqlens, packing.cu_seqlens))[places]
+        return out[: len(text[0])], out[len(text[0]) :]
 
 
 def _joint_mask(mask: Tensor, image: Tensor) -> Tensor:
@@ -114,11 +130,14 @@ def _block(
     encoder_hidden_states: Tensor,
     encoder_hidden_states_mask: Tensor | None,
     temb: Tensor,
-    image_rotary_emb: Frequencies | None = None,
+    image_rotary_emb: Frequencies | Packing | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
     modulate_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    rows, cu_rows = self.img_mod(temb), None
+    rows = self.img_mod(temb)
+    cu_rows, cu_text = (
+        (image_rotary_emb.cu_rows, image_rotary_emb.cu_text) if isinstance(image_rotary_emb, Packing) else (None, None)
+    )
     if modulate_index is not None:
         # [2B, 6D], those of index 1 behind those of index 0 -> two of each sample
         rows, cu_rows = torch.stack(rows.chunk(2), dim=1).flatten(0, 1), _boundaries(modulate_index)
@@ -128,18 +147,52 @@ def _block(
     t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = self.txt_mod(temb).chunk(6, dim=-1)
     out, text_out = self.attn(
         hidden_states=modulate(self.img_norm1, hidden_states, shift, scale, cu_rows),
-        encoder_hidden_states=modulate(self.txt_norm1, encoder_hidden_states, t_shift, t_scale),
+        encoder_hidden_states=modulate(self.txt_norm1, encoder_hidden_states, t_shift, t_scale, cu_text),
         encoder_hidden_states_mask=encoder_hidden_states_mask,
         image_rotary_emb=image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
     x, y = gate_modulate(self.img_norm2, hidden_states, out, gate_, mlp_shift, mlp_scale, cu_rows)
     x = gate(x, self.img_mlp(y), mlp_gate, cu_rows)
-    text, y = gate_modulate(self.txt_norm2, encoder_hidden_states, text_out, t_gate, t_mlp_shift, t_mlp_scale)
-    return within_float16(gate(text, self.txt_mlp(y), t_mlp_gate)), within_float16(x)
+    text, y = gate_modulate(self.txt_norm2, encoder_hidden_states, text_out, t_gate, t_mlp_shift, t_mlp_scale, cu_text)
+    return within_float16(gate(text, self.txt_mlp(y), t_mlp_gate, cu_text)), within_float16(x)
+
+
+def _packed(model: Any, samples: Samples) -> list[Tensor]:
+    """The model's forward, of packed tokens."""
+    refuse_image(samples)
+    for option in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+        if getattr(model.config, option, False):
+            fail(OP, "model", f"one without {option}", "one with it")
+    grids = check_latents(samples, model.config.in_channels // 4, (1, 2, 2))
+    lengths, texts = [math.prod(grid) for grid in grids], [len(t) for t in samples.text]
+    pattern = "c f (h ph) (w pw) -> (f h w) (c ph pw)"
+    x = model.img_in(torch.cat([rearrange(x, pattern, ph=2, pw=2) for x in samples.latents]))
+    text = model.txt_in(model.txt_norm(torch.cat(samples.text)))
+    temb = model.time_text_embed(torch.cat(one_time_each(samples)).to(x.dtype), x)
+    complex_numbers = [model.pos_embed([[grid]], max_txt_seq_len=n, device=x.device) for grid, n in zip(grids, texts, strict=True)]
+    tables, text_tables = (of_pairs(torch.cat(parts)) for parts in zip(*complex_numbers, strict=True))
+    assert tables is not None
+    assert text_tables is not None
+    cu_rows, cu_text = boundaries(lengths, x), boundaries(texts, x)
+    order = torch.cat([
+        torch.cat(pair) for pair in zip(
+            torch.arange(len(text), device=x.device).split(texts),
+            torch.arange(len(text), len(text) + len(x), device=x.device).split(lengths),
+            strict=True,
+        )
+    ])  # fmt: skip
+    packing = Packing(tables, cu_rows + cu_text, cu_rows, cu_text, joint=Joint(text_tables, order, order.argsort()))
+    for block in model.transformer_blocks:
+        text, x = run_block(model, block, x, text, None, temb, packing)
+    scale, shift = model.norm_out.linear(model.norm_out.silu(temb).to(x.dtype)).chunk(2, dim=1)
+    x = model.proj_out(modulate(model.norm_out.norm, x, shift, scale, cu_rows))
+    pattern = "(f h w) (c ph pw) -> c f (h ph) (w pw)"
+    return [rearrange(part, pattern, f=f, h=h, w=w, ph=2, pw=2) for part, (f, h, w) in zip(x.split(lengths), grids, strict=True)]
 
 
 FAMILY = Family(
+    packed=_packed,
     processors={transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0: QwenProcessor},
     forwards={
         AdaLayerNormContinuous: ada_layer_norm_continuous,

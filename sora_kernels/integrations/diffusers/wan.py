@@ -30,7 +30,8 @@ class WanProcessor(Processor):
     ) -> Tensor:
         cross = encoder_hidden_states is not None
         tables: Any = rotary_emb
-        cu = image = cu_image = None
+        cu: Any = None
+        image = cu_image = None
         if isinstance(rotary_emb, Packing):
             tables = None if cross else rotary_emb.tables
             cu = rotary_emb.cu_seqlens, rotary_emb.cu_text if cross else rotary_emb.cu_seqlens

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.models.transformers import transformer_z_image
 from torch import Tensor
 
-from .parts import Processor, attend, modulate, norm_gate, normed_rotated, of_pairs, unless_watched
+from .packed import Samples, boundaries, check_latents, one_time_each, refuse_image, run_block
+from .parts import Packing, Processor, Tables, attend, modulate, norm_gate, normed_rotated, of_pairs, unless_watched
 from .patching import Family
 
 
@@ -21,14 +23,18 @@ class ZImageProcessor(Processor):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        freqs_cis: Tensor | None = None,
+        freqs_cis: Tensor | Packing | None = None,
     ) -> Tensor:
         projected = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projected)
-        # [B, S, d/2], as each sample's positions are its own
-        tables = of_pairs(None if freqs_cis is None else freqs_cis.flatten(0, 1))
+        tables: Tables | None
+        cu_seqlens = None
+        if isinstance(freqs_cis, Packing):
+            tables, cu_seqlens = freqs_cis.tables, (freqs_cis.cu_seqlens, freqs_cis.cu_seqlens)
+        else:  # [B, S, d/2], as each sample's positions are its own
+            tables = of_pairs(None if freqs_cis is None else freqs_cis.flatten(0, 1))
         query, key = normed_rotated(attn.norm_q, query, tables), normed_rotated(attn.norm_k, key, tables)
-        out = attend(self, query, key, value, attention_mask, parallel_config=self._parallel_config).type_as(query)
+        out = attend(self, query, key, value, attention_mask, cu_seqlens, parallel_config=self._parallel_config).type_as(query)
         for layer in attn.to_out:
             out = layer(out)
         return out
@@ -46,20 +52,21 @@ def _block(
     self: Any,
     x: Tensor,
     attn_mask: Tensor | None,
-    freqs_cis: Tensor,
+    freqs_cis: Tensor | Packing,
     adaln_input: Tensor | None = None,
     noise_mask: Tensor | None = None,
     adaln_noisy: Tensor | None = None,
     adaln_clean: Tensor | None = None,
 ) -> Tensor:
     scale = gate = mlp_scale = mlp_gate = None
+    cu_rows = freqs_cis.cu_rows if isinstance(freqs_cis, Packing) else None
     if self.modulation:
         rows = _rows(self.adaLN_modulation, adaln_input, noise_mask, adaln_noisy, adaln_clean)
         scale, gate, mlp_scale, mlp_gate = rows.chunk(4, dim=-1)
-    y = self.attention(modulate(self.attention_norm1, x, None, scale), attention_mask=attn_mask, freqs_cis=freqs_cis)
-    x = norm_gate(self.attention_norm2, x, y, gate, tanh=True)
-    y = self.feed_forward(modulate(self.ffn_norm1, x, None, mlp_scale))
-    return norm_gate(self.ffn_norm2, x, y, mlp_gate, tanh=True)
+    y = self.attention(modulate(self.attention_norm1, x, None, scale, cu_rows), attention_mask=attn_mask, freqs_cis=freqs_cis)
+    x = norm_gate(self.attention_norm2, x, y, gate, cu_rows, tanh=True)
+    y = self.feed_forward(modulate(self.ffn_norm1, x, None, mlp_scale, cu_rows))
+    return norm_gate(self.ffn_norm2, x, y, mlp_gate, cu_rows, tanh=True)
 
 
 @unless_watched("norm_final")
@@ -80,7 +87,53 @@ def _prepare(model: Any) -> None:
     model.rope_embedder(torch.zeros(1, len(model.axes_dims), dtype=torch.int32, device=model.device))
 
 
+def _packed(model: Any, samples: Samples) -> list[Tensor]:
+    """The model's forward, of packed tokens. Image and text are each filled to 32 tokens with the model's own, which attend."""
+    refuse_image(samples)
+    check_latents(samples, model.config.in_channels, (1, 2, 2))
+    patches, captions, sizes, positions, text_positions, filled, text_filled = model.patchify_and_embed(
+        samples.latents, samples.text, patch_size=2, f_patch_size=1
+    )
+    lengths, texts = [len(x) for x in patches], [len(t) for t in captions]
+    x = _filled(model.all_x_embedder["2-1"](torch.cat(patches)), filled, model.x_pad_token)
+    text = _filled(model.cap_embedder(torch.cat(captions)), text_filled, model.cap_pad_token)
+    temb = model.t_embedder(torch.cat(one_time_each(samples)) * model.t_scale).type_as(x)
+    frequencies, text_frequencies = (
+        # There are more positions than tokens: diffusers leaves out those behind.
+        model.rope_embedder(torch.cat([p[:n] for p, n in zip(*both, strict=True)]))
+        for both in ((positions, lengths), (text_positions, texts))
+    )
+    for block in model.noise_refiner:
+        x = run_block(model, block, x, None, _packing(frequencies, lengths), temb)
+    for block in model.context_refiner:
+        text = run_block(model, block, text, None, _packing(text_frequencies, texts))
+    x = _interleaved(x.split(lengths), text.split(texts))
+    frequencies = _interleaved(frequencies.split(lengths), text_frequencies.split(texts))
+    both = [n + m for n, m in zip(lengths, texts, strict=True)]
+    packing = _packing(frequencies, both)
+    for block in model.layers:
+        x = run_block(model, block, x, None, packing, temb)
+    last = model.all_final_layer["2-1"]
+    x = last.linear(modulate(last.norm_final, x, None, last.adaLN_modulation(temb), packing.cu_rows))
+    return model.unpatchify(list(x.split(both)), sizes, 2, 1)
+
+
+def _filled(x: Tensor, where: list[Tensor], token: Tensor) -> Tensor:
+    return torch.where(torch.cat(where)[:, None], token, x)
+
+
+def _interleaved(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part for pair in zip(first, second, strict=True) for part in pair])
+
+
+def _packing(frequencies: Tensor, lengths: list[int]) -> Packing:
+    tables, cu_seqlens = of_pairs(frequencies), boundaries(lengths, frequencies)
+    assert tables is not None
+    return Packing(tables, cu_seqlens, cu_rows=cu_seqlens)
+
+
 FAMILY = Family(
+    packed=_packed,
     processors={transformer_z_image.ZSingleStreamAttnProcessor: ZImageProcessor},
     forwards={transformer_z_image.FinalLayer: _final_layer, transformer_z_image.ZImageTransformerBlock: _block},
     prepare=_prepare,
