@@ -40,7 +40,7 @@ from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attent
 from sora_kernels.layout import PackedLayout
 
 TEXT_TOKENS = 77
-HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn_2_cuda") is not None  # not what stands in for it
 HAS_NATTEN = importlib.util.find_spec("natten") is not None
 # (grid, window). NATTEN builds the whole score matrix on a CPU, for which the larger grid is too large.
 WINDOWS = {"16x32x32": ((16, 32, 32), (5, 9, 9))}

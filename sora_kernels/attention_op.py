@@ -134,7 +134,7 @@ def _grad(ctx: Context, dout: Tensor | None, dlse: Tensor | None, _: None) -> Gr
         return (None,) * 11
     q, k, v, out, statistics, cu_q, cu_k, bias, alibi = ctx.saved_tensors
     dout = cotangent(dout, q)
-    grads = _backward(dout, dlse, q, k, v, out, statistics, cu_q, cu_k, bias, alibi, *ctx.scalars)
+    grads = attention_backward(dout, dlse, q, k, v, out, statistics, cu_q, cu_k, bias, alibi, *ctx.scalars)
     dbias = None
     if ctx.wants_bias:  # which no kernel computes
         with backends.without_autocast(q.device.type):
@@ -143,7 +143,7 @@ def _grad(ctx: Context, dout: Tensor | None, dlse: Tensor | None, _: None) -> Gr
 
 
 _ARGUMENTS = "Tensor? cu_q, Tensor? cu_k, Tensor? bias, Tensor? alibi, float scale, SymInt left, SymInt right, float softcap"
-_backward = register(
+attention_backward = register(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, "
     f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _run_backward,

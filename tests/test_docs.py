@@ -25,7 +25,8 @@ import typer
 import sora_kernels
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES += [page for folder in ("docs", "docs/integrations") for page in sorted((ROOT / folder).glob("*.md"))]
 # A block that begins with this comment is shown, not run: it would take minutes or needs a GPU.
 NOT_RUN = "# Not run by the tests:"
 

@@ -5,11 +5,12 @@
 //   residual_out = residual + norm(x) scale[r]               (A::kGatesNorm, with NORM alone: a gate in the place of 1 + scale)
 //
 // A row of threads (threadIdx.x) owns a token: a warp up to 160 vectors of 16 bytes (1280 channels of bfloat16), then one more warp
-// per 160. A block has about 128 threads; with 100 registers each, five blocks fit on a multiprocessor. The token's row stays in
-// registers as it is stored, kVectors vectors to a thread, from the loads over the mean and the variance to the result, so that
-// memory sees each input and output once: D (2 or 3 reads and writes) elements a token. All loads of the token are in flight before
-// the search for its modulation row begins, which then costs no time of its own; the modulation rows are those of neighbouring
-// tokens and come from L1. Statistics are float32; the variance is the mean of (x - mean)^2.
+// per 160. A block has about 128 threads; with 100 registers each, five blocks fit on a multiprocessor; four, with up to 118,
+// where a float32 residual waits behind the norm of 2-byte tokens. The token's row stays in registers as it is stored, kVectors
+// vectors to a thread, from the loads over the mean and the variance to the result, so that memory sees each input and output
+// once: D (2 or 3 reads and writes) elements a token. All loads of the token are in flight before the search for its modulation
+// row begins, which then costs no time of its own; the modulation rows are those of neighbouring tokens and come from L1.
+// Statistics are float32; the variance is the mean of (x - mean)^2.
 //
 // With 2-byte types the arithmetic takes nearly as long as the memory, so adaLN-Zero's own variant asks no questions: it has all
 // rows, and neither weight nor bias. The variant OPTIONAL asks for each of them.

@@ -1,1 +1,1 @@
-"""sora_kernels inside other libraries. Each module imports its library; importing sora_kernels imports none of them."""
+"""sora_kernels inside other libraries, or in the place of one. Importing sora_kernels imports none of these modules."""

@@ -13,6 +13,7 @@ from .attention_backend import BACKENDS as BACKENDS
 from .attention_backend import TESTED as TESTED
 from .attention_backend import sora as sora
 from .attention_backend import sora_varlen as sora_varlen
+from .packed import packed_forward as packed_forward
 from .patching import MODELS as MODELS
 from .patching import Report as Report
 from .patching import apply as apply

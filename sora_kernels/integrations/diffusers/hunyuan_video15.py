@@ -18,7 +18,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor
 
 from .hunyuan_video import HunyuanVideoProcessor, RefinerProcessor, double_block, layers, refiner_block, refiner_blocks, rope, video
-from .parts import gelu, layer_norm_continuous, layer_norm_zero
+from .parts import ada_layer_norm_continuous, ada_layer_norm_zero, gelu
 from .patching import Family
 
 
@@ -71,8 +71,8 @@ def _model(
 FAMILY = Family(
     processors={hunyuan.HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Processor, AttnProcessor2_0: RefinerProcessor},
     forwards={
-        AdaLayerNormContinuous: layer_norm_continuous,
-        AdaLayerNormZero: layer_norm_zero,
+        AdaLayerNormContinuous: ada_layer_norm_continuous,
+        AdaLayerNormZero: ada_layer_norm_zero,
         GELU: gelu,
         hunyuan.HunyuanVideo15IndividualTokenRefiner: refiner_blocks,
         hunyuan.HunyuanVideo15IndividualTokenRefinerBlock: refiner_block,

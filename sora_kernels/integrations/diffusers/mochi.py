@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from .parts import (
     Processor,
     Tables,
+    ada_layer_norm_continuous,
     attend,
     is_norm,
     is_plain,
-    layer_norm_continuous,
     modulate,
     norm_gate,
     normed_rotated,
@@ -119,7 +119,7 @@ def _block(
 FAMILY = Family(
     processors={MochiAttnProcessor2_0: MochiProcessor},
     forwards={
-        AdaLayerNormContinuous: layer_norm_continuous,
+        AdaLayerNormContinuous: ada_layer_norm_continuous,
         mochi.MochiLayerNormContinuous: _norm_continuous,
         mochi.MochiRMSNormZero: _norm_zero,
         mochi.MochiRoPE: _rope,

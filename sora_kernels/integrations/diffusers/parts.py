@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -12,8 +12,11 @@ from diffusers.models.normalization import FP32LayerNorm, MochiRMSNorm, RMSNorm
 from torch import Tensor, nn
 
 from ...adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
+from ...attention import flash_attn_varlen_func
 from ...bias_gelu import bias_gelu
+from ...checks import fail
 from ...norm_rope import apply_rope, norm_rope
+from .attention_backend import BACKENDS
 
 _LAYER_NORMS = nn.LayerNorm, FP32LayerNorm
 _RMS_NORMS = nn.RMSNorm, RMSNorm, MochiRMSNorm
@@ -48,6 +51,10 @@ def unless_watched(*names: str) -> Callable[[Callable[..., Any]], Callable[..., 
         def chosen(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if all(is_norm(getattr(self, name)) for name in names):
                 return forward(self, *args, **kwargs)
+            if any(isinstance(x, Packing) for x in args):
+                fail(
+                    "packed_forward", type(self).__name__, f"{', '.join(names)} without hooks, offloading or casts", "one with them"
+                )
             return type(self).forward(self, *args, **kwargs)
 
         return chosen
@@ -78,25 +85,15 @@ def two_parts(x: Tensor, length: int) -> Tensor:
 def modulate(
     norm: nn.Module, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, cu_rows: Tensor | None = None
 ) -> Tensor:
-    """norm(x) * (1 + scale) + shift. With cu_rows the rows are [R, D], of x [B, S, D] as packed tokens."""
+    """norm(x) * (1 + scale) + shift. Of this and the others, `cu_rows` are boundaries of rows among all tokens, dense or packed."""
     shift, scale = _rows(x, shift, scale)
-    y = layer_norm_modulate(x if cu_rows is None else x.flatten(0, 1), shift, scale, cu_rows, **_norm(norm))
-    return y.view(x.shape)
+    return layer_norm_modulate(_tokens(x, cu_rows), shift, scale, cu_rows, **_norm(norm)).view_as(x)
 
 
 def gate(residual: Tensor, x: Tensor, gate: Tensor | None = None, cu_rows: Tensor | None = None) -> Tensor:
     """residual + gate * x, in the residual's dtype."""
-    shape, x = residual.shape, x.to(residual.dtype) if residual.dtype != torch.float32 else x
-    if cu_rows is not None:
-        residual, x = residual.flatten(0, 1), x.flatten(0, 1)
-    (gate,) = _rows(x, gate)
-    return gate_residual(residual, x, gate, cu_rows).view(shape)
-
-
-def norm_gate(norm: nn.Module, residual: Tensor, x: Tensor, gate: Tensor | None = None, tanh: bool = False) -> Tensor:
-    """residual + gate * norm(x), or with tanh(gate)."""
-    (gate,) = _rows(x, gate)
-    return norm_gate_residual(residual, x.to(residual.dtype), gate, tanh=tanh, **_norm(norm))
+    x = x if residual.dtype == torch.float32 else x.to(residual.dtype)
+    return gate_residual(_tokens(residual, cu_rows), _tokens(x, cu_rows), _rows(x, gate)[0], cu_rows).view_as(x)
 
 
 def gate_modulate(
@@ -109,34 +106,105 @@ def gate_modulate(
     cu_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(residual, y): residual <- residual + gate * x; y = norm(residual) * (1 + scale) + shift."""
-    shape, x = residual.shape, x.to(residual.dtype)
-    if cu_rows is not None:
-        residual, x = residual.flatten(0, 1), x.flatten(0, 1)
+    x = x.to(residual.dtype)
     gate, shift, scale = _rows(x, gate, shift, scale)
+    tokens = _tokens(residual, cu_rows), _tokens(x, cu_rows)
     if type(norm) is nn.Identity:
-        residual = gate_residual(residual, x, gate, cu_rows).view(shape)
+        residual = gate_residual(*tokens, gate, cu_rows).view_as(x)
         return residual, residual
-    residual, y = gate_residual_layer_norm_modulate(residual, x, gate, shift, scale, cu_rows, **_norm(norm))
-    return residual.view(shape), y.view(shape)
+    residual, y = gate_residual_layer_norm_modulate(*tokens, gate, shift, scale, cu_rows, **_norm(norm))
+    return residual.view_as(x), y.view_as(x)
+
+
+def norm_gate(
+    norm: nn.Module, residual: Tensor, x: Tensor, gate: Tensor | None = None, cu_rows: Tensor | None = None, tanh: bool = False
+) -> Tensor:
+    """residual + g * norm(x), where g is the gate or its tanh, in the residual's dtype."""
+    x = x.to(residual.dtype) if residual.dtype != torch.float32 else x
+    (gate,) = _rows(x, gate)
+    tokens = _tokens(residual, cu_rows), _tokens(x, cu_rows)
+    return norm_gate_residual(*tokens, gate, cu_rows, tanh=tanh, **_norm(norm)).view_as(x)
+
+
+def _tokens(x: Tensor, cu_rows: Tensor | None) -> Tensor:
+    """[N, D] where there are boundaries."""
+    return x if cu_rows is None else x.flatten(0, -2)
 
 
 def normed_rotated(norm: nn.Module | None, x: Tensor, tables: Tables | None, across_heads: bool = False, **options: Any) -> Tensor:
-    """Queries or keys [B, S, H, d] behind their norm, of each head or across heads, and rotated by cos and sin, if there are any.
+    """Queries or keys, [B, S, H, d] or packed [N, H, d], behind their norm, of each head or across heads, and rotated, if by any.
 
     The tables are [N, r/2] or [N, H, r/2]; an option of `apply_rope` is `interleaved`.
     """
     if not is_norm(norm):
-        x, norm = norm(x.flatten(2)).view_as(x) if across_heads else norm(x), None  # type: ignore[misc]
+        x, norm = norm(x.flatten(-2)).view_as(x) if across_heads else norm(x), None  # type: ignore[misc]
     cos, sin = (None, None) if tables is None else _rows(x, *tables)
     if norm is None or type(norm) is nn.Identity:
         return x if cos is None or sin is None else apply_rope(x, cos, sin, **options)
     return norm_rope(x, cos, sin, across_heads=across_heads, **_norm(norm), **options)
 
 
-def attend(processor: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-    """Attention of [B, S, H, d] by the backend that the processor has been given -> [B, S, H * d]."""
-    out = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=processor._attention_backend, **options)
-    return out.flatten(2, 3)
+class Packing(NamedTuple):
+    """What the attention of a packed batch needs; a patched block takes it in the place of its tables.
+
+    Boundaries are int32: of samples among the tokens and among those of their texts [B+1], of rows of modulation [R+1].
+    """
+
+    tables: Tables
+    cu_seqlens: Tensor
+    cu_text: Tensor
+    cu_rows: Tensor
+    image: Tensor | None = None
+    """Packed tokens that are attended to beside the text, and their boundaries [B+1]."""
+    cu_image: Tensor | None = None
+
+
+def attend(
+    processor: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Attention -> [B, S, H * d], or packed [N, H * d].
+
+    Of [B, S, H, d] by the backend that the processor has been given; of packed queries and keys, with both boundaries, by ours.
+    A mask may be one of keys, [B, Sk]. One that "sora_varlen" does not take, of queries or of numbers to add, is "sora"'s.
+    """
+    if cu_seqlens is not None:
+        return flash_attn_varlen_func(query, key, value, *cu_seqlens).flatten(-2)
+    backend = processor._attention_backend
+    if mask is not None and backend not in BACKENDS:
+        mask = mask[:, None, None] if mask.ndim == 2 else mask
+    elif mask is not None and not is_of_keys(mask):
+        backend = AttentionBackendName("sora")
+    return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, **options).flatten(-2)
+
+
+def is_of_keys(mask: Tensor) -> bool:
+    """Whether a mask is bool, and the same for all heads and queries."""
+    return mask.dtype == torch.bool and all(n == 1 for n in mask.shape[1:-1])
+
+
+def text_keys(mask: Tensor | None) -> Tensor | None:
+    """LTX's mask of text [B, Sk], 1 where a token counts, as one of keys [B, 1, 1, Sk].
+
+    diffusers adds -10,000 to the scores of the others. That leaves them nothing, except in a sample where all are masked: there it
+    changes nothing.
+    """
+    if mask is None or mask.ndim != 2:
+        return mask
+    keys = mask == 1
+    return (keys | ~keys.any(dim=1, keepdim=True))[:, None, None]
+
+
+def mask_of_heads(mask: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    """A mask [B, 1 or S, Sk], or [B*H, 1 or S, Sk], with an axis of heads."""
+    if mask is None or mask.ndim == 4:
+        return mask
+    return mask[:, None] if mask.shape[0] == batch else mask.unflatten(0, (batch, heads))
 
 
 class Processor:
@@ -152,30 +220,69 @@ def gelu(self: Any, hidden_states: Tensor) -> Tensor:
     return bias_gelu(hidden_states) if self.approximate == "tanh" else self.gelu(hidden_states)
 
 
-def tanh_gelu(self: Any, x: Tensor) -> Tensor:
-    """Of torch's GELU."""
-    return bias_gelu(x) if self.approximate == "tanh" else type(self).forward(self, x)
+def torch_gelu(self: nn.GELU, x: Tensor) -> Tensor:
+    """Of torch's GELU, in the tanh approximation."""
+    return bias_gelu(x) if self.approximate == "tanh" else nn.GELU.forward(self, x)
 
 
 @unless_watched("norm")
-def layer_norm_zero(
-    self: Any, x: Tensor, timestep: Any = None, class_labels: Any = None, hidden_dtype: Any = None, emb: Tensor | None = None
+def ada_layer_norm_zero(
+    self: Any,
+    x: Tensor,
+    timestep: Tensor | None = None,
+    class_labels: Tensor | None = None,
+    hidden_dtype: torch.dtype | None = None,
+    emb: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Of AdaLayerNormZero."""
+    """Of diffusers' AdaLayerNormZero: the modulated norm, and the four rows that its block needs later."""
     if self.emb is not None:
         emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
-    return layer_norm_zero_single(self, x, emb)
+    shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
+    return modulate(self.norm, x, shift, scale), *rest
 
 
 @unless_watched("norm")
-def layer_norm_zero_single(self: Any, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Of AdaLayerNormZeroSingle."""
-    shift, scale, *rows = self.linear(self.silu(emb)).split(x.shape[-1], dim=1)
-    return modulate(self.norm, x, shift, scale), *rows
+def ada_layer_norm_zero_single(self: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
+    """Of diffusers' AdaLayerNormZeroSingle: the modulated norm, and the gate."""
+    shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
+    return modulate(self.norm, x, shift, scale), gate
 
 
 @unless_watched("norm")
-def layer_norm_continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
-    """Of AdaLayerNormContinuous."""
+def ada_layer_norm_continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+    """Of diffusers' AdaLayerNormContinuous, with which many models end."""
     scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
     return modulate(self.norm, x, shift, scale)
+
+
+def within_float16(x: Tensor) -> Tensor:
+    """What overflowed in float16, within its range, as some blocks return it."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def of_pairs(tables: Tables | Tensor | None) -> Tables | None:
+    """Cosines and sines of pairs, [..., d/2], of tables that have each twice, [..., d], or of complex numbers."""
+    if tables is None:
+        return None
+    if isinstance(tables, Tensor):
+        cos, sin = torch.view_as_real(tables).unbind(-1)
+    else:
+        cos, sin = tables[0][..., 0::2], tables[1][..., 1::2]
+    return cos.contiguous(), sin.contiguous()
+
+
+def normed_joint(
+    attn: Any, text: Sequence[Tensor], x: Sequence[Tensor], text_tables: Tables | None, tables: Tables | None
+) -> list[Tensor]:
+    """Queries, keys and values [B, S, H, d] of a text and, behind it, x: `text` and `x` are the three of each, not normed yet."""
+    query = normed_rotated(attn.norm_added_q, text[0], text_tables), normed_rotated(attn.norm_q, x[0], tables)
+    key = normed_rotated(attn.norm_added_k, text[1], text_tables), normed_rotated(attn.norm_k, x[1], tables)
+    return [torch.cat(pair, dim=1) for pair in (query, key, (text[2], x[2]))]
+
+
+def split_tables(tables: Tables | None, length: int) -> tuple[Tables | None, Tables | None]:
+    """Those of the first tokens, and of the others."""
+    if tables is None:
+        return None, None
+    cos, sin = tables
+    return (cos[:length], sin[:length]), (cos[length:], sin[length:])

@@ -20,13 +20,24 @@ from ...checks import fail
 
 MODELS = {
     "CogVideoXTransformer3DModel": "cogvideox",
+    "CosmosControlNetModel": "cosmos",
+    "CosmosTransformer3DModel": "cosmos",
+    "DiTTransformer2DModel": "dit",
+    "Flux2Transformer2DModel": "flux2",
+    "FluxTransformer2DModel": "flux",
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
     "HunyuanVideoFramepackTransformer3DModel": "hunyuan_video",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
+    "Kandinsky5Transformer3DModel": "kandinsky5",
+    "LTX2VideoTransformer3DModel": "ltx2",
+    "LTXVideoTransformer3DModel": "ltx",
+    "LatteTransformer3DModel": "dit",
     "MochiTransformer3DModel": "mochi",
+    "QwenImageTransformer2DModel": "qwenimage",
     "WanAnimateTransformer3DModel": "wan",
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan",
+    "ZImageTransformer2DModel": "z_image",
 }
 """The module beside this one that knows a class of models."""
 _RECORD = "_sora_kernels_replaced"
@@ -38,6 +49,10 @@ class Family(NamedTuple):
     processors: dict[type, type]
     forwards: dict[type, Callable[..., Any]]
     """A forward takes the module first, as a method would."""
+    packed: Callable[..., Any] | None = None
+    """Of the model and packed.Samples."""
+    prepare: Callable[[Any], None] | None = None
+    """Computes what the model else computes in its first forward, in a way that torch.compile and torch.export do not take."""
 
 
 class Report(NamedTuple):
@@ -95,18 +110,20 @@ def apply(model: nn.Module, *, strict: bool = True) -> Report:
     op = "apply"
     if not isinstance(model, nn.Module):
         fail(op, "model", "a torch.nn.Module, such as pipe.transformer", type(model).__name__, TypeError)
-    if _RECORD in model.__dict__:
+    if is_patched(model):
         fail(op, "model", "one that is not patched (call revert first)", "a patched one")
     _check_not_compiled(op, model)
     devices = sorted({str(x.device) for x in model.parameters()})
     if len(devices) > 1:
         fail(op, "model", "all parameters on one device (offload or distribute it afterwards)", ", ".join(devices))
-    family = _family(model)
+    family = family_of(model)
     if family is None:
         if strict:
             fail(op, "model", f"one of {', '.join(MODELS)}, or strict=False", type(model).__name__)
         family = Family({}, {})
     record, report = _plan(op, model, family, strict)
+    if family.prepare is not None:
+        family.prepare(model)
     for entry in record:
         _install(entry)
     model.__dict__[_RECORD] = record
@@ -132,7 +149,11 @@ def revert(model: nn.Module) -> None:
     del model.__dict__[_RECORD]
 
 
-def _family(model: nn.Module) -> Family | None:
+def is_patched(model: nn.Module) -> bool:
+    return _RECORD in getattr(model, "__dict__", {})
+
+
+def family_of(model: nn.Module) -> Family | None:
     for kind in type(model).__mro__:
         if kind.__module__.startswith("diffusers.") and kind.__name__ in MODELS:
             return importlib.import_module(f".{MODELS[kind.__name__]}", __package__).FAMILY

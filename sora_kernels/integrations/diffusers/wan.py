@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from diffusers.models.activations import GELU
 from diffusers.models.transformers import transformer_wan, transformer_wan_animate, transformer_wan_vace
+from einops import rearrange
 from torch import Tensor
 
-from .parts import Processor, Tables, attend, gate, gate_modulate, gelu, modulate, normed_rotated, unless_watched
+from ...checks import fail
+from .packed import OP, Samples, boundaries, check_latents, run_block
+from .parts import Packing, Processor, Tables, attend, gate, gate_modulate, gelu, modulate, normed_rotated, unless_watched
 from .patching import Family
 
 
@@ -21,32 +26,38 @@ class WanProcessor(Processor):
         hidden_states: Tensor,
         encoder_hidden_states: Any = None,
         attention_mask: Tensor | None = None,
-        rotary_emb: Tables | None = None,
+        rotary_emb: Tables | Packing | None = None,
     ) -> Tensor:
-        parallel = self._parallel_config if encoder_hidden_states is None else None
-        image = None
-        if attn.add_k_proj is not None:
+        cross = encoder_hidden_states is not None
+        tables: Any = rotary_emb
+        cu = image = cu_image = None
+        if isinstance(rotary_emb, Packing):
+            tables = None if cross else rotary_emb.tables
+            cu = rotary_emb.cu_seqlens, rotary_emb.cu_text if cross else rotary_emb.cu_seqlens
+            if rotary_emb.image is not None and rotary_emb.cu_image is not None:
+                image, cu_image = rotary_emb.image, (rotary_emb.cu_seqlens, rotary_emb.cu_image)
+        elif attn.add_k_proj is not None:
             length = encoder_hidden_states.shape[1] - 512  # the text has 512 tokens, behind the image
             image, encoder_hidden_states = encoder_hidden_states[:, :length], encoder_hidden_states[:, length:]
         projected = transformer_wan._get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
-        tables = None if rotary_emb is None else _tables(rotary_emb, query.shape[-1])
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projected)
+        tables = None if tables is None else _tables(tables, query.shape[-1])
         query = normed_rotated(attn.norm_q, query, tables, across_heads=True)
         key = normed_rotated(attn.norm_k, key, tables, across_heads=True)
-        out = attend(self, query, key, value, attention_mask, parallel_config=parallel)
-        if image is not None:
-            key, value = (x.unflatten(2, (attn.heads, -1)) for x in transformer_wan._get_added_kv_projections(attn, image))
+        out = attend(self, query, key, value, attention_mask, cu, parallel_config=None if cross else self._parallel_config)
+        if attn.add_k_proj is not None and image is not None:
+            key, value = (x.unflatten(-1, (attn.heads, -1)) for x in transformer_wan._get_added_kv_projections(attn, image))
             key = normed_rotated(attn.norm_added_k, key, None, across_heads=True)
-            out = out + attend(self, query, key, value)
+            out = out + attend(self, query, key, value, None, cu_image)
         return attn.to_out[1](attn.to_out[0](out.type_as(query)))
 
 
 def _tables(rotary_emb: Tables, head_dim: int) -> Tables:
-    """[1, N, 1, d/2] of `_rope`, or diffusers' own [1, N, 1, d], as [N, d/2]."""
+    """[N, d/2] or [1, N, 1, d/2] of `_rope`, or diffusers' own [1, N, 1, d], as [N, d/2]."""
     cos, sin = rotary_emb
     if cos.shape[-1] == head_dim:
         cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return cos.flatten(0, 2), sin.flatten(0, 2)
+    return cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1])
 
 
 def _rope(self: Any, hidden_states: Tensor) -> Tables:
@@ -55,20 +66,21 @@ def _rope(self: Any, hidden_states: Tensor) -> Tables:
     return cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous()
 
 
-def _layers(self: Any, x: Tensor, text: Tensor, temb: Tensor, rotary_emb: Tables) -> Tensor:
-    """Attention, cross-attention and feed-forward of both kinds of blocks."""
-    # [B, 6, D], or [B, S, 6, D] of Wan 2.2 TI2V, whose rows are of tokens.
+def _layers(self: Any, x: Tensor, text: Tensor, temb: Tensor, rotary_emb: Tables | Packing) -> Tensor:
+    """Attention, cross-attention and feed-forward of both kinds of blocks, of a dense x or a packed one."""
+    packing, cu_rows = (rotary_emb, rotary_emb.cu_rows) if isinstance(rotary_emb, Packing) else (None, None)
+    # temb is [B, 6, D], or [B, S, 6, D] of Wan 2.2 TI2V, whose rows are of tokens. Of a packed batch it is [R, 6, D].
     rows = self.scale_shift_table.to(temb.device) + temb.float()
     shift, scale, gate_, c_shift, c_scale, c_gate = rows.unbind(-2)
-    out = self.attn1(modulate(self.norm1, x, shift, scale), None, None, rotary_emb)
-    x, y = gate_modulate(self.norm2, x, out, gate_)
-    out = self.attn2(y, text, None, None)
-    x, y = gate_modulate(self.norm3, x, out, None, c_shift, c_scale)
-    return gate(x, self.ffn(y), c_gate)
+    out = self.attn1(modulate(self.norm1, x, shift, scale, cu_rows), None, None, rotary_emb)
+    x, y = gate_modulate(self.norm2, x, out, gate_, cu_rows=cu_rows)
+    out = self.attn2(y, text, None, packing)
+    x, y = gate_modulate(self.norm3, x, out, None, c_shift, c_scale, cu_rows)
+    return gate(x, self.ffn(y), c_gate, cu_rows)
 
 
 @unless_watched("norm1", "norm2", "norm3")
-def _block(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Tables) -> Tensor:
+def _block(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Tables | Packing) -> Tensor:
     return _layers(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
 
 
@@ -101,7 +113,56 @@ class WanAnimateFaceProcessor(Processor):
         return out if attention_mask is None else out * attention_mask.flatten(start_dim=1)
 
 
+def _packed(model: Any, samples: Samples) -> list[Tensor]:
+    """The model's forward, of packed tokens."""
+    patch_size = model.config.patch_size
+    grids = check_latents(samples, model.config.in_channels, patch_size)
+    lengths = [math.prod(grid) for grid in grids]
+    cu_rows = [length // len(t) for length, t in zip(lengths, samples.timesteps, strict=True) for _ in t]
+    for i, (grid, t) in enumerate(zip(grids, samples.timesteps, strict=True)):
+        if len(t) not in (1, grid[0]):
+            fail(OP, f"timesteps[{i}]", f"one, or one for each of {grid[0]} token frames", str(len(t)))
+    if (samples.image is None) != (model.condition_embedder.image_embedder is None):
+        fail(
+            OP,
+            "image",
+            "None" if samples.image is not None else "embeddings of images",
+            "None" if samples.image is None else "some",
+        )
+    cos, sin = (torch.cat(t).flatten(1) for t in zip(*(_tables(model.rope(x[None]), -1) for x in samples.latents), strict=True))
+    x = torch.cat([model.patch_embedding(x[None])[0].flatten(1).T for x in samples.latents])
+    temb, rows, text, _ = model.condition_embedder(torch.cat(samples.timesteps), torch.cat(samples.text)[None])
+    packing = Packing(
+        (cos, sin),
+        cu_seqlens=boundaries(lengths, x),
+        cu_text=boundaries([len(t) for t in samples.text], x),
+        cu_rows=boundaries(cu_rows, x),
+    )
+    if samples.image is not None:
+        image = [model.condition_embedder.image_embedder(t[None])[0] for t in samples.image]
+        packing = packing._replace(image=torch.cat(image), cu_image=boundaries([len(t) for t in image], x))
+    rows = rows.unflatten(1, (6, -1))
+    for block in model.blocks:
+        x = run_block(model, block, x, text[0], rows, packing)
+    shift, scale = (model.scale_shift_table + temb[:, None]).unbind(1)
+    x = model.proj_out(modulate(model.norm_out, x, shift, scale, packing.cu_rows))
+    return [
+        rearrange(
+            part,
+            "(t h w) (pt ph pw c) -> c (t pt) (h ph) (w pw)",
+            t=t,
+            h=h,
+            w=w,
+            pt=patch_size[0],
+            ph=patch_size[1],
+            pw=patch_size[2],
+        )
+        for part, (t, h, w) in zip(x.split(lengths), grids, strict=True)
+    ]
+
+
 FAMILY = Family(
+    packed=_packed,
     processors={
         transformer_wan.WanAttnProcessor: WanProcessor,
         transformer_wan_animate.WanAttnProcessor: WanProcessor,

@@ -1,0 +1,110 @@
+"""One forward of a patched model over videos and images of any sizes, each with its own time step and text, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...checks import check_tensor, fail
+from .patching import family_of, is_patched
+
+OP = "packed_forward"
+
+
+class Samples(NamedTuple):
+    """What a family's packed forward is given, checked."""
+
+    latents: list[Tensor]
+    """Each [C, F, H, W]."""
+    timesteps: list[Tensor]
+    """Each [1], or [F] of a family that takes one per latent frame."""
+    text: list[Tensor]
+    """Each [L, width]."""
+    image: list[Tensor] | None
+
+
+def packed_forward(
+    model: nn.Module,
+    latents: Sequence[Tensor],
+    timesteps: Tensor | Sequence[Tensor | float],
+    text: Sequence[Tensor],
+    *,
+    image: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """The predictions for several samples, which share weights and nothing else.
+
+    >>> import sora_kernels.integrations.diffusers
+    >>> from diffusers import WanTransformer3DModel
+    >>> model = WanTransformer3DModel(
+    ...     num_attention_heads=2, attention_head_dim=64, num_layers=2, ffn_dim=64, text_dim=32, freq_dim=32, rope_max_seq_len=32
+    ... )
+    >>> report = sora_kernels.integrations.diffusers.apply(model)
+    >>> video, still = torch.randn(16, 3, 8, 8), torch.randn(16, 1, 12, 4)
+    >>> prompt, none = torch.randn(9, 32), torch.randn(2, 32)
+    >>> [x.shape for x in packed_forward(model, [video, still, video, still], torch.full((4,), 500), [prompt, prompt, none, none])]
+    [torch.Size([16, 3, 8, 8]), torch.Size([16, 1, 12, 4]), torch.Size([16, 3, 8, 8]), torch.Size([16, 1, 12, 4])]
+
+    Each equals the model's own forward of that sample alone. Conditional and unconditional samples go together, as above. Blocks
+    are called as modules: `model.compile_repeated_blocks(fullgraph=True, dynamic=True)` after `apply` compiles them once for all.
+
+    Args:
+        model: a Wan, Qwen-Image or Z-Image transformer that `apply` has patched.
+        latents: each [C, F, H, W] as its VAE gives; an image has F = 1. F, H and W are multiples of the model's patch size.
+        timesteps: one per sample, in the model's own units. Wan also takes [F / pt] of a sample, one per token frame, where the
+            model itself is given one per token (Wan 2.2 TI2V).
+        text: each [L, width], attended to as it is. What a model was trained to see padded, as Wan to 512 tokens, has to be padded.
+        image: Wan 2.1's embeddings of an image for each sample, [tokens, width].
+
+    Returns:
+        A tensor [C, F, H, W] for each sample.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    family = family_of(model)
+    if family is None or family.packed is None or not is_patched(model):
+        fail(OP, "model", "a Wan, Qwen-Image or Z-Image transformer that apply has patched", type(model).__name__)
+    if model._forward_hooks or model._forward_pre_hooks or "forward" in model.__dict__:
+        fail(OP, "model", "one without hooks or offloading of the whole model", "one with them")
+    return family.packed(model, _check(model, latents, timesteps, text, image))
+
+
+def _check(model: nn.Module, latents: Any, timesteps: Any, text: Any, image: Any) -> Samples:
+    like = next(model.parameters())
+    for name, given, ndim in (("latents", latents, 4), ("text", text, 2), ("image", image, 2)):
+        if given is None and name == "image":
+            continue
+        if isinstance(given, Tensor) or not isinstance(given, Sequence) or len(given) != len(latents) or not given:
+            count = f"a sequence of {'' if name == 'latents' else f'{len(latents)} '}tensors"
+            fail(OP, name, count, f"{len(given)}" if isinstance(given, Sequence) else type(given).__name__, TypeError)
+        for i, x in enumerate(given):
+            check_tensor(OP, f"{name}[{i}]", x, ("C", "F", "H", "W") if ndim == 4 else ("L", "width"), like=like)
+    if len(timesteps) != len(latents):
+        fail(OP, "timesteps", f"{len(latents)} of them", str(len(timesteps)))
+    times = [torch.as_tensor(t, device=like.device).reshape(-1) for t in timesteps]
+    return Samples(list(latents), times, list(text), None if image is None else list(image))
+
+
+def check_latents(samples: Samples, channels: int, patch_size: Sequence[int]) -> list[tuple[int, ...]]:
+    """The samples' grids of tokens."""
+    for i, x in enumerate(samples.latents):
+        if x.shape[0] != channels or any(n % p or not n for n, p in zip(x.shape[1:], patch_size, strict=True)):
+            shape = ", ".join(f"{p} n" for p in patch_size)
+            fail(OP, f"latents[{i}]", f"shape [{channels}, {shape}]", str(list(x.shape)))
+    return [tuple(n // p for n, p in zip(x.shape[1:], patch_size, strict=True)) for x in samples.latents]
+
+
+def boundaries(lengths: Sequence[int], like: Tensor) -> Tensor:
+    """int32 [B+1]."""
+    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=like.device)
+
+
+def run_block(model: Any, block: nn.Module, *args: Any) -> Any:
+    """A block, checkpointed if the model is."""
+    if torch.is_grad_enabled() and model.gradient_checkpointing:
+        return model._gradient_checkpointing_func(block, *args)
+    return block(*args)

@@ -1,0 +1,150 @@
+"""Qwen-Image: blocks of image and padded text, RMSNorm of heads, RoPE of complex numbers, images to edit behind the noisy one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.normalization import AdaLayerNormContinuous
+from diffusers.models.transformers import transformer_qwenimage
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...checks import fail
+from .parts import (
+    Processor,
+    ada_layer_norm_continuous,
+    attend,
+    gate,
+    gate_modulate,
+    gelu,
+    modulate,
+    normed_joint,
+    of_pairs,
+    unless_watched,
+    within_float16,
+)
+from .patching import Family
+
+Frequencies = tuple[Tensor, Tensor]
+"""Complex numbers of the image's tokens and of the text's, [S, d/2]."""
+
+
+class QwenProcessor(Processor):
+    """Attention of text and image, of which some of the text may be padding."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Frequencies | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if encoder_hidden_states is None:
+            fail("QwenProcessor", "encoder_hidden_states", "a tensor, the text", "None")
+        length = encoder_hidden_states.shape[1]
+        if encoder_hidden_states_mask is not None:
+            attention_mask = _joint_mask(encoder_hidden_states_mask, hidden_states)
+        head_dim = attn.inner_dim // attn.heads
+        image = [layer(hidden_states).unflatten(-1, (-1, head_dim)) for layer in (attn.to_q, attn.to_k, attn.to_v)]
+        added = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+        text = [layer(encoder_hidden_states).unflatten(-1, (-1, head_dim)) for layer in added]
+        image_tables, text_tables = map(of_pairs, image_rotary_emb or (None, None))
+        query, key, value = normed_joint(attn, text, image, text_tables, image_tables)
+        out = attend(self, query, key, value, attention_mask, parallel_config=self._parallel_config).type_as(query)
+        text_out, out = out[:, :length].contiguous(), out[:, length:].contiguous()
+        for layer in attn.to_out:
+            out = layer(out)
+        return out, attn.to_add_out(text_out)
+
+
+def _joint_mask(mask: Tensor, image: Tensor) -> Tensor:
+    """That of the text, behind which comes the image, as one of keys, [B, 1, 1, S]."""
+    return F.pad(mask.to(torch.bool), (0, image.shape[1]), value=True)[:, None, None]
+
+
+def _model(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_hidden_states_mask: Tensor | None = None,
+    timestep: Tensor | None = None,
+    img_shapes: Any = None,
+    guidance: Tensor | None = None,
+    attention_kwargs: dict[str, Any] | None = None,
+    controlnet_block_samples: Any = None,
+    additional_t_cond: Tensor | None = None,
+    return_dict: bool = True,
+) -> Any:
+    """diffusers' own, but the mask is made once for all layers, and no constant of torch.compile depends on the text's length."""
+    mask = encoder_hidden_states_mask
+    if mask is not None:
+        if encoder_hidden_states is None or mask.shape != encoder_hidden_states.shape[:2]:
+            fail(type(self).__name__, "encoder_hidden_states_mask", "[B, S] of the text", str(list(mask.shape)))
+        attention_kwargs = (attention_kwargs or {}) | {"attention_mask": _joint_mask(mask, hidden_states)}
+    return type(self).forward(
+        self,
+        hidden_states,
+        encoder_hidden_states,
+        timestep=timestep,
+        img_shapes=img_shapes,
+        guidance=guidance,
+        attention_kwargs=attention_kwargs,
+        controlnet_block_samples=controlnet_block_samples,
+        additional_t_cond=additional_t_cond,
+        return_dict=return_dict,
+    )
+
+
+def _boundaries(modulate_index: Tensor) -> Tensor:
+    """Of the tokens with index 0 and the others behind them, as the model has them in each sample."""
+    batch, tokens = modulate_index.shape
+    ends = torch.arange(1, batch + 1, device=modulate_index.device) * tokens
+    behind = (modulate_index != 0).sum(dim=1)
+    return F.pad(torch.stack([ends - behind, ends], dim=1).flatten(), (1, 0)).int()
+
+
+@unless_watched("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
+def _block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_mask: Tensor | None,
+    temb: Tensor,
+    image_rotary_emb: Frequencies | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+    modulate_index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    rows, cu_rows = self.img_mod(temb), None
+    if modulate_index is not None:
+        # [2B, 6D], those of index 1 behind those of index 0 -> two of each sample
+        rows, cu_rows = torch.stack(rows.chunk(2), dim=1).flatten(0, 1), _boundaries(modulate_index)
+    if self.zero_cond_t:
+        temb = temb.chunk(2)[0]
+    shift, scale, gate_, mlp_shift, mlp_scale, mlp_gate = rows.chunk(6, dim=-1)
+    t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = self.txt_mod(temb).chunk(6, dim=-1)
+    out, text_out = self.attn(
+        hidden_states=modulate(self.img_norm1, hidden_states, shift, scale, cu_rows),
+        encoder_hidden_states=modulate(self.txt_norm1, encoder_hidden_states, t_shift, t_scale),
+        encoder_hidden_states_mask=encoder_hidden_states_mask,
+        image_rotary_emb=image_rotary_emb,
+        **(joint_attention_kwargs or {}),
+    )
+    x, y = gate_modulate(self.img_norm2, hidden_states, out, gate_, mlp_shift, mlp_scale, cu_rows)
+    x = gate(x, self.img_mlp(y), mlp_gate, cu_rows)
+    text, y = gate_modulate(self.txt_norm2, encoder_hidden_states, text_out, t_gate, t_mlp_shift, t_mlp_scale)
+    return within_float16(gate(text, self.txt_mlp(y), t_mlp_gate)), within_float16(x)
+
+
+FAMILY = Family(
+    processors={transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0: QwenProcessor},
+    forwards={
+        AdaLayerNormContinuous: ada_layer_norm_continuous,
+        GELU: gelu,
+        transformer_qwenimage.QwenImageTransformer2DModel: _model,
+        transformer_qwenimage.QwenImageTransformerBlock: _block,
+    },
+)

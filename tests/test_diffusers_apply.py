@@ -1,0 +1,353 @@
+"""apply and revert themselves: what is refused, hooks, copies, and models that are not known."""
+
+import copy
+import pickle
+from functools import partial
+
+import diffusers
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers.hooks import HookRegistry
+from diffusers.hooks import ModelHook as DiffusersHook
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers_contract import Reads, outputs, results, to
+from tolerance import assert_bit_equal
+
+from sora_kernels import backends
+from sora_kernels.integrations.diffusers import Report, apply, revert
+from sora_kernels.integrations.diffusers.wan import WanProcessor
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = {"num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 2, "ffn_dim": 64, "text_dim": 32, "freq_dim": 32}
+    return diffusers.WanTransformer3DModel(**config, in_channels=4, out_channels=4, rope_max_seq_len=32).eval()
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(1)
+    given = {"hidden_states": torch.randn(2, 4, 3, 8, 8), "timestep": torch.tensor([5, 900])}
+    return {**given, "encoder_hidden_states": torch.randn(2, 7, 32)}
+
+
+def operators(model, inputs):
+    """The operators of ours that a forward takes."""
+    with backends.record() as calls:
+        outputs(model, inputs)
+    return {name for name, _ in calls}
+
+
+ALL = {
+    "attention_forward",
+    "bias_gelu_forward",
+    "gate_residual_forward",
+    "gate_residual_layer_norm_modulate_forward",
+    "layer_norm_modulate_forward",
+    "norm_rope_forward",
+}
+
+
+def test_report(model, inputs):
+    report = apply(model)
+    assert report == Report(
+        "WanTransformer3DModel",
+        {"WanAttnProcessor": 4, "WanRotaryPosEmbed": 1, "WanTransformerBlock": 2, "GELU": 2},
+        {},
+    )
+    assert str(report) == "WanTransformer3DModel: 4 WanAttnProcessor, 1 WanRotaryPosEmbed, 2 WanTransformerBlock, 2 GELU"
+    assert operators(model, inputs) >= ALL
+
+
+def refused(function, model, message, error=ValueError, **options):
+    with pytest.raises(error) as raised:
+        function(model, **options)
+    assert message in str(raised.value)
+
+
+def test_twice(model, inputs):
+    apply(model)
+    before = outputs(model, inputs)
+    refused(apply, model, "apply: model: expected one that is not patched (call revert first), got a patched one")
+    assert_bit_equal(outputs(model, inputs), before)
+    revert(model)
+    refused(revert, model, "revert: model: expected one that apply has patched, got WanTransformer3DModel")
+    apply(model)
+    assert_bit_equal(outputs(model, inputs), before)
+
+
+def test_what_is_no_model(model):
+    pipe = diffusers.DiffusionPipeline()
+    refused(apply, pipe, "apply: model: expected a torch.nn.Module, such as pipe.transformer, got DiffusionPipeline", TypeError)
+    refused(revert, pipe, "revert: model: expected one that apply has patched, got DiffusionPipeline")
+    refused(apply, torch.nn.Linear(2, 2), "or strict=False, got Linear")
+
+
+def test_several_devices(model):
+    model.blocks[1].to("meta")
+    refused(
+        apply, model, "apply: model: expected all parameters on one device (offload or distribute it afterwards), got cpu, meta"
+    )
+    assert not isinstance(model.blocks[0].attn1.processor, WanProcessor)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_models_are_refused(model, inputs, whole):
+    """Their graphs would go on as they are."""
+    if whole:
+        refused(
+            apply, torch.compile(model, backend="eager"), "apply: model: expected one that is not compiled yet, got a compiled one"
+        )
+    model.blocks[0].compile(backend="eager")
+    refused(apply, model, "expected one that is not compiled yet")
+
+
+def test_reverting_a_compiled_model_is_refused(model):
+    apply(model)
+    model.compile(backend="eager")
+    refused(revert, model, "revert: model: expected one that is not compiled yet")
+
+
+class Mine(WanAttnProcessor):
+    """A processor that diffusers does not have."""
+
+
+def test_unknown_processors(model, inputs):
+    model.blocks[1].attn2.set_processor(Mine())
+    before = outputs(model, inputs)
+    refused(apply, model, ["apply: blocks.1.attn2.processor: expected one of WanAttnProcessor, ", ", or strict=False, got Mine"][0])
+    assert_bit_equal(outputs(model, inputs), before)
+    report = apply(model, strict=False)
+    assert report.replaced == {"WanAttnProcessor": 3, "backends of Mine": 1}
+    assert report.left == {"blocks.1.attn2.processor": "Mine"}
+    assert str(report).endswith("\nleft: blocks.1.attn2.processor, Mine")
+    torch.testing.assert_close(outputs(model, inputs), before, rtol=1e-4, atol=1e-5)
+    assert "gate_residual_layer_norm_modulate_forward" not in operators(model, inputs)
+    revert(model)
+    assert model.blocks[1].attn2.processor._attention_backend is None
+    assert_bit_equal(outputs(model, inputs), before)
+
+
+def test_unknown_models():
+    """By strict=False their attention, where it goes through diffusers' dispatch."""
+    torch.manual_seed(0)
+    config = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 1, "text_dim": 32, "freq_dim": 32, "ffn_dim": 64}
+    model = diffusers.SkyReelsV2Transformer3DModel(**config, in_channels=4, out_channels=4, rope_max_seq_len=32).eval()
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 2, 4, 4),
+        "timestep": torch.tensor([5]),
+        "encoder_hidden_states": torch.randn(1, 7, 32),
+    }
+    refused(apply, model, "or strict=False, got SkyReelsV2Transformer3DModel")
+    before = outputs(model, inputs)
+    assert apply(model, strict=False).replaced == {"backends of SkyReelsV2AttnProcessor": 2}
+    assert operators(model, inputs) == {"attention_forward"}
+    torch.testing.assert_close(outputs(model, inputs), before, rtol=1e-4, atol=1e-5)
+    revert(model)
+    assert_bit_equal(outputs(model, inputs), before)
+
+
+def test_a_derived_class_is_known(model):
+    class Tuned(diffusers.WanTransformer3DModel):
+        pass
+
+    model.__class__ = Tuned
+    assert apply(model).model == "Tuned"
+
+
+def test_another_backend_may_be_chosen(model, inputs):
+    """After apply, by diffusers' own means."""
+    apply(model)
+    model.set_attention_backend("native")
+    try:
+        assert operators(model, inputs) == ALL - {"attention_forward"}
+    finally:
+        _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+
+
+class Seen:
+    """Both libraries' kinds of hook; counts its calls."""
+
+    def __init__(self, kind):
+        self.calls = 0
+        seen = self
+
+        class Hook(kind):
+            def pre_forward(self, module, *args, **kwargs):
+                seen.calls += 1
+                return args, kwargs
+
+            def post_forward(self, module, output):
+                return output
+
+        self.hook = Hook()
+
+
+class Replacing(DiffusersHook):
+    """As diffusers' caches do, with a forward of its own around the module's."""
+
+    def new_forward(self, module, *args, **kwargs):
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+def accelerate_hook(module, seen):
+    add_hook_to_module(module, seen.hook)
+    return partial(remove_hook_from_module, module)
+
+
+def diffusers_hook(module, seen):
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.register_hook(seen.hook, "seen")
+    registry.register_hook(Replacing(), "replacing")
+
+    def remove():
+        registry.remove_hook("replacing")
+        registry.remove_hook("seen")
+
+    return remove
+
+
+def torch_hook(module, seen):
+    def count(*_):
+        seen.calls += 1
+
+    return module.register_forward_hook(count).remove
+
+
+HOOKS = {
+    "accelerate": (accelerate_hook, ModelHook),
+    "diffusers": (diffusers_hook, DiffusersHook),
+    "torch": (torch_hook, DiffusersHook),
+}
+
+
+@pytest.mark.parametrize("on", ["blocks.1", "blocks.1.ffn.net.0", "blocks.1.attn1.to_q"])
+@pytest.mark.parametrize("removed", ["patched", "reverted"])
+@pytest.mark.parametrize("first", ["hook", "apply"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks(model, inputs, kind, first, removed, on):
+    """A hook sees every call, whichever comes first and goes first, and takes nothing with it when it is removed."""
+    before = outputs(model, inputs)
+    put, base = HOOKS[kind]
+    seen = Seen(base)
+    if first == "apply":
+        apply(model)
+    remove = put(model.get_submodule(on), seen)
+    if first == "hook":
+        apply(model)
+    patched = outputs(model, inputs)
+    assert seen.calls == 1
+    assert operators(model, inputs) >= ALL
+    if removed == "patched":
+        remove()
+        assert_bit_equal(outputs(model, inputs), patched)
+        assert operators(model, inputs) >= ALL
+    revert(model)
+    assert_bit_equal(outputs(model, inputs), before)
+    assert not operators(model, inputs)
+    if removed == "reverted":
+        remove()
+        assert_bit_equal(outputs(model, inputs), before)
+
+
+@pytest.mark.parametrize("norm", ["norm1", "norm2", "norm3", "attn1.norm_q", "attn2.norm_k"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_norms_that_are_watched(model, inputs, kind, norm):
+    """They are called, and the results are the same."""
+    apply(model)
+    patched = outputs(model, inputs)
+    put, base = HOOKS[kind]
+    seen = Seen(base)
+    put(model.blocks[0].get_submodule(norm), seen)
+    torch.testing.assert_close(outputs(model, inputs), patched, rtol=1e-4, atol=1e-5)
+    assert seen.calls == 1
+
+
+def test_offloaded_leaf_by_leaf(model, inputs):
+    """Weights are there only while their module is called."""
+    from accelerate import cpu_offload
+
+    before = outputs(model, inputs)
+    apply(model)
+    cpu_offload(model, torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    torch.testing.assert_close(outputs(model, inputs), before, rtol=1e-4, atol=1e-5)
+
+
+def test_layerwise_casting(model, inputs):
+    """Weights are kept in another dtype than they are used in."""
+    apply(model)
+    patched = outputs(model, inputs)
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    got = outputs(model, inputs)
+    assert model.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(got, patched, rtol=0.1, atol=0.05)
+
+
+def test_a_forward_that_somebody_has_replaced(model):
+    block = model.blocks[1]
+    block.forward = lambda *args: args[0]
+    refused(apply, model, "apply: blocks.1: expected the forward of WanTransformerBlock, got one that something else has replaced")
+    del block.forward
+    apply(model)
+    block.forward = lambda *args: args[0]
+    refused(revert, model, "revert: model: expected the forward that apply gave to WanTransformerBlock, got another one")
+
+
+def test_copies(model, inputs):
+    """A copy is patched by itself, and can be reverted by itself; so is one that was saved whole."""
+    before = outputs(model, inputs)
+    apply(model)
+    patched = outputs(model, inputs)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.blocks[0].forward.args[0] is other.blocks[0]
+        assert_bit_equal(outputs(other, inputs), patched)
+        revert(other)
+        assert_bit_equal(outputs(other, inputs), before)
+    assert_bit_equal(outputs(model, inputs), patched)
+
+
+def test_weights_are_loaded_and_saved_as_ever(model, inputs, tmp_path):
+    apply(model)
+    model.save_pretrained(tmp_path)
+    other = diffusers.WanTransformer3DModel.from_pretrained(tmp_path)
+    apply(other)
+    assert_bit_equal(outputs(other.eval(), inputs), outputs(model, inputs))
+    other.load_state_dict({name: torch.zeros_like(x) for name, x in model.state_dict().items()})
+    assert not outputs(other, inputs)[0].any()
+
+
+def test_float32_modules_beside_bfloat16(model, inputs, tmp_path):
+    """As from_pretrained leaves them: norms, tables and time in float32."""
+    model.save_pretrained(tmp_path)
+    mixed = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    assert mixed.blocks[0].norm2.weight.dtype == torch.float32
+    assert mixed.blocks[0].attn1.norm_q.weight.dtype == torch.bfloat16
+    given = to(inputs, torch.bfloat16)
+    want = results(mixed, given)
+    apply(mixed)
+    got = results(mixed, given)
+    assert operators(mixed, given) >= ALL
+    for name, x in got.items():
+        assert x.dtype == want[name].dtype
+        assert (x - want[name]).norm() <= 0.1 * want[name].norm(), name
+
+
+def test_fused_projections(model, inputs):
+    before = outputs(model, inputs)
+    apply(model)
+    model.fuse_qkv_projections()
+    assert model.blocks[0].attn1.fused_projections
+    torch.testing.assert_close(outputs(model, inputs), before, rtol=1e-4, atol=1e-5)
+
+
+def test_no_value_is_read(model, inputs):
+    apply(model)
+    with Reads() as reads:
+        outputs(model, inputs)
+        assert reads.count == 0
+        inputs["hidden_states"].nonzero()
+    assert reads.count == 1, "the counter counts"

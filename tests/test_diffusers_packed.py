@@ -1,0 +1,137 @@
+"""packed_forward: several sizes, times and texts in one sequence are what each is alone."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers_contract import Variant, made
+from test_diffusers_wan import CONFIG
+from tolerance import assert_bit_equal
+from torch import Tensor
+
+from sora_kernels.integrations.diffusers import apply, packed_forward, revert
+
+# Three sizes, of which one is an image; conditional and unconditional together.
+GRIDS = ((3, 8, 8), (1, 12, 4), (2, 4, 16)) * 2
+TEXTS = (7, 512, 31, 2, 2, 1)
+
+
+def wan(**changes):
+    return made(Variant(lambda: WanTransformer3DModel(**(CONFIG | changes)), None)).eval()
+
+
+def samples(width: int = 32, grids=GRIDS, texts=TEXTS) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    torch.manual_seed(1)
+    latents = [torch.randn(4, *grid) for grid in grids]
+    return latents, torch.randint(0, 1000, (len(grids),)), [torch.randn(n, width) for n in texts]
+
+
+def alone(model, latents, timesteps, text, image=None):
+    image = [None] * len(latents) if image is None else [x[None] for x in image]
+    given = zip(latents, timesteps, text, image, strict=True)
+    return [model(x[None], t[None], c[None], i, return_dict=False)[0][0] for x, t, c, i in given]
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+
+
+def test_wan():
+    model, given = wan(), samples()
+    want = alone(model, *given)
+    apply(model)
+    got = packed_forward(model, *given)
+    assert [x.shape for x in got] == [x.shape for x in given[0]]
+    close(got, want)
+    close(packed_forward(model, given[0], given[1].tolist(), given[2]), want)
+    revert(model)
+    assert_bit_equal(alone(model, *given), want)
+
+
+def test_gradients():
+    model, given = wan(), samples()
+
+    def gradients(outs):
+        loss = sum((x * torch.cos(torch.arange(x.numel())).view_as(x)).sum() for x in outs)
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    want = gradients(alone(model, *given))
+    apply(model)
+    got = gradients(packed_forward(model, *given))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-3, atol=2e-5 * max(1, float(w.abs().max())))
+    model.enable_gradient_checkpointing()
+    model.train()
+    for g, w in zip(gradients(packed_forward(model, *given)), got, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+def test_wan_with_a_time_for_each_frame():
+    """As Wan 2.2 TI2V, which is given one for each token."""
+    model, (latents, timesteps, text) = wan(), samples()
+    frames = [torch.randint(0, 1000, (x.shape[1],)) if i % 2 else timesteps[i] for i, x in enumerate(latents)]
+    tokens = [t.repeat_interleave(x.shape[2] * x.shape[3] // 4) if t.ndim else t for x, t in zip(latents, frames, strict=True)]
+    want = alone(model, latents, tokens, text)
+    apply(model)
+    close(packed_forward(model, latents, frames, text), want)
+
+
+def test_wan_with_images():
+    model, given = wan(image_dim=16, added_kv_proj_dim=256), samples(texts=(512,) * 6)
+    image = [torch.randn(5 + i, 16) for i in range(6)]
+    want = alone(model, *given, image)
+    apply(model)
+    close(packed_forward(model, *given, image=image), want)
+
+
+def test_compiled_once_for_all_packings():
+    """Other sizes and numbers of samples take no other graph after the second."""
+    torch._dynamo.reset()
+    model = wan()
+    apply(model)
+    model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
+    plain = wan()
+    for step, (grids, texts) in enumerate(((GRIDS, TEXTS), (GRIDS[:3], TEXTS[:3]), (GRIDS[1:5], TEXTS[2:]), (GRIDS[:2], (4, 77)))):
+        given = samples(grids=grids, texts=texts)
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=step > 1):
+            close(packed_forward(model, *given), alone(plain, *given))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": torch.zeros(6, 4, 1, 4, 4)}, "latents: expected a sequence of tensors, got Tensor"),
+        ({"latents": []}, "latents: expected a sequence of tensors, got 0"),
+        ({"latents": [torch.zeros(4, 1, 4, 5)] * 6}, "latents[0]: expected shape [4, 1 n, 2 n, 2 n], got [4, 1, 4, 5]"),
+        ({"latents": [torch.zeros(3, 1, 4, 4)] * 6}, "latents[0]: expected shape [4, 1 n, 2 n, 2 n], got [3, 1, 4, 4]"),
+        ({"latents": [torch.zeros(1, 4, 4)] * 6}, "latents[0]: expected shape [C, F, H, W], got [1, 4, 4]"),
+        ({"timesteps": torch.zeros(5)}, "timesteps: expected 6 of them, got 5"),
+        ({"timesteps": [torch.zeros(2)] * 6}, "timesteps[0]: expected one, or one for each of 3 token frames, got 2"),
+        ({"text": [torch.zeros(7, 32)] * 5}, "text: expected a sequence of 6 tensors, got 5"),
+        ({"text": [torch.zeros(7)] * 6}, "text[0]: expected shape [L, width], got [7]"),
+        ({"image": [torch.zeros(7, 16)] * 6}, "image: expected None, got some"),
+    ],
+)
+def test_what_is_refused(change, message):
+    model = wan()
+    apply(model)
+    given = dict(zip(("latents", "timesteps", "text"), samples(), strict=True)) | change
+    with pytest.raises((ValueError, TypeError)) as raised:
+        packed_forward(model, **given)
+    assert str(raised.value) == f"packed_forward: {message}"
+
+
+def test_models_that_are_refused():
+    model = wan()
+    with pytest.raises(ValueError, match=r"model: expected a Wan, .* that apply has patched, got WanTransformer3DModel"):
+        packed_forward(model, *samples())
+    with pytest.raises(ValueError, match=r"model: expected a Wan, .* got Linear"):
+        packed_forward(torch.nn.Linear(2, 2), *samples())
+    apply(model)
+    handle = model.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="model: expected one without hooks"):
+        packed_forward(model, *samples())
+    handle.remove()
+    model.blocks[0].norm2.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"WanTransformerBlock: expected norm1, norm2, norm3 without hooks, .* got one with them"):
+        packed_forward(model, *samples())
