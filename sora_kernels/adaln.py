@@ -198,7 +198,9 @@ def _check_dense(op: str, x: Tensor, cu_rows: Tensor | None, rows: dict[str, Ten
         if row is not None:
             check_tensor(op, name, row, dtype=or_float32(x), like=x)
             f = f or (row.shape[1] if row.ndim == 3 else 1)
-            if row.shape not in ((b, f, d), (b, d) if f == 1 else ()) or f == 0 or s % f:
+            # Not `in`, by which torch.compile takes a fixed B of x for another one than a row's.
+            right = row.shape == (b, f, d) or (f == 1 and row.shape == (b, d))
+            if not right or f == 0 or s % f:
                 fail(op, name, f"shape [{b}, {d}] or [{b}, F, {d}], of one F that divides {s}", str(list(row.shape)))
             row = row.reshape(b * f, d)
         flat.append(cast(Tensor, row))

@@ -26,12 +26,12 @@ CONFIG = {
 SIZES = ((2, 3, 8, 8), (3, 2, 8, 12), (5, 5, 12, 4))
 
 
-def inputs(size: int, channels: int = 4, guidance: bool = False, text: int = 256) -> Inputs:
+def inputs(size: int, guidance: bool = False, text: int = 256) -> Inputs:
     b, *grid = SIZES[size]
     text -= 10 * size
     lengths = torch.randint(1, text, (b,))
     made = {
-        "hidden_states": torch.randn(b, channels, *grid),
+        "hidden_states": torch.randn(b, 4, *grid),
         "timestep": torch.randint(0, 1000, (b,)),
         "encoder_hidden_states": torch.randn(b, text, 32),
         "encoder_attention_mask": (torch.arange(text) < lengths[:, None]).long(),
@@ -64,7 +64,6 @@ def build(kind: type = HunyuanVideoTransformer3DModel, **changes):
 FRAMEPACK = build(HunyuanVideoFramepackTransformer3DModel, has_image_proj=True, image_proj_dim=24, has_clean_x_embedder=True)
 VARIANTS = {
     "t2v": Variant(build(guidance_embeds=True), partial(inputs, guidance=True), masked=True),
-    "latent_concat": Variant(build(in_channels=9, image_condition_type="latent_concat"), partial(inputs, channels=9), masked=True),
     "token_replace": Variant(build(image_condition_type="token_replace"), inputs, masked=True),
     "no_qk_norm": Variant(build(qk_norm=None), inputs, masked=True),
     "framepack": Variant(FRAMEPACK, framepack_inputs, masked=True),

@@ -65,6 +65,10 @@ VARIANTS = {
 }
 
 
+class Derived(HunyuanVideo15Transformer3DModel):
+    """Whose forward is its own for all that `apply` knows."""
+
+
 class LargestMask(TorchDispatchMode):
     """Of all tensors of bool that are computed, how many numbers the largest has."""
 
@@ -89,6 +93,13 @@ class TestHunyuanVideo15(FamilyContract):
             apply(model)
             got = model(**inputs, return_dict=False)[0]
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+    def test_derived(self) -> None:
+        model, inputs = made(Variant(partial(Derived, **CONFIG), VARIANTS["i2v"].inputs)).eval(), given(VARIANTS["i2v"])
+        with torch.no_grad():
+            want = outputs(model, inputs)
+            apply(model)
+            torch.testing.assert_close(outputs(model, inputs), want, rtol=1e-4, atol=1e-5)
 
     def test_no_mask_of_pairs(self) -> None:
         model, inputs = made(VARIANTS["i2v"]).eval(), given(VARIANTS["i2v"])

@@ -4,7 +4,9 @@ from functools import partial
 
 import torch
 from diffusers import WanAnimateTransformer3DModel, WanTransformer3DModel, WanVACETransformer3DModel
-from diffusers_contract import FamilyContract, Inputs, Variant
+from diffusers_contract import FamilyContract, Inputs, Variant, given, made, outputs
+
+from sora_kernels.integrations.diffusers import apply
 
 CONFIG = {
     "num_attention_heads": 2,
@@ -75,4 +77,11 @@ VARIANTS = {
 
 
 class TestWan(FamilyContract):
-    pass
+    def test_animate_in_one_graph(self) -> None:
+        """Its face encoder is compiled for one batch size, after the rows of modulation were."""
+        torch._dynamo.reset()
+        model, inputs = made(VARIANTS["animate"]).eval(), given(VARIANTS["animate"])
+        apply(model)
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+        with torch.no_grad():
+            torch.testing.assert_close(outputs(compiled, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-5)

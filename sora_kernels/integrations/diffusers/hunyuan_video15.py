@@ -22,6 +22,22 @@ from .parts import ada_layer_norm_continuous, ada_layer_norm_zero, gelu
 from .patching import Family
 
 
+class HunyuanVideo15Processor(HunyuanVideoProcessor):
+    """The same. The forward of a derived class brings a mask of the text only, [B, T]."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = F.pad(attention_mask.bool(), (hidden_states.shape[1], 0), value=True)[:, None, None]
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+
 @apply_lora_scale("attention_kwargs")
 def _model(
     self: Any,
@@ -53,7 +69,7 @@ def _model(
 
 
 FAMILY = Family(
-    processors={hunyuan.HunyuanVideo15AttnProcessor2_0: HunyuanVideoProcessor, AttnProcessor2_0: RefinerProcessor},
+    processors={hunyuan.HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Processor, AttnProcessor2_0: RefinerProcessor},
     forwards={
         AdaLayerNormContinuous: ada_layer_norm_continuous,
         AdaLayerNormZero: ada_layer_norm_zero,
