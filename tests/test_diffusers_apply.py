@@ -8,16 +8,22 @@ import diffusers
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers.hooks import HookRegistry
+from diffusers.hooks import HookRegistry, LayerSkipConfig, TaylorSeerCacheConfig, apply_layer_skip
 from diffusers.hooks import ModelHook as DiffusersHook
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from diffusers_contract import Reads, outputs, results, to
+from diffusers_contract import Reads, given, made, outputs, results, to
+from test_diffusers_cogvideox import VARIANTS as COGVIDEOX_VARIANTS
+from test_diffusers_hunyuan_video import VARIANTS as HUNYUAN
+from test_diffusers_qwenimage import VARIANTS as QWEN
+from test_diffusers_z_image import VARIANTS as Z_IMAGE
 from tolerance import assert_bit_equal
 
 from sora_kernels import backends
 from sora_kernels.integrations.diffusers import Report, apply, revert
 from sora_kernels.integrations.diffusers.wan import WanProcessor
+
+COGVIDEOX = next(iter(COGVIDEOX_VARIANTS.values()))
 
 
 @pytest.fixture
@@ -351,3 +357,73 @@ def test_no_value_is_read(model, inputs):
         assert reads.count == 0
         inputs["hidden_states"].nonzero()
     assert reads.count == 1, "the counter counts"
+
+
+def test_processors_that_were_set_since_stay(model, inputs):
+    apply(model)
+    mine = Mine()
+    model.blocks[1].attn2.set_processor(mine)
+    revert(model)
+    assert model.blocks[1].attn2.processor is mine
+    assert type(model.blocks[0].attn1.processor) is WanAttnProcessor
+
+
+def test_fused_meanwhile():
+    """CogVideoX sets processors of its own when it fuses projections, and back."""
+    model = made(COGVIDEOX).eval()
+    model.fuse_qkv_projections()
+    apply(model)
+    model.unfuse_qkv_projections()
+    revert(model)
+    assert all("Fused" not in type(p).__name__ for p in model.attn_processors.values())
+
+
+@pytest.mark.parametrize("order", ["hook", "apply"])
+@pytest.mark.parametrize(
+    ("variant", "fqn", "what"),
+    [
+        (Z_IMAGE["one_size"], "layers", "skip_attention"),
+        (Z_IMAGE["one_size"], "layers", "skip_attention_scores"),
+        (QWEN["no_mask"], "transformer_blocks", "skip_attention_scores"),  # the other fails in diffusers
+    ],
+    ids=["z_image", "z_image_scores", "qwenimage_scores"],
+)
+def test_layers_that_guidance_skips(variant, fqn, what, order):
+    """Perturbed-attention guidance and its kin change the prediction as they do unpatched, whichever comes first."""
+    wanted = {"skip_attention": False, "skip_attention_scores": False, "skip_ff": False, what: True}
+    model, given_ = made(variant).eval(), given(variant)
+    with torch.no_grad():
+        unskipped = outputs(model, given_)
+        want = copy.deepcopy(model)
+        apply_layer_skip(want, LayerSkipConfig(indices=[0], fqn=fqn, **wanted))
+        want = outputs(want, given_)
+        if order == "apply":
+            apply(model)
+        apply_layer_skip(model, LayerSkipConfig(indices=[0], fqn=fqn, **wanted))
+        if order == "hook":
+            apply(model)
+        got = outputs(model, given_)
+    assert (want[0] - unskipped[0]).norm() > 0.01 * want[0].norm()
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_cache_that_sits_on_attention():
+    """TaylorSeer keeps what each attention returns."""
+    model, given_ = made(HUNYUAN["t2v"]).eval(), given(HUNYUAN["t2v"])
+    plain = copy.deepcopy(model)
+    apply(model)
+    for m in (plain, model):
+        m.enable_cache(TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1))
+    with torch.no_grad():
+        for _ in range(4):
+            with model.cache_context("all"), plain.cache_context("all"):
+                torch.testing.assert_close(outputs(model, given_), outputs(plain, given_), rtol=1e-3, atol=1e-4)
+
+
+def test_a_time_that_samples_share():
+    model, given_ = made(COGVIDEOX).eval(), given(COGVIDEOX)
+    given_["timestep"] = given_["timestep"][:1]
+    with torch.no_grad():
+        want = outputs(model, given_)
+        apply(model)
+        torch.testing.assert_close(outputs(model, given_), want, rtol=1e-3, atol=1e-4)

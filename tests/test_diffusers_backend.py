@@ -171,6 +171,18 @@ def test_what_cannot_be_honoured_is_refused(options: dict, message: str) -> None
     assert str(raised.value).endswith(tail)
 
 
+def test_keys_and_values_of_a_mask() -> None:
+    """Those of one sample serve a batch; other shapes are refused, as rows are taken by number."""
+    q, k, v = (x.detach() for x in inputs())
+    mask = padded("middle")
+    shared = formula(q.double(), k[:1].double().expand(B, -1, -1, -1), v[:1].double().expand(B, -1, -1, -1), mask)[0]
+    assert error(ours.sora_varlen(q, k[:1], v[:1], attn_mask=mask), shared) < 1e-6
+    with pytest.raises(ValueError, match=r"sora_varlen: value: expected shape \[3 or 1, 14, 2, d\], got \[3, 13, 2, 16\]"):
+        ours.sora_varlen(q, k, v[:, 1:], attn_mask=mask)
+    with pytest.raises(ValueError, match=r"sora_varlen: key: expected shape \[3 or 1, 14, 2, d\], got \[6, 14, 2, 16\]"):
+        ours.sora_varlen(q, k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1), attn_mask=mask)
+
+
 def test_lse_that_sora_does_not_have_is_refused() -> None:
     q, k, v = inputs()
     with pytest.raises(ValueError, match="sora: return_lse: expected False with an attn_mask, got True"):

@@ -3,15 +3,18 @@
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel, ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers_contract import Variant, made
 from einops import rearrange
 from test_diffusers_qwenimage import CONFIG as QWEN
 from test_diffusers_wan import CONFIG
+from test_diffusers_wan import VARIANTS as WAN_VARIANTS
 from test_diffusers_z_image import CONFIG as Z_IMAGE
 from tolerance import assert_bit_equal
 from torch import Tensor
 
 from sora_kernels.integrations.diffusers import apply, packed_forward, revert
+from sora_kernels.integrations.diffusers.wan import WanProcessor
 
 # Three sizes, of which one is an image; conditional and unconditional together.
 GRIDS = ((3, 8, 8), (1, 12, 4), (2, 4, 16)) * 2
@@ -187,6 +190,8 @@ def test_compiled_once_for_all_packings():
         ({"latents": [torch.zeros(4, 1, 4, 5)] * 6}, "latents[0]: expected shape [4, 1 n, 2 n, 2 n], got [4, 1, 4, 5]"),
         ({"latents": [torch.zeros(3, 1, 4, 4)] * 6}, "latents[0]: expected shape [4, 1 n, 2 n, 2 n], got [3, 1, 4, 4]"),
         ({"latents": [torch.zeros(1, 4, 4)] * 6}, "latents[0]: expected shape [C, F, H, W], got [1, 4, 4]"),
+        ({"timesteps": 500}, "timesteps: expected 6 of them, got int"),
+        ({"timesteps": torch.tensor(500)}, "timesteps: expected 6 of them, got Tensor"),
         ({"timesteps": torch.zeros(5)}, "timesteps: expected 6 of them, got 5"),
         ({"timesteps": [torch.zeros(2)] * 6}, "timesteps[0]: expected one, or one for each of 3 token frames, got 2"),
         ({"text": [torch.zeros(7, 32)] * 5}, "text: expected a sequence of 6 tensors, got 5"),
@@ -205,15 +210,25 @@ def test_what_is_refused(change, message):
 
 def test_models_that_are_refused():
     model = wan()
-    with pytest.raises(ValueError, match=r"model: expected a Wan, .* that apply has patched, got WanTransformer3DModel"):
+    with pytest.raises(ValueError, match=r"model: expected one of .* that apply has patched, got WanTransformer3DModel"):
         packed_forward(model, *samples())
-    with pytest.raises(ValueError, match=r"model: expected a Wan, .* got Linear"):
+    with pytest.raises(ValueError, match=r"model: expected one of .* got Linear"):
         packed_forward(torch.nn.Linear(2, 2), *samples())
     apply(model)
     handle = model.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="model: expected one without hooks"):
         packed_forward(model, *samples())
     handle.remove()
+    model.blocks[1].attn1.set_processor(WanAttnProcessor())
+    with pytest.raises(ValueError, match="model: expected one whose attention processors are all those of apply, got other ones"):
+        packed_forward(model, *samples())
+    model.blocks[1].attn1.set_processor(WanProcessor())
+    vace = made(WAN_VARIANTS["vace"])
+    apply(vace)
+    with pytest.raises(ValueError, match=r"model: expected one of .* got WanVACETransformer3DModel"):
+        packed_forward(vace, *samples())
+    model = wan()
+    apply(model)
     model.blocks[0].norm2.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"WanTransformerBlock: expected norm1, norm2, norm3 without hooks, .* got one with them"):
         packed_forward(model, *samples())

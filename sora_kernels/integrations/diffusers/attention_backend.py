@@ -80,6 +80,10 @@ def sora_varlen(
     if is_causal:
         fail(op, "attn_mask", "None with is_causal=True", "a mask")
     batch, num_queries, num_keys = *query.shape[:2], key.shape[1]
+    for name, x in (("key", key), ("value", value)):
+        if x.ndim != 4 or x.shape[0] not in (1, batch) or x.shape[1:3] != key.shape[1:3]:
+            fail(op, name, f"shape [{batch} or 1, {num_keys}, {key.shape[2]}, d]", str(list(x.shape)))
+    key, value = (x.expand(batch, -1, -1, -1) for x in (key, value))
     order, cu_k = packed_keys(op, attn_mask, batch, num_keys)
     cu_q = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * num_queries
     key, value = (x.flatten(0, 1).index_select(0, order) for x in (key, value))

@@ -85,6 +85,7 @@ def _block(
     length = encoder_hidden_states.shape[1]
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     cu_rows = two_parts(x, length)
+    temb = temb.expand(x.shape[0], -1)
     (shift, scale, attn_gate), (ff_shift, ff_scale, ff_gate) = (_rows(norm, temb) for norm in norms)
     y = modulate(self.norm1.norm, x, shift, scale, cu_rows)
     out = self.attn1(hidden_states=y, image_rotary_emb=image_rotary_emb, **(attention_kwargs or {}))

@@ -148,7 +148,9 @@ def _single_block(
     else:
         y, gate_ = self.norm(x, emb=temb)
     mlp = self.act_mlp(self.proj_mlp(y))
-    out, _ = self.attn(hidden_states=y, attention_mask=attention_mask, image_rotary_emb=image_rotary_emb)
+    # In two parts, as hooks on the attention expect them.
+    streams = {"hidden_states": y[:, :length], "encoder_hidden_states": y[:, length:]}
+    out = torch.cat(self.attn(**streams, attention_mask=attention_mask, image_rotary_emb=image_rotary_emb), dim=1)
     x = gate(x, self.proj_out(torch.cat([out, mlp], dim=2)), gate_, cu_rows)
     return x[:, :length], x[:, length:]
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import check_tensor, fail
-from .patching import family_of, is_hooked, is_patched
+from .patching import family_of, is_hooked, is_patched, is_whole
 
 OP = "packed_forward"
+MODELS = "QwenImageTransformer2DModel", "WanTransformer3DModel", "ZImageTransformer2DModel"
 
 
 class Samples(NamedTuple):
@@ -52,7 +53,7 @@ def packed_forward(
     are called as modules: `model.compile_repeated_blocks(fullgraph=True, dynamic=True)` after `apply` compiles them once for all.
 
     Args:
-        model: a Wan, Qwen-Image or Z-Image transformer that `apply` has patched.
+        model: one of MODELS, a Wan, Qwen-Image or Z-Image transformer, that `apply` has patched.
         latents: each [C, F, H, W] as its VAE gives; an image has F = 1. F, H and W are multiples of the model's patch size.
         timesteps: one per sample, in the model's own units. Wan also takes [F / pt] of a sample, one per token frame, where the
             model itself is given one per token (Wan 2.2 TI2V).
@@ -66,8 +67,11 @@ def packed_forward(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     family = family_of(model)
-    if family is None or family.packed is None or not is_patched(model):
-        fail(OP, "model", "a Wan, Qwen-Image or Z-Image transformer that apply has patched", type(model).__name__)
+    known = any(kind.__name__ in MODELS for kind in type(model).__mro__)
+    if family is None or family.packed is None or not known or not is_patched(model):
+        fail(OP, "model", f"one of {', '.join(MODELS)} that apply has patched", type(model).__name__)
+    if not is_whole(model):
+        fail(OP, "model", "one whose attention processors are all those of apply", "other ones")
     if is_hooked(model):
         fail(OP, "model", "one without hooks or offloading of the whole model", "one with them")
     return family.packed(model, _check(model, latents, timesteps, text, image))
@@ -83,6 +87,8 @@ def _check(model: nn.Module, latents: Any, timesteps: Any, text: Any, image: Any
             fail(OP, name, count, f"{len(given)}" if isinstance(given, Sequence) else type(given).__name__, TypeError)
         for i, x in enumerate(given):
             check_tensor(OP, f"{name}[{i}]", x, ("C", "F", "H", "W") if ndim == 4 else ("L", "width"), like=like)
+    if not isinstance(timesteps, Sequence) and not (isinstance(timesteps, Tensor) and timesteps.ndim):
+        fail(OP, "timesteps", f"{len(latents)} of them", type(timesteps).__name__, TypeError)
     if len(timesteps) != len(latents):
         fail(OP, "timesteps", f"{len(latents)} of them", str(len(timesteps)))
     times = [torch.as_tensor(t, device=like.device).reshape(-1) for t in timesteps]

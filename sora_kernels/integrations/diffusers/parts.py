@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.normalization import FP32LayerNorm, MochiRMSNorm, RMSNorm
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from ...adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from ...attention import flash_attn_varlen_func
@@ -20,6 +22,7 @@ from .attention_backend import BACKENDS
 
 _LAYER_NORMS = nn.LayerNorm, FP32LayerNorm
 _RMS_NORMS = nn.RMSNorm, RMSNorm, MochiRMSNorm
+NATIVE = AttentionBackendName("native")
 Tables = tuple[Tensor, Tensor]
 
 
@@ -70,9 +73,19 @@ def _norm(module: Any) -> dict[str, Any]:
     return {"norm": "rms", "weight": module.weight, "eps": eps}
 
 
-def _rows(x: Tensor, *rows: Tensor | None) -> list[Tensor | None]:
-    """Rows that autocast has left in fewer bits than x."""
-    return [r if r is None or r.dtype in (x.dtype, torch.float32) else r.to(x.dtype) for r in rows]
+def _rows(x: Tensor, *rows: Tensor | None, cu_rows: Tensor | None = None) -> list[Tensor | None]:
+    """Rows that autocast has left in fewer bits than x, or that a whole batch shares."""
+    rows = tuple(r if r is None or r.dtype in (x.dtype, torch.float32) else r.to(x.dtype) for r in rows)
+    if cu_rows is None and x.ndim == 3 and x.shape[0] > 1:
+        return [r if r is None or r.shape[0] != 1 else r.expand(x.shape[0], *r.shape[1:]) for r in rows]
+    return list(rows)
+
+
+def _tables(x: Tensor, tables: Tables | None) -> tuple[Tensor | None, Tensor | None]:
+    if tables is None:
+        return None, None
+    cos, sin = (t if t.dtype in (x.dtype, torch.float32) else t.to(x.dtype) for t in tables)
+    return cos, sin
 
 
 def two_parts(x: Tensor, length: int) -> Tensor:
@@ -86,14 +99,14 @@ def modulate(
     norm: nn.Module, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, cu_rows: Tensor | None = None
 ) -> Tensor:
     """norm(x) * (1 + scale) + shift. Of this and the others, `cu_rows` are boundaries of rows among all tokens, dense or packed."""
-    shift, scale = _rows(x, shift, scale)
+    shift, scale = _rows(x, shift, scale, cu_rows=cu_rows)
     return layer_norm_modulate(_tokens(x, cu_rows), shift, scale, cu_rows, **_norm(norm)).view_as(x)
 
 
 def gate(residual: Tensor, x: Tensor, gate: Tensor | None = None, cu_rows: Tensor | None = None) -> Tensor:
     """residual + gate * x, in the residual's dtype."""
     x = x if residual.dtype == torch.float32 else x.to(residual.dtype)
-    return gate_residual(_tokens(residual, cu_rows), _tokens(x, cu_rows), _rows(x, gate)[0], cu_rows).view_as(x)
+    return gate_residual(_tokens(residual, cu_rows), _tokens(x, cu_rows), _rows(x, gate, cu_rows=cu_rows)[0], cu_rows).view_as(x)
 
 
 def gate_modulate(
@@ -107,7 +120,7 @@ def gate_modulate(
 ) -> tuple[Tensor, Tensor]:
     """(residual, y): residual <- residual + gate * x; y = norm(residual) * (1 + scale) + shift."""
     x = x.to(residual.dtype)
-    gate, shift, scale = _rows(x, gate, shift, scale)
+    gate, shift, scale = _rows(x, gate, shift, scale, cu_rows=cu_rows)
     tokens = _tokens(residual, cu_rows), _tokens(x, cu_rows)
     if type(norm) is nn.Identity:
         residual = gate_residual(*tokens, gate, cu_rows).view_as(x)
@@ -121,7 +134,7 @@ def norm_gate(
 ) -> Tensor:
     """residual + g * norm(x), where g is the gate or its tanh, in the residual's dtype."""
     x = x.to(residual.dtype) if residual.dtype != torch.float32 else x
-    (gate,) = _rows(x, gate)
+    (gate,) = _rows(x, gate, cu_rows=cu_rows)
     tokens = _tokens(residual, cu_rows), _tokens(x, cu_rows)
     return norm_gate_residual(*tokens, gate, cu_rows, tanh=tanh, **_norm(norm)).view_as(x)
 
@@ -138,7 +151,7 @@ def normed_rotated(norm: nn.Module | None, x: Tensor, tables: Tables | None, acr
     """
     if not is_norm(norm):
         x, norm = norm(x.flatten(-2)).view_as(x) if across_heads else norm(x), None  # type: ignore[misc]
-    cos, sin = (None, None) if tables is None else _rows(x, *tables)
+    cos, sin = _tables(x, tables)
     if norm is None or type(norm) is nn.Identity:
         return x if cos is None or sin is None else apply_rope(x, cos, sin, **options)
     return norm_rope(x, cos, sin, across_heads=across_heads, **_norm(norm), **options)
@@ -186,12 +199,19 @@ def attend(
     """
     if cu_seqlens is not None:
         return flash_attn_varlen_func(query, key, value, *cu_seqlens).flatten(-2)
-    backend = processor._attention_backend
+    backend = NATIVE if _scores_are_skipped() else processor._attention_backend
     if mask is not None and backend not in BACKENDS:
         mask = mask[:, None, None] if mask.ndim == 2 else mask
     elif mask is not None and not is_of_keys(mask):
         backend = AttentionBackendName("sora")
     return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, **options).flatten(-2)
+
+
+def _scores_are_skipped() -> bool:
+    """Whether diffusers' perturbed-attention guidance is on, a function mode that takes the values for torch's attention."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in _get_current_function_mode_stack())
 
 
 def is_of_keys(mask: Tensor) -> bool:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
@@ -122,6 +123,7 @@ def apply(model: nn.Module, *, strict: bool = True) -> Report:
             fail(op, "model", f"one of {', '.join(MODELS)}, or strict=False", type(model).__name__)
         family = Family({}, {})
     record, report = _plan(op, model, family, strict)
+    _tell_skipping(family)
     if family.prepare is not None:
         family.prepare(model)
     for entry in record:
@@ -131,7 +133,7 @@ def apply(model: nn.Module, *, strict: bool = True) -> Report:
 
 
 def revert(model: nn.Module) -> None:
-    """Puts back what `apply` has replaced, and nothing else.
+    """Puts back what `apply` has replaced, and nothing else: an attention processor that was set since then stays.
 
     Raises:
         ValueError: if the model is not patched, is compiled, or something has replaced a forward of ours.
@@ -153,6 +155,12 @@ def is_patched(model: nn.Module) -> bool:
     return _RECORD in getattr(model, "__dict__", {})
 
 
+def is_whole(model: nn.Module) -> bool:
+    """Whether all its attention is by the processors that `apply` gave it."""
+    record = model.__dict__.get(_RECORD, ())
+    return all(isinstance(x, _Forward) or (isinstance(x, _Processor) and x.module.processor is x.ours) for x in record)
+
+
 def is_hooked(model: nn.Module) -> bool:
     """Whether a call of the whole model does more than its forward, or than ours."""
     ours = [entry.ours for entry in model.__dict__.get(_RECORD, ()) if isinstance(entry, _Forward) and entry.module is model]
@@ -165,6 +173,15 @@ def family_of(model: nn.Module) -> Family | None:
         if kind.__module__.startswith("diffusers.") and kind.__name__ in MODELS:
             return importlib.import_module(f".{MODELS[kind.__name__]}", __package__).FAMILY
     return None
+
+
+def _tell_skipping(family: Family) -> None:
+    """diffusers' LayerSkip asks, for a class of processors, what skipping one returns."""
+    for original, ours in family.processors.items():
+        try:
+            AttentionProcessorRegistry.register(ours, AttentionProcessorRegistry.get(original))
+        except ValueError:  # it cannot skip the original, either
+            continue
 
 
 def _check_not_compiled(op: str, model: nn.Module) -> None:
@@ -183,7 +200,7 @@ def _plan(op: str, model: nn.Module, family: Family, strict: bool) -> tuple[list
         if (kind := family.processors.get(type(processor))) is not None:
             record.append(_Processor(module, kind(), processor))
         elif strict:
-            known = ", ".join(kind.__name__ for kind in family.processors)
+            known = ", ".join(dict.fromkeys(kind.__name__ for kind in family.processors))
             fail(op, f"{name}.processor", f"one of {known}, or strict=False", type(processor).__name__)
         else:
             left[f"{name}.processor"] = type(processor).__name__
@@ -245,6 +262,7 @@ def _remove(entry: _Forward | _Processor | _Backend) -> None:
             else:
                 setattr(owner, name, entry.module.__class__.forward.__get__(entry.module))
     elif isinstance(entry, _Processor):
-        _set_processor(entry.module, entry.original)
+        if entry.module.processor is entry.ours:
+            _set_processor(entry.module, entry.original)
     else:
         entry.processor._attention_backend = entry.original

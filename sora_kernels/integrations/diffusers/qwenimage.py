@@ -97,6 +97,8 @@ def _model(
 ) -> Any:
     """diffusers' own, but the mask is made once for all layers, and no constant of torch.compile depends on the text's length."""
     mask = encoder_hidden_states_mask
+    if "attention_mask" in (attention_kwargs or {}):
+        fail(type(self).__name__, "attention_kwargs", "no attention_mask (the text's is encoder_hidden_states_mask)", "one")
     if mask is not None:
         if encoder_hidden_states is None or mask.shape != encoder_hidden_states.shape[:2]:
             fail(type(self).__name__, "encoder_hidden_states_mask", "[B, S] of the text", str(list(mask.shape)))
