@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.normalization import FP32LayerNorm, MochiRMSNorm, RMSNorm
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
+from torch.nn import functional as F
+from torch.overrides import has_torch_function
 
 from ...adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from ...attention import flash_attn_varlen_func
@@ -199,7 +199,7 @@ def attend(
     """
     if cu_seqlens is not None:
         return flash_attn_varlen_func(query, key, value, *cu_seqlens).flatten(-2)
-    backend = NATIVE if _scores_are_skipped() else processor._attention_backend
+    backend = NATIVE if _scores_are_skipped(query) else processor._attention_backend
     if mask is not None and backend not in BACKENDS:
         mask = mask[:, None, None] if mask.ndim == 2 else mask
     elif mask is not None and not is_of_keys(mask):
@@ -207,11 +207,12 @@ def attend(
     return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend, **options).flatten(-2)
 
 
-def _scores_are_skipped() -> bool:
-    """Whether diffusers' perturbed-attention guidance is on, a function mode that takes the values for torch's attention."""
-    if torch.compiler.is_compiling():
+def _scores_are_skipped(query: Tensor) -> bool:
+    """Whether diffusers' perturbed-attention guidance is on: a function mode in which torch's attention returns its values."""
+    if torch.compiler.is_compiling() or not has_torch_function((query,)):
         return False
-    return any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in _get_current_function_mode_stack())
+    probe = query.new_zeros(1, 1, 1, 1)
+    return F.scaled_dot_product_attention(probe, probe, probe) is probe
 
 
 def is_of_keys(mask: Tensor) -> bool:
