@@ -21,6 +21,7 @@ from tolerance import assert_bit_equal
 
 from sora_kernels import backends
 from sora_kernels.integrations.diffusers import Report, apply, revert
+from sora_kernels.integrations.diffusers.parts import modulate
 from sora_kernels.integrations.diffusers.wan import WanProcessor
 
 COGVIDEOX = next(iter(COGVIDEOX_VARIANTS.values()))
@@ -418,6 +419,14 @@ def test_a_cache_that_sits_on_attention():
         for _ in range(4):
             with model.cache_context("all"), plain.cache_context("all"):
                 torch.testing.assert_close(outputs(model, given_), outputs(plain, given_), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_default_eps_of_rms_norm(dtype):
+    """Of numbers so small that it matters, as the norm itself has it."""
+    norm, x = torch.nn.RMSNorm(64).to(dtype), (1e-4 * torch.randn(2, 5, 64)).to(dtype)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(modulate(norm, x), norm(x), rtol=tolerance, atol=tolerance)
 
 
 def test_a_time_that_samples_share():

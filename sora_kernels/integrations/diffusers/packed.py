@@ -13,7 +13,7 @@ from ...checks import check_tensor, fail
 from .patching import family_of, is_hooked, is_patched, is_whole
 
 OP = "packed_forward"
-MODELS = "QwenImageTransformer2DModel", "WanTransformer3DModel", "ZImageTransformer2DModel"
+PACKED = "QwenImageTransformer2DModel", "WanTransformer3DModel", "ZImageTransformer2DModel"
 
 
 class Samples(NamedTuple):
@@ -53,7 +53,7 @@ def packed_forward(
     are called as modules: `model.compile_repeated_blocks(fullgraph=True, dynamic=True)` after `apply` compiles them once for all.
 
     Args:
-        model: one of MODELS, a Wan, Qwen-Image or Z-Image transformer, that `apply` has patched.
+        model: one of PACKED, a Wan, Qwen-Image or Z-Image transformer, that `apply` has patched.
         latents: each [C, F, H, W] as its VAE gives; an image has F = 1. F, H and W are multiples of the model's patch size.
         timesteps: one per sample, in the model's own units. Wan also takes [F / pt] of a sample, one per token frame, where the
             model itself is given one per token (Wan 2.2 TI2V).
@@ -67,9 +67,9 @@ def packed_forward(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     family = family_of(model)
-    known = any(kind.__name__ in MODELS for kind in type(model).__mro__)
+    known = any(kind.__name__ in PACKED for kind in type(model).__mro__)
     if family is None or family.packed is None or not known or not is_patched(model):
-        fail(OP, "model", f"one of {', '.join(MODELS)} that apply has patched", type(model).__name__)
+        fail(OP, "model", f"one of {', '.join(PACKED)} that apply has patched", type(model).__name__)
     if not is_whole(model):
         fail(OP, "model", "one whose attention processors are all those of apply", "other ones")
     if is_hooked(model):

@@ -65,11 +65,12 @@ def unless_watched(*names: str) -> Callable[[Callable[..., Any]], Callable[..., 
     return decorate
 
 
-def _norm(module: Any) -> dict[str, Any]:
-    """A norm as adaLN's arguments. torch's RMSNorm has a default eps that depends on the dtype."""
+def _norm(module: Any, x: Tensor) -> dict[str, Any]:
+    """A norm of x as adaLN's arguments. torch's RMSNorm has a default eps, that of the dtype in which it computes."""
     if type(module) in _LAYER_NORMS:
         return {"norm": "layer", "weight": module.weight, "bias": module.bias, "eps": module.eps}
-    eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+    computed_in = torch.float64 if x.dtype == torch.float64 else torch.float32
+    eps = torch.finfo(computed_in).eps if module.eps is None else module.eps
     return {"norm": "rms", "weight": module.weight, "eps": eps}
 
 
@@ -100,13 +101,14 @@ def modulate(
 ) -> Tensor:
     """norm(x) * (1 + scale) + shift. Of this and the others, `cu_rows` are boundaries of rows among all tokens, dense or packed."""
     shift, scale = _rows(x, shift, scale, cu_rows=cu_rows)
-    return layer_norm_modulate(_tokens(x, cu_rows), shift, scale, cu_rows, **_norm(norm)).view_as(x)
+    return layer_norm_modulate(_tokens(x, cu_rows), shift, scale, cu_rows, **_norm(norm, x)).view_as(x)
 
 
 def gate(residual: Tensor, x: Tensor, gate: Tensor | None = None, cu_rows: Tensor | None = None) -> Tensor:
     """residual + gate * x, in the residual's dtype."""
     x = x if residual.dtype == torch.float32 else x.to(residual.dtype)
-    return gate_residual(_tokens(residual, cu_rows), _tokens(x, cu_rows), _rows(x, gate, cu_rows=cu_rows)[0], cu_rows).view_as(x)
+    (gate,) = _rows(x, gate, cu_rows=cu_rows)
+    return gate_residual(_tokens(residual, cu_rows), _tokens(x, cu_rows), gate, cu_rows).view_as(x)
 
 
 def gate_modulate(
@@ -125,7 +127,7 @@ def gate_modulate(
     if type(norm) is nn.Identity:
         residual = gate_residual(*tokens, gate, cu_rows).view_as(x)
         return residual, residual
-    residual, y = gate_residual_layer_norm_modulate(*tokens, gate, shift, scale, cu_rows, **_norm(norm))
+    residual, y = gate_residual_layer_norm_modulate(*tokens, gate, shift, scale, cu_rows, **_norm(norm, x))
     return residual.view_as(x), y.view_as(x)
 
 
@@ -136,7 +138,7 @@ def norm_gate(
     x = x.to(residual.dtype) if residual.dtype != torch.float32 else x
     (gate,) = _rows(x, gate, cu_rows=cu_rows)
     tokens = _tokens(residual, cu_rows), _tokens(x, cu_rows)
-    return norm_gate_residual(*tokens, gate, cu_rows, tanh=tanh, **_norm(norm)).view_as(x)
+    return norm_gate_residual(*tokens, gate, cu_rows, tanh=tanh, **_norm(norm, x)).view_as(x)
 
 
 def _tokens(x: Tensor, cu_rows: Tensor | None) -> Tensor:
@@ -154,7 +156,7 @@ def normed_rotated(norm: nn.Module | None, x: Tensor, tables: Tables | None, acr
     cos, sin = _tables(x, tables)
     if norm is None or type(norm) is nn.Identity:
         return x if cos is None or sin is None else apply_rope(x, cos, sin, **options)
-    return norm_rope(x, cos, sin, across_heads=across_heads, **_norm(norm), **options)
+    return norm_rope(x, cos, sin, across_heads=across_heads, **_norm(norm, x), **options)
 
 
 class Packing(NamedTuple):
