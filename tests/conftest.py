@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -74,6 +75,16 @@ def forced(target: Target) -> Iterator[Target]:
     with backends.use_backend(target.backend), backends.record() as calls:
         yield target
     assert {name for _, name in calls} == {target.backend}, f"expected {target.backend} to run, recorded {calls}"
+
+
+@pytest.fixture(autouse=True)
+def _backend_of_diffusers() -> Iterator[None]:
+    """`set_attention_backend` of one model holds for all of diffusers' models from then on: here for one test."""
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    before = dispatch and dispatch._AttentionBackendRegistry.get_active_backend()[0]
+    yield
+    if before:
+        dispatch._AttentionBackendRegistry.set_active_backend(before)
 
 
 @pytest.fixture

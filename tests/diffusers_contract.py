@@ -79,6 +79,13 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return tensors(model(**inputs, return_dict=False))
 
 
+def operators(model: nn.Module, inputs: Inputs) -> set[str]:
+    """Those of ours that a forward takes."""
+    with backends.record() as calls:
+        outputs(model, inputs)
+    return {name for name, _ in calls}
+
+
 def results(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """Outputs and the gradients of all parameters, by name."""
     model.zero_grad()

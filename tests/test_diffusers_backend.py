@@ -3,21 +3,16 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest import mock
 
 import diffusers
 import pytest
 import torch
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    attention_backend,
-    dispatch_attention_fn,
-)
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
+from diffusers_contract import Reads
 from tolerance import allowed_error, error, largest
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_kernels import backends
 from sora_kernels.integrations import diffusers as ours
@@ -25,13 +20,6 @@ from sora_kernels.integrations import key_mask
 from sora_kernels.integrations.key_mask import pack_keys
 
 B, S, SK, H, D = 3, 11, 14, 2, 16
-
-
-@pytest.fixture(autouse=True)
-def _native() -> Iterator[None]:
-    """`set_attention_backend` of a model is for all models."""
-    yield
-    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float = D**-0.5) -> tuple[Tensor, Tensor]:
@@ -106,19 +94,6 @@ def test_additive_masks() -> None:
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k).double() * D**-0.5 + numbers
     right = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.double())
     assert error(ours.sora(q, k, v, attn_mask=numbers), right) < 1e-6
-
-
-class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for values: items, and shapes that depend on them."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name()
-        self.count += any(
-            word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave")
-        )
-        return function(*args, **(kwargs or {}))
 
 
 def test_no_value_of_a_mask_is_read() -> None:

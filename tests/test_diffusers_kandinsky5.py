@@ -95,6 +95,15 @@ def test_blocks_in_float32() -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_a_prompt_that_samples_share() -> None:
+    model, given_ = made(VARIANTS["lite"]).eval(), given(VARIANTS["lite"])
+    given_["encoder_hidden_states"] = given_["encoder_hidden_states"][:1]
+    with torch.no_grad():
+        want = outputs(model, given_)
+        apply(model)
+        torch.testing.assert_close(outputs(model, given_), want, rtol=0.02, atol=0.02)
+
+
 def test_modulation_in_float32() -> None:
     """As `from_pretrained` leaves a model of bfloat16."""
     lite = VARIANTS["lite"]

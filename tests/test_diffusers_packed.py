@@ -1,5 +1,7 @@
 """packed_forward: several sizes, times and texts in one sequence are what each is alone."""
 
+import re
+
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel, ZImageTransformer2DModel
@@ -196,6 +198,11 @@ def test_compiled_once_for_all_packings():
         ({"timesteps": [torch.zeros(2)] * 6}, "timesteps[0]: expected one, or one for each of 3 token frames, got 2"),
         ({"text": [torch.zeros(7, 32)] * 5}, "text: expected a sequence of 6 tensors, got 5"),
         ({"text": [torch.zeros(7)] * 6}, "text[0]: expected shape [L, width], got [7]"),
+        ({"text": [torch.zeros(7, 31)] * 6}, "text[0]: expected shape [L, 32], got [7, 31]"),
+        (
+            {"latents": [torch.zeros(4, 1, 4, 4), *[torch.zeros(4, 1, 4, 4).half()] * 5]},
+            "latents[1]: expected dtype float32, got float16",
+        ),
         ({"image": [torch.zeros(7, 16)] * 6}, "image: expected None, got some"),
     ],
 )
@@ -206,6 +213,25 @@ def test_what_is_refused(change, message):
     with pytest.raises((ValueError, TypeError)) as raised:
         packed_forward(model, **given)
     assert str(raised.value) == f"packed_forward: {message}"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: (wan(image_dim=16, added_kv_proj_dim=256), *samples(), [torch.zeros(3, 15)] * 6),
+            "image[0]: expected shape [L, 16]",
+        ),
+        (lambda: (qwen(), *image_samples(2)[:2], [torch.zeros(3, 31)] * 6), "text[0]: expected shape [L, 32]"),
+        (lambda: (z_image(), *image_samples(16)[:2], [torch.zeros(3, 31)] * 6), "text[0]: expected shape [L, 32]"),
+    ],
+    ids=["wan", "qwenimage", "z_image"],
+)
+def test_widths_that_are_refused(make, message):
+    model, latents, timesteps, text, *image = make()
+    apply(model)
+    with pytest.raises(ValueError, match=f"packed_forward: {re.escape(message)}, got "):
+        packed_forward(model, latents, timesteps, text, image=image[0] if image else None)
 
 
 def test_models_that_are_refused():

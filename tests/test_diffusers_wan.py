@@ -74,6 +74,15 @@ VARIANTS = {
     "vace": Variant(build(WanVACETransformer3DModel, vace_layers=[0, 1], vace_in_channels=6), vace_inputs),
     "animate": Variant(build(WanAnimateTransformer3DModel, **ANIMATE), animate_inputs),
 }
+OPERATORS = {
+    "attention_forward",
+    "bias_gelu_forward",
+    "gate_residual_forward",
+    "gate_residual_layer_norm_modulate_forward",
+    "layer_norm_modulate_forward",
+    "norm_rope_forward",
+}
+"""Of ours that a forward takes."""
 
 
 class TestWan(FamilyContract):

@@ -119,6 +119,23 @@ def test_what_cannot_be_honoured_is_refused(options: dict, message: str) -> None
         imported_by_name(*torch.randn(3, 1, 2, 5, 16), **options)
 
 
+def test_functions_that_run_later_are_refused() -> None:
+    """Their bodies run when the context has been left."""
+
+    def yields():
+        yield
+
+    async def waits():
+        pass
+
+    async def both():
+        yield
+
+    for function in (yields, waits, both):
+        with pytest.raises(TypeError, match=f"replace: {function.__name__}: expected a function to decorate, got a generator"):
+            replace()(function)
+
+
 def test_nested_tensors_are_refused() -> None:
     nested = torch.nested.nested_tensor([torch.randn(2, 5, 16), torch.randn(2, 5, 16)], layout=torch.jagged)
     with pytest.raises(TypeError, match="query: expected a dense tensor, got a nested one"), replace():

@@ -66,6 +66,8 @@ def _visual_rope(self: Any, shape: Any, pos: Any, scale_factor: Any = (1.0, 1.0,
 @unless_watched("self_attention_norm", "feed_forward_norm")
 def _text_block(self: Any, x: Tensor, time_embed: Tensor, rope: Tensor) -> Tensor:
     shift, scale, gate_, f_shift, f_scale, f_gate = self.text_modulation(time_embed).chunk(6, dim=-1)
+    if x.shape[0] == 1:  # a prompt that samples of several times share
+        x = x.expand(shift.shape[0], -1, -1)
     out = self.self_attention(modulate(self.self_attention_norm, x, shift, scale), rotary_emb=rope)
     x, y = gate_modulate(self.feed_forward_norm, x, out, gate_, f_shift, f_scale)
     return gate(x, self.feed_forward(y), f_gate)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...checks import check_tensor, fail
+from ...checks import FLOATS, check_tensor, fail
 from .patching import family_of, is_hooked, is_patched, is_whole
 
 OP = "packed_forward"
@@ -86,7 +86,8 @@ def _check(model: nn.Module, latents: Any, timesteps: Any, text: Any, image: Any
             count = f"a sequence of {'' if name == 'latents' else f'{len(latents)} '}tensors"
             fail(OP, name, count, f"{len(given)}" if isinstance(given, Sequence) else type(given).__name__, TypeError)
         for i, x in enumerate(given):
-            check_tensor(OP, f"{name}[{i}]", x, ("C", "F", "H", "W") if ndim == 4 else ("L", "width"), like=like)
+            shape = ("C", "F", "H", "W") if ndim == 4 else ("L", "width")
+            check_tensor(OP, f"{name}[{i}]", x, shape, dtype=FLOATS if i == 0 else given[0].dtype, like=like)
     if not isinstance(timesteps, Sequence) and not (isinstance(timesteps, Tensor) and timesteps.ndim):
         fail(OP, "timesteps", f"{len(latents)} of them", type(timesteps).__name__, TypeError)
     if len(timesteps) != len(latents):
@@ -102,6 +103,11 @@ def check_latents(samples: Samples, channels: int, patch_size: Sequence[int]) ->
             shape = ", ".join(f"{p} n" for p in patch_size)
             fail(OP, f"latents[{i}]", f"shape [{channels}, {shape}]", str(list(x.shape)))
     return [tuple(n // p for n, p in zip(x.shape[1:], patch_size, strict=True)) for x in samples.latents]
+
+
+def check_width(name: str, tensors: Sequence[Tensor], width: int) -> None:
+    for i, x in enumerate(tensors):
+        check_tensor(OP, f"{name}[{i}]", x, ("L", width))
 
 
 def one_time_each(samples: Samples) -> list[Tensor]:

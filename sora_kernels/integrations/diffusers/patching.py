@@ -148,6 +148,10 @@ def revert(model: nn.Module) -> None:
             fail(op, "model", f"the forward that apply gave to {type(entry.module).__name__}", "another one")
     for entry in record:
         _remove(entry)
+    # If projections were fused since then, these are what unfusing them puts back.
+    kept = getattr(model, "original_attn_processors", None) or {}
+    originals = {id(entry.ours): entry.original for entry in record if isinstance(entry, _Processor)}
+    kept.update({name: originals[id(processor)] for name, processor in kept.items() if id(processor) in originals})
     del model.__dict__[_RECORD]
 
 

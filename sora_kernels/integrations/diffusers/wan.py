@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...checks import fail
-from .packed import OP, Samples, boundaries, check_latents, run_block
+from .packed import OP, Samples, boundaries, check_latents, check_width, run_block
 from .parts import Packing, Processor, Tables, attend, gate, gate_modulate, gelu, modulate, normed_rotated, unless_watched
 from .patching import Family
 
@@ -118,6 +118,7 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
     """The model's forward, of packed tokens."""
     patch_size = model.config.patch_size
     grids = check_latents(samples, model.config.in_channels, patch_size)
+    check_width("text", samples.text, model.config.text_dim)
     lengths = [math.prod(grid) for grid in grids]
     cu_rows = [length // len(t) for length, t in zip(lengths, samples.timesteps, strict=True) for _ in t]
     for i, (grid, t) in enumerate(zip(grids, samples.timesteps, strict=True)):
@@ -140,6 +141,7 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
         cu_rows=boundaries(cu_rows, x),
     )
     if samples.image is not None:
+        check_width("image", samples.image, model.config.image_dim)
         image = [model.condition_embedder.image_embedder(t[None])[0] for t in samples.image]
         packing = packing._replace(image=torch.cat(image), cu_image=boundaries([len(t) for t in image], x))
     rows = rows.unflatten(1, (6, -1))

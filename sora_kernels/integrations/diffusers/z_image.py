@@ -9,7 +9,7 @@ import torch
 from diffusers.models.transformers import transformer_z_image
 from torch import Tensor
 
-from .packed import Samples, boundaries, check_latents, one_time_each, refuse_image, run_block
+from .packed import Samples, boundaries, check_latents, check_width, one_time_each, refuse_image, run_block
 from .parts import Packing, Processor, Tables, attend, modulate, norm_gate, normed_rotated, of_pairs, unless_watched
 from .patching import Family
 
@@ -91,6 +91,7 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
     """The model's forward, of packed tokens. Image and text are each filled to 32 tokens with the model's own, which attend."""
     refuse_image(samples)
     check_latents(samples, model.config.in_channels, (1, 2, 2))
+    check_width("text", samples.text, model.config.cap_feat_dim)
     patches, captions, sizes, positions, text_positions, filled, text_filled = model.patchify_and_embed(
         samples.latents, samples.text, patch_size=2, f_patch_size=1
     )

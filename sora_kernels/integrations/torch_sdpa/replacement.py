@@ -7,9 +7,10 @@ threads keep torch's own. torch.compile traces the replacement, and compiles ane
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...attention import scaled_dot_product_attention
+from ...checks import fail
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def replace() -> Replacement:
@@ -41,6 +45,13 @@ def replace() -> Replacement:
 
 
 class Replacement(TorchFunctionMode, contextlib.ContextDecorator):
+    def __call__(self, func: _Function) -> _Function:
+        for kind in (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction):
+            if kind(func):  # its body runs when the call has returned
+                name = getattr(func, "__name__", str(func))
+                fail("replace", name, "a function to decorate", "a generator or coroutine (use the context inside it)", TypeError)
+        return super().__call__(func)
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention or func is _ATEN or func is _ATEN.default:
