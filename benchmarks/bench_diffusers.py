@@ -1,4 +1,4 @@
-"""A layer of each of diffusers' families, patched, against the same weights unpatched in eager and compiled torch.
+"""A layer of diffusers' models, patched, against the same weights unpatched in eager and compiled torch: --families all, or some.
 
 And Wan on samples of three sizes with and without their texts, packed, against one forward each and against a batch that is padded
 to the largest. The padded one computes what it must, but not the right numbers: Wan takes no mask of its video.
@@ -7,10 +7,10 @@ to the largest. The padded one computes what it must, but not the right numbers:
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.race import DEVICE, FORWARD, OURS, Implementation, Race, compiled
 from sora_kernels.integrations.diffusers import apply, packed_forward
 
-FAMILIES = sorted(path.stem for path in (Path(__file__).parent / "diffusers_models").glob("[a-z]*.py"))
-
 
 def tensors(output: object) -> list[Tensor]:
     """Those of an output of nested sequences."""
@@ -30,11 +28,20 @@ def tensors(output: object) -> list[Tensor]:
     return [x for part in output if part is not None for x in tensors(part)] if isinstance(output, Sequence) else []
 
 
+def mapped(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    """The inputs of a model, with the function of each tensor, in lists, tuples and dicts too."""
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, dict):
+        return {name: mapped(function, x) for name, x in inputs.items()}
+    return type(inputs)(mapped(function, x) for x in inputs) if isinstance(inputs, list | tuple) else inputs
+
+
 def forward(family: str, dtype: torch.dtype) -> Race:
     torch.manual_seed(0)
     module = import_module(f"benchmarks.diffusers_models.{family}")
     model: nn.Module = module.build().eval().requires_grad_(False).to(DEVICE, dtype)
-    given = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in module.inputs(dtype).items()}
+    given = mapped(lambda x: x.to(DEVICE), module.inputs(dtype))
     patched = copy.deepcopy(model)
     apply(patched)
 
@@ -43,7 +50,7 @@ def forward(family: str, dtype: torch.dtype) -> Race:
         return compiled(model)
 
     def reference() -> list[Tensor]:
-        exact = {name: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in given.items()}
+        exact = mapped(lambda x: x.float() if x.is_floating_point() else x, given)
         return tensors(copy.deepcopy(model).float()(**exact, return_dict=False))
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -53,12 +60,13 @@ def forward(family: str, dtype: torch.dtype) -> Race:
         "diffusers": Implementation(lambda: tensors(model(**given, return_dict=False))),
         "torch.compile": Implementation(lambda: tensors(peer()(**given, return_dict=False))),
     }
-    return Race(f"diffusers {family}", dtype, FORWARD, {"gflops": counter.get_total_flops() / 1e9}, [], [], reference, rows)
+    return Race(
+        f"diffusers {family}", dtype, FORWARD, {"gflops": counter.get_total_flops() / 1e9}, [], [], reference, rows, roundings=2
+    )
 
 
 @pytest.mark.parametrize("implementation", [OURS, "diffusers", "torch.compile"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers(measure, family, dtype, implementation):
     measure(implementation, forward, family, dtype)
 
@@ -99,7 +107,9 @@ def guided(dtype: torch.dtype) -> Race:
         "diffusers one by one": Implementation(lambda: one_by_one(model, latents, text)),
         "diffusers padded": Implementation(padded, comparable=False),
     }
-    return Race("diffusers wan, packed", dtype, FORWARD, {"gflops": counter.get_total_flops() / 1e9}, [], [], reference, rows)
+    return Race(
+        "diffusers wan, packed", dtype, FORWARD, {"gflops": counter.get_total_flops() / 1e9}, [], [], reference, rows, roundings=2
+    )
 
 
 @pytest.mark.parametrize("implementation", [OURS, "diffusers one by one", "diffusers padded"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,23 @@ from sora_kernels import backends
 
 _skipped: list[dict[str, str]] = []
 _race: dict[tuple, Race] = {}
+
+
+FAMILIES = sorted(path.stem for path in (Path(__file__).parent / "diffusers_models").glob("[a-z]*.py"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = f"families of diffusers' models to measure, about 4 minutes each on two cores: all, or of {', '.join(FAMILIES)}"
+    parser.addoption("--families", default="wan", metavar="A,B", help=f"{text} (default: wan)")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "family" in metafunc.fixturenames:
+        given = metafunc.config.getoption("--families")
+        families = FAMILIES if given == "all" else given.split(",")
+        if unknown := [family for family in families if family not in FAMILIES]:
+            raise pytest.UsageError(f"--families: expected all, or some of {', '.join(FAMILIES)}, got {', '.join(unknown)}")
+        metafunc.parametrize("family", families)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

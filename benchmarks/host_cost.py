@@ -19,15 +19,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.bench_adaln import gated, gated_modulate, modulate
+from benchmarks.bench_adaln import gated, gated_modulate, gated_norm, modulate
+from benchmarks.bench_norm_rope import rms_rotate
 from benchmarks.bench_rope import norm_rotate, rope_tables, rotate
 from benchmarks.gpu import simulated
 from benchmarks.race import DEVICE, ON_GPU, randn
 from sora_kernels import backends
-from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
+from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attention
 from sora_kernels.bias_gelu import bias_gelu
 from sora_kernels.layout import PackedLayout
+from sora_kernels.norm_rope import apply_rope, norm_rope
 from sora_kernels.patch_embed import patch_embed_3d, unpatchify_3d
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
 
@@ -44,6 +46,7 @@ def calls() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     dense = [t.detach()[None].transpose(1, 2).contiguous().requires_grad_() for t in (q, k, v)]
     weights = [randn(d, grad=True) for _ in range(2)]
     cos, sin = rope_tables(layout, d)
+    tables = cos[:, 0], sin[:, 0]
     cu, bounds = layout.cu_seqlens, (layout.cu_seqlens, layout.cu_seqlens, n, n)
     video, weight, bias = randn(4, 1, 8, 8), randn(width, 4, 1, 2, 2, grad=True), randn(width, grad=True)
     patches = randn(n, 16, grad=True)
@@ -58,9 +61,15 @@ def calls() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
             lambda: gate_residual_layer_norm_modulate(y, x, gate, shift, scale, cu),
             lambda: gated_modulate(y, x, gate, shift, scale, whole),
         ),
+        "norm_gate_residual": (
+            lambda: norm_gate_residual(y, x, gate, cu, tanh=True, norm="rms"),
+            lambda: gated_norm(y, x, gate, whole),
+        ),
         "bias_gelu": (lambda: bias_gelu(x, bias), lambda: F.gelu(x + bias, approximate="tanh")),
         "rope_3d": (lambda: rope_3d(q, layout), lambda: rotate(q, cos, sin)),
         "qk_norm_rope_3d": (lambda: qk_norm_rope_3d(q, k, *weights, layout), lambda: norm_rotate(q, k, *weights, cos, sin)),
+        "apply_rope": (lambda: apply_rope(q, *tables), lambda: rotate(q, cos, sin)),
+        "norm_rope": (lambda: norm_rope(q, *tables, weight=weights[0]), lambda: rms_rotate(q, weights[0], cos=cos, sin=sin)),
         "attention": (lambda: flash_attn_varlen_func(q, k, v, *bounds), lambda: F.scaled_dot_product_attention(*dense)),
         "spatiotemporal_attention": (
             lambda: spatiotemporal_attention(q, k, v, layout, window=(1, 3, 3)),

@@ -78,6 +78,7 @@ class Race:
         which: the pass; a backward gives the gradients of all inputs that require one.
         work: useful FLOPs and bytes of one call, in units of 1e9, by unit: "gflops", "gbps".
         reference: plain torch, run once in float32; every row is checked against it.
+        roundings: by which the tolerance of one op is multiplied, for models.
         host_seconds: what it takes the host to launch a row, as the clock finds out.
     """
 
@@ -89,6 +90,7 @@ class Race:
     cotangents: Sequence[Any]
     reference: Callable[..., Any]
     implementations: dict[str, Implementation]
+    roundings: int = 1
     host_seconds: dict[str, float] = field(default_factory=dict)
     _graphs: dict[str, Tensors] = field(default_factory=dict)
 
@@ -120,7 +122,7 @@ class Race:
             if got.shape != expected.shape:
                 raise ValueError(f"{result} has shape {list(got.shape)}, expected {list(expected.shape)}")
             error = float((got - expected).detach().abs().max() / expected.detach().abs().max())
-            if not error <= TOLERANCE[self.dtype]:
+            if not error <= self.roundings * TOLERANCE[self.dtype]:
                 raise ArithmeticError(f"{result} is off by {error:.2g} of its largest element")
 
     @cached_property
