@@ -26,6 +26,21 @@ inline __attribute__((always_inline)) DType weight_type(const QkNorm (&parts)[2]
   return parts[0].weight ? parts[0].weight.dtype : parts[1].weight ? parts[1].weight.dtype : parts[0].x.dtype;
 }
 
+// Angles of tokens that the caller has: float32 [M, r / 2], or [M, H, r / 2] of each head; token n has row n % M.
+struct RopeTables {
+  Tensor cos, sin;
+  bool interleaved, inverse;
+};
+
+// A norm of heads, and a rotation behind it if there are tables. Only a LayerNorm has mean and bias.
+struct NormRope {
+  QkNorm part;
+  Tensor bias, mean, dbias;
+  RopeTables tables;
+  bool layer, across_heads;
+  float eps;
+};
+
 // What is absent is left out: a factor, a summand, a gradient with the sums for it. Without cu_rows one row serves all tokens.
 // Storage types: next to tokens of 2 bytes, rows, weight and bias may be float32, and with them the residual.
 struct AdaLnTypes {

@@ -10,6 +10,9 @@
   X(void, rope_3d, (const Rope&, const Tensor& x, const Tensor& out))                              \
   X(void, qk_norm_rope_3d_forward, (const Rope&, QkNorm(&parts)[2], bool across_heads, float eps)) \
   X(void, qk_norm_rope_3d_backward, (const Rope&, QkNorm(&parts)[2], bool across_heads))           \
+  X(void, apply_rope, (const RopeTables&, const Tensor& x, const Tensor& out))                     \
+  X(void, norm_rope_forward, (const NormRope&))                                                    \
+  X(void, norm_rope_backward, (const NormRope&))                                                   \
   X(void, layer_norm_modulate_forward, (const AdaLn&))                                             \
   X(void, gate_residual_forward, (const AdaLn&))                                                   \
   X(void, gate_residual_layer_norm_modulate_forward, (const AdaLn&))                               \

@@ -214,14 +214,14 @@ def test_a_backend_forced_here_is_not_forced_in_other_threads():
 SAMPLE = (
     "test_long or see_all or cpu-cpu and "
     "(d72 or d256 or gqa or everything or test_spatiotemporal or test_patch_embed or qk_norm_rope or layer_norm_modulate "
-    "or gate_residual or test_bias_gelu or masked or large_logits or test_sizes)"
+    "or gate_residual or test_bias_gelu or masked or large_logits or test_sizes or layer_half)"
 )
 
 
 @pytest.mark.parametrize("tier", TIERS[1:])
 def test_other_tiers_pass_the_same_tests(tier):
     names = ["attention", "attention_edges", "spatiotemporal_attention", "patch_embed", "rope", "bias_gelu"]
-    names += ["adaln", "norm_gate_residual"]
+    names += ["norm_rope", "adaln", "norm_gate_residual"]
     files = [f"tests/test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not emulated", "-k", SAMPLE, *files]
     env = {**os.environ, "SORA_KERNELS_ISA": tier}

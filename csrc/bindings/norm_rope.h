@@ -1,7 +1,7 @@
 // RoPE of given tables, and norms in front of it: decodes and checks the arguments, for the entry points of a table `kernels`.
 #pragma once
 
-#include "../cpu/kernels.h"
+#include "../arguments.h"
 #include "define.h"
 
 namespace sora {

@@ -98,21 +98,6 @@ struct SpatiotemporalAttention {
   int64_t num_items;
 };
 
-// Angles of tokens that the caller has: float32 [M, r / 2], or [M, H, r / 2] of each head; token n has row n % M.
-struct RopeTables {
-  Tensor cos, sin;
-  bool interleaved, inverse;
-};
-
-// A norm of heads, and a rotation behind it if there are tables. Only a LayerNorm has mean and bias.
-struct NormRope {
-  QkNorm part;
-  Tensor bias, mean, dbias;
-  RopeTables tables;
-  bool layer, across_heads;
-  float eps;
-};
-
 // Entry points as lists; see csrc/kernels.h. The first list is of the ops that multiply matrices: tier amx has these alone.
 #define SORA_PRODUCT_KERNELS(X)                                                \
   X(void, attention_forward, (const Attention&))                               \
@@ -121,12 +106,9 @@ struct NormRope {
   X(void, spatiotemporal_attention_backward, (const SpatiotemporalAttention&)) \
   X(void, patch_embed_3d_forward, (const PatchEmbed&))                         \
   X(void, patch_embed_3d_backward, (const PatchEmbed&))
-#define SORA_KERNELS(X)                                                        \
-  SORA_PRODUCT_KERNELS(X)                                                      \
-  SORA_SHARED_KERNELS(X)                                                       \
-  X(void, apply_rope, (const RopeTables&, const Tensor& x, const Tensor& out)) \
-  X(void, norm_rope_forward, (const NormRope&))                                \
-  X(void, norm_rope_backward, (const NormRope&))                               \
+#define SORA_KERNELS(X)   \
+  SORA_PRODUCT_KERNELS(X) \
+  SORA_SHARED_KERNELS(X)  \
   X(float, multiply_adds, (int64_t items, double operations))
 
 // A tier's entry points.

@@ -8,6 +8,7 @@
 
 #include "../bindings/adaln.h"
 #include "../bindings/bias_gelu.h"
+#include "../bindings/norm_rope.h"
 #include "../bindings/patchify.h"
 #include "../bindings/rope.h"
 #include "../dlpack.h"
@@ -68,6 +69,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("unavailable", unavailable, "Why nothing of this module can run on the present GPU, or None.");
   static const Kernels kernels = {SORA_SHARED_KERNELS(SORA_ADDRESS)};
   bind_rope(m, &kernels);
+  bind_norm_rope(m, &kernels);
   bind_adaln(m, &kernels);
   bind_bias_gelu(m, &kernels);
   bind_patchify(m, &kernels);

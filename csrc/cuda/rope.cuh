@@ -121,12 +121,17 @@ struct Unit {
   int head, first, second;  // channels of its two vectors
   int pair, other_pair;     // pair k of the unit is pair + k of the head, in the unit's second half other_pair + k
 };
+// Of `pairs` of a head, the unit whose vectors begin with the i-th channel of each half.
+template <int VEC>
+__device__ __forceinline__ Unit unit_of(int head, int i, int pairs, bool interleaved) {
+  if (!interleaved) return {head, i, i + pairs, i, i};
+  if (VEC == 1) return {head, 2 * i, 2 * i + 1, i, i};
+  return {head, i, i + pairs, i / 2, (i + pairs - VEC) / 2};
+}
 template <int VEC, class T, class W>
 __device__ __forceinline__ Unit unit_at(const RopeCall<T, W>& a, int q) {
-  const int per_head = a.pairs / VEC, head = q / per_head, i = (q - head * per_head) * VEC;
-  if (!a.interleaved) return {head, i, i + a.pairs, i, i};
-  if (VEC == 1) return {head, 2 * i, 2 * i + 1, i, i};
-  return {head, i, i + a.pairs, i / 2, (i + a.pairs - VEC) / 2};
+  const int per_head = a.pairs / VEC, head = q / per_head;
+  return unit_of<VEC>(head, (q - head * per_head) * VEC, a.pairs, a.interleaved);
 }
 
 // The pairs (u, v) of a unit, and back.

@@ -164,7 +164,7 @@ __device__ __forceinline__ void units_read_twice(const Block<T, W, VEC>& block, 
 }
 
 template <class T, class W, int VEC, int U>
-__global__ void __launch_bounds__(kMaxThreads, 1) norm_rope_backward(const __grid_constant__ RopeCall<T, W> a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) rope_backward(const __grid_constant__ RopeCall<T, W> a) {
   const Part<T, W>& p = a.parts[blockIdx.y];
   const Block<T, W, VEC> block(a, p, p.heads * (a.pairs / VEC));
   for (int i = threadIdx.x; i < a.pairs; i += blockDim.x) block.shared.frequency[i] = a.frequency[i];
@@ -214,7 +214,7 @@ void run_backward(const Rope& rope, const QkNorm (&parts)[2], bool across_heads)
     const bool weighted = q.weight || k.weight;
     const Workspace workspace(q.x, weighted ? blocks * (widths[0] + widths[1]) : 0);
     a.parts[0].partial = workspace.data(), a.parts[1].partial = workspace.data() + blocks * widths[0];
-    launch(on, norm_rope_backward<T, W, vec, u>, dim3(static_cast<unsigned>(blocks), 2), threads, shared, a);
+    launch(on, rope_backward<T, W, vec, u>, dim3(static_cast<unsigned>(blocks), 2), threads, shared, a);
     if (weighted)
       launch(on, sum_weights<T, W>, dim3(static_cast<unsigned>(ceil_div(std::max(widths[0], widths[1]), kWarp)), 2),
              dim3(kWarp, kLanes), column_sums_bytes<1>, a, blocks);
