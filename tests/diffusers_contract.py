@@ -27,6 +27,8 @@ class Variant(NamedTuple):
     """Linear layers that get an adapter."""
     masked: bool = False
     """Whether the model is given a mask, of which no value may be read."""
+    blocks: bool = True
+    """Whether forwards of its blocks are replaced, and not their attention alone."""
     rounds_to: torch.dtype | None = None
     """What the model rounds to on its way, whatever its own dtype: the tolerance is that of this one."""
 
@@ -107,6 +109,10 @@ def check_close(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[st
     assert not far, str(far)
 
 
+# Only forwards of blocks call one of these.
+GATES = {"gate_residual_forward", "gate_residual_layer_norm_modulate_forward", "norm_gate_residual_forward"}
+
+
 class FamilyContract:
     """Of a module whose VARIANTS are the family's, by name."""
 
@@ -129,7 +135,9 @@ class FamilyContract:
         apply(model)
         with backends.record() as calls:
             got = results(model, inputs)
-        assert {name for name, _ in calls} >= {"attention_forward", "attention_backward"}
+        ran = {name for name, _ in calls}
+        assert ran >= {"attention_forward", "attention_backward"}
+        assert bool(ran & GATES) == variant.blocks
         check_close(got, plain, exact, variant.rounds_to or dtype)
 
     def test_revert_is_exact(self, variant: Variant) -> None:

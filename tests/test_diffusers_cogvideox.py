@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers_contract import FamilyContract, Inputs, Variant, given, made, outputs
@@ -69,13 +70,17 @@ class TestCogVideoX(FamilyContract):
             model.fuse_qkv_projections()
             torch.testing.assert_close(outputs(model, inputs), want, rtol=1e-4, atol=1e-5)
 
-    def test_mask(self) -> None:
-        """Of keys, as attention_kwargs bring it."""
+    @pytest.mark.parametrize("queries", [1, 226 + 48])
+    @pytest.mark.parametrize("backend", [None, "native"])
+    def test_mask(self, queries: int, backend: str | None) -> None:
+        """Of keys, or of queries and keys, as attention_kwargs bring it. There are as many samples as heads."""
         model, inputs = made(VARIANTS["rope"]).eval(), given(VARIANTS["rope"])
-        mask = torch.rand(2, 1, 226 + 48) < 0.7
+        mask = torch.rand(2, queries, 226 + 48) < 0.7
         with torch.no_grad():
             want = outputs(model, inputs | {"attention_kwargs": {"attention_mask": mask}})
             assert not torch.allclose(want[0], outputs(model, inputs)[0], rtol=1e-2)
             apply(model)
+            if backend is not None:
+                model.set_attention_backend(backend)
             got = outputs(model, inputs | {"attention_kwargs": {"attention_mask": mask}})
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

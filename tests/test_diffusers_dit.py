@@ -63,7 +63,7 @@ VARIANTS = {
     "dit_affine": Variant(partial(dit, norm_elementwise_affine=True, activation_fn="geglu", attention_bias=False), images),
     "latte": Variant(latte, videos),
     "latte_spatial": Variant(latte, partial(videos, enable_temporal_attentions=False)),
-    "latte_layer_norm": Variant(partial(latte, norm_type="layer_norm", norm_elementwise_affine=True), videos),
+    "latte_layer_norm": Variant(partial(latte, norm_type="layer_norm", norm_elementwise_affine=True), videos, blocks=False),
     **{
         f"latte_{name}": Variant(latte, partial(videos, padding=name), masked=True) for name in ("front", "middle", "end", "sample")
     },

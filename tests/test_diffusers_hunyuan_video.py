@@ -84,6 +84,19 @@ class TestHunyuanVideo(FamilyContract):
             got = model(**padded(inputs, where), return_dict=False)[0]
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
+    def test_long_prompt_with_a_mask_of_two_bytes(self) -> None:
+        """As FramePack's pipeline makes it: in bfloat16, which cannot count beyond 256."""
+        model, inputs = made(VARIANTS["framepack"]).eval(), given(VARIANTS["framepack"])
+        batch = inputs["hidden_states"].shape[0]
+        inputs["encoder_hidden_states"] = torch.randn(batch, 310, inputs["encoder_hidden_states"].shape[-1])
+        inputs["encoder_attention_mask"] = (torch.arange(310) < 301).expand(batch, -1).long()
+        with torch.no_grad():
+            want = model(**inputs, return_dict=False)[0]
+            apply(model)
+            inputs["encoder_attention_mask"] = inputs["encoder_attention_mask"].bfloat16()
+            got = model(**inputs, return_dict=False)[0]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
     @pytest.mark.parametrize("name", PADDED)
     def test_sample_without_prompt(self, name: str) -> None:
         """diffusers computes NaN of it, by dividing by its length. Otherwise nothing would depend on its text."""

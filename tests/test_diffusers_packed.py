@@ -255,6 +255,15 @@ def test_models_that_are_refused():
         packed_forward(vace, *samples())
     model = wan()
     apply(model)
+    model.norm_out.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="norm_out: expected a module without hooks or offloading, got one with them"):
+        packed_forward(model, *samples())
+    model = wan(image_dim=16, added_kv_proj_dim=256, pos_embed_seq_len=3)
+    apply(model)
+    with pytest.raises(ValueError, match="model: expected one without pos_embed_seq_len"):
+        packed_forward(model, *samples(), image=[torch.zeros(3, 16)] * 6)
+    model = wan()
+    apply(model)
     model.blocks[0].norm2.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"WanTransformerBlock: expected norm1, norm2, norm3 without hooks, .* got one with them"):
         packed_forward(model, *samples())

@@ -78,7 +78,8 @@ def _forget(mask: weakref.ref) -> None:
 def packed_keys(op: str, mask: Tensor, batch: int, num_keys: int) -> PackedKeys:
     """The same, once for a mask that all layers of a model are given: the last one's is kept while the mask lives unchanged."""
     global _kept
-    if torch.compiler.is_compiling() or mask.is_inference():  # whose changes nobody counts
+    # Nobody counts changes of a tensor of inference, and replays of a graph must pack what the mask is by then.
+    if torch.compiler.is_compiling() or mask.is_inference() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return pack_keys(key_mask(op, mask, batch, num_keys))
     kept = _kept
     if kept is None or kept.mask() is not mask or kept.version != mask._version or kept.shape != (batch, num_keys):

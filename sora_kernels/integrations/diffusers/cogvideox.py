@@ -21,6 +21,7 @@ from .parts import (
     gelu,
     is_norm,
     is_plain,
+    mask_of_heads,
     modulate,
     normed_rotated,
     two_parts,
@@ -49,7 +50,8 @@ class CogVideoXProcessor(Processor):
         query, key, value = (p.unflatten(2, (attn.heads, -1)) for p in projected)
         tables = None if image_rotary_emb is None else _tables(image_rotary_emb, x)
         query, key = normed_rotated(attn.norm_q, query, tables), normed_rotated(attn.norm_k, key, tables)
-        out = attn.to_out[1](attn.to_out[0](attend(self, query, key, value, attention_mask)))
+        mask = mask_of_heads(attention_mask, x.shape[0], attn.heads)
+        out = attn.to_out[1](attn.to_out[0](attend(self, query, key, value, mask)))
         return out if text is None else (out[:, text.shape[1] :], out[:, : text.shape[1]])
 
 

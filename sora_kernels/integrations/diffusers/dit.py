@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor
 
-from .parts import Processor, ada_layer_norm_zero, attend, gate, gate_modulate, gelu, is_norm, modulate
+from .parts import Processor, ada_layer_norm_zero, attend, gate, gate_modulate, gelu, is_norm, mask_of_heads, modulate
 from .patching import Family
 
 
@@ -23,9 +23,8 @@ class BasicProcessor(Processor):
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
-        if attention_mask is not None and attention_mask.ndim == 3:
-            attention_mask = attention_mask[:, None]
-        out = attend(self, query, key, value, attention_mask, parallel_config=self._parallel_config)
+        mask = mask_of_heads(attention_mask, query.shape[0], attn.heads)
+        out = attend(self, query, key, value, mask, parallel_config=self._parallel_config)
         return attn.to_out[1](attn.to_out[0](out.type_as(query)))
 
 

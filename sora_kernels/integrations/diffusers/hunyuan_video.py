@@ -279,7 +279,7 @@ def _framepack(
     text = self.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask)
     image = self.image_projection(image_embeds)
     # The refiner has moved the prompt in front of its padding.
-    kept = torch.arange(text.shape[1], device=x.device) < encoder_attention_mask.sum(dim=1, keepdim=True)
+    kept = torch.arange(text.shape[1], device=x.device) < encoder_attention_mask.sum(dim=1, keepdim=True, dtype=torch.int)
     mask = F.pad(kept, (x.shape[1] + image.shape[1], 0), value=True)[:, None, None]
     streams, rest = (x, torch.cat([image, text], dim=1)), (temb, mask, halved(table))
     for blocks in (self.transformer_blocks, self.single_transformer_blocks):

@@ -110,6 +110,15 @@ def check_width(name: str, tensors: Sequence[Tensor], width: int) -> None:
         check_tensor(OP, f"{name}[{i}]", x, ("L", width))
 
 
+def check_not_hooked(model: nn.Module, *names: str) -> None:
+    """Modules that a packed forward takes over, and so would not call."""
+    for name in names:
+        module = model.get_submodule(name)
+        replaced = "_old_forward" in module.__dict__ or "_diffusers_hook" in module.__dict__
+        if module._forward_hooks or module._forward_pre_hooks or replaced:
+            fail(OP, name, "a module without hooks or offloading", "one with them")
+
+
 def one_time_each(samples: Samples) -> list[Tensor]:
     for i, t in enumerate(samples.timesteps):
         if len(t) != 1:

@@ -124,7 +124,7 @@ def gate_modulate(
     x = x.to(residual.dtype)
     gate, shift, scale = _rows(x, gate, shift, scale, cu_rows=cu_rows)
     tokens = _tokens(residual, cu_rows), _tokens(x, cu_rows)
-    if type(norm) is nn.Identity:
+    if type(norm) is nn.Identity and shift is None and scale is None:
         residual = gate_residual(*tokens, gate, cu_rows).view_as(x)
         return residual, residual
     residual, y = gate_residual_layer_norm_modulate(*tokens, gate, shift, scale, cu_rows, **_norm(norm, x))
@@ -235,8 +235,8 @@ def text_keys(mask: Tensor | None) -> Tensor | None:
 
 
 def mask_of_heads(mask: Tensor | None, batch: int, heads: int) -> Tensor | None:
-    """A mask [B, 1 or S, Sk], or [B*H, 1 or S, Sk], with an axis of heads."""
-    if mask is None or mask.ndim == 4:
+    """A mask [B, 1 or S, Sk], or [B*H, 1 or S, Sk], with an axis of heads. Others stay as they are."""
+    if mask is None or mask.ndim != 3:
         return mask
     return mask[:, None] if mask.shape[0] == batch else mask.unflatten(0, (batch, heads))
 

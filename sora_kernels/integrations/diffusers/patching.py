@@ -201,6 +201,8 @@ def _plan(op: str, model: nn.Module, family: Family, strict: bool) -> tuple[list
         processor = getattr(module, "processor", None)
         if processor is None:
             continue
+        if getattr(processor, "_parallel_config", None) is not None:
+            fail(op, f"{name}.processor", "no context parallelism, which these kernels do not have", "enable_parallelism's")
         if (kind := family.processors.get(type(processor))) is not None:
             record.append(_Processor(module, kind(), processor))
         elif strict:

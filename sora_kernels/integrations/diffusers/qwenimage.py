@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...checks import fail
-from .packed import OP, Samples, boundaries, check_latents, check_width, one_time_each, refuse_image, run_block
+from .packed import OP, Samples, boundaries, check_latents, check_not_hooked, check_width, one_time_each, refuse_image, run_block
 from .parts import (
     Joint,
     Packing,
@@ -168,6 +168,7 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
             fail(OP, "model", f"one without {option}", "one with it")
     grids = check_latents(samples, model.config.in_channels // 4, (1, 2, 2))
     check_width("text", samples.text, model.config.joint_attention_dim)
+    check_not_hooked(model, "norm_out", "norm_out.norm")
     lengths, texts = [math.prod(grid) for grid in grids], [len(t) for t in samples.text]
     pattern = "c f (h ph) (w pw) -> (f h w) (c ph pw)"
     x = model.img_in(torch.cat([rearrange(x, pattern, ph=2, pw=2) for x in samples.latents]))

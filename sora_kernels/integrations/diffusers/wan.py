@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...checks import fail
-from .packed import OP, Samples, boundaries, check_latents, check_width, run_block
+from .packed import OP, Samples, boundaries, check_latents, check_not_hooked, check_width, run_block
 from .parts import Packing, Processor, Tables, attend, gate, gate_modulate, gelu, modulate, normed_rotated, unless_watched
 from .patching import Family
 
@@ -119,6 +119,7 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
     patch_size = model.config.patch_size
     grids = check_latents(samples, model.config.in_channels, patch_size)
     check_width("text", samples.text, model.config.text_dim)
+    check_not_hooked(model, "norm_out")
     lengths = [math.prod(grid) for grid in grids]
     cu_rows = [length // len(t) for length, t in zip(lengths, samples.timesteps, strict=True) for _ in t]
     for i, (grid, t) in enumerate(zip(grids, samples.timesteps, strict=True)):
@@ -131,6 +132,8 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
             "None" if samples.image is not None else "embeddings of images",
             "None" if samples.image is None else "some",
         )
+    if model.config.pos_embed_seq_len is not None:
+        fail(OP, "model", "one without pos_embed_seq_len (of a first and a last frame)", "one with it")
     cos, sin = (torch.cat(t).flatten(1) for t in zip(*(_tables(model.rope(x[None]), -1) for x in samples.latents), strict=True))
     x = torch.cat([model.patch_embedding(x[None])[0].flatten(1).T for x in samples.latents])
     temb, rows, text, _ = model.condition_embedder(torch.cat(samples.timesteps), torch.cat(samples.text)[None])

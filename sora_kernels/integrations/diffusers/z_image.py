@@ -9,7 +9,7 @@ import torch
 from diffusers.models.transformers import transformer_z_image
 from torch import Tensor
 
-from .packed import Samples, boundaries, check_latents, check_width, one_time_each, refuse_image, run_block
+from .packed import Samples, boundaries, check_latents, check_not_hooked, check_width, one_time_each, refuse_image, run_block
 from .parts import Packing, Processor, Tables, attend, modulate, norm_gate, normed_rotated, of_pairs, unless_watched
 from .patching import Family
 
@@ -92,6 +92,7 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
     refuse_image(samples)
     check_latents(samples, model.config.in_channels, (1, 2, 2))
     check_width("text", samples.text, model.config.cap_feat_dim)
+    check_not_hooked(model, "all_final_layer.2-1", "all_final_layer.2-1.norm_final")
     patches, captions, sizes, positions, text_positions, filled, text_filled = model.patchify_and_embed(
         samples.latents, samples.text, patch_size=2, f_patch_size=1
     )
@@ -104,10 +105,11 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
         model.rope_embedder(torch.cat([p[:n] for p, n in zip(*both, strict=True)]))
         for both in ((positions, lengths), (text_positions, texts))
     )
+    packing, text_packing = _packing(frequencies, lengths), _packing(text_frequencies, texts)
     for block in model.noise_refiner:
-        x = run_block(model, block, x, None, _packing(frequencies, lengths), temb)
+        x = run_block(model, block, x, None, packing, temb)
     for block in model.context_refiner:
-        text = run_block(model, block, text, None, _packing(text_frequencies, texts))
+        text = run_block(model, block, text, None, text_packing)
     x = _interleaved(x.split(lengths), text.split(texts))
     frequencies = _interleaved(frequencies.split(lengths), text_frequencies.split(texts))
     both = [n + m for n, m in zip(lengths, texts, strict=True)]
