@@ -137,6 +137,19 @@ def test_unknown_models():
     assert_bit_equal(outputs(model, inputs), before)
 
 
+def test_models_in_which_there_is_nothing_to_replace():
+    """diffusers has models that call torch's attention themselves."""
+    config = {
+        "num_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "caption_projection_dim": 16,
+    }
+    for model in (diffusers.SD3Transformer2DModel(**config, pooled_projection_dim=16, sample_size=8), torch.nn.Linear(2, 2)):
+        refused(apply, model, "apply: model: expected attention by diffusers' dispatch (integrations.torch_sdpa", strict=False)
+
+
 def test_a_derived_class_is_known(model):
     class Tuned(diffusers.WanTransformer3DModel):
         pass

@@ -168,6 +168,8 @@ def test_wan_with_images():
     want = alone(model, *given, image)
     apply(model)
     close(packed_forward(model, *given, image=image), want)
+    with pytest.raises(ValueError, match=r"text\[1\]: expected 512 tokens beside an image, .* got 9"):
+        packed_forward(model, *given[:2], [given[2][0], *[torch.zeros(9, 32)] * 5], image=image)
 
 
 def test_compiled_once_for_all_packings():
@@ -192,8 +194,8 @@ def test_compiled_once_for_all_packings():
         ({"latents": [torch.zeros(4, 1, 4, 5)] * 6}, "latents[0]: expected shape [4, 1 n, 2 n, 2 n], got [4, 1, 4, 5]"),
         ({"latents": [torch.zeros(3, 1, 4, 4)] * 6}, "latents[0]: expected shape [4, 1 n, 2 n, 2 n], got [3, 1, 4, 4]"),
         ({"latents": [torch.zeros(1, 4, 4)] * 6}, "latents[0]: expected shape [C, F, H, W], got [1, 4, 4]"),
-        ({"timesteps": 500}, "timesteps: expected 6 of them, got int"),
-        ({"timesteps": torch.tensor(500)}, "timesteps: expected 6 of them, got Tensor"),
+        ({"timesteps": 500}, "timesteps: expected a list or 1-D tensor of 6, got int"),
+        ({"timesteps": torch.tensor(500)}, "timesteps: expected a list or 1-D tensor of 6, got Tensor"),
         ({"timesteps": torch.zeros(5)}, "timesteps: expected 6 of them, got 5"),
         ({"timesteps": [torch.zeros(2)] * 6}, "timesteps[0]: expected one, or one for each of 3 token frames, got 2"),
         ({"text": [torch.zeros(7, 32)] * 5}, "text: expected a sequence of 6 tensors, got 5"),

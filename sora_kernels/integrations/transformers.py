@@ -63,7 +63,12 @@ def sora(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     if dropout:
-        fail(NAME, "dropout", "0 (attention dropout is not supported; set the config's attention_dropout)", str(dropout))
+        fail(
+            NAME,
+            "dropout",
+            "0 (attention dropout is not supported; call model.eval(), or build the model with its config's dropout at 0)",
+            str(dropout),
+        )
     for name, given in (("softcap", softcap), ("output_attentions", output_attentions), ("cache", cache), ("s_aux", s_aux)):
         if given is not None and given is not False:
             fail(NAME, name, "None", repr(given) if isinstance(given, float | bool) else type(given).__name__)

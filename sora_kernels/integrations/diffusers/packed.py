@@ -58,6 +58,7 @@ def packed_forward(
         timesteps: one per sample, in the model's own units. Wan also takes [F / pt] of a sample, one per token frame, where the
             model itself is given one per token (Wan 2.2 TI2V).
         text: each [L, width], attended to as it is. What a model was trained to see padded, as Wan to 512 tokens, has to be padded.
+            Beside an image Wan's has to have 512.
         image: Wan 2.1's embeddings of an image for each sample, [tokens, width].
 
     Returns:
@@ -89,7 +90,7 @@ def _check(model: nn.Module, latents: Any, timesteps: Any, text: Any, image: Any
             shape = ("C", "F", "H", "W") if ndim == 4 else ("L", "width")
             check_tensor(OP, f"{name}[{i}]", x, shape, dtype=FLOATS if i == 0 else given[0].dtype, like=like)
     if not isinstance(timesteps, Sequence) and not (isinstance(timesteps, Tensor) and timesteps.ndim):
-        fail(OP, "timesteps", f"{len(latents)} of them", type(timesteps).__name__, TypeError)
+        fail(OP, "timesteps", f"a list or 1-D tensor of {len(latents)}", type(timesteps).__name__, TypeError)
     if len(timesteps) != len(latents):
         fail(OP, "timesteps", f"{len(latents)} of them", str(len(timesteps)))
     times = [torch.as_tensor(t, device=like.device).reshape(-1) for t in timesteps]

@@ -106,7 +106,8 @@ def apply(model: nn.Module, *, strict: bool = True) -> Report:
             replaced, and where a processor is unknown only its backend, by "sora".
 
     Raises:
-        ValueError, TypeError: if the model is unknown, is patched already, is compiled, or is on several devices. It is unchanged.
+        ValueError, TypeError: if the model is unknown, is patched already, is compiled, is on several devices, or has nothing to
+            replace. It is unchanged.
     """
     op = "apply"
     if not isinstance(model, nn.Module):
@@ -123,6 +124,10 @@ def apply(model: nn.Module, *, strict: bool = True) -> Report:
             fail(op, "model", f"one of {', '.join(MODELS)}, or strict=False", type(model).__name__)
         family = Family({}, {})
     record, report = _plan(op, model, family, strict)
+    if not record:
+        fail(
+            op, "model", "attention by diffusers' dispatch (integrations.torch_sdpa.replace() reaches others)", type(model).__name__
+        )
     _tell_skipping(family)
     if family.prepare is not None:
         family.prepare(model)

@@ -145,6 +145,9 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
     )
     if samples.image is not None:
         check_width("image", samples.image, model.config.image_dim)
+        for i, t in enumerate(samples.text):  # diffusers cuts image and text apart there
+            if len(t) != 512:
+                fail(OP, f"text[{i}]", "512 tokens beside an image, as the model itself takes them", str(len(t)))
         image = [model.condition_embedder.image_embedder(t[None])[0] for t in samples.image]
         packing = packing._replace(image=torch.cat(image), cu_image=boundaries([len(t) for t in image], x))
     rows = rows.unflatten(1, (6, -1))
