@@ -155,8 +155,8 @@ def _table_gradients(dout: Tensor, x: Tensor, cos: Tensor, interleaved: bool, in
         found = found[0].sum(1), found[1].sum(1)
     if x.shape[0] == cos.shape[0]:
         return found
-    samples = x.shape[0] // cos.shape[0]
-    return found[0].unflatten(0, (samples, -1)).sum(0), found[1].unflatten(0, (samples, -1)).sum(0)
+    samples = x.shape[0] // cos.shape[0], cos.shape[0]
+    return found[0].unflatten(0, samples).sum(0), found[1].unflatten(0, samples).sum(0)
 
 
 def _save_rope(ctx: Context, inputs: tuple, output: Tensor) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sora_kernels import backends
 from sora_kernels.integrations.flash_attn import rotary
@@ -173,6 +176,53 @@ def test_keys_of_a_projection(interleaved: bool) -> None:
     close(leaf.grad[:, :, 0], back)
 
 
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda qkv: (qkv[:, :, 0], qkv[:, :, 1]),
+        lambda qkv: qkv.unbind(2)[:2],
+        lambda qkv: [x.squeeze(2) for x in qkv.chunk(3, dim=2)[:2]],
+        lambda qkv: [x.squeeze(2) for x in qkv.split(1, dim=2)[:2]],
+    ],
+    ids=["indices", "unbind", "chunk", "split"],
+)
+def test_views_of_one_projection_turn_in_place_one_after_the_other(views: Callable) -> None:
+    cos, sin = tables()
+    x, weight = torch.randn(2, 9, 8), torch.randn(8, 3 * 4 * WIDTH, requires_grad=True)
+
+    def loss(inplace: bool) -> Tensor:
+        q, k = (apply_rotary_emb(part, cos, sin, inplace=inplace) for part in views((x @ weight).view(2, 9, 3, 4, WIDTH)))
+        return (q * k).sin().sum()
+
+    got, expected = (torch.autograd.grad(loss(inplace), weight)[0] for inplace in (True, False))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("how", ["grad", "vmap", "jvp", "dual", "compile"])
+def test_in_place_within_transforms(how: str) -> None:
+    cos, sin = tables()
+    x, t = torch.randn(2, 2, 9, 4, WIDTH)
+
+    def f(x: Tensor, inplace: bool = True) -> Tensor:
+        return apply_rotary_emb(x * 2, cos, sin, inplace=inplace).sin().sum()
+
+    def run(f: Callable) -> Any:
+        if how == "grad":
+            return torch.func.grad(f)(x)
+        if how == "vmap":
+            return torch.func.vmap(f)(x[:, None])
+        if how == "jvp":
+            return torch.func.jvp(f, (x,), (t,))[1]
+        if how == "dual":
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(f(forward_ad.make_dual(x.clone().requires_grad_(), t))).tangent
+        leaf = x.clone().requires_grad_()
+        torch.compile(f, fullgraph=True, backend="aot_eager")(leaf).backward()
+        return leaf.grad
+
+    torch.testing.assert_close(run(f), run(partial(f, inplace=False)))
+
+
 # The module.
 
 
@@ -203,6 +253,9 @@ def test_rotary_embedding(interleaved: bool, base: float) -> None:
     close(rotated_q, expected(q, 20))
     close(rotated_kv, torch.stack((expected(k, 20), v.double()), 2))
     assert not rotate.state_dict()
+    close(rotate(torch.stack((q, k, v), 2), seqlen_offset=np.int64(20))[:, :, 0], expected(q, 20))
+    with pytest.raises(ValueError, match=r"RotaryEmbedding: qkv: expected shape \[B, S, 3, H, d\], .*, got \[16\]"):
+        rotate(torch.randn(WIDTH))
 
 
 def test_offsets_of_the_module_are_a_tensor_with_the_length_of_its_tables() -> None:
@@ -284,6 +337,21 @@ QKV = torch.zeros(2, 9, 3, 4, WIDTH)
         ("apply_rotary_emb_qkv_", (X, COS, SIN), {"num_heads_q": 1}, "num_heads_q: expected a number that leaves as many keys"),
         ("apply_rotary_emb_qkv_", (X, COS, SIN), {"num_heads_q": 5}, "num_heads_q: expected an int <= 4, got 5"),
         ("apply_rotary_emb_kv_", (QKV, COS, SIN), {}, r"kv: expected shape \[B, S, 2, H, d\]"),
+        (
+            "apply_rotary_emb",
+            (X[:1].expand(2, -1, -1, -1), COS, SIN),
+            {"inplace": True},
+            "x: expected a tensor to write to, .*, got ",
+        ),
+        (
+            "apply_rotary_emb",
+            (X[0], COS[:0], SIN[:0]),
+            {"cu_seqlens": torch.tensor([0, 0], dtype=torch.int32)},
+            "cos: expected at least one row, got none",
+        ),
+        ("RotaryEmbedding", (8,), {"base": 0}, "base: expected a number above 0, got 0"),
+        ("RotaryEmbedding", (8,), {"base": "a"}, "base: expected a number, got 'a'"),
+        ("RotaryEmbedding", (8,), {"scale_base": -1.0}, r"scale_base: expected a number above 0, got -1\.0"),
         ("RotaryEmbedding", (7,), {}, "dim: expected an even int, got 7"),
         ("RotaryEmbedding", (8,), {"interleaved": 3}, "interleaved: expected a bool, got 3"),
     ],

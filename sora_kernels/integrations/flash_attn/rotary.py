@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import check_bool, check_boundaries, check_cu_seqlens, check_int, check_tensor, fail
+from ..._torch_private import is_dual_level_open, transforms_active
+from ...checks import check_bool, check_boundaries, check_cu_seqlens, check_int, check_number, check_tensor, fail
 from ...norm_rope import apply_rope
 
 NAMES = (
@@ -58,7 +59,7 @@ def apply_rotary_emb(
     check_tensor(op, "x", x, ("B", "S", "H", "d") if cu_seqlens is None else ("N", "H", "d"))
     interleaved, inplace = check_bool(op, "interleaved", interleaved), check_bool(op, "inplace", inplace)
     tables = _of_tokens(op, x, cos, sin, seqlen_offsets, cu_seqlens)
-    return _in_place(x, [(..., *tables)], interleaved) if inplace else apply_rope(x, *tables, interleaved=interleaved)
+    return _in_place(op, x, [(..., *tables)], interleaved) if inplace else apply_rope(x, *tables, interleaved=interleaved)
 
 
 apply_rotary_emb_func = apply_rotary_emb
@@ -102,7 +103,7 @@ def apply_rotary_emb_qkv_(
     for part, cos_, sin_ in ((of_q, cos, sin), (of_k, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)):
         index = (*everything, part)
         parts.append((index, *_of_tokens(op, qkv[index], cos_, sin_, seqlen_offsets)))
-    return _in_place(qkv, parts, check_bool(op, "interleaved", interleaved))
+    return _in_place(op, qkv, parts, check_bool(op, "interleaved", interleaved))
 
 
 def apply_rotary_emb_kv_(
@@ -113,7 +114,7 @@ def apply_rotary_emb_kv_(
     check_tensor(op, "kv", kv, ("B", "S", 2, "H", "d"))
     index = (slice(None), slice(None), 0)
     tables = _of_tokens(op, kv[index], cos, sin, seqlen_offsets)
-    return _in_place(kv, [(index, *tables)], check_bool(op, "interleaved", interleaved))
+    return _in_place(op, kv, [(index, *tables)], check_bool(op, "interleaved", interleaved))
 
 
 def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -151,7 +152,8 @@ class RotaryEmbedding(torch.nn.Module):
         self.dim = check_int(op, "dim", dim, at_least=2)
         if dim % 2:
             fail(op, "dim", "an even int", str(dim))
-        self.base, self.interleaved, self.scale_base = float(base), check_bool(op, "interleaved", interleaved), scale_base
+        self.base, self.interleaved = _positive(op, "base", base), check_bool(op, "interleaved", interleaved)
+        self.scale_base = None if scale_base is None else _positive(op, "scale_base", scale_base)
         self.register_buffer("inv_freq", self._frequencies(device), persistent=False)
         self._seq_len_cached = 0
         self._cos_cached: Tensor | None = None
@@ -202,7 +204,11 @@ class RotaryEmbedding(torch.nn.Module):
         """
         op = "RotaryEmbedding"
         check_tensor(op, "qkv", qkv)
-        if max_seqlen is None and isinstance(seqlen_offset, int):
+        if qkv.ndim not in (4, 5):
+            fail(op, "qkv", "shape [B, S, 3, H, d], [B, S, H + 2 Hk, d] or, with kv, [B, S, H, d]", str(list(qkv.shape)))
+        if not isinstance(seqlen_offset, Tensor):
+            seqlen_offset = check_int(op, "seqlen_offset", seqlen_offset, at_least=0)
+        if max_seqlen is None and not isinstance(seqlen_offset, Tensor):
             max_seqlen = qkv.shape[1] + seqlen_offset
         if max_seqlen is not None:
             self._update_cos_sin_cache(check_int(op, "max_seqlen", max_seqlen, at_least=0), qkv.device, qkv.dtype)
@@ -214,6 +220,13 @@ class RotaryEmbedding(torch.nn.Module):
             return apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q)
         q = apply_rotary_emb(qkv, cos, sin, self.interleaved, inplace=True, seqlen_offsets=seqlen_offset)
         return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)  # type: ignore[arg-type]
+
+
+def _positive(op: str, argument: str, value: object) -> float:
+    number = check_number(op, argument, value)
+    if number <= 0:
+        fail(op, argument, "a number above 0", repr(value))
+    return number
 
 
 def _of_tokens(
@@ -240,6 +253,8 @@ def _of_tokens(
         check_tensor(op, "seqlen_offsets", offsets, (batch,), dtype=(torch.int32, torch.int64), like=x)
     else:
         offsets = torch.full((batch,), check_int(op, "seqlen_offsets", offsets, 0), device=x.device)
+    if not cos.shape[0]:
+        fail(op, "cos", "at least one row", "none")
     on_host = x.is_cpu and not torch.compiler.is_compiling()
     if cu_seqlens is None:
         rows = (offsets[:, None] + torch.arange(x.shape[1], device=x.device)).flatten()
@@ -266,12 +281,17 @@ def _check_rows(op: str, rows: Tensor, available: int, on_host: bool) -> None:
             fail(op, "seqlen_offsets", f"positions within the {available} rows of cos", f"{first} to {last}")
 
 
-def _in_place(x: Tensor, parts: list[Part], interleaved: bool) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
+def _in_place(op: str, x: Tensor, parts: list[Part], interleaved: bool) -> Tensor:
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        fail(op, "x", "a tensor to write to, whose elements share no memory", f"one expanded to {list(x.shape)}")
+    if torch.compiler.is_compiling() or transforms_active() or is_dual_level_open():
+        _write(x, x.clone(), parts, interleaved)  # torch's own gradient of writing in place, which refuses some views
+    elif torch.is_grad_enabled() and x.requires_grad:
         tables = [table for _, *tables in parts for table in tables]
         return _InPlace.apply(x, interleaved, [index for index, *_ in parts], *tables)
-    with torch.no_grad():
-        _write(x, x, parts, interleaved)
+    else:
+        with torch.no_grad():
+            _write(x, x, parts, interleaved)
     return x
 
 
@@ -281,15 +301,15 @@ def _write(out: Tensor, x: Tensor, parts: list[Part], interleaved: bool) -> None
 
 
 class _InPlace(torch.autograd.Function):
-    """Rotates parts of x and returns it, without marking it as changed: torch would refuse parameters and views of one projection,
-    which flash_attn takes.
+    """Rotates parts of x and returns it, with a write that autograd does not count: torch would refuse parameters, and views of one
+    projection that are rotated one after the other. flash_attn takes both.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, interleaved: bool, indices: list, *tables: Tensor) -> Tensor:
         ctx.interleaved, ctx.indices = interleaved, indices
         ctx.save_for_backward(*tables)
-        _write(x, x, list(zip(indices, tables[::2], tables[1::2], strict=True)), interleaved)
+        _write(x.data, x, list(zip(indices, tables[::2], tables[1::2], strict=True)), interleaved)
         return x
 
     @staticmethod
