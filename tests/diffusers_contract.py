@@ -25,8 +25,6 @@ class Variant(NamedTuple):
     """Of three sizes, 0 to 2: other batches, grids and lengths of text."""
     lora: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Linear layers that get an adapter."""
-    masked: bool = False
-    """Whether the model is given a mask, of which no value may be read."""
     blocks: bool = True
     """Whether forwards of its blocks are replaced, and not their attention alone."""
     rounds_to: torch.dtype | None = None

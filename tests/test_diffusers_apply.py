@@ -15,7 +15,7 @@ from test_diffusers_wan import VARIANTS as WAN
 from tolerance import assert_bit_equal
 
 from sora_kernels.integrations.diffusers import Report, apply, revert
-from sora_kernels.integrations.diffusers.parts import modulate
+from sora_kernels.integrations.diffusers.parts import norm_modulate
 from sora_kernels.integrations.diffusers.wan import WanProcessor
 
 
@@ -86,7 +86,14 @@ def test_compiled_models_are_refused(model, inputs, whole):
 def test_reverting_a_compiled_model_is_refused(model):
     apply(model)
     model.compile(backend="eager")
-    refused(revert, model, "revert: model: expected one that is not compiled yet")
+    refused(revert, model, "revert: model: expected one that is not compiled (patch a new one instead)")
+
+
+def test_models_within_others_are_named(model):
+    wrapped = torch.nn.DataParallel(model)
+    refused(apply, wrapped, "apply: model: expected the WanTransformer3DModel in it (model.module), got DataParallel")
+    apply(model)
+    refused(revert, wrapped, "revert: model: expected the WanTransformer3DModel in it (model.module), got DataParallel")
 
 
 def test_context_parallelism_is_refused(model):
@@ -260,7 +267,7 @@ def test_the_default_eps_of_rms_norm(dtype):
     """Of numbers so small that it matters, as the norm itself has it."""
     norm, x = torch.nn.RMSNorm(64).to(dtype), (1e-4 * torch.randn(2, 5, 64)).to(dtype)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
-    torch.testing.assert_close(modulate(norm, x), norm(x), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(norm_modulate(norm, x), norm(x), rtol=tolerance, atol=tolerance)
 
 
 def test_a_time_that_samples_share():

@@ -92,7 +92,7 @@ VARIANTS = {
     "2_text2image": Variant(build(), inputs),
     "1_learnable": Variant(build(extra_pos_embed_type="learnable"), inputs),
     "2.5_image": Variant(build(**IMAGE), partial(inputs, per_frame=True, image=True)),
-    "masked": Variant(build(), partial(inputs, masked="keys", samples=4), masked=True),
+    "masked": Variant(build(), partial(inputs, masked="keys", samples=4)),
     "bias": Variant(build(), partial(inputs, masked="bias", samples=4)),
 }
 

@@ -64,10 +64,8 @@ VARIANTS = {
     "latte": Variant(latte, videos),
     "latte_spatial": Variant(latte, partial(videos, enable_temporal_attentions=False)),
     "latte_layer_norm": Variant(partial(latte, norm_type="layer_norm", norm_elementwise_affine=True), videos, blocks=False),
-    **{
-        f"latte_{name}": Variant(latte, partial(videos, padding=name), masked=True) for name in ("front", "middle", "end", "sample")
-    },
-    "latte_added": Variant(latte, partial(videos, padding="end", added=True), masked=True),
+    **{f"latte_{name}": Variant(latte, partial(videos, padding=name)) for name in ("front", "middle", "end", "sample")},
+    "latte_added": Variant(latte, partial(videos, padding="end", added=True)),
 }
 
 

@@ -56,7 +56,7 @@ VARIANTS = {
     "dev": Variant(build, inputs),
     "schnell": Variant(partial(build, guidance_embeds=False), partial(inputs, guidance=False, text=256)),
     "control": Variant(build, partial(inputs, control=True, text=77)),
-    "masked": Variant(build, partial(inputs, masked=True, text=77), masked=True),
+    "masked": Variant(build, partial(inputs, masked=True, text=77)),
     "fused": Variant(partial(build, fused=True), partial(inputs, text=77), lora=("to_qkv", "to_added_qkv", "to_out.0")),
 }
 

@@ -63,11 +63,11 @@ def build(kind: type = HunyuanVideoTransformer3DModel, **changes):
 
 FRAMEPACK = build(HunyuanVideoFramepackTransformer3DModel, has_image_proj=True, image_proj_dim=24, has_clean_x_embedder=True)
 VARIANTS = {
-    "t2v": Variant(build(guidance_embeds=True), partial(inputs, guidance=True), masked=True),
-    "token_replace": Variant(build(image_condition_type="token_replace"), inputs, masked=True),
-    "no_qk_norm": Variant(build(qk_norm=None), inputs, masked=True),
-    "framepack": Variant(FRAMEPACK, framepack_inputs, masked=True),
-    "framepack_one": Variant(FRAMEPACK, partial(framepack_inputs, batch=1), masked=True),
+    "t2v": Variant(build(guidance_embeds=True), partial(inputs, guidance=True)),
+    "token_replace": Variant(build(image_condition_type="token_replace"), inputs),
+    "no_qk_norm": Variant(build(qk_norm=None), inputs),
+    "framepack": Variant(FRAMEPACK, framepack_inputs),
+    "framepack_one": Variant(FRAMEPACK, partial(framepack_inputs, batch=1)),
 }
 PADDED = "t2v", "token_replace", "framepack"
 

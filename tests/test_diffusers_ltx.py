@@ -55,12 +55,12 @@ def build(**changes):
 
 
 VARIANTS = {
-    "masked": Variant(build(), inputs, masked=True),
+    "masked": Variant(build(), inputs),
     "unmasked": Variant(build(), partial(inputs, masked=False)),
-    "per_token": Variant(build(), partial(inputs, per_token=True), masked=True),
-    "coordinates": Variant(build(), partial(inputs, coordinates=True), masked=True),
+    "per_token": Variant(build(), partial(inputs, per_token=True)),
+    "coordinates": Variant(build(), partial(inputs, coordinates=True)),
     "bias": Variant(build(), partial(inputs, bias=True)),
-    "affine_norms": Variant(build(norm_elementwise_affine=True, attention_bias=False), inputs, masked=True),
+    "affine_norms": Variant(build(norm_elementwise_affine=True, attention_bias=False), inputs),
 }
 
 

@@ -72,15 +72,15 @@ def build(**changes):
 
 newer = build(**NEWER)
 VARIANTS = {
-    "2.0": Variant(build(), inputs, masked=True),
-    "2.0_per_token": Variant(build(), partial(inputs, per_token=True), masked=True),
-    "2.0_interleaved": Variant(build(rope_type="interleaved"), inputs, masked=True),
+    "2.0": Variant(build(), inputs),
+    "2.0_per_token": Variant(build(), partial(inputs, per_token=True)),
+    "2.0_interleaved": Variant(build(rope_type="interleaved"), inputs),
     "2.0_strength": Variant(build(), partial(inputs, masks="strength")),
-    "2.0_isolated": Variant(build(), partial(inputs, isolate_modalities=True), masked=True),
-    "2.3": Variant(newer, partial(inputs, newer=True, per_token=True), masked=True),
-    "2.3_perturbed": Variant(newer, perturbed, masked=True),
-    "2.5": Variant(build(**NEWER, use_prompt_adaln_single=False, ff_bias=False), partial(inputs, newer=True), masked=True),
-    "9_rows_of_video": Variant(build(**(NEWER | {"audio_cross_attn_mod": False})), partial(inputs, newer=True), masked=True),
+    "2.0_isolated": Variant(build(), partial(inputs, isolate_modalities=True)),
+    "2.3": Variant(newer, partial(inputs, newer=True, per_token=True)),
+    "2.3_perturbed": Variant(newer, perturbed),
+    "2.5": Variant(build(**NEWER, use_prompt_adaln_single=False, ff_bias=False), partial(inputs, newer=True)),
+    "9_rows_of_video": Variant(build(**(NEWER | {"audio_cross_attn_mod": False})), partial(inputs, newer=True)),
 }
 
 

@@ -37,8 +37,8 @@ def inputs(size: int, without: bool = False) -> Inputs:
 
 build = partial(MochiTransformer3DModel, **CONFIG)
 VARIANTS = {
-    "t2v": Variant(build, inputs, masked=True),
-    "sample_without_prompt": Variant(build, partial(inputs, without=True), masked=True),
+    "t2v": Variant(build, inputs),
+    "sample_without_prompt": Variant(build, partial(inputs, without=True)),
 }
 
 

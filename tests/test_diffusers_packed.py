@@ -8,6 +8,7 @@ from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel, ZImage
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers_contract import Variant, made
 from einops import rearrange
+from peft import LoraConfig, get_peft_model
 from test_diffusers_qwenimage import CONFIG as QWEN
 from test_diffusers_wan import CONFIG
 from test_diffusers_wan import VARIANTS as WAN_VARIANTS
@@ -269,3 +270,39 @@ def test_models_that_are_refused():
     model.blocks[0].norm2.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"WanTransformerBlock: expected norm1, norm2, norm3 without hooks, .* got one with them"):
         packed_forward(model, *samples())
+
+
+@pytest.mark.parametrize(
+    ("wrap", "advice"),
+    [
+        (lambda m: get_peft_model(m, LoraConfig(target_modules=["to_q"])), r"model.get_base_model\(\)"),
+        (torch.nn.DataParallel, "model.module"),
+        (
+            lambda m: torch.compile(m, backend="eager"),
+            "not compiled: compile its blocks, by compile_repeated_blocks",
+        ),
+    ],
+    ids=["peft", "data parallel", "compiled"],
+)
+def test_wrapped_models_are_refused_by_what_to_give(wrap, advice):
+    model = wan()
+    apply(model)
+    wrapped = wrap(model)
+    with pytest.raises(ValueError, match=rf"model: expected the WanTransformer3DModel in it \({advice}\), got "):
+        packed_forward(wrapped, *samples())
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: (wan(), samples()), lambda: (qwen(), image_samples(2)), lambda: (z_image(), image_samples(16))]
+)
+def test_dtypes_that_are_refused(make):
+    model, (latents, timesteps, text) = make()
+    model.to(torch.bfloat16)
+    apply(model)
+    with pytest.raises(TypeError, match=r"latents\[0\]: expected dtype bfloat16, got float32"):
+        packed_forward(model, latents, timesteps, text)
+    latents = [x.bfloat16() for x in latents]
+    with pytest.raises(TypeError, match=r"text\[0\]: expected dtype bfloat16, got float32"):
+        packed_forward(model, latents, timesteps, text)
+    with torch.autocast("cpu", torch.bfloat16):
+        packed_forward(model, latents, timesteps, text)

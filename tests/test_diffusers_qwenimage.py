@@ -48,9 +48,9 @@ def build(**changes):
 
 OTHERS = (1, 4, 6), (1, 3, 5)
 VARIANTS = {
-    **{name: Variant(build(), partial(inputs, padding=name), masked=True) for name in ("end", "front", "middle", "sample")},
+    **{name: Variant(build(), partial(inputs, padding=name)) for name in ("end", "front", "middle", "sample")},
     "no_mask": Variant(build(), inputs),
-    "edit": Variant(build(zero_cond_t=True), partial(inputs, padding="end", others=OTHERS, text=77), masked=True),
+    "edit": Variant(build(zero_cond_t=True), partial(inputs, padding="end", others=OTHERS, text=77)),
     "layered": Variant(
         build(use_layer3d_rope=True, use_additional_t_cond=True),
         partial(inputs, others=OTHERS, text=77, additional_t_cond=True),

@@ -45,10 +45,10 @@ def build(**changes):
 
 VARIANTS = {
     "one_size": Variant(build(), inputs, lora=LORA),
-    "padded": Variant(build(), partial(inputs, padded=True), lora=LORA, masked=True),
-    "no_qk_norm": Variant(build(qk_norm=False), partial(inputs, padded=True), lora=LORA, masked=True),
+    "padded": Variant(build(), partial(inputs, padded=True), lora=LORA),
+    "no_qk_norm": Variant(build(qk_norm=False), partial(inputs, padded=True), lora=LORA),
     "control": Variant(build(), partial(inputs, control=True), lora=LORA),
-    "edit": Variant(build(siglip_feat_dim=16), edit, lora=LORA, masked=True),
+    "edit": Variant(build(siglip_feat_dim=16), edit, lora=LORA),
 }
 
 

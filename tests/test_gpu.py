@@ -13,6 +13,7 @@ from sora_kernels.adaln import gate_residual_layer_norm_modulate, layer_norm_mod
 from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attention
 from sora_kernels.backends import use_backend
 from sora_kernels.bias_gelu import bias_gelu
+from sora_kernels.integrations.key_mask import pack_keys, packed_keys
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.patch_embed import patch_embed_3d, unpatchify_3d
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
@@ -121,6 +122,19 @@ def test_first_call_in_a_graph(backend: str) -> None:
         graph.replay()
     torch.testing.assert_close(outside[0], exact)
     for got, right in zip(captured, outside, strict=True):
+        assert torch.equal(got, right)
+
+
+def test_a_mask_in_a_graph() -> None:
+    """A replay packs the keys of what the mask is by then, even if the mask was packed before the capture."""
+    mask = torch.rand(3, 50, device="cuda") > 0.5
+    packed_keys("test", mask, *mask.shape)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = packed_keys("test", mask, *mask.shape)
+    mask.logical_not_()
+    graph.replay()
+    for got, right in zip(captured, pack_keys(mask), strict=True):
         assert torch.equal(got, right)
 
 

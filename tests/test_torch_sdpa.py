@@ -136,6 +136,18 @@ def test_functions_that_run_later_are_refused() -> None:
             replace()(function)
 
 
+def test_decorator_without_parentheses() -> None:
+    @replace
+    def attend(x: Tensor) -> Tensor:
+        return imported_by_name(x, x, x)
+
+    with backends.record() as calls:
+        attend(torch.randn(1, 2, 5, 16))
+    assert calls[0][0] == "attention_forward"
+    with pytest.raises(TypeError, match="replace: function: expected nothing for a context, or a function to decorate, got Linear"):
+        replace(nn.Linear(2, 2))
+
+
 def test_nested_tensors_are_refused() -> None:
     nested = torch.nested.nested_tensor([torch.randn(2, 5, 16), torch.randn(2, 5, 16)], layout=torch.jagged)
     with pytest.raises(TypeError, match="query: expected a dense tensor, got a nested one"), replace():

@@ -6,13 +6,13 @@ padding may be in front, in the middle, at the end, or a whole sample.
 
 from __future__ import annotations
 
-import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import check_tensor, fail
+from .last_result import LastResult
 
 
 class PackedKeys(NamedTuple):
@@ -23,21 +23,26 @@ class PackedKeys(NamedTuple):
 
 
 def key_mask(op: str, mask: Tensor, batch: int, num_keys: int) -> Tensor:
-    """A mask that broadcasts to [B, H, S, Sk] and is the same for all heads and queries -> bool [B, Sk].
+    """A mask of keys, bool [B, Sk], [Sk], or [B, 1, Sk] and [B, 1, 1, Sk] with any number of ones between -> bool [B, Sk].
 
-    [B, Sk] is taken as well, as diffusers' own backends do.
+    B and Sk of the mask may be 1, which stands for all samples or keys.
 
     Raises:
         ValueError, TypeError: for masks that differ by query or head, and for numbers that are added to scores.
     """
-    check_tensor(op, "attn_mask", mask, dtype=torch.bool)
+    check_tensor(op, "attn_mask", mask, dtype=None)
+    if mask.dtype != torch.bool:
+        fail(
+            op, "attn_mask", 'dtype bool (the backend "sora" also adds numbers)', str(mask.dtype).removeprefix("torch."), TypeError
+        )
     shape = tuple(mask.shape)
     if len(shape) > 2 and all(n == 1 for n in shape[1:-1]):
         mask = mask.reshape(shape[0], shape[-1])
     if mask.ndim == 1:
         mask = mask[None]
     if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] not in (1, num_keys):
-        fail(op, "attn_mask", f"a mask of keys, [{batch}, {num_keys}] or [{batch}, 1, 1, {num_keys}]", str(list(shape)))
+        expected = f'a mask of keys, [{batch}, {num_keys}] or [{batch}, 1, 1, {num_keys}] (the backend "sora" takes others)'
+        fail(op, "attn_mask", expected, str(list(shape)))
     return mask.expand(batch, num_keys)
 
 
@@ -57,32 +62,7 @@ def pack_keys(mask: Tensor) -> PackedKeys:
     return PackedKeys(torch.empty_like(index).scatter_(0, place, index), cu_seqlens)
 
 
-class _Kept(NamedTuple):
-    mask: weakref.ref
-    version: int
-    shape: tuple[int, int]
-    keys: PackedKeys
-
-
-_kept: _Kept | None = None
-
-
-def _forget(mask: weakref.ref) -> None:
-    """Frees what was made of a mask that is gone."""
-    global _kept
-    kept = _kept
-    if kept is not None and kept.mask is mask:
-        _kept = None
-
-
+@LastResult
 def packed_keys(op: str, mask: Tensor, batch: int, num_keys: int) -> PackedKeys:
-    """The same, once for a mask that all layers of a model are given: the last one's is kept while the mask lives unchanged."""
-    global _kept
-    # Nobody counts changes of a tensor of inference, and replays of a graph must pack what the mask is by then.
-    if torch.compiler.is_compiling() or mask.is_inference() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return pack_keys(key_mask(op, mask, batch, num_keys))
-    kept = _kept
-    if kept is None or kept.mask() is not mask or kept.version != mask._version or kept.shape != (batch, num_keys):
-        keys = pack_keys(key_mask(op, mask, batch, num_keys))
-        kept = _kept = _Kept(weakref.ref(mask, _forget), mask._version, (batch, num_keys), keys)
-    return kept.keys
+    """A mask that `key_mask` takes -> its keys packed, once for all layers of a model that are given it."""
+    return pack_keys(key_mask(op, mask, batch, num_keys))

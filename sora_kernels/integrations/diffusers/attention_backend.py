@@ -41,8 +41,8 @@ def sora(
     Args:
         query: [B, S, H, d].
         key, value: [B, Sk, Hk, d].
-        attn_mask: [B, Sk] of keys, or anything that broadcasts to [B, H, S, Sk]: bool, or numbers to add to the scores. Nothing of
-            that size is made of it.
+        attn_mask: [B, Sk] of keys, or anything that broadcasts to [B, H, S, Sk]: bool, or numbers to add to the scores. A
+            mask that broadcasts is not expanded.
         dropout_p: must be 0.
         return_lse: return (out, lse [B, H, S]); not with a mask, and causal only for S = Sk.
         _parallel_config: must be None: there is no context parallelism.
@@ -53,7 +53,10 @@ def sora(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    return _dense("sora", query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, _parallel_config)
+    _check("sora", query, key, dropout_p, enable_gqa, _parallel_config)
+    return _dense(
+        "sora", query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse
+    )
 
 
 def sora_varlen(
@@ -74,9 +77,9 @@ def sora_varlen(
     -inf. With a mask there is no causality.
     """
     op = "sora_varlen"
-    if attn_mask is None:
-        return _dense(op, query, key, value, None, dropout_p, is_causal, scale, enable_gqa, return_lse, _parallel_config)
     _check(op, query, key, dropout_p, enable_gqa, _parallel_config)
+    if attn_mask is None:
+        return _dense(op, query, key, value, None, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse)
     if is_causal:
         fail(op, "attn_mask", "None with is_causal=True", "a mask")
     batch, num_queries, num_keys = *query.shape[:2], key.shape[1]
@@ -100,14 +103,12 @@ def _dense(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    dropout_p: float,
+    *,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
     return_lse: bool,
-    _parallel_config: Any,
 ) -> Any:
-    _check(op, query, key, dropout_p, enable_gqa, _parallel_config)
     if return_lse:
         if attn_mask is not None:
             fail(op, "return_lse", "False with an attn_mask", "True")

@@ -16,16 +16,16 @@ from .parts import (
     Processor,
     Tables,
     attend,
+    fuses_norms,
     gate,
-    gate_modulate,
+    gate_norm_modulate,
     gelu,
-    is_norm,
-    is_plain,
+    is_wrapped_norm,
     mask_of_heads,
-    modulate,
-    normed_rotated,
-    two_parts,
-    unless_watched,
+    norm_modulate,
+    pair_tables,
+    prefix_boundaries,
+    qk_norm_rope,
 )
 from .patching import Family
 
@@ -49,7 +49,7 @@ class CogVideoXProcessor(Processor):
         projected = attn.to_qkv(x).chunk(3, dim=-1) if self.fused else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
         query, key, value = (p.unflatten(2, (attn.heads, -1)) for p in projected)
         tables = None if image_rotary_emb is None else _tables(image_rotary_emb, x)
-        query, key = normed_rotated(attn.norm_q, query, tables), normed_rotated(attn.norm_k, key, tables)
+        query, key = qk_norm_rope(attn.norm_q, query, tables), qk_norm_rope(attn.norm_k, key, tables)
         mask = mask_of_heads(attention_mask, x.shape[0], attn.heads)
         out = attn.to_out[1](attn.to_out[0](attend(self, query, key, value, mask)))
         return out if text is None else (out[:, text.shape[1] :], out[:, : text.shape[1]])
@@ -62,8 +62,8 @@ class FusedCogVideoXProcessor(CogVideoXProcessor):
 
 
 def _tables(rotary_emb: Tables, x: Tensor) -> Tables:
-    """diffusers' tables have each number twice, once for each channel of a pair. The text in front is not rotated."""
-    cos, sin = (table[:, ::2].to(x.device) for table in rotary_emb)
+    """[S, d/2] of text, which is not rotated, and video. diffusers' tables are [N, d] of the video."""
+    cos, sin = (table.to(x.device) for table in pair_tables(*rotary_emb))
     text = x.shape[1] - cos.shape[0]
     return F.pad(cos, (0, 0, text, 0), value=1.0), F.pad(sin, (0, 0, text, 0))
 
@@ -82,26 +82,26 @@ def _block(
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     norms = self.norm1, self.norm2
-    if not (isinstance(self.attn1.processor, Processor) and all(is_plain(n) and is_norm(n.norm) for n in norms)):
+    if not (isinstance(self.attn1.processor, Processor) and all(map(is_wrapped_norm, norms))):
         return type(self).forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_kwargs)
     length = encoder_hidden_states.shape[1]
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    cu_rows = two_parts(x, length)
+    cu_rows = prefix_boundaries(x, length)
     temb = temb.expand(x.shape[0], -1)
     (shift, scale, attn_gate), (ff_shift, ff_scale, ff_gate) = (_rows(norm, temb) for norm in norms)
-    y = modulate(self.norm1.norm, x, shift, scale, cu_rows)
+    y = norm_modulate(self.norm1.norm, x, shift, scale, cu_rows)
     out = self.attn1(hidden_states=y, image_rotary_emb=image_rotary_emb, **(attention_kwargs or {}))
-    x, y = gate_modulate(self.norm2.norm, x, out, attn_gate, ff_shift, ff_scale, cu_rows)
+    x, y = gate_norm_modulate(self.norm2.norm, x, out, attn_gate, ff_shift, ff_scale, cu_rows)
     x = gate(x, self.ff(y), ff_gate, cu_rows)
     return x[:, length:], x[:, :length]
 
 
-@unless_watched("norm")
+@fuses_norms("norm")
 def _norm_out(self: Any, x: Tensor, timestep: Tensor | None = None, temb: Tensor | None = None) -> Tensor:
     if self.chunk_dim != 1 or self.emb is not None:
         return type(self).forward(self, x, timestep, temb)
     shift, scale = self.linear(self.silu(temb)).chunk(2, dim=1)
-    return modulate(self.norm, x, shift, scale)
+    return norm_modulate(self.norm, x, shift, scale)
 
 
 FAMILY = Family(

@@ -9,7 +9,18 @@ from diffusers.models.controlnets import controlnet_cosmos
 from diffusers.models.transformers import transformer_cosmos
 from torch import Tensor
 
-from .parts import Processor, Tables, attend, gate, gate_modulate, is_norm, is_plain, modulate, normed_rotated
+from .parts import (
+    Processor,
+    Tables,
+    attend,
+    gate,
+    gate_norm_modulate,
+    is_norm,
+    is_wrapped_norm,
+    norm_modulate,
+    pair_tables,
+    qk_norm_rope,
+)
 from .patching import Family
 
 
@@ -30,8 +41,8 @@ class CosmosProcessor(Processor):
     def of_text(self, attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, tables: Tables | None) -> Tensor:
         text = x if text is None else text
         query, key, value = (y.unflatten(2, (attn.heads, -1)) for y in (attn.to_q(x), attn.to_k(text), attn.to_v(text)))
-        query = normed_rotated(attn.norm_q, query, tables, interleaved=False)
-        key = normed_rotated(attn.norm_k, key, tables, interleaved=False)
+        query = qk_norm_rope(attn.norm_q, query, tables, interleaved=False)
+        key = qk_norm_rope(attn.norm_k, key, tables, interleaved=False)
         return attend(self, query, key, value, mask, parallel_config=self._parallel_config).type_as(query)
 
 
@@ -52,16 +63,14 @@ class CosmosImageProcessor(CosmosProcessor):
         if image is not None:
             projected = attn.q_img(hidden_states), attn.k_img(image), attn.v_img(image)
             query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
-            query, key = normed_rotated(attn.q_img_norm, query, None), normed_rotated(attn.k_img_norm, key, None)
+            query, key = qk_norm_rope(attn.q_img_norm, query, None), qk_norm_rope(attn.k_img_norm, key, None)
             out = out + attend(self, query, key, value, image_mask).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
 
 
 def _rope(self: Any, hidden_states: Tensor, fps: int | None = None) -> Tables:
-    """[S, d/2]; diffusers' tables have each number twice, once for each half of a head."""
-    cos, sin = type(self).forward(self, hidden_states, fps)
-    half = cos.shape[-1] // 2
-    return cos[..., :half].contiguous(), sin[..., :half].contiguous()
+    """diffusers' tables, [S, d], as [S, d/2]."""
+    return pair_tables(*type(self).forward(self, hidden_states, fps), False)
 
 
 def _rows(norm: Any, count: int, x: Tensor, embedded_timestep: Tensor, temb: Tensor | None) -> tuple[Tensor, ...]:
@@ -83,10 +92,6 @@ def _per_token(x: Tensor, *embeddings: Tensor | None) -> Iterator[Tensor | None]
         yield e
 
 
-def _is_known(norm: Any) -> bool:
-    return is_plain(norm) and is_norm(norm.norm)
-
-
 def _block(
     self: Any,
     hidden_states: Tensor,
@@ -101,7 +106,7 @@ def _block(
     block_idx: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     x = hidden_states
-    if not (_is_known(self.norm1) and _is_known(self.norm2) and _is_known(self.norm3)):
+    if not all(map(is_wrapped_norm, (self.norm1, self.norm2, self.norm3))):
         embedded_timestep, temb = _per_token(x, embedded_timestep, temb)  # type: ignore[assignment]
         times = embedded_timestep, temb, image_rotary_emb, extra_pos_emb
         rest = attention_mask, controlnet_residual, latents, block_idx
@@ -110,15 +115,15 @@ def _block(
         x = self.before_proj(x) + latents
     shift, scale, gate_ = _rows(self.norm1, 3, x, embedded_timestep, temb)
     if extra_pos_emb is None:
-        y = modulate(self.norm1.norm, x, shift, scale)
+        y = norm_modulate(self.norm1.norm, x, shift, scale)
     else:
-        x, y = gate_modulate(self.norm1.norm, x, extra_pos_emb, None, shift, scale)
+        x, y = gate_norm_modulate(self.norm1.norm, x, extra_pos_emb, None, shift, scale)
     out = self.attn1(y, image_rotary_emb=image_rotary_emb)
     shift, scale, next_gate = _rows(self.norm2, 3, x, embedded_timestep, temb)
-    x, y = gate_modulate(self.norm2.norm, x, out, gate_, shift, scale)
+    x, y = gate_norm_modulate(self.norm2.norm, x, out, gate_, shift, scale)
     out = self.attn2(y, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
     shift, scale, gate_ = _rows(self.norm3, 3, x, embedded_timestep, temb)
-    x, y = gate_modulate(self.norm3.norm, x, out, next_gate, shift, scale)
+    x, y = gate_norm_modulate(self.norm3.norm, x, out, next_gate, shift, scale)
     x = gate(x, self.ff(y), gate_)
     if controlnet_residual is not None:
         x = x + controlnet_residual
@@ -128,7 +133,7 @@ def _block(
 def _norm_out(self: Any, hidden_states: Tensor, embedded_timestep: Tensor, temb: Tensor | None = None) -> Tensor:
     if not is_norm(self.norm):
         return type(self).forward(self, hidden_states, *_per_token(hidden_states, embedded_timestep, temb))
-    return modulate(self.norm, hidden_states, *_rows(self, 2, hidden_states, embedded_timestep, temb))
+    return norm_modulate(self.norm, hidden_states, *_rows(self, 2, hidden_states, embedded_timestep, temb))
 
 
 def _timestep(model: Any, timestep: Tensor, latents: Tensor) -> Tensor:

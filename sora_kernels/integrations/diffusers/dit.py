@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor
 
-from .parts import Processor, ada_layer_norm_zero, attend, gate, gate_modulate, gelu, is_norm, mask_of_heads, modulate
+from .parts import Processor, ada_layer_norm_zero, attend, gate, gate_norm_modulate, gelu, is_norm, mask_of_heads, norm_modulate
 from .patching import Family
 
 
@@ -46,16 +46,16 @@ def _block(
     elif self.norm_type == "ada_norm_zero" and self.attn2 is None and is_norm(self.norm3):
         y, gate_, mlp_shift, mlp_scale, mlp_gate = self.norm1(x, timestep, class_labels, hidden_dtype=x.dtype)
         out = self.attn1(y, encoder_hidden_states=None, attention_mask=attention_mask)
-        x, y = gate_modulate(self.norm3, x, out, gate_, mlp_shift, mlp_scale)
+        x, y = gate_norm_modulate(self.norm3, x, out, gate_, mlp_shift, mlp_scale)
         return gate(x, self.ff(y), mlp_gate)
     elif self.norm_type == "ada_norm_single" and is_norm(self.norm1) and is_norm(self.norm2):
         rows = self.scale_shift_table + timestep.unflatten(1, (6, -1))
         shift, scale, gate_, mlp_shift, mlp_scale, mlp_gate = rows.unbind(1)
-        out = self.attn1(modulate(self.norm1, x, shift, scale), encoder_hidden_states=None, attention_mask=attention_mask)
+        out = self.attn1(norm_modulate(self.norm1, x, shift, scale), encoder_hidden_states=None, attention_mask=attention_mask)
         if self.attn2 is not None:
             x, gate_ = gate(x, out, gate_), None
             out = self.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
-        x, y = gate_modulate(self.norm2, x, out, gate_, mlp_shift, mlp_scale)
+        x, y = gate_norm_modulate(self.norm2, x, out, gate_, mlp_shift, mlp_scale)
         return gate(x, self.ff(y), mlp_gate)
     return type(self).forward(
         self,

@@ -18,15 +18,15 @@ from .parts import (
     ada_layer_norm_zero,
     ada_layer_norm_zero_single,
     attend,
+    fuses_norms,
     gate,
-    gate_modulate,
+    gate_norm_modulate,
     gelu,
-    normed_joint,
-    normed_rotated,
-    of_pairs,
+    joint_qkv,
+    pair_tables,
+    qk_norm_rope,
     split_tables,
     torch_gelu,
-    unless_watched,
     within_float16,
 )
 from .patching import Family
@@ -34,13 +34,13 @@ from .patching import Family
 
 def flux_projections(module: Any, attn: Any, x: Tensor, text: Tensor | None, tables: Tables | None) -> Sequence[Tensor]:
     """Queries, keys and values of text and image, or of one sequence; `module` is that of Flux 1 or 2, which projects them."""
-    tables = of_pairs(tables)
+    tables = None if tables is None else pair_tables(*tables)
     projected = module._get_qkv_projections(attn, x, text)
     if text is None:
         query, key, value = (y.unflatten(-1, (-1, attn.head_dim)) for y in projected[:3])
-        return normed_rotated(attn.norm_q, query, tables), normed_rotated(attn.norm_k, key, tables), value
+        return qk_norm_rope(attn.norm_q, query, tables), qk_norm_rope(attn.norm_k, key, tables), value
     heads = [y.unflatten(-1, (-1, attn.head_dim)) for y in projected]
-    return normed_joint(attn, heads[3:], heads[:3], *split_tables(tables, text.shape[1]))
+    return joint_qkv(attn, heads[3:], heads[:3], *split_tables(tables, text.shape[1]))
 
 
 class FluxProcessor(Processor):
@@ -63,7 +63,7 @@ class FluxProcessor(Processor):
         return attn.to_out[1](attn.to_out[0](out.contiguous())), attn.to_add_out(text.contiguous())
 
 
-@unless_watched("norm2", "norm2_context")
+@fuses_norms("norm2", "norm2_context")
 def _double_block(
     self: Any,
     hidden_states: Tensor,
@@ -77,11 +77,11 @@ def _double_block(
     out, text_out, *image_prompt = self.attn(
         hidden_states=y, encoder_hidden_states=text_y, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
     )
-    x, y = gate_modulate(self.norm2, hidden_states, out, *rows[:3])
+    x, y = gate_norm_modulate(self.norm2, hidden_states, out, *rows[:3])
     x = gate(x, self.ff(y), rows[3])
     for more in image_prompt:  # of an IP-Adapter's processor
         x = x + more
-    text, y = gate_modulate(self.norm2_context, encoder_hidden_states, text_out, *text_rows[:3])
+    text, y = gate_norm_modulate(self.norm2_context, encoder_hidden_states, text_out, *text_rows[:3])
     return within_float16(gate(text, self.ff_context(y), text_rows[3])), x
 
 

@@ -16,12 +16,12 @@ from .parts import (
     Tables,
     ada_layer_norm_continuous,
     attend,
+    fuses_norms,
     gate,
-    gate_modulate,
-    modulate,
-    normed_rotated,
-    of_pairs,
-    unless_watched,
+    gate_norm_modulate,
+    norm_modulate,
+    pair_tables,
+    qk_norm_rope,
     within_float16,
 )
 from .patching import Family
@@ -40,7 +40,7 @@ def _attend(
     kv_cache_mode: str | None,
     num_ref_tokens: int,
 ) -> Tensor:
-    """Attention with what is known of reference images, which attend to themselves only and follow `length` tokens of text."""
+    """Attention with a cache of reference images, which attend to themselves only and follow `length` tokens of text."""
     if kv_cache_mode == "extract" and num_ref_tokens > 0:
         if kv_cache is not None:
             kv_cache.store(*(x[:, length : length + num_ref_tokens].clone() for x in (key, value)))
@@ -56,7 +56,7 @@ def _attend(
 
 
 class Flux2KVProcessor(Processor):
-    """Attention of text and image, and of reference images that a cache may know."""
+    """Attention of text and image, and of reference images whose keys and values may be cached."""
 
     def __call__(
         self,
@@ -78,7 +78,7 @@ class Flux2KVProcessor(Processor):
 
 
 class Flux2Processor(Flux2KVProcessor):
-    """The same, which knows no cache."""
+    """The same, without a cache."""
 
     def __call__(  # type: ignore[override]  # diffusers reads the names
         self,
@@ -111,16 +111,15 @@ class Flux2ParallelKVProcessor(Processor):
         qkv = projected.shape[-1] * qkv // (qkv + mlp)
         heads, y = projected[..., :qkv], projected[..., qkv:]
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in heads.chunk(3, dim=-1))
-        tables = of_pairs(image_rotary_emb)
-        query, key = normed_rotated(attn.norm_q, query, tables), normed_rotated(attn.norm_k, key, tables)
-        out = _attend(self, query, key, value, attention_mask, num_txt_tokens, kv_cache, kv_cache_mode, num_ref_tokens).type_as(
-            query
-        )
+        tables = None if image_rotary_emb is None else pair_tables(*image_rotary_emb)
+        query, key = qk_norm_rope(attn.norm_q, query, tables), qk_norm_rope(attn.norm_k, key, tables)
+        out = _attend(self, query, key, value, attention_mask, num_txt_tokens, kv_cache, kv_cache_mode, num_ref_tokens)
+        out = out.type_as(query)
         return attn.to_out(torch.cat([out, attn.mlp_act_fn(y)], dim=-1))
 
 
 class Flux2ParallelProcessor(Flux2ParallelKVProcessor):
-    """The same, which knows no cache."""
+    """The same, without a cache."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -132,7 +131,7 @@ class Flux2ParallelProcessor(Flux2ParallelKVProcessor):
         return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
 
 
-@unless_watched("norm1", "norm1_context", "norm2", "norm2_context")
+@fuses_norms("norm1", "norm1_context", "norm2", "norm2_context")
 def _double_block(
     self: Any,
     hidden_states: Tensor,
@@ -146,18 +145,18 @@ def _double_block(
     (shift, scale, gate_), (mlp_shift, mlp_scale, mlp_gate) = Flux2Modulation.split(temb_mod_img, 2)
     (t_shift, t_scale, t_gate), (t_mlp_shift, t_mlp_scale, t_mlp_gate) = Flux2Modulation.split(temb_mod_txt, 2)
     out, text_out = self.attn(
-        hidden_states=modulate(self.norm1, hidden_states, shift, scale),
-        encoder_hidden_states=modulate(self.norm1_context, encoder_hidden_states, t_shift, t_scale),
+        hidden_states=norm_modulate(self.norm1, hidden_states, shift, scale),
+        encoder_hidden_states=norm_modulate(self.norm1_context, encoder_hidden_states, t_shift, t_scale),
         image_rotary_emb=image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
-    x, y = gate_modulate(self.norm2, hidden_states, out, gate_, mlp_shift, mlp_scale)
+    x, y = gate_norm_modulate(self.norm2, hidden_states, out, gate_, mlp_shift, mlp_scale)
     x = gate(x, self.ff(y), mlp_gate)
-    text, y = gate_modulate(self.norm2_context, encoder_hidden_states, text_out, t_gate, t_mlp_shift, t_mlp_scale)
+    text, y = gate_norm_modulate(self.norm2_context, encoder_hidden_states, text_out, t_gate, t_mlp_shift, t_mlp_scale)
     return within_float16(gate(text, self.ff_context(y), t_mlp_gate)), x
 
 
-@unless_watched("norm")
+@fuses_norms("norm")
 def _single_block(
     self: Any,
     hidden_states: Tensor,
@@ -173,7 +172,7 @@ def _single_block(
         text_seq_len = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, x], dim=1)
     ((shift, scale, gate_),) = Flux2Modulation.split(temb_mod, 1)
-    y = modulate(self.norm, x, shift, scale)
+    y = norm_modulate(self.norm, x, shift, scale)
     out = self.attn(hidden_states=y, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
     x = within_float16(gate(x, out, gate_))
     return (x[:, :text_seq_len], x[:, text_seq_len:]) if split_hidden_states else x

@@ -19,6 +19,7 @@ from diffusers.models.transformers import transformer_hunyuan_video_framepack as
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
+from .packed import run_block
 from .parts import (
     Processor,
     Tables,
@@ -26,16 +27,16 @@ from .parts import (
     ada_layer_norm_zero,
     ada_layer_norm_zero_single,
     attend,
+    fuses_norms,
     gate,
-    gate_modulate,
+    gate_norm_modulate,
     gelu,
-    is_norm,
-    is_plain,
-    modulate,
-    normed_rotated,
+    is_wrapped_norm,
+    norm_modulate,
+    pair_tables,
+    prefix_boundaries,
+    qk_norm_rope,
     torch_gelu,
-    two_parts,
-    unless_watched,
 )
 from .patching import Family
 
@@ -56,12 +57,12 @@ class HunyuanVideoProcessor(Processor):
             x = torch.cat([x, text], dim=1)
         query, key, value = (project(x).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
         tables = None if image_rotary_emb is None else _tables(image_rotary_emb, *query.shape[1::2])
-        query, key = normed_rotated(attn.norm_q, query, tables), normed_rotated(attn.norm_k, key, tables)
+        query, key = qk_norm_rope(attn.norm_q, query, tables), qk_norm_rope(attn.norm_k, key, tables)
         if text is not None and attn.add_q_proj is not None:
             projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
             text_query, text_key, text_value = (project(text).unflatten(2, (attn.heads, -1)) for project in projections)
-            query = torch.cat([query, normed_rotated(attn.norm_added_q, text_query, None)], dim=1)
-            key = torch.cat([key, normed_rotated(attn.norm_added_k, text_key, None)], dim=1)
+            query = torch.cat([query, qk_norm_rope(attn.norm_added_q, text_query, None)], dim=1)
+            key = torch.cat([key, qk_norm_rope(attn.norm_added_k, text_key, None)], dim=1)
             value = torch.cat([value, text_value], dim=1)
         out = attend(self, query, key, value, attention_mask, parallel_config=self._parallel_config).to(query.dtype)
         if text is None:
@@ -74,19 +75,14 @@ class HunyuanVideoProcessor(Processor):
 
 def _tables(rotary_emb: Tables, num_tokens: int, head_dim: int) -> Tables:
     """[N, d/2] of `rope`, or diffusers' own [N, d]; text behind the video is not rotated."""
-    cos, sin = rotary_emb if rotary_emb[0].shape[-1] != head_dim else halved(rotary_emb)
+    cos, sin = rotary_emb if rotary_emb[0].shape[-1] != head_dim else pair_tables(*rotary_emb)
     text = num_tokens - cos.shape[0]
     return F.pad(cos, (0, 0, 0, text), value=1.0), F.pad(sin, (0, 0, 0, text))
 
 
-def halved(tables: Tables) -> Tables:
-    """diffusers' tables have each number twice, once for each channel of a pair."""
-    cos, sin = tables
-    return cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
-
-
 def rope(self: Any, hidden_states: Tensor) -> Tables:
-    return halved(type(self).forward(self, hidden_states))
+    """diffusers' tables, [N, d], as [N, d/2]."""
+    return pair_tables(*type(self).forward(self, hidden_states))
 
 
 def _double(
@@ -103,13 +99,13 @@ def _double(
     (x, text), (gate_, shift, scale, ff_gate) = streams, rows
     y, text_gate, text_shift, text_scale, text_ff_gate = self.norm1_context(text, emb=temb)
     out, text_out = self.attn(hidden_states=normed, encoder_hidden_states=y, attention_mask=mask, image_rotary_emb=tables)
-    x, y = gate_modulate(self.norm2, x, out, gate_, shift, scale, cu_rows)
+    x, y = gate_norm_modulate(self.norm2, x, out, gate_, shift, scale, cu_rows)
     x = gate(x, self.ff(y), ff_gate, cu_rows)
-    text, y = gate_modulate(self.norm2_context, text, text_out, text_gate, text_shift, text_scale)
+    text, y = gate_norm_modulate(self.norm2_context, text, text_out, text_gate, text_shift, text_scale)
     return x, gate(text, self.ff_context(y), text_ff_gate)
 
 
-@unless_watched("norm2", "norm2_context")
+@fuses_norms("norm2", "norm2_context")
 def double_block(
     self: Any,
     hidden_states: Tensor,
@@ -136,15 +132,15 @@ def _single_block(
 ) -> tuple[Tensor, Tensor]:
     """Of both kinds: with token_replace_emb, the first num_tokens have rows of their own."""
     replaced = type(self) is hunyuan.HunyuanVideoTokenReplaceSingleTransformerBlock
-    if not isinstance(self.attn.processor, Processor) or (replaced and not _is_plain(self.norm)):
+    if not isinstance(self.attn.processor, Processor) or (replaced and not is_wrapped_norm(self.norm)):
         rest = (token_replace_emb, num_tokens) if replaced else ()
         return type(self).forward(self, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb, *rest)
     length = hidden_states.shape[1]
     x, cu_rows = torch.cat([hidden_states, encoder_hidden_states], dim=1), None
     if replaced:
-        cu_rows = two_parts(x, num_tokens)
+        cu_rows = prefix_boundaries(x, num_tokens)
         shift, scale, gate_ = _replaced_rows(self.norm, temb, token_replace_emb, 3)
-        y = modulate(self.norm.norm, x, shift, scale, cu_rows)
+        y = norm_modulate(self.norm.norm, x, shift, scale, cu_rows)
     else:
         y, gate_ = self.norm(x, emb=temb)
     mlp = self.act_mlp(self.proj_mlp(y))
@@ -155,17 +151,13 @@ def _single_block(
     return x[:, :length], x[:, length:]
 
 
-def _is_plain(norm: Any) -> bool:
-    return is_plain(norm) and is_norm(norm.norm)
-
-
 def _replaced_rows(norm: Any, temb: Tensor, first: Tensor, count: int) -> tuple[Tensor, ...]:
     """[2B, D]: of each sample those of the first frame, which has no noise, and those of the others."""
     rows = [norm.linear(norm.silu(emb)) for emb in (first, temb)]
     return torch.stack(rows, dim=1).flatten(0, 1).chunk(count, dim=1)
 
 
-@unless_watched("norm2", "norm2_context")
+@fuses_norms("norm2", "norm2_context")
 def _replaced_double_block(
     self: Any,
     hidden_states: Tensor,
@@ -177,11 +169,11 @@ def _replaced_double_block(
     num_tokens: Any = None,
 ) -> tuple[Tensor, Tensor]:
     streams = hidden_states, encoder_hidden_states
-    if not _is_plain(self.norm1):
+    if not is_wrapped_norm(self.norm1):
         return type(self).forward(self, *streams, temb, attention_mask, freqs_cis, token_replace_emb, num_tokens)
-    cu_rows = two_parts(hidden_states, num_tokens)
+    cu_rows = prefix_boundaries(hidden_states, num_tokens)
     shift, scale, gate_, *rest = _replaced_rows(self.norm1, temb, token_replace_emb, 6)
-    normed = modulate(self.norm1.norm, hidden_states, shift, scale, cu_rows)
+    normed = norm_modulate(self.norm1.norm, hidden_states, shift, scale, cu_rows)
     return _double(self, streams, normed, (gate_, *rest), temb, attention_mask, freqs_cis, cu_rows)
 
 
@@ -200,17 +192,17 @@ class RefinerProcessor(Processor):
         return attn.to_out[1](attn.to_out[0](attend(self, query, key, value, attention_mask)))
 
 
-@unless_watched("norm1", "norm2")
+@fuses_norms("norm1", "norm2")
 def refiner_block(self: Any, hidden_states: Tensor, temb: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     x = hidden_states
-    out = self.attn(hidden_states=modulate(self.norm1, x), encoder_hidden_states=None, attention_mask=attention_mask)
+    out = self.attn(hidden_states=norm_modulate(self.norm1, x), encoder_hidden_states=None, attention_mask=attention_mask)
     attn_gate, ff_gate = self.norm_out(temb)
-    x, y = gate_modulate(self.norm2, x, out, attn_gate)
+    x, y = gate_norm_modulate(self.norm2, x, out, attn_gate)
     return gate(x, self.ff(y), ff_gate)
 
 
 def refiner_blocks(self: Any, hidden_states: Tensor, temb: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """With a mask of keys. What padding attends to is seen by nobody."""
+    """With a mask of keys. Outputs at padded places are not used, so no mask of queries is needed."""
     if attention_mask is not None:
         attention_mask = attention_mask.to(hidden_states.device).bool()[:, None, None]
     for block in self.refiner_blocks:
@@ -227,12 +219,9 @@ def _refiner(self: Any, hidden_states: Tensor, timestep: Tensor, attention_mask:
     return type(self).forward(self, hidden_states, timestep, attention_mask)
 
 
-def layers(model: Any, blocks: nn.ModuleList, streams: tuple[Tensor, Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+def run_blocks(model: Any, blocks: nn.ModuleList, streams: tuple[Tensor, Tensor], *args: Any) -> tuple[Tensor, Tensor]:
     for block in blocks:
-        if torch.is_grad_enabled() and model.gradient_checkpointing:
-            streams = model._gradient_checkpointing_func(block, *streams, *args)
-        else:
-            streams = block(*streams, *args)
+        streams = run_block(model, block, *streams, *args)
     return streams
 
 
@@ -281,9 +270,9 @@ def _framepack(
     # The refiner has moved the prompt in front of its padding.
     kept = torch.arange(text.shape[1], device=x.device) < encoder_attention_mask.sum(dim=1, keepdim=True, dtype=torch.int)
     mask = F.pad(kept, (x.shape[1] + image.shape[1], 0), value=True)[:, None, None]
-    streams, rest = (x, torch.cat([image, text], dim=1)), (temb, mask, halved(table))
+    streams, rest = (x, torch.cat([image, text], dim=1)), (temb, mask, pair_tables(*table))
     for blocks in (self.transformer_blocks, self.single_transformer_blocks):
-        streams = layers(self, blocks, streams, *rest)
+        streams = run_blocks(self, blocks, streams, *rest)
     return video(self, streams[0][:, -num_tokens:], temb, hidden_states.shape, return_dict)
 
 

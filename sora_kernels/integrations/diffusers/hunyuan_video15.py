@@ -17,7 +17,16 @@ from diffusers.models.transformers import transformer_hunyuan_video15 as hunyuan
 from diffusers.utils import apply_lora_scale
 from torch import Tensor
 
-from .hunyuan_video import HunyuanVideoProcessor, RefinerProcessor, double_block, layers, refiner_block, refiner_blocks, rope, video
+from .hunyuan_video import (
+    HunyuanVideoProcessor,
+    RefinerProcessor,
+    double_block,
+    refiner_block,
+    refiner_blocks,
+    rope,
+    run_blocks,
+    video,
+)
 from .parts import ada_layer_norm_continuous, ada_layer_norm_zero, gelu
 from .patching import Family
 
@@ -64,7 +73,7 @@ def _model(
     # The refiner divides by a prompt's length: no NaN may come out of one without tokens.
     text = torch.where(mask[..., None], text, 0)
     keys = F.pad(mask, (x.shape[1], 0), value=True)[:, None, None]
-    x, _ = layers(self, self.transformer_blocks, (x, text), temb, keys, self.rope(hidden_states))
+    x, _ = run_blocks(self, self.transformer_blocks, (x, text), temb, keys, self.rope(hidden_states))
     return video(self, x, temb, hidden_states.shape, return_dict)
 
 

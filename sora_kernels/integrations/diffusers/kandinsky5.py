@@ -10,7 +10,7 @@ from diffusers.models.transformers import transformer_kandinsky
 from torch import Tensor, nn
 
 from .attention_backend import BACKENDS
-from .parts import Processor, attend, gate, gate_modulate, modulate, normed_rotated, unless_watched
+from .parts import Processor, attend, fuses_norms, gate, gate_norm_modulate, norm_modulate, qk_norm_rope
 from .patching import Family
 
 
@@ -41,9 +41,9 @@ class Kandinsky5Processor(Processor):
 def _rotated(norm: nn.Module, x: Tensor, rotary_emb: Tensor | None) -> Tensor:
     """rotary_emb [1, S, 2, d/2]: cosines and sines. As diffusers does, what is rotated is rounded to bfloat16 in any dtype."""
     if rotary_emb is None:
-        return normed_rotated(norm, x, None)
+        return qk_norm_rope(norm, x, None)
     cos, sin = rotary_emb[0].unbind(1)
-    return normed_rotated(norm, x, (cos, sin)).bfloat16().type_as(x)
+    return qk_norm_rope(norm, x, (cos, sin)).bfloat16().type_as(x)
 
 
 def _tables(angles: Tensor) -> Tensor:
@@ -63,28 +63,28 @@ def _visual_rope(self: Any, shape: Any, pos: Any, scale_factor: Any = (1.0, 1.0,
     return _tables(torch.cat(angles, dim=-1))[None]
 
 
-@unless_watched("self_attention_norm", "feed_forward_norm")
+@fuses_norms("self_attention_norm", "feed_forward_norm")
 def _text_block(self: Any, x: Tensor, time_embed: Tensor, rope: Tensor) -> Tensor:
     shift, scale, gate_, f_shift, f_scale, f_gate = self.text_modulation(time_embed).chunk(6, dim=-1)
     if x.shape[0] == 1:  # a prompt that samples of several times share
         x = x.expand(shift.shape[0], -1, -1)
-    out = self.self_attention(modulate(self.self_attention_norm, x, shift, scale), rotary_emb=rope)
-    x, y = gate_modulate(self.feed_forward_norm, x, out, gate_, f_shift, f_scale)
+    out = self.self_attention(norm_modulate(self.self_attention_norm, x, shift, scale), rotary_emb=rope)
+    x, y = gate_norm_modulate(self.feed_forward_norm, x, out, gate_, f_shift, f_scale)
     return gate(x, self.feed_forward(y), f_gate)
 
 
-@unless_watched("self_attention_norm", "cross_attention_norm", "feed_forward_norm")
+@fuses_norms("self_attention_norm", "cross_attention_norm", "feed_forward_norm")
 def _visual_block(
     self: Any, visual_embed: Tensor, text_embed: Tensor, time_embed: Tensor, rope: Tensor, sparse_params: dict[str, Any] | None
 ) -> Tensor:
     x = visual_embed
     rows = self.visual_modulation(time_embed).chunk(9, dim=-1)
     shift, scale, gate_, c_shift, c_scale, c_gate, f_shift, f_scale, f_gate = rows
-    y = modulate(self.self_attention_norm, x, shift, scale)
+    y = norm_modulate(self.self_attention_norm, x, shift, scale)
     out = self.self_attention(y, rotary_emb=rope, sparse_params=sparse_params)
-    x, y = gate_modulate(self.cross_attention_norm, x, out, gate_, c_shift, c_scale)
+    x, y = gate_norm_modulate(self.cross_attention_norm, x, out, gate_, c_shift, c_scale)
     out = self.cross_attention(y, encoder_hidden_states=text_embed)
-    x, y = gate_modulate(self.feed_forward_norm, x, out, c_gate, f_shift, f_scale)
+    x, y = gate_norm_modulate(self.feed_forward_norm, x, out, c_gate, f_shift, f_scale)
     return gate(x, self.feed_forward(y), f_gate)
 
 

@@ -12,14 +12,15 @@ from .parts import (
     Processor,
     Tables,
     attend,
+    fuses_norms,
     gate,
-    gate_modulate,
+    gate_norm_modulate,
     gelu,
     mask_of_heads,
-    modulate,
-    normed_rotated,
+    norm_modulate,
+    pair_tables,
+    qk_norm_rope,
     text_keys,
-    unless_watched,
 )
 from .patching import Family
 
@@ -39,8 +40,8 @@ class LTXProcessor(Processor):
         query = attn.to_q(hidden_states).unflatten(2, (attn.heads, -1))
         key, value = (x.unflatten(2, (attn.heads, -1)) for x in (attn.to_k(context), attn.to_v(context)))
         tables = None if image_rotary_emb is None else _tables(image_rotary_emb, attn.heads)
-        query = normed_rotated(attn.norm_q, query, tables, across_heads=True)
-        key = normed_rotated(attn.norm_k, key, tables, across_heads=True)
+        query = qk_norm_rope(attn.norm_q, query, tables, across_heads=True)
+        key = qk_norm_rope(attn.norm_k, key, tables, across_heads=True)
         mask = mask_of_heads(attention_mask, query.shape[0], attn.heads)
         out = attend(self, query, key, value, mask, parallel_config=self._parallel_config)
         return attn.to_out[1](attn.to_out[0](out.type_as(query)))
@@ -61,13 +62,13 @@ def _rope(
     rope_interpolation_scale: Any = None,
     video_coords: Tensor | None = None,
 ) -> Tables:
-    """[S, D/2], or [B*S, D/2] where samples have coordinates. diffusers' tables have each number twice, and one for each sample."""
+    """[S, D/2], or [B*S, D/2] where samples have coordinates. diffusers' tables are [B, S, D]."""
     x = hidden_states if video_coords is not None else hidden_states[:1]
     cos, sin = type(self).forward(self, x, num_frames, height, width, rope_interpolation_scale, video_coords)
-    return cos[..., 0::2].flatten(0, 1).contiguous(), sin[..., 0::2].flatten(0, 1).contiguous()
+    return pair_tables(cos.flatten(0, 1), sin.flatten(0, 1))
 
 
-@unless_watched("norm1", "norm2")
+@fuses_norms("norm1", "norm2")
 def _block(
     self: Any,
     hidden_states: Tensor,
@@ -80,9 +81,9 @@ def _block(
     # [B, 1, 6, D], or [B, S, 6, D] where each token has its noise level.
     rows = self.scale_shift_table.to(temb.device) + temb.unflatten(2, (6, -1))
     shift, scale, gate_, f_shift, f_scale, f_gate = rows.unbind(2)
-    x = gate(x, self.attn1(modulate(self.norm1, x, shift, scale), image_rotary_emb=image_rotary_emb), gate_)
+    x = gate(x, self.attn1(norm_modulate(self.norm1, x, shift, scale), image_rotary_emb=image_rotary_emb), gate_)
     out = self.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
-    x, y = gate_modulate(self.norm2, x, out, None, f_shift, f_scale)
+    x, y = gate_norm_modulate(self.norm2, x, out, None, f_shift, f_scale)
     return gate(x, self.ff(y), f_gate)
 
 

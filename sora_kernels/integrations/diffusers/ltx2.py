@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.activations import GELU
@@ -13,14 +13,15 @@ from .parts import (
     Processor,
     Tables,
     attend,
+    fuses_norms,
     gate,
-    gate_modulate,
+    gate_norm_modulate,
     gelu,
     mask_of_heads,
-    modulate,
-    normed_rotated,
+    norm_modulate,
+    pair_tables,
+    qk_norm_rope,
     text_keys,
-    unless_watched,
 )
 from .patching import Family
 
@@ -64,35 +65,37 @@ def _rotated(attn: Any, norm: nn.Module, x: Tensor, tables: Tables | None) -> Te
     if tables is not None:
         cos, sin = tables if split else (table.unflatten(1, (heads, -1)) for table in tables)
         heads, tables = cos.shape[1], (cos, sin)
-    x = normed_rotated(norm, x.unflatten(2, (heads, -1)), tables, across_heads=True, interleaved=not split)
+    x = qk_norm_rope(norm, x.unflatten(2, (heads, -1)), tables, across_heads=True, interleaved=not split)
     return x.flatten(2).unflatten(2, (attn.heads, -1))
 
 
 def _rope(self: Any, coords: Tensor, device: Any = None) -> Tables:
-    """[B*S, D/2] for pairs, whose numbers diffusers' tables have twice; [B*S, H, d/2] for halves."""
-    tables = type(self).forward(self, coords, device)
-    if self.rope_type == "split":  # [B, H, S, d/2]
-        cos, sin = (table.transpose(1, 2).flatten(0, 1).contiguous() for table in tables)
-    else:
-        cos, sin = (table[..., 0::2].flatten(0, 1).contiguous() for table in tables)
+    """For pairs [B*S, D/2], of diffusers' [B, S, D]; for halves [B*S, H, d/2], of diffusers' [B, H, S, d/2]."""
+    cos, sin = type(self).forward(self, coords, device)
+    if self.rope_type != "split":
+        return pair_tables(cos.flatten(0, 1), sin.flatten(0, 1))
+    cos, sin = (table.transpose(1, 2).flatten(0, 1).contiguous() for table in (cos, sin))
     return cos, sin
 
 
-Pending = tuple[Tensor | None, Tensor | None]
-"""What is to be added, and its gate."""
+class _Stream(NamedTuple):
+    """Video or audio. The next norm adds what the last layer gave, so that both are one kernel."""
+
+    x: Tensor
+    out: Tensor | None = None
+    """What is still to be added to x, if anything."""
+    gate: Tensor | None = None
 
 
-def _add_modulate(
-    norm: nn.Module, x: Tensor, pending: Pending, shift: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """x with what is pending, and its norm modulated."""
-    out, gate_ = pending
+def _add_norm_modulate(norm: nn.Module, stream: _Stream, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x with what was to be added, and its norm modulated."""
+    x, out, gate_ = stream
     if out is None:
-        return x, modulate(norm, x, shift, scale)
+        return x, norm_modulate(norm, x, shift, scale)
     if gate_ is None or shift is None or gate_.shape == shift.shape:
-        return gate_modulate(norm, x, out, gate_, shift, scale)
+        return gate_norm_modulate(norm, x, out, gate_, shift, scale)
     x = gate(x, out, gate_)  # rows of tokens beside rows of samples
-    return x, modulate(norm, x, shift, scale)
+    return x, norm_modulate(norm, x, shift, scale)
 
 
 def _text(
@@ -105,8 +108,8 @@ def _text(
     mask: Tensor | None,
     text_mask: Tensor | None,
     **self_attention: Any,
-) -> tuple[Tensor, Pending, tuple[Tensor, ...]]:
-    """Self-attention and text of video ("") or "audio_" -> x without the latter, the latter, and rows for the feed-forward."""
+) -> tuple[_Stream, tuple[Tensor, ...]]:
+    """Self-attention and cross-attention to text, of video ("") or "audio_"; and shift, scale and gate of its feed-forward."""
 
     def part(name: str) -> Any:
         return getattr(self, kind + name)
@@ -121,16 +124,46 @@ def _text(
         else:
             k_shift, k_scale = self.get_mod_params(table, temb_prompt, x.shape[0])
         text = text * (1 + k_scale) + k_shift
-    out = part("attn1")(modulate(part("norm1"), x, shift, scale), attention_mask=mask, **self_attention)
-    x, y = gate_modulate(part("norm2"), x, out, gate_, q_shift, q_scale)
+    out = part("attn1")(norm_modulate(part("norm1"), x, shift, scale), attention_mask=mask, **self_attention)
+    x, y = gate_norm_modulate(part("norm2"), x, out, gate_, q_shift, q_scale)
     out = part("attn2")(y, encoder_hidden_states=text, attention_mask=text_mask)
-    return x, (out, q_gate), rows[3:6]
+    return _Stream(x, out, q_gate), rows[3:6]
+
+
+Rows = tuple[Tensor, Tensor]
+"""Embeddings of the time for scales and shifts, and for the gate."""
+Options = dict[str, Any] | None
+"""Tables and mask of an attention."""
+
+
+def _audio_to_video_and_back(
+    self: Any, video: _Stream, audio: _Stream, video_temb: Rows, audio_temb: Rows, to_video: Options, to_audio: Options
+) -> tuple[_Stream, _Stream]:
+    """Cross-attention of video to audio and of audio to video. One whose options are None is skipped."""
+    batch = video.x.shape[0]
+
+    def rows(table: Tensor, temb: Rows) -> tuple[Tensor, ...]:
+        """Scale and shift for audio to video, scale and shift for video to audio, gate."""
+        return *self.get_mod_params(table[:4], temb[0], batch), *self.get_mod_params(table[4:], temb[1], batch)
+
+    v_scale, v_shift, v_scale_a, v_shift_a, v_gate = rows(self.video_a2v_cross_attn_scale_shift_table, video_temb)
+    a_scale_v, a_shift_v, a_scale, a_shift, a_gate = rows(self.audio_a2v_cross_attn_scale_shift_table, audio_temb)
+    x, video_query = _add_norm_modulate(self.audio_to_video_norm, video, v_shift, v_scale)
+    y, audio_query = _add_norm_modulate(self.video_to_audio_norm, audio, a_shift, a_scale)
+    video, audio = _Stream(x), _Stream(y)
+    if to_video is not None:
+        context = norm_modulate(self.video_to_audio_norm, y, a_shift_v, a_scale_v)
+        video = _Stream(x, self.audio_to_video_attn(video_query, encoder_hidden_states=context, **to_video), v_gate)
+    if to_audio is not None:
+        context = norm_modulate(self.audio_to_video_norm, x, v_shift_a, v_scale_a)
+        audio = _Stream(y, self.video_to_audio_attn(audio_query, encoder_hidden_states=context, **to_audio), a_gate)
+    return video, audio
 
 
 _NORMS = "norm1", "norm2", "norm3", "audio_norm1", "audio_norm2", "audio_norm3", "audio_to_video_norm", "video_to_audio_norm"
 
 
-@unless_watched(*_NORMS)
+@fuses_norms(*_NORMS)
 def _block(
     self: Any,
     hidden_states: Tensor,
@@ -161,7 +194,7 @@ def _block(
     all_perturbed: Tensor | bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     perturbed = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed} if self.perturbed_attn else {}
-    video, video_pending, video_rows = _text(
+    video, video_rows = _text(
         self,
         "",
         hidden_states,
@@ -173,7 +206,7 @@ def _block(
         query_rotary_emb=video_rotary_emb,
         **perturbed,
     )
-    audio, audio_pending, audio_rows = _text(
+    audio, audio_rows = _text(
         self,
         "audio_",
         audio_hidden_states,
@@ -185,48 +218,22 @@ def _block(
         query_rotary_emb=audio_rotary_emb,
         **perturbed,
     )
-
     if use_a2v_cross_attention or use_v2a_cross_attention:
-
-        def rows(table: Tensor, temb: Tensor, temb_gate: Tensor) -> tuple[Tensor, ...]:
-            """Scale and shift to or from video, scale and shift to or from audio, gate."""
-            batch = video.shape[0]
-            return *self.get_mod_params(table[:4], temb, batch), *self.get_mod_params(table[4:], temb_gate, batch)
-
-        v_scale, v_shift, v_scale_a, v_shift_a, v_gate = rows(
-            self.video_a2v_cross_attn_scale_shift_table, temb_ca_scale_shift, temb_ca_gate
-        )
-        a_scale_v, a_shift_v, a_scale, a_shift, a_gate = rows(
-            self.audio_a2v_cross_attn_scale_shift_table, temb_ca_audio_scale_shift, temb_ca_audio_gate
-        )
-        video, video_query = _add_modulate(self.audio_to_video_norm, video, video_pending, v_shift, v_scale)
-        audio, audio_query = _add_modulate(self.video_to_audio_norm, audio, audio_pending, a_shift, a_scale)
-        video_pending = audio_pending = None, None
-        if use_a2v_cross_attention:
-            out = self.audio_to_video_attn(
-                video_query,
-                encoder_hidden_states=modulate(self.video_to_audio_norm, audio, a_shift_v, a_scale_v),
-                query_rotary_emb=ca_video_rotary_emb,
-                key_rotary_emb=ca_audio_rotary_emb,
-                attention_mask=a2v_cross_attention_mask,
-            )
-            video_pending = out, v_gate
-        if use_v2a_cross_attention:
-            out = self.video_to_audio_attn(
-                audio_query,
-                encoder_hidden_states=modulate(self.audio_to_video_norm, video, v_shift_a, v_scale_a),
-                query_rotary_emb=ca_audio_rotary_emb,
-                key_rotary_emb=ca_video_rotary_emb,
-                attention_mask=v2a_cross_attention_mask,
-            )
-            audio_pending = out, a_gate
-
+        times = (temb_ca_scale_shift, temb_ca_gate), (temb_ca_audio_scale_shift, temb_ca_audio_gate)
+        to_video = _options(ca_video_rotary_emb, ca_audio_rotary_emb, a2v_cross_attention_mask)
+        to_audio = _options(ca_audio_rotary_emb, ca_video_rotary_emb, v2a_cross_attention_mask)
+        used = to_video if use_a2v_cross_attention else None, to_audio if use_v2a_cross_attention else None
+        video, audio = _audio_to_video_and_back(self, video, audio, *times, *used)
     shift, scale, gate_ = video_rows
-    video, y = _add_modulate(self.norm3, video, video_pending, shift, scale)
-    video = gate(video, self.ff(y), gate_)
+    x, y = _add_norm_modulate(self.norm3, video, shift, scale)
+    x = gate(x, self.ff(y), gate_)
     shift, scale, gate_ = audio_rows
-    audio, y = _add_modulate(self.audio_norm3, audio, audio_pending, shift, scale)
-    return video, gate(audio, self.audio_ff(y), gate_)
+    audio_x, y = _add_norm_modulate(self.audio_norm3, audio, shift, scale)
+    return x, gate(audio_x, self.audio_ff(y), gate_)
+
+
+def _options(query_tables: Tables | None, key_tables: Tables | None, mask: Tensor | None) -> dict[str, Any]:
+    return {"query_rotary_emb": query_tables, "key_rotary_emb": key_tables, "attention_mask": mask}
 
 
 def _model(

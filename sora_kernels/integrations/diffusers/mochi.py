@@ -20,12 +20,11 @@ from .parts import (
     Tables,
     ada_layer_norm_continuous,
     attend,
-    is_norm,
-    is_plain,
-    modulate,
+    fuses_norms,
+    is_wrapped_norm,
     norm_gate,
-    normed_rotated,
-    unless_watched,
+    norm_modulate,
+    qk_norm_rope,
 )
 from .patching import Family
 
@@ -45,8 +44,8 @@ class MochiProcessor(Processor):
         streams = (hidden_states, layers[0]), (encoder_hidden_states, layers[1])
         projected = [[layer(x).unflatten(2, (attn.heads, -1)) for layer in of_x] for x, of_x in streams]
         (query, key, value), (text_query, text_key, text_value) = projected
-        query = normed_rotated(attn.norm_q, query, image_rotary_emb), normed_rotated(attn.norm_added_q, text_query, None)
-        key = normed_rotated(attn.norm_k, key, image_rotary_emb), normed_rotated(attn.norm_added_k, text_key, None)
+        query = qk_norm_rope(attn.norm_q, query, image_rotary_emb), qk_norm_rope(attn.norm_added_q, text_query, None)
+        key = qk_norm_rope(attn.norm_k, key, image_rotary_emb), qk_norm_rope(attn.norm_added_k, text_key, None)
         length = hidden_states.shape[1]
         mask = F.pad(attention_mask.bool(), (length, 0), value=True)[:, None, None]
         query, key, value = (torch.cat(parts, dim=1) for parts in (query, key, (value, text_value)))
@@ -67,20 +66,16 @@ def _rope(
     return angles.cos(), angles.sin()
 
 
-@unless_watched("norm")
+@fuses_norms("norm")
 def _norm_zero(self: Any, hidden_states: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
     scale, *rows = self.linear(self.silu(emb)).chunk(4, dim=1)
-    return modulate(self.norm, hidden_states, None, scale), *rows
+    return norm_modulate(self.norm, hidden_states, None, scale), *rows
 
 
 def _norm_continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
-    if not _is_plain(self.norm):
+    if not is_wrapped_norm(self.norm):
         return type(self).forward(self, x, conditioning_embedding)
-    return modulate(self.norm.norm, x, None, self.linear_1(self.silu(conditioning_embedding).to(x.dtype)))
-
-
-def _is_plain(norm: Any) -> bool:
-    return norm is None or (is_plain(norm) and is_norm(norm.norm))
+    return norm_modulate(self.norm.norm, x, None, self.linear_1(self.silu(conditioning_embedding).to(x.dtype)))
 
 
 def _layers(norms: tuple[Any, Any, Any], ff: nn.Module, x: Tensor, out: Tensor, rows: Any) -> Tensor:
@@ -88,7 +83,7 @@ def _layers(norms: tuple[Any, Any, Any], ff: nn.Module, x: Tensor, out: Tensor, 
     norm_out, norm_in, norm_ff = (norm.norm for norm in norms)
     attn_gate, scale, ff_gate = rows
     x = norm_gate(norm_out, x, out, attn_gate, tanh=True)
-    return norm_gate(norm_ff, x, ff(modulate(norm_in, x, None, scale)), ff_gate, tanh=True)
+    return norm_gate(norm_ff, x, ff(norm_modulate(norm_in, x, None, scale)), ff_gate, tanh=True)
 
 
 def _block(
@@ -102,7 +97,7 @@ def _block(
     x, text = hidden_states, encoder_hidden_states
     norms = self.norm2, self.norm3, self.norm4
     text_norms = self.norm2_context, self.norm3_context, self.norm4_context
-    if not all(_is_plain(norm) for norm in (*norms, *text_norms)):
+    if not all(map(is_wrapped_norm, (*norms, *text_norms))):
         return type(self).forward(self, x, text, temb, encoder_attention_mask, image_rotary_emb)
     y, *rows = self.norm1(x, temb)
     text_y, *text_rows = (self.norm1_context(text, temb),) if self.context_pre_only else self.norm1_context(text, temb)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import FLOATS, check_tensor, fail
-from .patching import family_of, is_hooked, is_patched, is_whole
+from .parts import is_plain
+from .patching import check_not_wrapped, family_of, is_hooked, is_patched, is_whole
 
 OP = "packed_forward"
 PACKED = "QwenImageTransformer2DModel", "WanTransformer3DModel", "ZImageTransformer2DModel"
@@ -67,6 +68,8 @@ def packed_forward(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
+    if isinstance(model, nn.Module):
+        check_not_wrapped(OP, model)
     family = family_of(model)
     known = any(kind.__name__ in PACKED for kind in type(model).__mro__)
     if family is None or family.packed is None or not known or not is_patched(model):
@@ -109,6 +112,14 @@ def check_latents(samples: Samples, channels: int, patch_size: Sequence[int]) ->
 def check_width(name: str, tensors: Sequence[Tensor], width: int) -> None:
     for i, x in enumerate(tensors):
         check_tensor(OP, f"{name}[{i}]", x, ("L", width))
+
+
+def check_dtype(name: str, tensors: Sequence[Tensor], first: Any) -> None:
+    """Against that of the layer that takes them first, if it is a plain one of floating-point weights and autocast is off."""
+    weight: Any = getattr(first, "weight", None)
+    known = isinstance(weight, Tensor) and weight.dtype in FLOATS and is_plain(first)
+    if known and not torch.is_autocast_enabled(weight.device.type):
+        check_tensor(OP, f"{name}[0]", tensors[0], dtype=weight.dtype)
 
 
 def check_not_hooked(model: nn.Module, *names: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -18,6 +19,7 @@ from ...attention import flash_attn_varlen_func
 from ...bias_gelu import bias_gelu
 from ...checks import fail
 from ...norm_rope import apply_rope, norm_rope
+from ..last_result import LastResult
 from .attention_backend import BACKENDS
 
 _LAYER_NORMS = nn.LayerNorm, FP32LayerNorm
@@ -46,8 +48,13 @@ def is_norm(module: nn.Module | None) -> bool:
     return known and is_plain(module)
 
 
-def unless_watched(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Of a forward that takes over the norms of these names: where a kernel cannot, the module's own forward runs."""
+def is_wrapped_norm(module: nn.Module | None) -> bool:
+    """The same of a module that has a norm as its `norm`, with the linear layer of its modulation or without."""
+    return module is None or (is_plain(module) and is_norm(module.norm))  # type: ignore[arg-type]
+
+
+def fuses_norms(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a forward that fuses the norms of these names. Unless `is_norm` takes all of them, the class's own forward runs."""
 
     def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
@@ -75,7 +82,7 @@ def _norm(module: Any, x: Tensor) -> dict[str, Any]:
 
 
 def _rows(x: Tensor, *rows: Tensor | None, cu_rows: Tensor | None = None) -> list[Tensor | None]:
-    """Rows that autocast has left in fewer bits than x, or that a whole batch shares."""
+    """Rows as adaLN takes them: in x's dtype or float32, and one for each sample where the whole batch shares one."""
     rows = tuple(r if r is None or r.dtype in (x.dtype, torch.float32) else r.to(x.dtype) for r in rows)
     if cu_rows is None and x.ndim == 3 and x.shape[0] > 1:
         return [r if r is None or r.shape[0] != 1 else r.expand(x.shape[0], *r.shape[1:]) for r in rows]
@@ -89,17 +96,21 @@ def _tables(x: Tensor, tables: Tables | None) -> tuple[Tensor | None, Tensor | N
     return cos, sin
 
 
-def two_parts(x: Tensor, length: int) -> Tensor:
-    """cu_rows, int32 [2B+1], of x [B, S, D] whose first `length` tokens have one row, and the others another."""
+def prefix_boundaries(x: Tensor, length: int) -> Tensor:
+    """cu_rows, int32 [2B+1], of x [B, S, D] where each sample has two rows: of its first `length` tokens, and of the others."""
     batch, num_tokens, _ = x.shape
     cu_rows = torch.arange(0, batch * num_tokens + 1, num_tokens, dtype=torch.int32, device=x.device)
     return torch.cat([torch.stack([cu_rows[:-1], cu_rows[:-1] + length], dim=1).flatten(), cu_rows[-1:]])
 
 
-def modulate(
+def norm_modulate(
     norm: nn.Module, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, cu_rows: Tensor | None = None
 ) -> Tensor:
-    """norm(x) * (1 + scale) + shift. Of this and the others, `cu_rows` are boundaries of rows among all tokens, dense or packed."""
+    """norm(x) * (1 + scale) + shift.
+
+    Here and below, x is [B, S, D] or packed [N, D]. Rows are [B, D], [B, 1, D] or [B, S, D], or with `cu_rows` [R, D]: row i is
+    that of the tokens from cu_rows[i] to cu_rows[i + 1], counted through all samples.
+    """
     shift, scale = _rows(x, shift, scale, cu_rows=cu_rows)
     return layer_norm_modulate(_tokens(x, cu_rows), shift, scale, cu_rows, **_norm(norm, x)).view_as(x)
 
@@ -111,7 +122,7 @@ def gate(residual: Tensor, x: Tensor, gate: Tensor | None = None, cu_rows: Tenso
     return gate_residual(_tokens(residual, cu_rows), _tokens(x, cu_rows), gate, cu_rows).view_as(x)
 
 
-def gate_modulate(
+def gate_norm_modulate(
     norm: nn.Module,
     residual: Tensor,
     x: Tensor,
@@ -146,10 +157,9 @@ def _tokens(x: Tensor, cu_rows: Tensor | None) -> Tensor:
     return x if cu_rows is None else x.flatten(0, -2)
 
 
-def normed_rotated(norm: nn.Module | None, x: Tensor, tables: Tables | None, across_heads: bool = False, **options: Any) -> Tensor:
-    """Queries or keys, [B, S, H, d] or packed [N, H, d], behind their norm, of each head or across heads, and rotated, if by any.
-
-    The tables are [N, r/2] or [N, H, r/2]; an option of `apply_rope` is `interleaved`.
+def qk_norm_rope(norm: nn.Module | None, x: Tensor, tables: Tables | None, across_heads: bool = False, **options: Any) -> Tensor:
+    """Queries or keys x [B, S, H, d] or packed [N, H, d], normed for each head or across heads, if there is a norm, and rotated, if
+    there are tables, [N, r/2] or [N, H, r/2]. `interleaved` is the one option of `apply_rope`.
     """
     if not is_norm(norm):
         x, norm = norm(x.flatten(-2)).view_as(x) if across_heads else norm(x), None  # type: ignore[misc]
@@ -159,30 +169,16 @@ def normed_rotated(norm: nn.Module | None, x: Tensor, tables: Tables | None, acr
     return norm_rope(x, cos, sin, across_heads=across_heads, **_norm(norm, x), **options)
 
 
-class Packing(NamedTuple):
-    """What a block needs of a packed batch, in the place of its tables. Boundaries are int32."""
+@dataclass(frozen=True)
+class Packing:
+    """What a block has to know of a packed batch; it comes in the place of its tables. A family may add to it."""
 
     tables: Tables
+    """[N, r/2] of the tokens."""
     cu_seqlens: Tensor
-    """[B+1], of samples among the tokens that attend."""
+    """int32 [B+1], of samples among the tokens that attend."""
     cu_rows: Tensor
-    """[R+1], of rows of modulation among the tokens."""
-    cu_text: Tensor | None = None
-    """[B+1], of samples among the tokens of text."""
-    image: Tensor | None = None
-    """Wan's: packed tokens that are attended to beside the text, and their boundaries [B+1]."""
-    cu_image: Tensor | None = None
-    joint: Joint | None = None
-
-
-class Joint(NamedTuple):
-    """How text and what is behind it, each packed by itself, become a packed sequence of both, and back."""
-
-    text_tables: Tables
-    order: Tensor
-    """Of the tokens of text and, behind them, all others: which is at each place."""
-    places: Tensor
-    """Where each is."""
+    """int32 [R+1], of rows of modulation among the tokens."""
 
 
 def attend(
@@ -259,7 +255,7 @@ def torch_gelu(self: nn.GELU, x: Tensor) -> Tensor:
     return bias_gelu(x) if self.approximate == "tanh" else nn.GELU.forward(self, x)
 
 
-@unless_watched("norm")
+@fuses_norms("norm")
 def ada_layer_norm_zero(
     self: Any,
     x: Tensor,
@@ -272,21 +268,21 @@ def ada_layer_norm_zero(
     if self.emb is not None:
         emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
     shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
-    return modulate(self.norm, x, shift, scale), *rest
+    return norm_modulate(self.norm, x, shift, scale), *rest
 
 
-@unless_watched("norm")
+@fuses_norms("norm")
 def ada_layer_norm_zero_single(self: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
     """Of diffusers' AdaLayerNormZeroSingle: the modulated norm, and the gate."""
     shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
-    return modulate(self.norm, x, shift, scale), gate
+    return norm_modulate(self.norm, x, shift, scale), gate
 
 
-@unless_watched("norm")
+@fuses_norms("norm")
 def ada_layer_norm_continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
     """Of diffusers' AdaLayerNormContinuous, with which many models end."""
     scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
-    return modulate(self.norm, x, shift, scale)
+    return norm_modulate(self.norm, x, shift, scale)
 
 
 def within_float16(x: Tensor) -> Tensor:
@@ -294,28 +290,35 @@ def within_float16(x: Tensor) -> Tensor:
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
-def of_pairs(tables: Tables | Tensor | None) -> Tables | None:
-    """Cosines and sines of pairs, [..., d/2], of tables that have each twice, [..., d], or of complex numbers."""
-    if tables is None:
-        return None
-    if isinstance(tables, Tensor):
-        cos, sin = torch.view_as_real(tables).unbind(-1)
-    else:
-        cos, sin = tables[0][..., 0::2], tables[1][..., 1::2]
-    return cos.contiguous(), sin.contiguous()
+@LastResult
+def pair_tables(cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tables:
+    """Tables [..., r/2] of pairs, from [..., r], which have each number for both channels of its pair.
+
+    Channels of a pair are neighbours if interleaved, else i and i + r/2.
+    """
+    if interleaved:
+        return cos[..., 0::2].contiguous(), sin[..., 0::2].contiguous()
+    half = cos.shape[-1] // 2
+    return cos[..., :half].contiguous(), sin[..., :half].contiguous()
 
 
-def normed_joint(
+@LastResult
+def complex_tables(*rotations: Tensor) -> list[Tables]:
+    """Tables of complex numbers cos + i sin, for each tensor of them."""
+    return [(z.real.contiguous(), z.imag.contiguous()) for z in rotations]
+
+
+def joint_qkv(
     attn: Any, text: Sequence[Tensor], x: Sequence[Tensor], text_tables: Tables | None, tables: Tables | None
 ) -> list[Tensor]:
-    """Queries, keys and values, [B, S, H, d] or [N, H, d], of a text and, behind it, x; given are the three projections of each."""
-    query = normed_rotated(attn.norm_added_q, text[0], text_tables), normed_rotated(attn.norm_q, x[0], tables)
-    key = normed_rotated(attn.norm_added_k, text[1], text_tables), normed_rotated(attn.norm_k, x[1], tables)
+    """Query, key and value, [B, S, H, d] or [N, H, d], of text and, behind it, x, each given as its three projections."""
+    query = qk_norm_rope(attn.norm_added_q, text[0], text_tables), qk_norm_rope(attn.norm_q, x[0], tables)
+    key = qk_norm_rope(attn.norm_added_k, text[1], text_tables), qk_norm_rope(attn.norm_k, x[1], tables)
     return [torch.cat(pair, dim=-3) for pair in (query, key, (text[2], x[2]))]
 
 
 def split_tables(tables: Tables | None, length: int) -> tuple[Tables | None, Tables | None]:
-    """Those of the first tokens, and of the others."""
+    """Tables [S, r/2] of a sequence -> those of its first `length` tokens, and those of the others."""
     if tables is None:
         return None, None
     cos, sin = tables

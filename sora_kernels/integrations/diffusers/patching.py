@@ -115,6 +115,7 @@ def apply(model: nn.Module, *, strict: bool = True) -> Report:
     if is_patched(model):
         fail(op, "model", "one that is not patched (call revert first)", "a patched one")
     _check_not_compiled(op, model)
+    check_not_wrapped(op, model)
     devices = sorted({str(x.device) for x in model.parameters()})
     if len(devices) > 1:
         fail(op, "model", "all parameters on one device (offload or distribute it afterwards)", ", ".join(devices))
@@ -128,7 +129,7 @@ def apply(model: nn.Module, *, strict: bool = True) -> Report:
         fail(
             op, "model", "attention by diffusers' dispatch (integrations.torch_sdpa.replace() reaches others)", type(model).__name__
         )
-    _tell_skipping(family)
+    _register_skipping(family)
     if family.prepare is not None:
         family.prepare(model)
     for entry in record:
@@ -144,6 +145,8 @@ def revert(model: nn.Module) -> None:
         ValueError: if the model is not patched, is compiled, or something has replaced a forward of ours.
     """
     op = "revert"
+    if isinstance(model, nn.Module):
+        check_not_wrapped(op, model)
     record = getattr(model, "__dict__", {}).get(_RECORD)
     if record is None:
         fail(op, "model", "one that apply has patched", type(model).__name__)
@@ -184,7 +187,7 @@ def family_of(model: nn.Module) -> Family | None:
     return None
 
 
-def _tell_skipping(family: Family) -> None:
+def _register_skipping(family: Family) -> None:
     """diffusers' LayerSkip asks, for a class of processors, what skipping one returns."""
     for original, ours in family.processors.items():
         try:
@@ -193,10 +196,29 @@ def _tell_skipping(family: Family) -> None:
             continue
 
 
+_WRAPPED = {
+    "get_base_model": "model.get_base_model()",
+    "module": "model.module",
+    "_orig_mod": "not compiled: compile its blocks, by compile_repeated_blocks",
+}
+"""Where peft, data parallelism and torch.compile hold a model, and how to get at it."""
+
+
+def check_not_wrapped(op: str, model: nn.Module) -> None:
+    if family_of(model) is not None:
+        return
+    for attribute, advice in _WRAPPED.items():
+        inner: Any = getattr(model, attribute, None)
+        inner = inner() if attribute == "get_base_model" and inner is not None else inner
+        if isinstance(inner, nn.Module) and family_of(inner) is not None:
+            fail(op, "model", f"the {type(inner).__name__} in it ({advice})", type(model).__name__)
+
+
 def _check_not_compiled(op: str, model: nn.Module) -> None:
     # What torch.compile returns; to ask for the class would load its compiler.
     if any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in model.modules()):
-        fail(op, "model", "one that is not compiled yet", "a compiled one")
+        expected = "one that is not compiled yet" if op == "apply" else "one that is not compiled (patch a new one instead)"
+        fail(op, "model", expected, "a compiled one")
 
 
 def _plan(op: str, model: nn.Module, family: Family, strict: bool) -> tuple[list, Report]:

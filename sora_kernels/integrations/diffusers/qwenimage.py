@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,26 +15,50 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...checks import fail
-from .packed import OP, Samples, boundaries, check_latents, check_not_hooked, check_width, one_time_each, refuse_image, run_block
+from .packed import (
+    OP,
+    Samples,
+    boundaries,
+    check_dtype,
+    check_latents,
+    check_not_hooked,
+    check_width,
+    one_time_each,
+    refuse_image,
+    run_block,
+)
 from .parts import (
-    Joint,
     Packing,
     Processor,
+    Tables,
     ada_layer_norm_continuous,
     attend,
+    complex_tables,
+    fuses_norms,
     gate,
-    gate_modulate,
+    gate_norm_modulate,
     gelu,
-    modulate,
-    normed_joint,
-    of_pairs,
-    unless_watched,
+    joint_qkv,
+    norm_modulate,
     within_float16,
 )
 from .patching import Family
 
 Frequencies = tuple[Tensor, Tensor]
 """Complex numbers of the image's tokens and of the text's, [S, d/2]."""
+
+
+@dataclass(frozen=True)
+class QwenPacking(Packing):
+    """Text and images are each packed by themselves, [T, D] and [N, D], and attend as one packed sequence of both, [T + N, D]."""
+
+    text_tables: Tables
+    cu_text: Tensor
+    """int32 [B+1], of samples among the tokens of text."""
+    order: Tensor
+    """int64 [T+N]: which token of text and, behind them, images is at each place of the sequence."""
+    inverse: Tensor
+    """int64 [T+N]: at which place of the sequence each token is."""
 
 
 class QwenProcessor(Processor):
@@ -46,7 +71,7 @@ class QwenProcessor(Processor):
         encoder_hidden_states: Tensor | None = None,
         encoder_hidden_states_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: Frequencies | Packing | None = None,
+        image_rotary_emb: Frequencies | QwenPacking | None = None,
     ) -> tuple[Tensor, Tensor]:
         if encoder_hidden_states is None:
             fail("QwenProcessor", "encoder_hidden_states", "a tensor, the text", "None")
@@ -57,23 +82,21 @@ class QwenProcessor(Processor):
         image = [layer(hidden_states).unflatten(-1, (-1, head_dim)) for layer in (attn.to_q, attn.to_k, attn.to_v)]
         added = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
         text = [layer(encoder_hidden_states).unflatten(-1, (-1, head_dim)) for layer in added]
-        if isinstance(image_rotary_emb, Packing):
+        if isinstance(image_rotary_emb, QwenPacking):
             text_out, out = self.packed(attn, text, image, image_rotary_emb)
         else:
-            image_tables, text_tables = map(of_pairs, image_rotary_emb or (None, None))
-            query, key, value = normed_joint(attn, text, image, text_tables, image_tables)
+            image_tables, text_tables = complex_tables(*image_rotary_emb) if image_rotary_emb else (None, None)
+            query, key, value = joint_qkv(attn, text, image, text_tables, image_tables)
             out = attend(self, query, key, value, attention_mask, parallel_config=self._parallel_config).type_as(query)
             text_out, out = out[:, :length].contiguous(), out[:, length:].contiguous()
         for layer in attn.to_out:
             out = layer(out)
         return out, attn.to_add_out(text_out)
 
-    def packed(self, attn: Any, text: list[Tensor], image: list[Tensor], packing: Packing) -> tuple[Tensor, Tensor]:
+    def packed(self, attn: Any, text: list[Tensor], image: list[Tensor], packing: QwenPacking) -> tuple[Tensor, Tensor]:
         """Each sample's tokens of text and image attend together: (those of text, those of images)."""
-        assert packing.joint is not None
-        text_tables, order, places = packing.joint
-        query, key, value = (x[order] for x in normed_joint(attn, text, image, text_tables, packing.tables))
-        out = attend(self, query, key, value, cu_seqlens=(packing.cu_seqlens, packing.cu_seqlens))[places]
+        query, key, value = (x[packing.order] for x in joint_qkv(attn, text, image, packing.text_tables, packing.tables))
+        out = attend(self, query, key, value, cu_seqlens=(packing.cu_seqlens, packing.cu_seqlens))[packing.inverse]
         return out[: len(text[0])], out[len(text[0]) :]
 
 
@@ -125,20 +148,20 @@ def _boundaries(modulate_index: Tensor) -> Tensor:
     return F.pad(torch.stack([ends - behind, ends], dim=1).flatten(), (1, 0)).int()
 
 
-@unless_watched("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
+@fuses_norms("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
 def _block(
     self: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     encoder_hidden_states_mask: Tensor | None,
     temb: Tensor,
-    image_rotary_emb: Frequencies | Packing | None = None,
+    image_rotary_emb: Frequencies | QwenPacking | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
     modulate_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows = self.img_mod(temb)
     cu_rows, cu_text = (
-        (image_rotary_emb.cu_rows, image_rotary_emb.cu_text) if isinstance(image_rotary_emb, Packing) else (None, None)
+        (image_rotary_emb.cu_rows, image_rotary_emb.cu_text) if isinstance(image_rotary_emb, QwenPacking) else (None, None)
     )
     if modulate_index is not None:
         # [2B, 6D], those of index 1 behind those of index 0 -> two of each sample
@@ -148,15 +171,15 @@ def _block(
     shift, scale, gate_, mlp_shift, mlp_scale, mlp_gate = rows.chunk(6, dim=-1)
     t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = self.txt_mod(temb).chunk(6, dim=-1)
     out, text_out = self.attn(
-        hidden_states=modulate(self.img_norm1, hidden_states, shift, scale, cu_rows),
-        encoder_hidden_states=modulate(self.txt_norm1, encoder_hidden_states, t_shift, t_scale, cu_text),
+        hidden_states=norm_modulate(self.img_norm1, hidden_states, shift, scale, cu_rows),
+        encoder_hidden_states=norm_modulate(self.txt_norm1, encoder_hidden_states, t_shift, t_scale, cu_text),
         encoder_hidden_states_mask=encoder_hidden_states_mask,
         image_rotary_emb=image_rotary_emb,
         **(joint_attention_kwargs or {}),
     )
-    x, y = gate_modulate(self.img_norm2, hidden_states, out, gate_, mlp_shift, mlp_scale, cu_rows)
+    x, y = gate_norm_modulate(self.img_norm2, hidden_states, out, gate_, mlp_shift, mlp_scale, cu_rows)
     x = gate(x, self.img_mlp(y), mlp_gate, cu_rows)
-    text, y = gate_modulate(self.txt_norm2, encoder_hidden_states, text_out, t_gate, t_mlp_shift, t_mlp_scale, cu_text)
+    text, y = gate_norm_modulate(self.txt_norm2, encoder_hidden_states, text_out, t_gate, t_mlp_shift, t_mlp_scale, cu_text)
     return within_float16(gate(text, self.txt_mlp(y), t_mlp_gate, cu_text)), within_float16(x)
 
 
@@ -168,6 +191,8 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
             fail(OP, "model", f"one without {option}", "one with it")
     grids = check_latents(samples, model.config.in_channels // 4, (1, 2, 2))
     check_width("text", samples.text, model.config.joint_attention_dim)
+    check_dtype("latents", samples.latents, model.img_in)
+    check_dtype("text", samples.text, model.txt_in)
     check_not_hooked(model, "norm_out", "norm_out.norm")
     lengths, texts = [math.prod(grid) for grid in grids], [len(t) for t in samples.text]
     pattern = "c f (h ph) (w pw) -> (f h w) (c ph pw)"
@@ -175,9 +200,7 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
     text = model.txt_in(model.txt_norm(torch.cat(samples.text)))
     temb = model.time_text_embed(torch.cat(one_time_each(samples)).to(x.dtype), x)
     complex_numbers = [model.pos_embed([[grid]], max_txt_seq_len=n, device=x.device) for grid, n in zip(grids, texts, strict=True)]
-    tables, text_tables = (of_pairs(torch.cat(parts)) for parts in zip(*complex_numbers, strict=True))
-    assert tables is not None
-    assert text_tables is not None
+    tables, text_tables = complex_tables(*(torch.cat(parts) for parts in zip(*complex_numbers, strict=True)))
     cu_rows, cu_text = boundaries(lengths, x), boundaries(texts, x)
     order = torch.cat([
         torch.cat(pair) for pair in zip(
@@ -186,11 +209,11 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
             strict=True,
         )
     ])  # fmt: skip
-    packing = Packing(tables, cu_rows + cu_text, cu_rows, cu_text, joint=Joint(text_tables, order, order.argsort()))
+    packing = QwenPacking(tables, cu_rows + cu_text, cu_rows, text_tables, cu_text, order, order.argsort())
     for block in model.transformer_blocks:
         text, x = run_block(model, block, x, text, None, temb, packing)
     scale, shift = model.norm_out.linear(model.norm_out.silu(temb).to(x.dtype)).chunk(2, dim=1)
-    x = model.proj_out(modulate(model.norm_out.norm, x, shift, scale, cu_rows))
+    x = model.proj_out(norm_modulate(model.norm_out.norm, x, shift, scale, cu_rows))
     pattern = "(f h w) (c ph pw) -> c f (h ph) (w pw)"
     return [rearrange(part, pattern, f=f, h=h, w=w, ph=2, pw=2) for part, (f, h, w) in zip(x.split(lengths), grids, strict=True)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +13,31 @@ from einops import rearrange
 from torch import Tensor
 
 from ...checks import fail
-from .packed import OP, Samples, boundaries, check_latents, check_not_hooked, check_width, run_block
-from .parts import Packing, Processor, Tables, attend, gate, gate_modulate, gelu, modulate, normed_rotated, unless_watched
+from .packed import OP, Samples, boundaries, check_dtype, check_latents, check_not_hooked, check_width, run_block
+from .parts import (
+    Packing,
+    Processor,
+    Tables,
+    attend,
+    fuses_norms,
+    gate,
+    gate_norm_modulate,
+    gelu,
+    norm_modulate,
+    pair_tables,
+    qk_norm_rope,
+)
 from .patching import Family
+
+
+@dataclass(frozen=True)
+class WanPacking(Packing):
+    cu_text: Tensor
+    """int32 [B+1], of samples among the tokens of text."""
+    image: Tensor | None = None
+    """[M, D], tokens of images, attended to beside the text."""
+    cu_image: Tensor | None = None
+    """int32 [B+1], of samples among them."""
 
 
 class WanProcessor(Processor):
@@ -26,66 +49,78 @@ class WanProcessor(Processor):
         hidden_states: Tensor,
         encoder_hidden_states: Any = None,
         attention_mask: Tensor | None = None,
-        rotary_emb: Tables | Packing | None = None,
+        rotary_emb: Tables | WanPacking | None = None,
     ) -> Tensor:
-        cross = encoder_hidden_states is not None
-        tables: Any = rotary_emb
-        cu: Any = None
-        image = cu_image = None
-        if isinstance(rotary_emb, Packing):
-            tables = None if cross else rotary_emb.tables
-            cu = rotary_emb.cu_seqlens, rotary_emb.cu_text if cross else rotary_emb.cu_seqlens
-            if rotary_emb.image is not None and rotary_emb.cu_image is not None:
-                image, cu_image = rotary_emb.image, (rotary_emb.cu_seqlens, rotary_emb.cu_image)
-        elif attn.add_k_proj is not None:
-            length = encoder_hidden_states.shape[1] - 512  # the text has 512 tokens, behind the image
-            image, encoder_hidden_states = encoder_hidden_states[:, :length], encoder_hidden_states[:, length:]
-        projected = transformer_wan._get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in projected)
-        tables = None if tables is None else _tables(tables, query.shape[-1])
-        query = normed_rotated(attn.norm_q, query, tables, across_heads=True)
-        key = normed_rotated(attn.norm_k, key, tables, across_heads=True)
-        out = attend(self, query, key, value, attention_mask, cu, parallel_config=None if cross else self._parallel_config)
-        if attn.add_k_proj is not None and image is not None:
-            key, value = (x.unflatten(-1, (attn.heads, -1)) for x in transformer_wan._get_added_kv_projections(attn, image))
-            key = normed_rotated(attn.norm_added_k, key, None, across_heads=True)
-            out = out + attend(self, query, key, value, None, cu_image)
+        if isinstance(rotary_emb, WanPacking):
+            return self.packed(attn, hidden_states, encoder_hidden_states, rotary_emb)
+        parallel, image = self._parallel_config, None
+        if encoder_hidden_states is not None:
+            parallel = None
+            if attn.add_k_proj is not None:
+                length = encoder_hidden_states.shape[1] - 512  # the text has 512 tokens, behind the image
+                image, encoder_hidden_states = encoder_hidden_states[:, :length], encoder_hidden_states[:, length:]
+        tables = None if rotary_emb is None else _tables(rotary_emb, attn.inner_dim // attn.heads)
+        query, key, value = _projected(attn, hidden_states, encoder_hidden_states, tables)
+        out = attend(self, query, key, value, attention_mask, parallel_config=parallel)
+        if image is not None:
+            out = out + attend(self, query, *_image_projected(attn, image))
         return attn.to_out[1](attn.to_out[0](out.type_as(query)))
+
+    def packed(self, attn: Any, x: Tensor, text: Tensor | None, packing: WanPacking) -> Tensor:
+        """x and text are [N, D]."""
+        cu_q = packing.cu_seqlens
+        tables, cu_k = (packing.tables, cu_q) if text is None else (None, packing.cu_text)
+        query, key, value = _projected(attn, x, text, tables)
+        out = attend(self, query, key, value, cu_seqlens=(cu_q, cu_k))
+        if attn.add_k_proj is not None and packing.image is not None and packing.cu_image is not None:
+            out = out + attend(self, query, *_image_projected(attn, packing.image), cu_seqlens=(cu_q, packing.cu_image))
+        return attn.to_out[1](attn.to_out[0](out.type_as(query)))
+
+
+def _projected(attn: Any, x: Tensor, text: Any, tables: Tables | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Query of x, key and value of the text, or of x too."""
+    query, key, value = (y.unflatten(-1, (attn.heads, -1)) for y in transformer_wan._get_qkv_projections(attn, x, text))
+    query = qk_norm_rope(attn.norm_q, query, tables, across_heads=True)
+    return query, qk_norm_rope(attn.norm_k, key, tables, across_heads=True), value
+
+
+def _image_projected(attn: Any, image: Tensor) -> tuple[Tensor, Tensor]:
+    key, value = (y.unflatten(-1, (attn.heads, -1)) for y in transformer_wan._get_added_kv_projections(attn, image))
+    return qk_norm_rope(attn.norm_added_k, key, None, across_heads=True), value
 
 
 def _tables(rotary_emb: Tables, head_dim: int) -> Tables:
     """[N, d/2] or [1, N, 1, d/2] of `_rope`, or diffusers' own [1, N, 1, d], as [N, d/2]."""
-    cos, sin = rotary_emb
-    if cos.shape[-1] == head_dim:
-        cos, sin = cos[..., 0::2], sin[..., 1::2]
+    cos, sin = rotary_emb if rotary_emb[0].shape[-1] != head_dim else pair_tables(*rotary_emb)
     return cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1])
 
 
 def _rope(self: Any, hidden_states: Tensor) -> Tables:
-    """diffusers' tables have each number twice, once for each channel of a pair."""
-    cos, sin = type(self).forward(self, hidden_states)
-    return cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous()
+    """diffusers' tables, [1, N, 1, d], as [1, N, 1, d/2]."""
+    return pair_tables(*type(self).forward(self, hidden_states))
 
 
-def _layers(self: Any, x: Tensor, text: Tensor, temb: Tensor, rotary_emb: Tables | Packing) -> Tensor:
+def _layers(self: Any, x: Tensor, text: Tensor, temb: Tensor, rotary_emb: Tables | WanPacking) -> Tensor:
     """Attention, cross-attention and feed-forward of both kinds of blocks, of a dense x or a packed one."""
-    packing, cu_rows = (rotary_emb, rotary_emb.cu_rows) if isinstance(rotary_emb, Packing) else (None, None)
+    packing, cu_rows = (rotary_emb, rotary_emb.cu_rows) if isinstance(rotary_emb, WanPacking) else (None, None)
     # temb is [B, 6, D], or [B, S, 6, D] of Wan 2.2 TI2V, whose rows are of tokens. Of a packed batch it is [R, 6, D].
     rows = self.scale_shift_table.to(temb.device) + temb.float()
     shift, scale, gate_, c_shift, c_scale, c_gate = rows.unbind(-2)
-    out = self.attn1(modulate(self.norm1, x, shift, scale, cu_rows), None, None, rotary_emb)
-    x, y = gate_modulate(self.norm2, x, out, gate_, cu_rows=cu_rows)
+    out = self.attn1(norm_modulate(self.norm1, x, shift, scale, cu_rows), None, None, rotary_emb)
+    x, y = gate_norm_modulate(self.norm2, x, out, gate_, cu_rows=cu_rows)
     out = self.attn2(y, text, None, packing)
-    x, y = gate_modulate(self.norm3, x, out, None, c_shift, c_scale, cu_rows)
+    x, y = gate_norm_modulate(self.norm3, x, out, None, c_shift, c_scale, cu_rows)
     return gate(x, self.ffn(y), c_gate, cu_rows)
 
 
-@unless_watched("norm1", "norm2", "norm3")
-def _block(self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Tables | Packing) -> Tensor:
+@fuses_norms("norm1", "norm2", "norm3")
+def _block(
+    self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Tables | WanPacking
+) -> Tensor:
     return _layers(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
 
 
-@unless_watched("norm1", "norm2", "norm3")
+@fuses_norms("norm1", "norm2", "norm3")
 def _vace_block(
     self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, control_hidden_states: Tensor, temb: Tensor, rotary_emb: Tables
 ) -> tuple[Tensor | None, Tensor]:
@@ -106,7 +141,7 @@ class WanAnimateFaceProcessor(Processor):
         batch, frames, tokens, _ = face.shape
         projected = transformer_wan_animate._get_qkv_projections(attn, hidden_states, face.flatten(1, 2))
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in projected)
-        query, key = normed_rotated(attn.norm_q, query, None), normed_rotated(attn.norm_k, key, None)
+        query, key = qk_norm_rope(attn.norm_q, query, None), qk_norm_rope(attn.norm_k, key, None)
         query = query.unflatten(1, (frames, -1)).flatten(0, 1)
         key, value = (x.unflatten(1, (frames, tokens)).flatten(0, 1) for x in (key, value))
         out = attend(self, query, key, value, parallel_config=self._parallel_config)
@@ -119,6 +154,8 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
     patch_size = model.config.patch_size
     grids = check_latents(samples, model.config.in_channels, patch_size)
     check_width("text", samples.text, model.config.text_dim)
+    check_dtype("latents", samples.latents, model.patch_embedding)
+    check_dtype("text", samples.text, model.condition_embedder.text_embedder.linear_1)
     check_not_hooked(model, "norm_out")
     lengths = [math.prod(grid) for grid in grids]
     cu_rows = [length // len(t) for length, t in zip(lengths, samples.timesteps, strict=True) for _ in t]
@@ -137,7 +174,7 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
     cos, sin = (torch.cat(t).flatten(1) for t in zip(*(_tables(model.rope(x[None]), -1) for x in samples.latents), strict=True))
     x = torch.cat([model.patch_embedding(x[None])[0].flatten(1).T for x in samples.latents])
     temb, rows, text, _ = model.condition_embedder(torch.cat(samples.timesteps), torch.cat(samples.text)[None])
-    packing = Packing(
+    packing = WanPacking(
         (cos, sin),
         cu_seqlens=boundaries(lengths, x),
         cu_text=boundaries([len(t) for t in samples.text], x),
@@ -149,12 +186,12 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
             if len(t) != 512:
                 fail(OP, f"text[{i}]", "512 tokens beside an image, as the model itself takes them", str(len(t)))
         image = [model.condition_embedder.image_embedder(t[None])[0] for t in samples.image]
-        packing = packing._replace(image=torch.cat(image), cu_image=boundaries([len(t) for t in image], x))
+        packing = replace(packing, image=torch.cat(image), cu_image=boundaries([len(t) for t in image], x))
     rows = rows.unflatten(1, (6, -1))
     for block in model.blocks:
         x = run_block(model, block, x, text[0], rows, packing)
     shift, scale = (model.scale_shift_table + temb[:, None]).unbind(1)
-    x = model.proj_out(modulate(model.norm_out, x, shift, scale, packing.cu_rows))
+    x = model.proj_out(norm_modulate(model.norm_out, x, shift, scale, packing.cu_rows))
     return [
         rearrange(
             part,

@@ -9,8 +9,18 @@ import torch
 from diffusers.models.transformers import transformer_z_image
 from torch import Tensor
 
-from .packed import Samples, boundaries, check_latents, check_not_hooked, check_width, one_time_each, refuse_image, run_block
-from .parts import Packing, Processor, Tables, attend, modulate, norm_gate, normed_rotated, of_pairs, unless_watched
+from .packed import (
+    Samples,
+    boundaries,
+    check_dtype,
+    check_latents,
+    check_not_hooked,
+    check_width,
+    one_time_each,
+    refuse_image,
+    run_block,
+)
+from .parts import Packing, Processor, Tables, attend, complex_tables, fuses_norms, norm_gate, norm_modulate, qk_norm_rope
 from .patching import Family
 
 
@@ -32,12 +42,18 @@ class ZImageProcessor(Processor):
         if isinstance(freqs_cis, Packing):
             tables, cu_seqlens = freqs_cis.tables, (freqs_cis.cu_seqlens, freqs_cis.cu_seqlens)
         else:  # [B, S, d/2], as each sample's positions are its own
-            tables = of_pairs(None if freqs_cis is None else freqs_cis.flatten(0, 1))
-        query, key = normed_rotated(attn.norm_q, query, tables), normed_rotated(attn.norm_k, key, tables)
+            tables = None if freqs_cis is None else _tables(freqs_cis)
+        query, key = qk_norm_rope(attn.norm_q, query, tables), qk_norm_rope(attn.norm_k, key, tables)
         out = attend(self, query, key, value, attention_mask, cu_seqlens, parallel_config=self._parallel_config).type_as(query)
         for layer in attn.to_out:
             out = layer(out)
         return out
+
+
+def _tables(freqs_cis: Tensor) -> Tables:
+    """Complex numbers [..., S, d/2] -> [N, d/2]."""
+    ((cos, sin),) = complex_tables(freqs_cis)
+    return cos.flatten(0, -2), sin.flatten(0, -2)
 
 
 def _rows(layer: Any, of_all: Tensor | None, noise_mask: Tensor | None, noisy: Tensor | None, clean: Tensor | None) -> Tensor:
@@ -47,7 +63,7 @@ def _rows(layer: Any, of_all: Tensor | None, noise_mask: Tensor | None, noisy: T
     return torch.where(noise_mask[..., None] == 1, layer(noisy)[:, None], layer(clean)[:, None])
 
 
-@unless_watched("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
+@fuses_norms("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
 def _block(
     self: Any,
     x: Tensor,
@@ -63,13 +79,13 @@ def _block(
     if self.modulation:
         rows = _rows(self.adaLN_modulation, adaln_input, noise_mask, adaln_noisy, adaln_clean)
         scale, gate, mlp_scale, mlp_gate = rows.chunk(4, dim=-1)
-    y = self.attention(modulate(self.attention_norm1, x, None, scale, cu_rows), attention_mask=attn_mask, freqs_cis=freqs_cis)
+    y = self.attention(norm_modulate(self.attention_norm1, x, None, scale, cu_rows), attention_mask=attn_mask, freqs_cis=freqs_cis)
     x = norm_gate(self.attention_norm2, x, y, gate, cu_rows, tanh=True)
-    y = self.feed_forward(modulate(self.ffn_norm1, x, None, mlp_scale, cu_rows))
+    y = self.feed_forward(norm_modulate(self.ffn_norm1, x, None, mlp_scale, cu_rows))
     return norm_gate(self.ffn_norm2, x, y, mlp_gate, cu_rows, tanh=True)
 
 
-@unless_watched("norm_final")
+@fuses_norms("norm_final")
 def _final_layer(
     self: Any,
     x: Tensor,
@@ -79,7 +95,7 @@ def _final_layer(
     c_clean: Tensor | None = None,
 ) -> Tensor:
     scale = _rows(self.adaLN_modulation, c, noise_mask, c_noisy, c_clean)
-    return self.linear(modulate(self.norm_final, x, None, scale))
+    return self.linear(norm_modulate(self.norm_final, x, None, scale))
 
 
 def _prepare(model: Any) -> None:
@@ -92,6 +108,8 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
     refuse_image(samples)
     check_latents(samples, model.config.in_channels, (1, 2, 2))
     check_width("text", samples.text, model.config.cap_feat_dim)
+    check_dtype("latents", samples.latents, model.all_x_embedder["2-1"])
+    check_dtype("text", samples.text, model.cap_embedder[1])
     check_not_hooked(model, "all_final_layer.2-1", "all_final_layer.2-1.norm_final")
     patches, captions, sizes, positions, text_positions, filled, text_filled = model.patchify_and_embed(
         samples.latents, samples.text, patch_size=2, f_patch_size=1
@@ -117,7 +135,7 @@ def _packed(model: Any, samples: Samples) -> list[Tensor]:
     for block in model.layers:
         x = run_block(model, block, x, None, packing, temb)
     last = model.all_final_layer["2-1"]
-    x = last.linear(modulate(last.norm_final, x, None, last.adaLN_modulation(temb), packing.cu_rows))
+    x = last.linear(norm_modulate(last.norm_final, x, None, last.adaLN_modulation(temb), packing.cu_rows))
     return model.unpatchify(list(x.split(both)), sizes, 2, 1)
 
 
@@ -130,8 +148,7 @@ def _interleaved(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 
 
 def _packing(frequencies: Tensor, lengths: list[int]) -> Packing:
-    tables, cu_seqlens = of_pairs(frequencies), boundaries(lengths, frequencies)
-    assert tables is not None
+    tables, cu_seqlens = _tables(frequencies), boundaries(lengths, frequencies)
     return Packing(tables, cu_seqlens, cu_rows=cu_seqlens)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,11 @@ from ...checks import fail
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def replace() -> Replacement:
+@overload
+def replace() -> Replacement: ...
+@overload
+def replace(function: _Function, /) -> _Function: ...
+def replace(function: Any = None, /) -> Any:
     """A context, or decorator, within which torch's attention is `sora_kernels.attention.scaled_dot_product_attention`.
 
     >>> layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
@@ -41,7 +45,11 @@ def replace() -> Replacement:
     Raises:
         ValueError, TypeError: from a call that cannot be honoured, such as one with dropout: none goes back to torch's attention.
     """
-    return Replacement()
+    if function is None:
+        return Replacement()
+    if not inspect.isroutine(function):
+        fail("replace", "function", "nothing for a context, or a function to decorate", type(function).__name__, TypeError)
+    return Replacement()(function)
 
 
 class Replacement(TorchFunctionMode, contextlib.ContextDecorator):
@@ -69,7 +77,7 @@ _ATEN = torch.ops.aten.scaled_dot_product_attention
 
 
 def _body(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What a function of torch does once it has asked whether it is overridden: here it is told no."""
+    """The function with its check for overrides always False: what it does once nothing overrides it."""
     names = {name: lambda *_: False for name in function.__globals__ if name.startswith("has_torch_function")}
     copy = FunctionType(function.__code__, function.__globals__ | names, function.__name__, function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__

@@ -1,0 +1,62 @@
+"""What each layer of a model would compute anew from the same tensors: the first one computes it, the others get its result."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+R = TypeVar("R")
+
+
+class _Kept(NamedTuple):
+    tensors: list[weakref.ref]
+    versions: list[int]
+    """Of the tensors: they count changes in place."""
+    others: tuple[Any, ...]
+    """The other arguments, the stream, and whether it was inference mode."""
+    result: Any
+
+
+class LastResult(Generic[R]):
+    """A function of tensors and constants, given by position, whose last result is kept while its tensors live unchanged.
+
+    It computes each time where a kept result could be wrong or cannot be used: for tensors that require a gradient, for those of
+    inference mode, whose changes are not counted, in torch.compile, and in the capture of a CUDA graph, whose replays have other
+    values. A result belongs to the stream that has computed it.
+    """
+
+    def __init__(self, compute: Callable[..., R]) -> None:
+        functools.update_wrapper(self, compute)
+        self.compute = compute
+        self.kept: _Kept | None = None
+
+    def __call__(self, *args: Any) -> R:
+        if torch.compiler.is_compiling():
+            return self.compute(*args)
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        on_cuda = next((x.device for x in tensors if x.is_cuda), None)
+        if any(x.requires_grad or x.is_inference() for x in tensors) or (on_cuda and torch.cuda.is_current_stream_capturing()):
+            return self.compute(*args)
+        stream = None if on_cuda is None else torch.cuda.current_stream(on_cuda)
+        others = (*(x for x in args if not isinstance(x, Tensor)), stream, torch.is_inference_mode_enabled())
+        versions = [x._version for x in tensors]
+        kept = self.kept
+        if (
+            kept is None
+            or (kept.versions, kept.others) != (versions, others)
+            or not all(reference() is x for reference, x in zip(kept.tensors, tensors, strict=True))
+        ):
+            result = self.compute(*args)
+            kept = self.kept = _Kept([weakref.ref(x, self._forget) for x in tensors], versions, others, result)
+        return kept.result
+
+    def _forget(self, gone: weakref.ref) -> None:
+        """Frees the result of a tensor that is gone."""
+        kept = self.kept
+        if kept is not None and any(reference is gone for reference in kept.tensors):
+            self.kept = None

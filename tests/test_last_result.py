@@ -1,0 +1,84 @@
+"""A kept result is the one that a new computation would give, and nothing outlives its tensors."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from sora_kernels.integrations.last_result import LastResult
+
+
+@pytest.fixture
+def counted() -> tuple[LastResult[Tensor], list[int]]:
+    calls: list[int] = []
+
+    @LastResult
+    def scaled(x: Tensor, y: Tensor, factor: int = 1) -> Tensor:
+        calls.append(factor)
+        return (x + y) * factor
+
+    return scaled, calls
+
+
+def test_once_for_the_same_arguments(counted) -> None:
+    (scaled, calls), x, y = counted, torch.ones(3), torch.ones(3)
+    assert scaled(x, y, 2) is scaled(x, y, 2)
+    assert calls == [2]
+
+
+@pytest.mark.parametrize("change", ["in place", "another tensor", "another place", "another constant"])
+def test_again_after_a_change(counted, change: str) -> None:
+    (scaled, calls), x, y = counted, torch.ones(3), torch.full((3,), 5.0)
+    scaled(x, y, 2)
+    if change == "in place":
+        x += 1
+    elif change == "another tensor":
+        y = y.clone()
+    elif change == "another place":
+        x, y = y, x
+    factor = 3 if change == "another constant" else 2
+    torch.testing.assert_close(scaled(x, y, factor), (x + y) * factor)
+    assert len(calls) == 2
+
+
+def test_each_time_where_a_gradient_is_asked_for(counted) -> None:
+    (scaled, _), x, y = counted, torch.ones(3, requires_grad=True), torch.ones(3)
+    for _ in range(2):  # a kept result would have lost its graph
+        scaled(x, y).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((3,), 2.0))
+
+
+def test_tensors_of_inference_mode(counted) -> None:
+    scaled, _ = counted
+    with torch.inference_mode():
+        x, y = torch.ones(3), torch.ones(3)
+        scaled(x, y)
+        x += 1
+        torch.testing.assert_close(scaled(x, y), x + y)
+
+
+def test_a_result_of_inference_mode_is_not_used_in_training(counted) -> None:
+    (scaled, _), x, y = counted, torch.ones(3), torch.ones(3)
+    with torch.inference_mode():
+        scaled(x, y)
+    w = torch.ones(3, requires_grad=True)
+    (w * scaled(x, y)).sum().backward()
+    torch.testing.assert_close(w.grad, x + y)
+
+
+def test_freed_with_its_tensors(counted) -> None:
+    (scaled, _), x, y = counted, torch.ones(3), torch.ones(3)
+    result = weakref.ref(scaled(x, y))
+    del x
+    gc.collect()
+    assert result() is None
+
+
+def test_compiled(counted) -> None:
+    (scaled, _), x, y = counted, torch.ones(3), torch.ones(3)
+    compiled = torch.compile(lambda x, y: scaled(x, y, 3), fullgraph=True, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x, y), (x + y) * 3)
+        x += 1
