@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from .attention_arguments import attend, check_unpaged
-from .checks import check_tensor
+from .checks import AttentionNames, check_tensor
 from .kv_cache import flash_attn_with_kvcache as flash_attn_with_kvcache
 from .spatiotemporal_attention import spatiotemporal_attention as spatiotemporal_attention
 from .torch_attention import scaled_dot_product_attention as scaled_dot_product_attention
@@ -189,7 +189,7 @@ def flash_attn_varlen_qkvpacked_func(
     q, k, v = qkv.unbind(1)
     return attend(
         op, q, k, v, (cu_seqlens, cu_seqlens), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        return_attn_probs,
+        return_attn_probs, AttentionNames(cu_q="cu_seqlens", cu_k="cu_seqlens"),
     )  # fmt: skip
 
 

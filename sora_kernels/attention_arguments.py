@@ -64,11 +64,17 @@ def attend(
         batch = cu_q.shape[0] - 1
     options = check_options(op, q, k, v, batch, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, names)
     return_attn_probs = check_bool(op, "return_attn_probs", return_attn_probs)
-    if seqused_k is not None and cu_q is not None and cu_k is not None:
-        check_tensor(op, "seqused_k", seqused_k, (batch,), dtype=torch.int32, like=q)
-        cu_q, cu_k, _ = used_keys(op, "seqused_k", cu_q, cu_k, seqused_k, (q.shape[0], k.shape[0]))
-        options = options.of_used_keys()
-    out, lse = run(q, k, v, cu_q, cu_k, options)
+    try:
+        if seqused_k is not None and cu_q is not None and cu_k is not None:
+            check_tensor(op, "seqused_k", seqused_k, (batch,), dtype=torch.int32, like=q)
+            cu_q, cu_k, _ = used_keys(op, "seqused_k", cu_q, cu_k, seqused_k, (q.shape[0], k.shape[0]))
+            options = options.of_used_keys()
+        out, lse = run(q, k, v, cu_q, cu_k, options)
+    except ValueError as error:  # the registered op checks the values of boundaries, and has names of its own for them
+        message = str(error)
+        for own, name in (("cu_seqlens_q", names.cu_q), ("cu_seqlens_k", names.cu_k)):
+            message = message.replace(f"attention: {own}: ", f"{op}: {name}: ")
+        raise ValueError(message) from None
     return (out, lse, out.new_empty(0)) if return_attn_probs else out
 
 

@@ -308,7 +308,8 @@ GOOD = {
     "flash_attn_func": {"q": X, "k": X, "v": X},
     "flash_attn_qkvpacked_func": {"qkv": X[:, :, None].expand(2, 6, 3, 4, 8)},
     "flash_attn_varlen_func": {"q": P, "k": P, "v": P, "cu_seqlens_q": CU, "cu_seqlens_k": CU},
-    "flash_attn_varlen_kvpacked_func": {"q": P, "kv": P.expand(2, *P.shape), "cu_seqlens_q": CU, "cu_seqlens_k": CU},
+    "flash_attn_varlen_kvpacked_func": {"q": P, "kv": P[:, None].expand(12, 2, 4, 8), "cu_seqlens_q": CU, "cu_seqlens_k": CU},
+    "flash_attn_varlen_qkvpacked_func": {"qkv": P[:, None].expand(12, 3, 4, 8), "cu_seqlens": CU},
     "varlen_attn": {"query": P, "key": P, "value": P, "cu_seq_q": CU, "cu_seq_k": CU},
     "scaled_dot_product_attention": {"query": X, "key": X, "value": X},
 }
@@ -336,6 +337,20 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "argument"),
+    [
+        ("flash_attn_varlen_func", {"cu_seqlens_k": CU.flip(0)}, "cu_seqlens_k"),
+        ("flash_attn_varlen_qkvpacked_func", {"cu_seqlens": CU.flip(0)}, "cu_seqlens"),
+        ("flash_attn_varlen_kvpacked_func", {"cu_seqlens_q": CU.flip(0)}, "cu_seqlens_q"),
+        ("varlen_attn", {"cu_seq_q": CU.flip(0)}, "cu_seq_q"),
+        ("varlen_attn", {"cu_seq_k": CU.flip(0), "seqused_k": CU[1:]}, "cu_seq_k"),
+    ],
+)
+def test_boundaries_are_named_as_the_caller_does(name: str, wrong: dict, argument: str) -> None:
+    check_rejected(getattr(ops, name), {**GOOD[name], **wrong}, f"{name}: {argument}: expected a first entry of 0, got 12")
+
+
 @pytest.mark.parametrize(("name", "wrong", "message"), BAD)
 def test_bad_input(name: str, wrong: dict, message: str) -> None:
     check_rejected(getattr(ops, name), {**GOOD[name], **wrong}, f"{name}: {message}")
@@ -352,7 +367,7 @@ def test_bad_input(name: str, wrong: dict, message: str) -> None:
 @pytest.mark.parametrize("argument", ["cu_seqlens_q", "cu_seqlens_k"])
 def test_bad_boundaries(argument: str, bounds: Tensor, message: str) -> None:
     arguments = {**GOOD["flash_attn_varlen_func"], argument: bounds}
-    check_rejected(ops.flash_attn_varlen_func, arguments, f"attention: {argument}: {message}")
+    check_rejected(ops.flash_attn_varlen_func, arguments, f"flash_attn_varlen_func: {argument}: {message}")
 
 
 class TestContract(PackedContract):

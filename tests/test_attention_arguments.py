@@ -304,4 +304,4 @@ def test_bad_input(function, good: dict, wrong: dict, message: str) -> None:
 def test_bad_boundaries_beside_used_keys() -> None:
     """Are named themselves."""
     wrong = {**PACKED, "cu_seqlens_k": CU[[0, 2, 1]], "seqused_k": CU[:2]}
-    check_rejected(flash_attn_varlen_func, wrong, "attention: cu_seqlens_k: expected entries that never fall, got ~")
+    check_rejected(flash_attn_varlen_func, wrong, "flash_attn_varlen_func: cu_seqlens_k: expected entries that never fall, got ~")

@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
 from diffusers_contract import Reads, given, made, operators, outputs, results, to
 from test_diffusers_cogvideox import VARIANTS as COGVIDEOX
 from test_diffusers_wan import OPERATORS
@@ -87,6 +87,34 @@ def test_reverting_a_compiled_model_is_refused(model):
     apply(model)
     model.compile(backend="eager")
     refused(revert, model, "revert: model: expected one that is not compiled (patch a new one instead)")
+
+
+def test_classes_that_inherit_a_forward(model, inputs):
+    """As fully_shard makes them of blocks."""
+    for block in model.blocks:
+        block.__class__ = type("FSDPWanTransformerBlock", (WanTransformerBlock,), {})
+    assert "2 FSDPWanTransformerBlock" in str(apply(model))
+    revert(model)
+    model.blocks[0].__class__ = type("Other", (WanTransformerBlock,), {"forward": lambda self, *args: args[0]})
+    assert "1 FSDPWanTransformerBlock" in str(apply(model))
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, torch.nn.RMSNorm])
+def test_norms_of_lower_precision_than_their_input(kind):
+    """As behind quantised layers that compute in float32: torch promotes."""
+    norm, x = kind(64).bfloat16(), torch.randn(2, 5, 64)
+    norm.weight.data += torch.randn(64).bfloat16()
+    right = copy.deepcopy(norm).double()(x.double())
+    torch.testing.assert_close(norm_modulate(norm, x).double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_replicas_are_refused(model, inputs):
+    """Those of DataParallel would call forwards that belong to the original."""
+    apply(model)
+    with pytest.raises(ValueError, match=r"DataParallel: module: expected a model that is not patched"):
+        model._replicate_for_data_parallel()
+    revert(model)
+    model._replicate_for_data_parallel()
 
 
 def test_models_within_others_are_named(model):

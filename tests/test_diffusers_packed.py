@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel, ZImageTransformer2DModel
+from diffusers.hooks import FirstBlockCacheConfig, LayerSkipConfig, apply_layer_skip
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers_contract import Variant, made
 from einops import rearrange
@@ -306,3 +307,52 @@ def test_dtypes_that_are_refused(make):
         packed_forward(model, latents, timesteps, text)
     with torch.autocast("cpu", torch.bfloat16):
         packed_forward(model, latents, timesteps, text)
+
+
+@pytest.mark.parametrize("at", [None, "a", True])
+def test_times_that_are_no_numbers(at):
+    model = wan()
+    apply(model)
+    latents, _, text = samples()
+    with pytest.raises(TypeError, match=r"packed_forward: timesteps\[5\]: expected a number or a tensor, got "):
+        packed_forward(model, latents, [500] * 5 + [at], text)
+
+
+def test_perturbed_attention_guidance():
+    """Where diffusers skips an attention's scores, so does a packed forward."""
+    model = z_image()
+    apply(model)
+    latents, timesteps, text = image_samples(16)
+    plain = packed_forward(model, latents, timesteps, text)
+    apply_layer_skip(
+        model, LayerSkipConfig(indices=[0], fqn="layers", skip_attention=False, skip_attention_scores=True, skip_ff=False)
+    )
+    with torch.no_grad():
+        got = packed_forward(model, latents, timesteps, text)
+        for x, t, c, y, before in zip(latents, timesteps, text, got, plain, strict=True):
+            want = model([x], t[None], [c], return_dict=False)[0][0]
+            torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+            assert (y - before).norm() > 0.01 * before.norm()
+
+
+def test_caches_are_refused():
+    model = wan()
+    apply(model)
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.05))
+    with pytest.raises(ValueError, match=r"model: expected one without a cache of diffusers \(call disable_cache\)"):
+        packed_forward(model, *samples())
+    model.disable_cache()
+    packed_forward(model, *samples())
+
+
+def test_a_model_that_gets_its_weights_later():
+    weights = z_image().state_dict()
+    with torch.device("meta"):
+        model = ZImageTransformer2DModel(**Z_IMAGE)
+    apply(model)
+    model.load_state_dict(weights, assign=True)
+    latents, timesteps, text = image_samples(16)
+    with torch.no_grad():
+        got = packed_forward(model, latents, timesteps, text)
+        want = model(latents[:1], timesteps[:1], text[:1], return_dict=False)[0][0]
+    torch.testing.assert_close(got[0], want, rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_flash_attn_interface import formula
+from tolerance import assert_bit_equal
 from torch import Tensor
 
 from sora_kernels.integrations.flash_attn import interface
@@ -87,6 +88,22 @@ def test_rows_without_keys_have_no_gradients(sign: int) -> None:
     assert not dq[:, :3].any()
     torch.testing.assert_close(dq[:, 3:].double(), wanted[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dk.double(), wanted[1], rtol=1e-4, atol=1e-5)
+
+
+def test_passes_in_inference_mode() -> None:
+    tensors = [*torch.randn(4, 6, 2, 16), torch.tensor([0, 2, 6], dtype=torch.int32), torch.tensor([0.5, 0.1])]
+
+    def gradients(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, cu: Tensor, slopes: Tensor) -> list[Tensor]:
+        sizes = cu, cu, 4, 4
+        out, lse, *_ = interface._flash_attn_varlen_forward(q, k, v, *sizes, 0.0, 0.25, True, -1, -1, 0.0, slopes, False)
+        found = [torch.empty_like(x) for x in (q, k, v)]
+        interface._flash_attn_varlen_backward(dout, q, k, v, out, lse, *found, *sizes, 0.0, 0.25, True, -1, -1, 0.0, slopes, False)
+        return found
+
+    expected = gradients(*tensors)
+    with torch.inference_mode():
+        assert_bit_equal(gradients(*(x.clone() for x in tensors)), expected)
+        assert_bit_equal(gradients(*tensors), expected)
 
 
 def test_passes_have_no_derivatives() -> None:

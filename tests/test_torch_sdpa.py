@@ -1,5 +1,6 @@
 """torch's attention replaced within a context: right values and gradients, whoever calls it, and torch's own outside."""
 
+import re
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -131,8 +132,12 @@ def test_functions_that_run_later_are_refused() -> None:
     async def both():
         yield
 
-    for function in (yields, waits, both):
-        with pytest.raises(TypeError, match=f"replace: {function.__name__}: expected a function to decorate, got a generator"):
+    class Instance:
+        __call__ = yields
+
+    for function in (yields, waits, both, Instance()):
+        name = re.escape(getattr(function, "__name__", str(function)))
+        with pytest.raises(TypeError, match=f"replace: {name}: expected a function to decorate, got a generator"):
             replace()(function)
 
 

@@ -18,6 +18,7 @@ from .parts import (
     ada_layer_norm_zero,
     ada_layer_norm_zero_single,
     attend,
+    for_each_sample,
     fuses_norms,
     gate,
     gate_norm_modulate,
@@ -72,6 +73,7 @@ def _double_block(
     image_rotary_emb: Tables | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    encoder_hidden_states = for_each_sample(encoder_hidden_states, hidden_states.shape[0])
     y, *rows = self.norm1(hidden_states, emb=temb)
     text_y, *text_rows = self.norm1_context(encoder_hidden_states, emb=temb)
     out, text_out, *image_prompt = self.attn(

@@ -16,6 +16,7 @@ from .parts import (
     Tables,
     ada_layer_norm_continuous,
     attend,
+    for_each_sample,
     fuses_norms,
     gate,
     gate_norm_modulate,
@@ -141,6 +142,7 @@ def _double_block(
     image_rotary_emb: Tables | None = None,
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    encoder_hidden_states = for_each_sample(encoder_hidden_states, hidden_states.shape[0])
     # Rows [B, 1, D], or [B, S, D] with reference images, whose time is another one.
     (shift, scale, gate_), (mlp_shift, mlp_scale, mlp_gate) = Flux2Modulation.split(temb_mod_img, 2)
     (t_shift, t_scale, t_gate), (t_mlp_shift, t_mlp_scale, t_mlp_gate) = Flux2Modulation.split(temb_mod_txt, 2)

@@ -27,6 +27,7 @@ from .parts import (
     ada_layer_norm_zero,
     ada_layer_norm_zero_single,
     attend,
+    for_each_sample,
     fuses_norms,
     gate,
     gate_norm_modulate,
@@ -139,7 +140,7 @@ def _single_block(
     x, cu_rows = torch.cat([hidden_states, encoder_hidden_states], dim=1), None
     if replaced:
         cu_rows = prefix_boundaries(x, num_tokens)
-        shift, scale, gate_ = _replaced_rows(self.norm, temb, token_replace_emb, 3)
+        shift, scale, gate_ = _replaced_rows(self.norm, len(x), temb, token_replace_emb, 3)
         y = norm_modulate(self.norm.norm, x, shift, scale, cu_rows)
     else:
         y, gate_ = self.norm(x, emb=temb)
@@ -151,9 +152,9 @@ def _single_block(
     return x[:, :length], x[:, length:]
 
 
-def _replaced_rows(norm: Any, temb: Tensor, first: Tensor, count: int) -> tuple[Tensor, ...]:
+def _replaced_rows(norm: Any, batch: int, temb: Tensor, first: Tensor, count: int) -> tuple[Tensor, ...]:
     """[2B, D]: of each sample those of the first frame, which has no noise, and those of the others."""
-    rows = [norm.linear(norm.silu(emb)) for emb in (first, temb)]
+    rows = [for_each_sample(norm.linear(norm.silu(emb)), batch) for emb in (first, temb)]
     return torch.stack(rows, dim=1).flatten(0, 1).chunk(count, dim=1)
 
 
@@ -172,7 +173,7 @@ def _replaced_double_block(
     if not is_wrapped_norm(self.norm1):
         return type(self).forward(self, *streams, temb, attention_mask, freqs_cis, token_replace_emb, num_tokens)
     cu_rows = prefix_boundaries(hidden_states, num_tokens)
-    shift, scale, gate_, *rest = _replaced_rows(self.norm1, temb, token_replace_emb, 6)
+    shift, scale, gate_, *rest = _replaced_rows(self.norm1, len(hidden_states), temb, token_replace_emb, 6)
     normed = norm_modulate(self.norm1.norm, hidden_states, shift, scale, cu_rows)
     return _double(self, streams, normed, (gate_, *rest), temb, attention_mask, freqs_cis, cu_rows)
 
@@ -215,6 +216,7 @@ def _refiner(self: Any, hidden_states: Tensor, timestep: Tensor, attention_mask:
     if attention_mask is not None:
         order = attention_mask.bool().logical_not().to(torch.uint8).argsort(dim=1, stable=True)
         attention_mask = attention_mask.gather(1, order)
+        hidden_states = for_each_sample(hidden_states, len(order))
         hidden_states = hidden_states.gather(1, order[..., None].expand_as(hidden_states))
     return type(self).forward(self, hidden_states, timestep, attention_mask)
 

@@ -17,6 +17,7 @@ from diffusers.models.transformers import transformer_hunyuan_video15 as hunyuan
 from diffusers.utils import apply_lora_scale
 from torch import Tensor
 
+from ...checks import fail
 from .hunyuan_video import (
     HunyuanVideoProcessor,
     RefinerProcessor,
@@ -61,6 +62,12 @@ def _model(
     attention_kwargs: dict[str, Any] | None = None,
     return_dict: bool = True,
 ) -> Any:
+    batch = len(hidden_states)
+    given = encoder_hidden_states, encoder_hidden_states_2, encoder_attention_mask, encoder_attention_mask_2, image_embeds
+    names = "encoder_hidden_states", "encoder_hidden_states_2", "encoder_attention_mask", "encoder_attention_mask_2", "image_embeds"
+    for name, tensor in zip(names, given, strict=True):
+        if tensor is None or len(tensor) != batch:
+            fail(type(self).__name__, name, f"a batch of {batch}", "None" if tensor is None else str(len(tensor)))
     x, temb = self.x_embedder(hidden_states), self.time_embed(timestep, timestep_r=timestep_r)
     image = self.image_embedder(image_embeds)
     glyphs = self.context_embedder_2(encoder_hidden_states_2)

@@ -10,7 +10,7 @@ from diffusers.models.transformers import transformer_kandinsky
 from torch import Tensor, nn
 
 from .attention_backend import BACKENDS
-from .parts import Processor, attend, fuses_norms, gate, gate_norm_modulate, norm_modulate, qk_norm_rope
+from .parts import Processor, attend, for_each_sample, fuses_norms, gate, gate_norm_modulate, norm_modulate, qk_norm_rope
 from .patching import Family
 
 
@@ -66,8 +66,7 @@ def _visual_rope(self: Any, shape: Any, pos: Any, scale_factor: Any = (1.0, 1.0,
 @fuses_norms("self_attention_norm", "feed_forward_norm")
 def _text_block(self: Any, x: Tensor, time_embed: Tensor, rope: Tensor) -> Tensor:
     shift, scale, gate_, f_shift, f_scale, f_gate = self.text_modulation(time_embed).chunk(6, dim=-1)
-    if x.shape[0] == 1:  # a prompt that samples of several times share
-        x = x.expand(shift.shape[0], -1, -1)
+    x = for_each_sample(x, shift.shape[0])
     out = self.self_attention(norm_modulate(self.self_attention_norm, x, shift, scale), rotary_emb=rope)
     x, y = gate_norm_modulate(self.feed_forward_norm, x, out, gate_, f_shift, f_scale)
     return gate(x, self.feed_forward(y), f_gate)

@@ -78,6 +78,8 @@ def packed_forward(
         fail(OP, "model", "one whose attention processors are all those of apply", "other ones")
     if is_hooked(model):
         fail(OP, "model", "one without hooks or offloading of the whole model", "one with them")
+    if getattr(model, "is_cache_enabled", False):  # some decide from all tokens at once
+        fail(OP, "model", "one without a cache of diffusers (call disable_cache)", "one with it")
     return family.packed(model, _check(model, latents, timesteps, text, image))
 
 
@@ -96,6 +98,9 @@ def _check(model: nn.Module, latents: Any, timesteps: Any, text: Any, image: Any
         fail(OP, "timesteps", f"a list or 1-D tensor of {len(latents)}", type(timesteps).__name__, TypeError)
     if len(timesteps) != len(latents):
         fail(OP, "timesteps", f"{len(latents)} of them", str(len(timesteps)))
+    for i, t in enumerate(timesteps):
+        if isinstance(t, bool) or not isinstance(t, int | float | Tensor):
+            fail(OP, f"timesteps[{i}]", "a number or a tensor", repr(t), TypeError)
     times = [torch.as_tensor(t, device=like.device).reshape(-1) for t in timesteps]
     return Samples(list(latents), times, list(text), None if image is None else list(image))
 

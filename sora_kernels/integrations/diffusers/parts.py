@@ -74,19 +74,26 @@ def fuses_norms(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 def _norm(module: Any, x: Tensor) -> dict[str, Any]:
     """A norm of x as adaLN's arguments. torch's RMSNorm has a default eps, that of the dtype in which it computes."""
+    parameters = module.weight, getattr(module, "bias", None)
+    weight, bias = (p if p is None or p.dtype in (x.dtype, torch.float32) else p.to(x.dtype) for p in parameters)
     if type(module) in _LAYER_NORMS:
-        return {"norm": "layer", "weight": module.weight, "bias": module.bias, "eps": module.eps}
+        return {"norm": "layer", "weight": weight, "bias": bias, "eps": module.eps}
     computed_in = torch.float64 if x.dtype == torch.float64 else torch.float32
     eps = torch.finfo(computed_in).eps if module.eps is None else module.eps
-    return {"norm": "rms", "weight": module.weight, "eps": eps}
+    return {"norm": "rms", "weight": weight, "eps": eps}
 
 
 def _rows(x: Tensor, *rows: Tensor | None, cu_rows: Tensor | None = None) -> list[Tensor | None]:
     """Rows as adaLN takes them: in x's dtype or float32, and one for each sample where the whole batch shares one."""
     rows = tuple(r if r is None or r.dtype in (x.dtype, torch.float32) else r.to(x.dtype) for r in rows)
     if cu_rows is None and x.ndim == 3 and x.shape[0] > 1:
-        return [r if r is None or r.shape[0] != 1 else r.expand(x.shape[0], *r.shape[1:]) for r in rows]
+        return [r if r is None else for_each_sample(r, x.shape[0]) for r in rows]
     return list(rows)
+
+
+def for_each_sample(x: Tensor, batch: int) -> Tensor:
+    """[B, ...] of x that all samples may share, [1, ...]."""
+    return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x
 
 
 def _tables(x: Tensor, tables: Tables | None) -> tuple[Tensor | None, Tensor | None]:
@@ -195,9 +202,10 @@ def attend(
     Of [B, S, H, d] by the backend that the processor has been given; of packed queries and keys, with both boundaries, by ours.
     A mask may be one of keys, [B, Sk]. One that "sora_varlen" does not take, of queries or of numbers to add, is "sora"'s.
     """
+    skipped = _scores_are_skipped(query)
     if cu_seqlens is not None:
-        return flash_attn_varlen_func(query, key, value, *cu_seqlens).flatten(-2)
-    backend = NATIVE if _scores_are_skipped(query) else processor._attention_backend
+        return (value if skipped else flash_attn_varlen_func(query, key, value, *cu_seqlens)).flatten(-2)
+    backend = NATIVE if skipped else processor._attention_backend
     if mask is not None and backend not in BACKENDS:
         mask = mask[:, None, None] if mask.ndim == 2 else mask
     elif mask is not None and not is_of_keys(mask):

@@ -42,6 +42,7 @@ MODELS = {
 }
 """The module beside this one that knows a class of models."""
 _RECORD = "_sora_kernels_replaced"
+_REPLICATE = "_replicate_for_data_parallel"
 
 
 class Family(NamedTuple):
@@ -134,7 +135,7 @@ def apply(model: nn.Module, *, strict: bool = True) -> Report:
         family.prepare(model)
     for entry in record:
         _install(entry)
-    model.__dict__[_RECORD] = record
+    model.__dict__ |= {_RECORD: record, _REPLICATE: _refuse_replicas}
     return report
 
 
@@ -160,7 +161,12 @@ def revert(model: nn.Module) -> None:
     kept = getattr(model, "original_attn_processors", None) or {}
     originals = {id(entry.ours): entry.original for entry in record if isinstance(entry, _Processor)}
     kept.update({name: originals[id(processor)] for name, processor in kept.items() if id(processor) in originals})
-    del model.__dict__[_RECORD]
+    del model.__dict__[_RECORD], model.__dict__[_REPLICATE]
+
+
+def _refuse_replicas() -> Any:
+    """In the place of the method by which torch.nn.DataParallel copies a module: copies would call forwards of the original."""
+    fail("torch.nn.DataParallel", "module", "a model that is not patched (DistributedDataParallel takes it)", "a patched one")
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -240,12 +246,21 @@ def _plan(op: str, model: nn.Module, family: Family, strict: bool) -> tuple[list
             if hasattr(processor, "_attention_backend"):
                 record.append(_Backend(processor, processor._attention_backend))
     for name, module in model.named_modules():
-        if not left and (forward := family.forwards.get(type(module))) is not None:
+        if not left and (forward := _forward_for(module, family)) is not None:
             if not _places(module, None):
                 fail(op, name, f"the forward of {type(module).__name__}", "one that something else has replaced")
             record.append(_Forward(module, functools.partial(forward, module)))
     counts = Counter(_label(entry) for entry in record)
     return record, Report(type(model).__name__, dict(counts), left)
+
+
+def _forward_for(module: nn.Module, family: Family) -> Callable[..., Any] | None:
+    """That of its class, or of one that it derives its forward from, as the classes do that fully_shard makes."""
+    own: Any = type(module)
+    for kind in own.__mro__:
+        if kind in family.forwards and own.forward is kind.forward:
+            return family.forwards[kind]
+    return None
 
 
 def _label(entry: _Forward | _Processor | _Backend) -> str:

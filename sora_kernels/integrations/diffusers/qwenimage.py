@@ -34,6 +34,7 @@ from .parts import (
     ada_layer_norm_continuous,
     attend,
     complex_tables,
+    for_each_sample,
     fuses_norms,
     gate,
     gate_norm_modulate,
@@ -159,13 +160,16 @@ def _block(
     joint_attention_kwargs: dict[str, Any] | None = None,
     modulate_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    batch = hidden_states.shape[0]
+    encoder_hidden_states = for_each_sample(encoder_hidden_states, batch)
     rows = self.img_mod(temb)
     cu_rows, cu_text = (
         (image_rotary_emb.cu_rows, image_rotary_emb.cu_text) if isinstance(image_rotary_emb, QwenPacking) else (None, None)
     )
     if modulate_index is not None:
         # [2B, 6D], those of index 1 behind those of index 0 -> two of each sample
-        rows, cu_rows = torch.stack(rows.chunk(2), dim=1).flatten(0, 1), _boundaries(modulate_index)
+        pairs = [for_each_sample(part, batch) for part in rows.chunk(2)]
+        rows, cu_rows = torch.stack(pairs, dim=1).flatten(0, 1), _boundaries(modulate_index)
     if self.zero_cond_t:
         temb = temb.chunk(2)[0]
     shift, scale, gate_, mlp_shift, mlp_scale, mlp_gate = rows.chunk(6, dim=-1)

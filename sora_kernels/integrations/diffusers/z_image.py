@@ -99,8 +99,9 @@ def _final_layer(
 
 
 def _prepare(model: Any) -> None:
-    """The tables of RoPE, which belong to no module."""
-    model.rope_embedder(torch.zeros(1, len(model.axes_dims), dtype=torch.int32, device=model.device))
+    """The tables of RoPE, which belong to no module. A model without memory computes them when it has some."""
+    if model.device.type != "meta":
+        model.rope_embedder(torch.zeros(1, len(model.axes_dims), dtype=torch.int32, device=model.device))
 
 
 def _packed(model: Any, samples: Samples) -> list[Tensor]:

@@ -192,9 +192,11 @@ def _backward(
     With w = exp(lse' - lse), its probabilities times w are p. So w dout and w dout . (out' - out) are the gradients of out' and
     lse' that give ds.
     """
-    with torch.enable_grad():
-        inputs = own_q, own_k, own_v = [x.detach().requires_grad_() for x in (q, k, v)]
-        own_out, own_lse, _ = attend(op, own_q, own_k, own_v, boundaries, *options, True)
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = own_q, own_k, own_v = [_saveable(x).detach().requires_grad_() for x in (q, k, v)]
+        boundaries = None if boundaries is None else (_saveable(boundaries[0]), _saveable(boundaries[1]))
+        slopes = None if options[5] is None else _saveable(options[5])
+        own_out, own_lse, _ = attend(op, own_q, own_k, own_v, boundaries, *options[:5], slopes, True)
     with torch.no_grad():
         for name, x in (("dout", dout), ("out", out)):
             check_tensor(op, name, x, tuple(own_out.shape), dtype=own_out.dtype, like=q)
@@ -212,6 +214,11 @@ def _backward(
             if wanted is not None:
                 wanted.copy_(gradient)
         return (wide * out).sum(-1).transpose(-1, -2).contiguous()
+
+
+def _saveable(x: Tensor) -> Tensor:
+    """One that a backward may save, as tensors of inference mode may not."""
+    return x.clone() if x.is_inference() else x
 
 
 # flash_attn's operators by the names of their functions: here both are the same.

@@ -55,7 +55,7 @@ def replace(function: Any = None, /) -> Any:
 class Replacement(TorchFunctionMode, contextlib.ContextDecorator):
     def __call__(self, func: _Function) -> _Function:
         for kind in (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction):
-            if kind(func):  # its body runs when the call has returned
+            if kind(func) or kind(type(func).__call__):  # its body runs when the call has returned
                 name = getattr(func, "__name__", str(func))
                 fail("replace", name, "a function to decorate", "a generator or coroutine (use the context inside it)", TypeError)
         return super().__call__(func)
