@@ -17,8 +17,9 @@ from sora_model.cli.requests import ALIASES, COMMON, TASKS
 from sora_model.cli.run import errors_by_option
 from sora_model.data import probe, read_comment, read_video, write_video
 from sora_model.pipeline import clips
+from sora_model.pipeline.checkpoint import read_outline
 from sora_model.pipeline.clips import resized
-from sora_model.pipeline.parts import EMBEDDED, read_outline
+from sora_model.pipeline.parts import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 

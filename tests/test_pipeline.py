@@ -17,7 +17,7 @@ from sora_model.codec.codec import PixelCodec
 from sora_model.codec.vae import VideoVAE
 from sora_model.diffusion.schedulers import FLOW, flow_scheduler
 from sora_model.model.dit import DiT
-from sora_model.pipeline.parts import read_outline
+from sora_model.pipeline.checkpoint import read_outline
 from sora_model.pipeline.request import Request
 from sora_model.text.words import WordEncoder
 

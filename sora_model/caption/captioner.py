@@ -20,9 +20,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sora_kernels.layout import PackedLayout
 
+from ..model.block import Mlp, SelfAttention
 from ..model.conditioning import PackedText
 from ..model.config import DiTConfig
-from ..model.dit import PLACES, Mlp, SelfAttention, places
+from ..model.dit import PLACES, places
 from ..model.patches import embed_patches
 from ..storage.files import save_module, settle
 from ..storage.weights import open_module, read_json

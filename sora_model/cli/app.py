@@ -79,7 +79,7 @@ class Loaded:
     @functools.cached_property
     def outline(self) -> Outline:
         """What the checkpoint's configs say: enough to refuse what it cannot do before its weights are read."""
-        from ..pipeline.parts import read_outline
+        from ..pipeline.checkpoint import read_outline
 
         with naming("--checkpoint"):
             return read_outline(self.folder)

@@ -41,14 +41,18 @@ class Call(Loaded):
         bool, typer.Option("--overwrite", help="Number files from 00 again and replace those there, but never an input.")
     ] = False
     negative: Annotated[str, typer.Option(help="What not to show.")] = ""
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 30
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the checkpoint's, 30 or 50 of Wan.")] = None
     scheduler: Annotated[
         str | None, typer.Option(help="euler, heun, unipc or dpm++, for a flow-matching model. Default: the checkpoint's.")
     ] = None
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance, up to 1000; 1 is none.")] = 3.0
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance, up to 1000; 1 is none. Default: the checkpoint's, 3 or 5 of Wan."),
+    ] = None
     guidance_from: Annotated[
-        float, typer.Option(min=0, max=1, help="Noise level, from 0 to 1, below which there is no guidance.")
-    ] = 0.6
+        float | None,
+        typer.Option(min=0, max=1, help="Noise level, from 0 to 1, below which there is no guidance. Default: 0.6, or 0 of Wan."),
+    ] = None
     seed: Annotated[int, typer.Option(min=0, max=2**63, help="Of everything random; several videos count up from it.")] = 0
     fps: Annotated[float | None, typer.Option(min=0.1, help="Frames per second. Default: those of the input, or 8.")] = None
     scale: Annotated[int, typer.Option(min=1, help="Whole factor by which pixels are enlarged in the files.")] = 1
@@ -71,7 +75,7 @@ class Call(Loaded):
                 raise ValueError(
                     f"--out: expected a folder for files, got one with the folder {path}, which has the name of a file"
                 )
-        if abs(self.guidance) > 1000:
+        if self.guidance is not None and abs(self.guidance) > 1000:
             raise ValueError(f"--guidance: expected at most 1000, got {self.guidance:g}")
         if self.negative and self.guidance == 1:
             raise ValueError(f"--negative: expected none with --guidance 1, which has no use for it, got {self.negative!r}")
@@ -128,12 +132,17 @@ class Call(Loaded):
     @property
     def sampling(self) -> dict[str, Any]:
         """What the pipeline's call takes of them."""
+        steps, guidance, guidance_from = self.outline.defaults
         return {
-            "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance,
-            "guidance_from": self.guidance_from,
+            "num_inference_steps": steps if self.steps is None else self.steps,
+            "guidance_scale": guidance if self.guidance is None else self.guidance,
+            "guidance_from": guidance_from if self.guidance_from is None else self.guidance_from,
             "precision": self.precision.value,
         }
+
+    @property
+    def num_steps(self) -> int:
+        return self.sampling["num_inference_steps"]
 
     @property
     def several(self) -> dict[str, Any]:
@@ -225,9 +234,9 @@ class Call(Loaded):
         fps = [self.rate(input_fps) for input_fps in rates or [0.0] * len(videos)]
         seeds = seeds or [self.seed + i for i in range(len(videos))]
         common = {
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "guidance_from": self.guidance_from,
+            "steps": self.num_steps,
+            "guidance": self.sampling["guidance_scale"],
+            "guidance_from": self.sampling["guidance_from"],
             "precision": self.precision.value,
             "scheduler": self.scheduler,
             "checkpoint": self.checkpoint,

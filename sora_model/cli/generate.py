@@ -78,7 +78,7 @@ def generate(
         return
     from ..pipeline.tasks import REDONE, refined
 
-    with denoising(console, round((1 + REDONE) * call.steps)) as bars:
+    with denoising(console, round((1 + REDONE) * call.num_steps)) as bars:
         videos = refined(pipeline, prompts, sizes, draft, **bars.hooks, **call.several)
     call.write(videos, prompts, command="generate", draft=draft)
 
@@ -193,7 +193,7 @@ def loop(
     from ..pipeline.tasks import loop as make_loop
 
     options: dict[str, Any] = {"passage": way, "passage_prompt": passage_prompt, "overlap": overlap}
-    with denoising(console, 2 * call.steps) as bars:
+    with denoising(console, 2 * call.num_steps) as bars:
         video = make_loop(pipeline, prompt, shape, **options, **bars.hooks, **call.several)
     call.write([video], [prompt], command="loop", **options)
 

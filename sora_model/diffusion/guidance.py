@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ..model.conditioning import PackedText
 from ..model.dit import DiT
+from ..model.experts import Experts
 
 # (latents, timesteps, which samples of the batch these are) -> predictions
 Denoiser = Callable[[list[Tensor], Tensor, Sequence[int]], list[Tensor]]
 
 
 def guided(
-    dit: DiT,
+    dit: DiT | Experts,
     *,
     text: PackedText | None = None,
     null_text: PackedText | None = None,

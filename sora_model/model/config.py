@@ -30,7 +30,10 @@ class DiTConfig:
         depth: blocks.
         num_heads: H; D / H must be even.
         mlp_ratio: hidden width of the MLP, in D.
+        mlp_size: hidden width of the MLP, in place of mlp_ratio.
+        eps: of all norms.
         qk_norm: RMS-normalise queries and keys per head; with positions="rope" only.
+        qk_norm_across_heads: with qk_norm, take the mean over all heads of a token (Wan).
         positions: "rope", 3D rotary for videos; "sincos", added to the tokens as in the DiT paper: h and w only, for images.
         rope_theta: base of the rotary frequencies.
         rope_size: tokens along the shorter side of a frame that rotary positions are stretched onto, so that a larger frame is the
@@ -41,15 +44,23 @@ class DiTConfig:
             the first.
         sincos_size: tokens along a side of the grid that other grids are stretched onto, as diffusers does; None counts 0, 1, 2...
         text_dim: width of the text tokens; None for a model without text.
+        text_projection: two linear layers with a GELU bring tokens of text to hidden_size once, for all blocks, and pooled text is
+            not used (Wan).
+        text_length: with text_projection, attend as if each caption were padded with tokens of zeros up to this length, as Wan was
+            trained (512). Padding is computed as one key.
+        cross_attention_norms: a LayerNorm with weights before cross-attention, and RMS norms of its queries and keys across heads
+            (Wan).
         num_classes: class labels; label num_classes means none. None for a model without labels.
         modulation: "block": every block has a linear layer from the conditioning to its shifts, scales and gates, as in the DiT
-            paper; "shared": one for all, to which each block adds a vector of its own (PixArt-alpha's adaLN-single, also Wan's),
-            which saves a quarter of the weights.
+            paper; "shared": one for all, to which each block adds a vector of its own (PixArt-alpha's adaLN-single), which saves a
+            quarter of the weights; "tables": the same, and the last shift and scale are a vector plus the conditioning itself,
+            all added in float32 (Wan).
         prediction: "direct": the network puts out what the scheduler asks for. "clean": it puts out the clean latent x, and the
             model returns flow matching's velocity, (x_sigma - x) / sigma (JiT: Li and He, 2025). Noise need not pass through the
             network then, so it learns much faster where a patch holds many numbers next to hidden_size, as patches of pixels do.
         learn_sigma: predict 2 * in_channels; the second half is the variance, as in the DiT paper.
         timestep_shift: of the 128 timestep frequencies 10000**(-i / (128 - shift)): 0 in the DiT paper's code, 1 in diffusers.
+        timestep_float32: compute them in float32, as diffusers and the DiT paper's code do: of large timesteps that is 1e-5 off.
     """
 
     in_channels: int = 3
@@ -58,18 +69,25 @@ class DiTConfig:
     depth: int = 12
     num_heads: int = 6
     mlp_ratio: float = 4.0
+    mlp_size: int | None = None
+    eps: float = 1e-6
     qk_norm: bool = True
+    qk_norm_across_heads: bool = False
     positions: str = "rope"
     rope_theta: float = 256.0
     rope_size: int | None = None
     absolute_positions: bool = False
     sincos_size: int | None = None
     text_dim: int | None = None
+    text_projection: bool = False
+    text_length: int | None = None
+    cross_attention_norms: bool = False
     num_classes: int | None = None
     modulation: str = "block"
     prediction: str = "direct"
     learn_sigma: bool = False
     timestep_shift: int = 0
+    timestep_float32: bool = False
 
     @classmethod
     def preset(cls, name: str, *, patch: tuple[int, int, int], in_channels: int, **changes: Any) -> DiTConfig:
@@ -95,6 +113,15 @@ class DiTConfig:
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
+    @property
+    def mlp_width(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio) if self.mlp_size is None else self.mlp_size
+
+    @property
+    def context_dim(self) -> int | None:
+        """Width of the tokens that cross-attention takes."""
+        return self.hidden_size if self.text_projection else self.text_dim
+
     def __post_init__(self) -> None:
         try:
             object.__setattr__(self, "patch_size", tuple(int(p) for p in self.patch_size))
@@ -102,17 +129,27 @@ class DiTConfig:
             self._fail("patch_size", "three sizes (pt, ph, pw)", self.patch_size)
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
             self._fail("patch_size", "three sizes (pt, ph, pw) of at least 1", self.patch_size)
-        for name in ("in_channels", "hidden_size", "depth", "num_heads", "rope_size", "sincos_size", "text_dim", "num_classes"):
-            value = getattr(self, name)
-            optional = name in ("rope_size", "sincos_size", "text_dim", "num_classes")
+        optionals = "mlp_size", "rope_size", "sincos_size", "text_dim", "text_length", "num_classes"
+        for name in ("in_channels", "hidden_size", "depth", "num_heads", *optionals):
+            value, optional = getattr(self, name), name in optionals
             if not (optional and value is None) and (not isinstance(value, int) or value < 1):
                 self._fail(name, "a number of at least 1" + (" or None" if optional else ""), value)
         if self.hidden_size % (2 * self.num_heads):
             self._fail("hidden_size", f"a multiple of 2 * num_heads = {2 * self.num_heads}", self.hidden_size)
         if self.positions not in ("rope", "sincos"):
             self._fail("positions", "'rope' or 'sincos'", self.positions)
-        if self.modulation not in ("block", "shared"):
-            self._fail("modulation", "'block' or 'shared'", self.modulation)
+        if self.modulation not in ("block", "shared", "tables"):
+            self._fail("modulation", "'block', 'shared' or 'tables'", self.modulation)
+        if not isinstance(self.eps, int | float) or not 0 < self.eps < 1:
+            self._fail("eps", "a number between 0 and 1", self.eps)
+        for name, needed in (
+            ("qk_norm_across_heads", "qk_norm"),
+            ("text_projection", "text_dim"),
+            ("text_length", "text_projection"),
+            ("cross_attention_norms", "text_dim"),
+        ):
+            if getattr(self, name) and not getattr(self, needed):
+                self._fail(needed, f"a value with {name}", getattr(self, needed))
         if self.prediction not in ("direct", "clean"):
             self._fail("prediction", "'direct' or 'clean'", self.prediction)
         if self.prediction == "clean" and self.learn_sigma:

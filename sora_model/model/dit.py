@@ -2,36 +2,29 @@
 
     x, layout = patches of every latent, packed end to end
     c         = embedding of the noise level + of the pooled text or the class, per sample or per token frame
-    block     x <- x + gate * attention(modulate(norm(x)))            shift, scale, gate from c: adaLN-Zero
-              x <- x + cross_attention(norm(x), text)                 with text only
-              x <- x + gate * mlp(modulate(norm(x)))
+    blocks    attention, cross-attention to text, MLP; shifts, scales and gates from c
     output    patches of linear(modulate(norm(x))), put back together
 
-Adding a sub-layer's output to x is one pass over memory with the norm and the modulation that follow it, even across blocks. What
-a block hands on is therefore a `Residual`: x, and the update that the next norm adds first.
-
-Sources: Peebles and Xie, Scalable Diffusion Models with Transformers (2023): blocks, adaLN-Zero, embeddings, initialisation; Chen
-et al., PixArt-alpha (2023): ungated cross-attention between the two, its output projection zero at first; Li and He, Back to
-Basics: Let Denoising Generative Models Denoise (JiT, 2025): a network that puts out x, trained on velocities.
+Sources: Peebles and Xie, Scalable Diffusion Models with Transformers (2023): adaLN-Zero, embeddings, initialisation; Chen et al.,
+PixArt-alpha (2023): the output projection of cross-attention is zero at first; Li and He, Back to Basics: Let Denoising Generative
+Models Denoise (JiT, 2025): a network that puts out x, trained on velocities.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sora_kernels.adaln import gate_residual_layer_norm_modulate, layer_norm_modulate
-from sora_kernels.attention import flash_attn_varlen_func
-from sora_kernels.bias_gelu import bias_gelu
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.patch_embed import patch_embed_3d, unpatchify_3d
-from sora_kernels.rope import qk_norm_rope_3d, rope_3d
 
+from .block import Block, Mlp, Residual, TextKeys
 from .conditioning import PackedText
 from .config import DiTConfig
 
@@ -41,10 +34,10 @@ TIMESTEPS = 1000  # the timestep of pure noise
 LOWEST_SIGMA = 1e-4  # a velocity is a quotient by sigma, which is 0 for clean frames
 
 
-def sinusoids(positions: Tensor, dim: int, shift: int = 0) -> Tensor:
-    """[cos(x w_i), sin(x w_i)], w_i = 10000**(-i / (dim/2 - shift)): [n] -> float32 [n, dim]."""
-    half = torch.arange(dim // 2, dtype=torch.float64, device=positions.device)
-    angles = positions.double()[:, None] * 10000 ** (-half / (dim // 2 - shift))
+def sinusoids(positions: Tensor, dim: int, shift: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """[cos(x w_i), sin(x w_i)], w_i = 10000**(-i / (dim/2 - shift)), computed in `dtype`: [n] -> float32 [n, dim]."""
+    half = torch.arange(dim // 2, dtype=dtype, device=positions.device)
+    angles = positions.to(dtype)[:, None] * (-math.log(10000) * half / (dim // 2 - shift)).exp()
     return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
@@ -63,104 +56,6 @@ def places(layout: PackedLayout) -> Tensor:
 
 def embedder(in_dim: int, dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-
-class SelfAttention(nn.Module):
-    """Attention among the tokens of each sample."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        dim, self.num_heads = config.hidden_size, config.num_heads
-        self.rope = config.positions == "rope"
-        self.theta = config.rope_theta
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.q_norm, self.k_norm = (nn.Parameter(torch.ones(dim // config.num_heads)) if config.qk_norm else None for _ in range(2))
-
-    def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)  # [N, H, d] each, views
-        if self.q_norm is not None and self.k_norm is not None:
-            weights = self.q_norm.to(q), self.k_norm.to(k)  # autocast leaves them as they are
-            q, k = qk_norm_rope_3d(q, k, *weights, layout, theta=self.theta)
-        elif self.rope:
-            q, k = rope_3d(q, layout, theta=self.theta), rope_3d(k, layout, theta=self.theta)
-        cu, longest = layout.cu_seqlens, layout.max_seqlen
-        return self.out(flash_attn_varlen_func(q, k, v, cu, cu, longest, longest).flatten(1))
-
-
-class CrossAttention(nn.Module):
-    """Attention of each sample's tokens to its caption; a caption without tokens adds the output bias alone."""
-
-    def __init__(self, dim: int, text_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(text_dim, 2 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, layout: PackedLayout, text: PackedText) -> Tensor:
-        q = self.q(x).unflatten(1, (self.num_heads, -1))
-        k, v = self.kv(text.tokens).unflatten(1, (2, self.num_heads, -1)).unbind(1)  # [M, H, d] each, views
-        return self.out(flash_attn_varlen_func(q, k, v, layout.cu_seqlens, text.cu_seqlens).flatten(1))
-
-
-class Mlp(nn.Sequential):
-    """Two linear layers with a GELU between them, in one pass with the first one's bias; weights are named as in a Sequential."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        first: nn.Linear = self[0]  # type: ignore[assignment]
-        hidden = F.linear(x, first.weight)
-        return self[2](bias_gelu(hidden, first.bias.to(hidden)))  # autocast leaves the bias as it is
-
-
-class Residual(NamedTuple):
-    """The residual stream x + gate * update, whose addition is fused with the norm that follows; `gate` None is 1.
-
-    x, update: [N, D]; update None is nothing to add. gate: [R, D].
-    """
-
-    x: Tensor
-    update: Tensor | None = None
-    gate: Tensor | None = None
-
-    def norm_modulate(self, shift: Tensor | None, scale: Tensor | None, cu_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The stream [N, D], and norm(stream) * (1 + scale) + shift, the input of the next sub-layer."""
-        if self.update is None:
-            return self.x, layer_norm_modulate(self.x, shift, scale, cu_rows)
-        return gate_residual_layer_norm_modulate(self.x, self.update, self.gate, shift, scale, cu_rows)
-
-
-class Block(nn.Module):
-    """Attention, cross-attention if there is text, and MLP, each behind a norm of the residual stream."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        dim = config.hidden_size
-        if config.modulation == "block":
-            self.modulation = nn.Linear(dim, 6 * dim)
-        else:
-            self.offset = nn.Parameter(torch.zeros(6 * dim))
-        self.attention = SelfAttention(config)
-        self.cross_attention = CrossAttention(dim, config.text_dim, config.num_heads) if config.text_dim else None
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
-
-    def forward(
-        self, stream: Residual, modulation: Tensor, cu_rows: Tensor, layout: PackedLayout, text: PackedText | None
-    ) -> Residual:
-        """One block.
-
-        Args:
-            modulation: [R, 6D]: shift, scale and gate of the attention, then of the MLP.
-            cu_rows: int32 [R+1], the tokens that each row serves.
-        """
-        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        x, y = stream.norm_modulate(shift_attention, scale_attention, cu_rows)
-        stream = Residual(x, self.attention(y, layout), gate_attention)
-        if self.cross_attention is not None:
-            x, y = stream.norm_modulate(None, None, cu_rows)
-            stream = Residual(x, self.cross_attention(y, layout, text))
-        x, y = stream.norm_modulate(shift_mlp, scale_mlp, cu_rows)
-        return Residual(x, self.mlp(y), gate_mlp)
 
 
 class DiT(nn.Module):
@@ -187,11 +82,15 @@ class DiT(nn.Module):
         self.patch_embed = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
         self.place_embed = nn.Linear(6 * PLACES, dim, bias=False) if config.absolute_positions else None
         self.time_embed = embedder(FREQUENCIES, dim)
-        self.text_embed = embedder(config.text_dim, dim) if config.text_dim else None
+        projected = config.text_projection
+        self.text_embed = embedder(config.text_dim, dim) if config.text_dim and not projected else None
+        self.text_projection = Mlp(config.text_dim, dim, dim) if config.text_dim and projected else None
         self.label_embed = nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))  # type: ignore[assignment]
-        self.shared_modulation = nn.Linear(dim, 6 * dim) if config.modulation == "shared" else None
-        self.final_modulation = nn.Linear(dim, 2 * dim)
+        self.shared_modulation = nn.Linear(dim, 6 * dim) if config.modulation != "block" else None
+        self.final_modulation = nn.Linear(dim, 2 * dim) if config.modulation != "tables" else None
+        self.final_offset = nn.Parameter(torch.zeros(2 * dim)) if config.modulation == "tables" else None
+        self.final_norm = nn.LayerNorm(dim, config.eps, elementwise_affine=False)
         pt, ph, pw = config.patch_size
         self.final = nn.Linear(dim, pt * ph * pw * config.out_channels)
         self._initialize()
@@ -236,17 +135,29 @@ class DiT(nn.Module):
             text = PackedText.empty(len(latents), text_dim) if text is None else text
             text = text.to(weight.device, weight.dtype)
         c, cu_rows = self._condition(layout, timesteps, text, labels)
+        keys = None if text is None else self._text_keys(text, layout)
         stream = Residual(x)
         for block, modulation in zip(self.blocks, self._modulations(c), strict=True):
-            args = stream, modulation, cu_rows, layout, text
+            args = stream, modulation, cu_rows, layout, keys
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 stream = checkpoint(block, *args, use_reentrant=False)
             else:
                 stream = block(*args)
-        shift, scale = self.final_modulation(c).chunk(2, dim=1)
-        _, y = stream.norm_modulate(shift, scale, cu_rows)
+        shift, scale = self._final_modulation(c).chunk(2, dim=1)
+        _, y = stream.norm_modulate(shift, scale, cu_rows, self.final_norm)
         outputs = unpatchify_3d(self.final(y), layout, patch_size=patch)
         return outputs if self.config.prediction == "direct" else self._velocities(latents, outputs, timesteps)
+
+    def _text_keys(self, text: PackedText, layout: PackedLayout) -> TextKeys:
+        """Captions as cross-attention takes them. With a text_length they are as if padded with zeros up to it."""
+        if self.text_projection is None:
+            return TextKeys(text.tokens, text.cu_seqlens)
+        length = self.config.text_length
+        if length is None:
+            return TextKeys(self.text_projection(text.tokens), text.cu_seqlens)
+        padding = length - text.cu_seqlens.diff()
+        of_tokens = padding.clamp(min=0).float().log().repeat_interleave(layout.cu_seqlens.diff(), output_size=layout.num_tokens)
+        return TextKeys(self.text_projection(F.pad(text.tokens, (0, 0, 0, 1))), text.cu_seqlens, of_tokens[:, None])
 
     def _layout(self, latents: Sequence[Tensor], frame_steps: Sequence[float] | None) -> PackedLayout | None:
         """The tokens' layout, where the config or the frames' steps move their positions; None where they count from zero."""
@@ -263,11 +174,20 @@ class DiT(nn.Module):
         return PackedLayout.from_spans(spans, latents[0].device)
 
     def _modulations(self, c: Tensor) -> list[Tensor]:
-        """Every block's [R, 6D]."""
+        """Every block's [R, 6D]; those of tables are float32, as Wan's are."""
+        c = F.silu(c)
         if self.shared_modulation is None:
             return [block.modulation(c) for block in self.blocks]
         shared = self.shared_modulation(c)
+        shared = shared.float() if self.config.modulation == "tables" and shared.dtype.itemsize < 4 else shared
         return [shared + block.offset.to(shared) for block in self.blocks]
+
+    def _final_modulation(self, c: Tensor) -> Tensor:
+        """[R, 2D]."""
+        if self.final_modulation is not None:
+            return self.final_modulation(F.silu(c))
+        offset: Any = self.final_offset
+        return offset.to(torch.promote_types(c.dtype, torch.float32)) + c.repeat(1, 2)
 
     def _velocities(self, latents: Sequence[Tensor], clean: list[Tensor], timesteps: Tensor) -> list[Tensor]:
         """(x_sigma - x) / sigma of each latent."""
@@ -282,25 +202,28 @@ class DiT(nn.Module):
     def _condition(
         self, layout: PackedLayout, timesteps: Tensor, text: PackedText | None, labels: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """SiLU of the conditioning rows [R, D], and int32 [R+1], the tokens that each serves."""
+        """The conditioning rows [R, D], and int32 [R+1], the tokens that each serves."""
         samples = layout.num_samples
         weight = self.final.weight
         if timesteps.ndim != 1 or timesteps.shape[0] not in (samples, layout.num_frames):
             self._fail("timesteps", f"[{samples}] (samples) or [{layout.num_frames}] (token frames)", list(timesteps.shape))
-        frequencies = sinusoids(timesteps.to(weight.device), FREQUENCIES, self.config.timestep_shift)
-        c = self.time_embed(frequencies.to(weight))
+        computed_in = torch.float32 if self.config.timestep_float32 else torch.float64
+        frequencies = sinusoids(timesteps.to(weight.device), FREQUENCIES, self.config.timestep_shift, computed_in)
+        time_weight: Any = self.time_embed[0].weight
+        c = self.time_embed(frequencies.to(time_weight))
+        c = c if time_weight.dtype == weight.dtype else c.to(weight.dtype)  # Wan's time embedding is in float32
         per_sample = self._label_or_text(samples, text, labels)
         if timesteps.shape[0] == samples:
-            return F.silu(c if per_sample is None else c + per_sample), layout.cu_seqlens
+            return c if per_sample is None else c + per_sample, layout.cu_seqlens
         if per_sample is not None:
             frames = torch.tensor([sample[0].num_frames for sample in layout.spans], device=c.device)
             c = c + per_sample.repeat_interleave(frames, dim=0, output_size=layout.num_frames)
-        return F.silu(c), layout.cu_frames
+        return c, layout.cu_frames
 
     def _label_or_text(self, samples: int, text: PackedText | None, labels: Tensor | None) -> Tensor | None:
         """What text and labels add to the conditioning of each sample [B, D]."""
-        if text is not None and (self.text_embed is None or text.num_samples != samples):
-            self._fail("text", "None (no text_dim)" if self.text_embed is None else f"{samples} captions", text.num_samples)
+        if text is not None and (self.config.text_dim is None or text.num_samples != samples):
+            self._fail("text", "None (no text_dim)" if self.config.text_dim is None else f"{samples} captions", text.num_samples)
         if (labels is None) != (self.label_embed is None) or (labels is not None and labels.shape != (samples,)):
             expected = "None (no num_classes)" if self.label_embed is None else f"[{samples}]"
             self._fail("labels", expected, None if labels is None else list(labels.shape))
@@ -332,7 +255,8 @@ class DiT(nn.Module):
                 nn.init.zeros_(parameter)
         if self.label_embed is not None:
             nn.init.normal_(self.label_embed.weight, std=0.02)
-        zero = [self.final, self.final_modulation]
+        zero: list[Any] = [self.final]
+        zero += [] if self.final_modulation is None else [self.final_modulation]
         zero += [block.modulation for block in self.blocks] if self.shared_modulation is None else [self.shared_modulation]
         zero += [block.cross_attention.out for block in self.blocks if block.cross_attention is not None]
         for layer in zero:

@@ -1,8 +1,7 @@
-"""What a pipeline is made of: `Parts`, untrained from a preset, or from and to the folder of a checkpoint."""
+"""What a pipeline is made of: `Parts`, and untrained ones from a preset."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,37 +10,43 @@ import torch
 
 from ..caption.captioner import Captioner
 from ..codec.codec import Codec, PixelCodec
-from ..codec.vae import VideoVAE
-from ..diffusion.schedulers import load_scheduler
 from ..model.conditioning import TextEncoder
 from ..model.config import DiTConfig
 from ..model.dit import DiT
+from ..model.experts import Experts
 from ..sizes import Size, Timing, whole_size
-from ..storage.files import save_module, settle, whole_folder
-from ..storage.weights import built, open_module, read_index, read_json
-from ..text.pretrained import load_text_encoder
 from ..text.words import WordEncoder
 
 EMBEDDED = Path(__file__).parent.parent / "pretrained"  # the checkpoint that comes with the package
 SIZE: Size = (6, 24, 24)
 
 
+class Defaults(NamedTuple):
+    """Of a call: what a checkpoint's makers recommend. See `SoraPipeline.__call__`."""
+
+    num_inference_steps: int = 30
+    guidance_scale: float = 3.0
+    guidance_from: float = 0.6
+
+
 class Parts(NamedTuple):
     """The arguments of `SoraPipeline`."""
 
-    dit: DiT
+    dit: DiT | Experts
     text_encoder: TextEncoder
     scheduler: Any
     codec: Codec
     captioner: Captioner | None = None
     size: Size = SIZE
+    defaults: Defaults = Defaults()
+    frame_times: bool = True
 
 
 class Outline(NamedTuple):
     """What a checkpoint's configs say of it, for which no weights are read.
 
     size: of a request without one. unit: pixels along T, H and W per token. timing: pixel frames per token frame. width: D.
-    weights: bytes in its files.
+    weights: bytes in its files. defaults: of a call.
     """
 
     size: Size
@@ -49,6 +54,7 @@ class Outline(NamedTuple):
     timing: Timing
     width: int
     weights: int
+    defaults: Defaults = Defaults()
 
     def padded(self, size: Size) -> Size:
         """The next size of whole tokens."""
@@ -65,17 +71,6 @@ def token_timing(patch: Size, compression: Size, causal: bool) -> Timing:
     """Pixel frames per token frame."""
     stride = patch[0] * compression[0]
     return Timing(1 + stride - compression[0] if causal else stride, stride)
-
-
-def read_outline(directory: str | Path) -> Outline:
-    """Raises as `SoraPipeline.from_pretrained` does, but for weights."""
-    folder, owner = Path(directory), "read_outline"
-    index = read_index(folder, owner)
-    config: Any = built(DiTConfig.from_dict, {"values": read_json(folder / "dit" / "config.json", owner)}, owner)
-    compression = VideoVAE.read_compression(folder / "vae") if index["vae"] else PixelCodec.compression
-    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    timing = token_timing(config.patch_size, compression, causal=index["vae"])
-    return Outline(tuple(index["size"]), token_unit(config.patch_size, compression), timing, config.hidden_size, weights)
 
 
 def preset_parts(
@@ -114,35 +109,3 @@ def _scheduler(prediction: str, *, clip: bool) -> Any:
         timestep_spacing="trailing",
         clip_sample=clip,  # pixels lie in [-1, 1]
     )
-
-
-def load_parts(directory: str | Path) -> Parts:
-    """The parts of a checkpoint; see `SoraPipeline.from_pretrained`."""
-    folder, owner = Path(directory), "SoraPipeline.from_pretrained"
-    settle(folder)
-    index = read_index(folder, owner)
-    config = read_json(folder / "dit" / "config.json", owner)
-    dit = open_module(lambda: DiT(DiTConfig.from_dict(config)), config, folder / "dit", owner)
-    scheduler = load_scheduler(folder / "scheduler", owner)
-    codec = VideoVAE.from_pretrained(folder / "vae") if index["vae"] else PixelCodec()
-    captioner = Captioner.from_pretrained(folder / "captioner") if index["captioner"] else None
-    text_encoder = load_text_encoder(folder / "text_encoder")
-    return Parts(dit, text_encoder, scheduler, codec, captioner, tuple(index["size"]))
-
-
-def save_parts(parts: Parts, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Writes model_index.json and a folder for each part, all or nothing; see `SoraPipeline.save_pretrained`."""
-    codec, captioner = parts.codec, parts.captioner
-    if not isinstance(codec, PixelCodec | VideoVAE):
-        raise TypeError(f"SoraPipeline.save_pretrained: codec: expected a PixelCodec or a VideoVAE, got {type(codec).__name__}")
-    with whole_folder(directory) as folder:
-        save_module(parts.dit, parts.dit.config.to_dict(), folder / "dit", dtype)
-        parts.text_encoder.save_pretrained(folder / "text_encoder", dtype=dtype)
-        parts.scheduler.save_pretrained(folder / "scheduler")
-        if isinstance(codec, VideoVAE):
-            codec.save_pretrained(folder / "vae", dtype=dtype)
-        if captioner is not None:
-            captioner.save_pretrained(folder / "captioner", dtype=dtype)
-        present = {"vae": isinstance(codec, VideoVAE), "captioner": captioner is not None}
-        index = {"_class_name": "SoraPipeline", "size": list(parts.size), **present}
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -18,10 +18,12 @@ from ..diffusion.noise import prediction_type
 from ..diffusion.sampling import Callback, Init, sample
 from ..model.conditioning import TextEncoder
 from ..model.dit import TIMESTEPS, DiT
+from ..model.experts import Experts
 from ..sizes import Size, Timing, whole_size
+from .checkpoint import load_parts, save_parts
 from .clips import converted, pad
 from .inputs import Seeds, as_generators, as_requests, check_options
-from .parts import EMBEDDED, SIZE, Parts, load_parts, preset_parts, save_parts, token_timing, token_unit
+from .parts import EMBEDDED, SIZE, Defaults, Parts, preset_parts, token_timing, token_unit
 from .request import Request
 
 Progress = Callable[[str, int, int], None]
@@ -38,25 +40,31 @@ class SoraPipeline:
     >>> (longer,) = pipeline([extend("a red circle moves up", videos[0], 8, pipeline.timing)])            # [3, 21, 48, 80]
 
     Args:
-        dit: with a text_dim, the text encoder's.
+        dit: with a text_dim, the text encoder's; or two of them, as `Experts`.
         text_encoder: captions -> PackedText.
         scheduler: any of diffusers' whose kind of prediction the model was trained for.
         codec: pixels <-> latents; default: latents are pixels.
         captioner: latents -> captions, short prompts -> long ones; may be None.
         size: (T, H, W) of a request without one.
+        defaults: of a call.
+        frame_times: whether the transformer was trained with a time for each token frame, as tasks with keyframes need.
     """
 
     def __init__(
         self,
-        dit: DiT,
+        dit: DiT | Experts,
         text_encoder: TextEncoder,
         scheduler: Any,
         codec: Codec | None = None,
         captioner: Captioner | None = None,
         *,
         size: Size = SIZE,
+        defaults: Defaults = Defaults(),  # noqa: B008
+        frame_times: bool = True,
     ) -> None:
-        self.dit, self.text_encoder, self.scheduler, self.size = dit, text_encoder, scheduler, size
+        self.dit: Any = dit
+        self.text_encoder, self.scheduler, self.size = text_encoder, scheduler, size
+        self.defaults, self.frame_times = defaults, frame_times
         self.codec: Codec = PixelCodec() if codec is None else codec
         self.captioner = captioner
         for what, expected, actual in (
@@ -73,16 +81,21 @@ class SoraPipeline:
             )
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path | None = None, *, device: torch.device | str = "cpu") -> SoraPipeline:
-        """Reads what `save_pretrained` wrote, in float32; a write that was killed is completed or undone first (`settle`).
+    def from_pretrained(
+        cls, directory: str | Path | None = None, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> SoraPipeline:
+        """Reads what `save_pretrained` wrote, or one of diffusers' Wan pipelines (2.1 and 2.2 text to video, 2.2 TI2V).
+
+        A write that was killed is completed or undone first (`settle`).
 
         Args:
             directory: of the checkpoint; default: the one that comes with the package, of a world of moving shapes.
+            dtype: of the transformer's weights; default: float32, or that of Wan's files. What Wan keeps in float32 stays so.
 
         Raises:
             FileNotFoundError: a folder without a pipeline in it. ValueError: files that are broken or do not fit together.
         """
-        return cls._of(load_parts(EMBEDDED if directory is None else directory)).eval().to(device)
+        return cls._of(load_parts(EMBEDDED if directory is None else directory, dtype)).eval().to(device)
 
     @classmethod
     def from_preset(
@@ -162,9 +175,9 @@ class SoraPipeline:
         requests: str | Request | Sequence[str | Request],
         size: Size | Sequence[Size] | None = None,
         *,
-        num_inference_steps: int = 30,
-        guidance_scale: float = 3.0,
-        guidance_from: float = 0.6,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_from: float | None = None,
         generator: Seeds = None,
         callback: Callback | None = None,
         output_type: str = "pt",
@@ -179,7 +192,7 @@ class SoraPipeline:
         Args:
             requests: B of them, or one; a string is a prompt of text to video.
             size: (T, H, W) in pixels of the strings, one for all or one each; default: the pipeline's. Requests have their own.
-            num_inference_steps: steps of the scheduler.
+            num_inference_steps: steps of the scheduler. Default of this and the next two: `defaults` of the pipeline.
             guidance_scale: of classifier-free guidance; 1 is none.
             guidance_from: where guidance ends, as a share of the scheduler's timesteps: 0 guides every step. See `guided`.
             generator: a seed or a torch.Generator on the host for each request that has no seed, or one seed: request i has
@@ -197,6 +210,10 @@ class SoraPipeline:
             TypeError: requests, sizes or seeds of another type. ValueError: numbers of requests, sizes and seeds that differ;
                 keyframes that are not whole token frames.
         """
+        steps, scale, lowest = self.defaults
+        num_inference_steps = steps if num_inference_steps is None else num_inference_steps
+        guidance_scale = scale if guidance_scale is None else guidance_scale
+        guidance_from = lowest if guidance_from is None else guidance_from
         check_options(num_inference_steps, guidance_from, output_type, precision)
         asked = as_requests(requests, size, self.size)
         self._check(asked, guidance_scale)
@@ -266,6 +283,11 @@ class SoraPipeline:
         if guidance_scale == 1 and unused:
             raise ValueError(
                 f"SoraPipeline: negative_prompt: expected none with guidance_scale 1, which has no use for it, got {unused!r}"
+            )
+        if not self.frame_times and any(request.keyframes for request in requests):
+            raise ValueError(
+                "SoraPipeline: keyframes: expected none, as this transformer was trained with one time for all frames of a video, "
+                "got some: it makes videos and images from text, and videos from videos"
             )
         steps = [request.frame_step for request in requests]
         if self.codec.compression[0] > 1 and any(step != 1 for step in steps):

@@ -36,6 +36,9 @@ def read_json(path: Path, owner: str) -> dict[str, Any]:
 def read_index(folder: Path, owner: str) -> dict[str, Any]:
     """What model_index.json says there is in a checkpoint: "size", and whether there is a "vae" and a "captioner"."""
     index = read_json(folder / "model_index.json", owner)
+    if isinstance(kind := index.get("_class_name"), str) and kind != "SoraPipeline":
+        expected = "SoraPipeline, WanPipeline or WanImageToVideoPipeline"
+        raise ValueError(f"{owner}: model_index.json: _class_name: expected {expected}, got {kind}")
     if set(index) != {"_class_name", "size", "vae", "captioner"} or index["_class_name"] != "SoraPipeline":
         raise ValueError(f"{owner}: model_index.json: expected a pipeline of this package, got {sorted(index)}")
     size = index["size"]
@@ -120,6 +123,28 @@ def read_tensors(files: Sequence[Path], owner: str) -> dict[str, Tensor]:
             check_finite(value, f"{owner}: {path}: {name}")
         tensors |= read
     return tensors
+
+
+def open_tensors(files: Sequence[Path], owner: str) -> Callable[[str], Tensor]:
+    """Reads tensors of safetensors files one at a time, by name; one that is not finite is an error.
+
+    A file is opened for each tensor, as what was read of an open one stays in memory.
+    """
+    homes: dict[str, Path] = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                homes |= dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise ValueError(f"{owner}: {path}: expected safetensors, got {error}") from None
+
+    def read(name: str) -> Tensor:
+        with safe_open(homes[name], "pt") as file:
+            value = file.get_tensor(name).clone()
+        check_finite(value, f"{owner}: {homes[name]}: {name}")
+        return value
+
+    return read
 
 
 def check_finite(value: Tensor, where: str) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,13 @@ class PretrainedEncoder(nn.Module):
     Args:
         model: of transformers, on any device; it is frozen.
         tokenizer: its tokenizer.
+        longest: tokens of a caption, behind which it is cut; default: as many as the model can take.
+        clean: what is done to captions first.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, longest: int | None = None, clean: Callable[[str], str] | None = None
+    ) -> None:
         super().__init__()
         kind = model.config.model_type
         if kind not in CLASSES:
@@ -62,7 +66,8 @@ class PretrainedEncoder(nn.Module):
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.dim = int(model.config.hidden_size)
-        self.longest = getattr(model.config, "max_position_embeddings", None)
+        self.longest = getattr(model.config, "max_position_embeddings", None) if longest is None else longest
+        self.clean = clean
 
     def train(self, mode: bool = True) -> PretrainedEncoder:
         return self  # frozen: dropout never runs
@@ -73,7 +78,8 @@ class PretrainedEncoder(nn.Module):
         if isinstance(captions, str):
             raise TypeError("PretrainedEncoder: captions: expected a list of strings, got one string")
         options = {"truncation": True, "max_length": self.longest} if self.longest else {}
-        batch = self.tokenizer(list(captions), padding=True, return_tensors="pt", **options).to(self.model.device)
+        captions = list(captions) if self.clean is None else [self.clean(caption) for caption in captions]
+        batch = self.tokenizer(captions, padding=True, return_tensors="pt", **options).to(self.model.device)
         mask = batch["attention_mask"]
         out = self.model(input_ids=batch["input_ids"], attention_mask=mask)
         states: Tensor = out.last_hidden_state
@@ -91,8 +97,10 @@ class PretrainedEncoder(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> PretrainedEncoder:
+    def from_pretrained(cls, folder: str | Path, tokenizer: str | Path | None = None, **options: Any) -> PretrainedEncoder:
         """Reads a checkpoint of transformers from a local folder, in the dtype of its weights.
+
+        tokenizer: the folder of its tokenizer; default: the same. options: see `PretrainedEncoder`.
 
         Raises:
             FileNotFoundError: no config.json or no safetensors there.
@@ -103,10 +111,10 @@ class PretrainedEncoder(nn.Module):
         kind = config.get("model_type")
         if kind not in CLASSES:
             raise ValueError(f"{owner}: {folder}: expected model_type out of {', '.join(CLASSES)}, got {kind}")
-        tokenizer = load_tokenizer(folder, owner, kind)
+        reader = load_tokenizer(folder if tokenizer is None else Path(tokenizer), owner, kind)
         if isinstance(config.get("text_config"), dict):  # a whole CLIP
             config = config["text_config"]
-        return cls(_encoder(CLASSES[kind], config, folder, owner), tokenizer)
+        return cls(_encoder(CLASSES[kind], config, folder, owner), reader, **options)
 
 
 def _encoder(name: str, values: dict[str, Any], folder: Path, owner: str) -> Any:

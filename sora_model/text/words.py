@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from sora_kernels.attention import flash_attn_varlen_qkvpacked_func
 
+from ..model.block import Mlp
 from ..model.conditioning import PackedText
-from ..model.dit import Mlp, sinusoids
+from ..model.dit import sinusoids
 from ..storage.files import save_module
 
 _WORD = re.compile(r"\w+|[^\w\s]")

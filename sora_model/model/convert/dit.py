@@ -59,6 +59,7 @@ def from_diffusers_dit(transformer: Any) -> DiT:
         num_classes=old.num_embeds_ada_norm,
         learn_sigma=transformer.out_channels == 2 * old.in_channels,
         timestep_shift=1,
+        timestep_float32=True,
     )
     weights = transformer.state_dict()
     first = "transformer_blocks.0.norm1.emb."

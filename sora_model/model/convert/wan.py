@@ -1,0 +1,183 @@
+"""Wan's transformer as a `DiT`, and back: 2.1 and 2.2 text to video, and 2.2 TI2V.
+
+A DiT keeps queries, keys and values in one layer, and tables as vectors; all else is a matter of names. Sources: Wan Team, Wan:
+Open and Advanced Large-Scale Video Generative Models (2025); names of weights as in diffusers' WanTransformer3DModel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DiTConfig
+from ..dit import FREQUENCIES, DiT
+
+TEXT_LENGTH = 512  # tokens of zeros fill each prompt up to it
+# Our names of a block's layers, and diffusers'.
+_BLOCK = {
+    "attention.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attention.out": ("attn1.to_out.0",),
+    "cross_norm": ("norm2",),
+    "cross_attention.q": ("attn2.to_q",),
+    "cross_attention.kv": ("attn2.to_k", "attn2.to_v"),
+    "cross_attention.out": ("attn2.to_out.0",),
+    "mlp.0": ("ffn.net.0.proj",),
+    "mlp.2": ("ffn.net.2",),
+}
+_BLOCK_PARAMETERS = {
+    "offset": "scale_shift_table",
+    "attention.q_norm": "attn1.norm_q.weight",
+    "attention.k_norm": "attn1.norm_k.weight",
+    "cross_attention.q_norm": "attn2.norm_q.weight",
+    "cross_attention.k_norm": "attn2.norm_k.weight",
+}
+_OUTER = {
+    "patch_embed": "patch_embedding",
+    "time_embed.0": "condition_embedder.time_embedder.linear_1",
+    "time_embed.2": "condition_embedder.time_embedder.linear_2",
+    "shared_modulation": "condition_embedder.time_proj",
+    "text_projection.0": "condition_embedder.text_embedder.linear_1",
+    "text_projection.2": "condition_embedder.text_embedder.linear_2",
+    "final": "proj_out",
+}
+# What a DiT has in common with Wan, whatever its size.
+_STYLE: dict[str, Any] = {
+    "qk_norm": True,
+    "qk_norm_across_heads": True,
+    "positions": "rope",
+    "rope_theta": 10000.0,
+    "rope_size": None,
+    "absolute_positions": False,
+    "text_projection": True,
+    "text_length": TEXT_LENGTH,
+    "cross_attention_norms": True,
+    "num_classes": None,
+    "modulation": "tables",
+    "prediction": "direct",
+    "learn_sigma": False,
+    "timestep_shift": 0,
+    "timestep_float32": True,
+}
+# Options of diffusers' that have one value here.
+_FIXED = {
+    "freq_dim": FREQUENCIES,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}
+FLOAT32 = "time_embed", "offset", "final_offset", "cross_norm"
+"""Modules and parameters that stay in float32 where the others are in 16 bits, as in diffusers."""
+
+
+def from_diffusers_wan(transformer: Any) -> DiT:
+    """diffusers' `WanTransformer3DModel` as a `DiT`, with copies of its weights in their dtypes.
+
+    >>> from diffusers import WanTransformer3DModel          # of a checkpoint: .from_pretrained(..., subfolder="transformer")
+    >>> transformer = WanTransformer3DModel(num_attention_heads=2, num_layers=1, ffn_dim=64, text_dim=32)
+    >>> dit = from_diffusers_wan(transformer)
+    >>> latents = [torch.randn(16, 3, 8, 8), torch.randn(16, 1, 12, 4)]
+    >>> [tuple(x.shape) for x in dit(latents, torch.tensor([700.0, 20.0]))]
+    [(16, 3, 8, 8), (16, 1, 12, 4)]
+
+    Captions are of the transformer's text width, without padding: the model attends as if zeros filled them up to 512 tokens.
+
+    Raises:
+        ValueError: options that a DiT does not have, such as the image embeddings of Wan 2.1's image-to-video models.
+    """
+    weights = transformer.state_dict()
+    return load_wan(wan_config(dict(transformer.config), "from_diffusers_wan"), lambda name: weights[name].clone())
+
+
+def to_diffusers_wan(dit: DiT) -> Any:
+    """The inverse of `from_diffusers_wan`, to the last bit.
+
+    Raises:
+        ValueError: a DiT with another option than Wan has.
+    """
+    from diffusers import WanTransformer3DModel
+
+    config = dit.config
+    for name, expected in _STYLE.items():
+        if getattr(config, name) != expected:
+            raise ValueError(f"to_diffusers_wan: {name}: expected {expected!r}, got {getattr(config, name)!r}")
+    options = {
+        "patch_size": config.patch_size,
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.hidden_size // config.num_heads,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "text_dim": config.text_dim,
+        "ffn_dim": config.mlp_width,
+        "num_layers": config.depth,
+        "eps": config.eps,
+    }
+    with torch.device("meta"):
+        transformer: Any = WanTransformer3DModel(**options)
+    shapes = {name: value.shape for name, value in transformer.state_dict().items()}
+    weights = dit.state_dict()
+    state = {}
+    for ours, theirs in names(config.depth).items():
+        for name, part in zip(theirs, weights[ours].chunk(len(theirs)), strict=True):
+            state[name] = part.reshape(shapes[name]).clone()
+    transformer.load_state_dict(state, assign=True)
+    # Its tables of positions are no weights, and have to be computed.
+    transformer.rope = type(transformer.rope)(options["attention_head_dim"], config.patch_size, transformer.config.rope_max_seq_len)
+    return transformer
+
+
+def wan_config(values: Mapping[str, Any], owner: str) -> DiTConfig:
+    """The config.json of a WanTransformer3DModel as a `DiTConfig`; an option that a DiT does not have is an error."""
+    for name, expected in _FIXED.items():
+        if values.get(name, expected) != expected:
+            raise ValueError(f"{owner}: {name}: expected {expected!r}, got {values[name]!r}")
+    channels, heads = values["in_channels"], values["num_attention_heads"]
+    if values.get("out_channels") not in (None, channels):
+        raise ValueError(f"{owner}: out_channels: expected {channels}, as many as in_channels, got {values['out_channels']}")
+    return DiTConfig(
+        in_channels=channels,
+        patch_size=tuple(values["patch_size"]),
+        hidden_size=heads * values["attention_head_dim"],
+        depth=values["num_layers"],
+        num_heads=heads,
+        mlp_size=values["ffn_dim"],
+        eps=values["eps"],
+        text_dim=values["text_dim"],
+        **_STYLE,
+    )
+
+
+def names(depth: int) -> dict[str, tuple[str, ...]]:
+    """Of each of our weights, the names of those of diffusers that it is made of, end to end."""
+    found: dict[str, tuple[str, ...]] = {"final_offset": ("scale_shift_table",)}
+    for kind in ("weight", "bias"):
+        found |= {f"{ours}.{kind}": (f"{theirs}.{kind}",) for ours, theirs in _OUTER.items()}
+        for i in range(depth):
+            block = {f"blocks.{i}.{ours}.{kind}": layers for ours, layers in _BLOCK.items()}
+            found |= {ours: tuple(f"blocks.{i}.{layer}.{kind}" for layer in layers) for ours, layers in block.items()}
+    for i in range(depth):
+        found |= {f"blocks.{i}.{ours}": (f"blocks.{i}.{theirs}",) for ours, theirs in _BLOCK_PARAMETERS.items()}
+    return found
+
+
+def load_wan(
+    config: DiTConfig, read: Callable[[str], Tensor], dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> DiT:
+    """A DiT whose weights are read one at a time, by diffusers' names: beside it, memory holds one layer at most.
+
+    dtype: of the weights, but for those of FLOAT32; default: as they are.
+    """
+    with torch.device("meta"):
+        dit = DiT(config)
+    shapes = {name: value.shape for name, value in dit.state_dict().items()}
+    for ours, theirs in names(config.depth).items():
+        kept = any(part in FLOAT32 for part in ours.split("."))
+        parts = [read(name).to(device, torch.float32 if kept and dtype is not None else dtype) for name in theirs]
+        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        owner, _, attribute = ours.rpartition(".")
+        setattr(dit.get_submodule(owner), attribute, nn.Parameter(value.reshape(shapes[ours])))
+    return dit

@@ -1,0 +1,72 @@
+"""Parts of a pipeline from and to the folder of a checkpoint: `load_parts`, `save_parts`, `read_outline`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..caption.captioner import Captioner
+from ..codec.codec import PixelCodec
+from ..codec.vae import VideoVAE
+from ..diffusion.schedulers import load_scheduler
+from ..model.config import DiTConfig
+from ..model.dit import DiT
+from ..model.experts import Experts
+from ..storage.files import save_module, settle, whole_folder
+from ..storage.weights import built, open_module, read_index, read_json
+from ..text.pretrained import load_text_encoder
+from . import wan
+from .parts import Defaults, Outline, Parts, token_timing, token_unit
+
+
+def read_outline(directory: str | Path) -> Outline:
+    """Raises as `SoraPipeline.from_pretrained` does, but for weights."""
+    folder, owner = Path(directory), "read_outline"
+    if wan.is_wan(folder, owner):
+        return wan.read_outline(folder, owner)
+    index = read_index(folder, owner)
+    config: Any = built(DiTConfig.from_dict, {"values": read_json(folder / "dit" / "config.json", owner)}, owner)
+    compression = VideoVAE.read_compression(folder / "vae") if index["vae"] else PixelCodec.compression
+    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    timing = token_timing(config.patch_size, compression, causal=index["vae"])
+    return Outline(tuple(index["size"]), token_unit(config.patch_size, compression), timing, config.hidden_size, weights)
+
+
+def load_parts(directory: str | Path, dtype: torch.dtype | None = None) -> Parts:
+    """The parts of a checkpoint; see `SoraPipeline.from_pretrained`."""
+    folder, owner = Path(directory), "SoraPipeline.from_pretrained"
+    settle(folder)
+    if wan.is_wan(folder, owner):
+        return wan.load_parts(folder, owner, dtype)
+    index = read_index(folder, owner)
+    config = read_json(folder / "dit" / "config.json", owner)
+    dit = open_module(lambda: DiT(DiTConfig.from_dict(config)), config, folder / "dit", owner)
+    scheduler = load_scheduler(folder / "scheduler", owner)
+    codec = VideoVAE.from_pretrained(folder / "vae") if index["vae"] else PixelCodec()
+    captioner = Captioner.from_pretrained(folder / "captioner") if index["captioner"] else None
+    text_encoder = load_text_encoder(folder / "text_encoder")
+    return Parts(dit.to(dtype), text_encoder, scheduler, codec, captioner, tuple(index["size"]))
+
+
+def save_parts(parts: Parts, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes model_index.json and a folder for each part, all or nothing; see `SoraPipeline.save_pretrained`."""
+    codec, captioner = parts.codec, parts.captioner
+    if isinstance(parts.dit, Experts) or parts.defaults != Defaults() or not parts.frame_times:
+        expected = "a model of this package (to_diffusers_wan converts transformers)"
+        raise TypeError(f"SoraPipeline.save_pretrained: dit: expected {expected}, got one of another pipeline")
+    if not isinstance(codec, PixelCodec | VideoVAE):
+        raise TypeError(f"SoraPipeline.save_pretrained: codec: expected a PixelCodec or a VideoVAE, got {type(codec).__name__}")
+    with whole_folder(directory) as folder:
+        save_module(parts.dit, parts.dit.config.to_dict(), folder / "dit", dtype)
+        parts.text_encoder.save_pretrained(folder / "text_encoder", dtype=dtype)
+        parts.scheduler.save_pretrained(folder / "scheduler")
+        if isinstance(codec, VideoVAE):
+            codec.save_pretrained(folder / "vae", dtype=dtype)
+        if captioner is not None:
+            captioner.save_pretrained(folder / "captioner", dtype=dtype)
+        present = {"vae": isinstance(codec, VideoVAE), "captioner": captioner is not None}
+        index = {"_class_name": "SoraPipeline", "size": list(parts.size), **present}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

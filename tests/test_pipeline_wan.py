@@ -1,0 +1,277 @@
+"""diffusers' Wan pipelines, saved and opened as a `SoraPipeline`: the same videos, and Sora's tasks on TI2V."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_dit import awake
+from test_pretrained_text import MODELS, tokenizer
+from torch import Tensor, nn
+
+from sora_model import SoraPipeline, extend, image_to_video, join, text_to_image, text_to_video, video_to_video
+from sora_model.model.conditioning import PackedText
+from sora_model.model.experts import Experts
+from sora_model.pipeline.tasks import long_video, loop
+from sora_model.pipeline.wan import clean_prompt
+
+PROMPTS = ["a red circle moves right", "blue"]
+NEGATIVE = "right right"
+STEPS, GUIDANCE = 3, 4.0
+SHOWN = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+
+
+def transformer(channels: int) -> WanTransformer3DModel:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 48, "text_dim": 16}
+    return awake(WanTransformer3DModel(**sizes, in_channels=channels, out_channels=channels, rope_max_seq_len=64))
+
+
+def vae(residual: bool) -> AutoencoderKLWan:
+    common = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    if not residual:
+        return AutoencoderKLWan(**common, z_dim=16)
+    channels = 48
+    statistics = {"latents_mean": [0.1] * channels, "latents_std": [0.7] * channels}
+    of_patches = {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16, "is_residual": True}
+    return AutoencoderKLWan(**common, **of_patches, **statistics, z_dim=channels, decoder_base_dim=4)
+
+
+def save(kind: str, folder: Path) -> Path:
+    """A pipeline of tiny models with random weights, as diffusers saves it."""
+    torch.manual_seed(0)
+    ti2v = kind.startswith("ti2v")
+    parts = {
+        "tokenizer": tokenizer(),
+        "text_encoder": MODELS["umt5"]().eval(),
+        "vae": vae(ti2v).eval(),
+        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        "transformer": transformer(48 if ti2v else 16).eval(),
+        "expand_timesteps": ti2v,
+    }
+    if kind == "experts":
+        parts |= {"transformer_2": awake(transformer(16)).eval(), "boundary_ratio": 0.8}
+        parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    if kind == "ti2v image":
+        WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None).save_pretrained(folder)
+    else:
+        WanPipeline(**parts).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: save(kind, tmp_path_factory.mktemp("wan")) for kind in ("t2v", "experts", "ti2v", "ti2v image")}
+
+
+def noise(pipeline: SoraPipeline, size: tuple[int, int, int], seed: int) -> Tensor:
+    """What the pipeline of this package starts from, as diffusers' takes it."""
+    frames, height, width = size
+    ct, ch, cw = pipeline.codec.compression
+    shape = pipeline.codec.channels, 1 + (frames - 1) // ct, height // ch, width // cw
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))[None]
+
+
+def theirs(pipe, pipeline: SoraPipeline, prompt: str, size: tuple[int, int, int], seed: int, output: str, **more) -> Tensor:
+    frames, height, width = size
+    out = pipe(
+        prompt=prompt, negative_prompt=NEGATIVE, height=height, width=width, num_frames=frames,
+        latents=noise(pipeline, size, seed), output_type=output, **SHOWN, **more,
+    ).frames  # fmt: skip
+    return torch.as_tensor(np.asarray(out)) if output == "np" else out
+
+
+@pytest.mark.parametrize("kind", ["t2v", "experts", "ti2v"])
+def test_text_to_video_is_that_of_diffusers(folders: dict[str, Path], kind: str) -> None:
+    """Two prompts of two sizes, in one batch with guidance; diffusers makes them one by one."""
+    pipe = WanPipeline.from_pretrained(folders[kind])
+    pipe.set_progress_bar_config(disable=True)
+    pipeline = SoraPipeline.from_pretrained(folders[kind])
+    assert isinstance(pipeline.dit, Experts) == (kind == "experts")
+    assert tuple(pipeline.defaults) == (50, 5.0, 0.0)
+    sizes = [(9, 64, 96), (1, 96, 32)]
+    requests = [text_to_video(p, s, negative_prompt=NEGATIVE) for p, s in zip(PROMPTS, sizes, strict=True)]
+    latents = pipeline(requests, generator=5, output_type="latent", **SHOWN)
+    videos = pipeline(requests, generator=5, output_type="np", **SHOWN)
+    for i, (prompt, size) in enumerate(zip(PROMPTS, sizes, strict=True)):
+        want = theirs(pipe, pipeline, prompt, size, 5 + i, "latent")[0]
+        assert want.std() > 0.1
+        torch.testing.assert_close(latents[i], want, rtol=1e-5, atol=1e-5)
+        seen = theirs(pipe, pipeline, prompt, size, 5 + i, "np")[0]
+        torch.testing.assert_close(torch.as_tensor(videos[i]), seen.float(), rtol=0, atol=1e-4)
+
+
+def picture(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_image_to_video_is_that_of_diffusers(folders: dict[str, Path]) -> None:
+    pipe = WanImageToVideoPipeline.from_pretrained(folders["ti2v image"])
+    pipe.set_progress_bar_config(disable=True)
+    pipeline, size, image = SoraPipeline.from_pretrained(folders["ti2v image"]), (9, 64, 96), picture(64, 96)
+    request = image_to_video(PROMPTS[0], [image], size[0], pipeline.timing, negative_prompt=NEGATIVE)
+    (latents,) = pipeline(request, generator=5, output_type="latent", **SHOWN)
+    want = theirs(pipe, pipeline, PROMPTS[0], size, 5, "latent", image=image)[0]
+    torch.testing.assert_close(latents, want, rtol=1e-5, atol=1e-5)
+    (video,) = pipeline(request, generator=5, output_type="np", **SHOWN)
+    seen = theirs(pipe, pipeline, PROMPTS[0], size, 5, "np", image=image)[0]
+    torch.testing.assert_close(torch.as_tensor(video), seen.float(), rtol=0, atol=1e-4)
+
+
+class Times(nn.Module):
+    """A transformer that notes the times that it is given."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.config, self.seen = inner, inner.config, []
+
+    @property
+    def final(self) -> nn.Linear:
+        return self.inner.final
+
+    def forward(self, latents: list[Tensor], timesteps: Tensor, *args: object) -> list[Tensor]:
+        self.seen.append(timesteps.clone())
+        return self.inner(latents, timesteps, *args)
+
+
+def test_times_of_frames_are_those_of_diffusers(folders: dict[str, Path]) -> None:
+    """For image to video: diffusers' time of each token, one per frame, at each step."""
+    pipe = WanImageToVideoPipeline.from_pretrained(folders["ti2v image"])
+    pipe.set_progress_bar_config(disable=True)
+    pipeline, size, image = SoraPipeline.from_pretrained(folders["ti2v image"]), (9, 64, 96), picture(64, 96)
+    given = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs["timestep"][0]), with_kwargs=True)
+    theirs(pipe, pipeline, PROMPTS[0], size, 5, "latent", image=image)
+    watched = pipeline.replaced(dit=Times(pipeline.dit))
+    watched(image_to_video(PROMPTS[0], [image], size[0], pipeline.timing), generator=5, output_type="latent", **SHOWN)
+    assert len(watched.dit.seen) == STEPS
+    for ours, of_tokens in zip(watched.dit.seen, given[::2], strict=True):  # one pass with the prompt, one without
+        assert torch.equal(ours.repeat(1), torch.cat([of_tokens.unflatten(0, (3, -1))[:, 0]] * 2))
+
+
+def test_every_task_in_one_batch(folders: dict[str, Path]) -> None:
+    """On TI2V. Each result is that of its request alone, and frames that were given come back."""
+    pipeline = SoraPipeline.from_pretrained(folders["ti2v"])
+    torch.manual_seed(0)
+    clip, other = torch.rand(2, 3, 9, 32, 64) * 2 - 1
+    timing = pipeline.timing
+    requests = [
+        text_to_video(PROMPTS[0], (5, 32, 32)),
+        text_to_image(PROMPTS[1], 64, 32),
+        image_to_video(PROMPTS[0], clip[:, :1], 9, timing),
+        video_to_video(PROMPTS[1], clip, 0.5),
+        extend(PROMPTS[0], clip, 4, timing),
+        extend(PROMPTS[0], clip, 4, timing, backward=True),
+        join(PROMPTS[1], clip, other, 4, timing),
+    ]
+    seeds = list(range(len(requests)))
+    videos = pipeline(requests, generator=seeds, **SHOWN)
+    for request, seed, video in zip(requests, seeds, videos, strict=True):
+        (alone,) = pipeline(request, generator=seed, **SHOWN)
+        torch.testing.assert_close(video, alone, rtol=0, atol=1e-4)
+        assert tuple(video.shape[1:]) == request.stitched_size
+    coded = pipeline.coded(clip[:, :1])
+    torch.testing.assert_close(videos[2][:, :1], coded, rtol=0, atol=1e-4)
+    assert torch.equal(videos[4][:, :4], clip[:, :4])
+    assert torch.equal(videos[5][:, -4:], clip[:, -4:])
+    assert torch.equal(videos[6][:, :4], clip[:, :4])
+    assert torch.equal(videos[6][:, -5:], other[:, -5:])
+
+
+def test_tasks_of_several_passes(folders: dict[str, Path]) -> None:
+    pipeline = SoraPipeline.from_pretrained(folders["ti2v"])
+    options = {"seed": 0, **SHOWN}
+    assert loop(pipeline, PROMPTS[0], (5, 32, 32), passage=4, **options).shape == (3, 9, 32, 32)
+    assert long_video(pipeline, PROMPTS, 13, (9, 32, 32), **options).shape == (3, 13, 32, 32)
+
+
+def test_without_times_of_frames_keyframes_are_refused(folders: dict[str, Path]) -> None:
+    pipeline = SoraPipeline.from_pretrained(folders["t2v"])
+    clip = torch.zeros(3, 5, 32, 32)
+    pipeline(video_to_video(PROMPTS[0], clip, 0.5), generator=0, **SHOWN)
+    with pytest.raises(ValueError, match="keyframes: expected none, as this transformer was trained with one time for all frames"):
+        pipeline(image_to_video(PROMPTS[0], clip[:, :1], 5, pipeline.timing), **SHOWN)
+
+
+def test_in_bfloat16(folders: dict[str, Path]) -> None:
+    """Weights in bfloat16, but for those that Wan keeps in float32."""
+    pipeline = SoraPipeline.from_pretrained(folders["ti2v"], dtype=torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in pipeline.dit.named_parameters()}
+    assert dtypes["final.weight"] == torch.bfloat16
+    assert dtypes["blocks.0.offset"] == dtypes["time_embed.0.weight"] == torch.float32
+    wide = SoraPipeline.from_pretrained(folders["ti2v"])
+    got, want = (p(PROMPTS[0], (5, 32, 32), generator=0, output_type="latent", **SHOWN)[0] for p in (pipeline, wide))
+    assert (got - want).norm() < 0.1 * want.norm()
+
+
+def test_prompts_are_cut_and_cleaned(folders: dict[str, Path]) -> None:
+    assert clean_prompt(" a&amp;amp;b \n c ") == "a&b c"
+    encoder = SoraPipeline.from_pretrained(folders["t2v"]).text_encoder
+    text: PackedText = encoder(["a " * 600, " a\n red "])
+    assert text.cu_seqlens.tolist() == [0, 512, 515]
+
+
+def changed(folder: Path, target: Path, change) -> Path:
+    shutil.copytree(folder, target)
+    change(target)
+    return target
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def without_a_weight(folder: Path) -> None:
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["blocks.1.attn1.to_q.weight"]
+    save_file(weights, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"),
+            "_class_name: expected Sora.*, got FluxPipeline",
+        ),
+        (lambda f: edit(f / "model_index.json", boundary_ratio=0.9), "boundary_ratio: expected one with a folder transformer_2"),
+        (lambda f: edit(f / "transformer" / "config.json", image_dim=16), "image_dim: expected None, got 16"),
+        (lambda f: edit(f / "transformer" / "config.json", num_layers=3), r"blocks\.2\..*: expected shape .*, got None"),
+        (lambda f: edit(f / "transformer" / "config.json", _class_name="Other"), "expected WanTransformer3DModel, got Other"),
+        (without_a_weight, r"blocks\.1\.attn1\.to_q\.weight: expected shape \(32, 32\), got None"),
+    ],
+)
+def test_folders_that_are_refused(folders: dict[str, Path], tmp_path: Path, change, message: str) -> None:
+    folder = changed(folders["t2v"], tmp_path / "changed", change)
+    with pytest.raises(ValueError, match=message):
+        SoraPipeline.from_pretrained(folder)
+
+
+def test_sharded_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = changed(folders["t2v"], tmp_path / "sharded", lambda _: None)
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    model = WanTransformer3DModel.from_pretrained(folders["t2v"] / "transformer")
+    model.save_pretrained(folder / "transformer", max_shard_size="20KB")
+    assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
+    got, want = (SoraPipeline.from_pretrained(f).dit.state_dict() for f in (folder, folders["t2v"]))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    next((folder / "transformer").glob("*.safetensors")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"weight_map: expected .*, which is not there"):
+        SoraPipeline.from_pretrained(folder)
+
+
+def test_it_is_not_saved_as_this_packages_own(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="save_pretrained: dit: expected a model of this package"):
+        SoraPipeline.from_pretrained(folders["experts"]).save_pretrained(tmp_path / "saved")
