@@ -256,7 +256,7 @@ def test_a_failed_save_leaves_the_old_one(pipeline: SoraPipeline, tmp_path: Path
     def fail(*args, **kwargs) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("sora_model.pipeline.parts.json.dumps", fail)
+    monkeypatch.setattr("sora_model.pipeline.checkpoint.json.dumps", fail)
     with pytest.raises(OSError, match="disk full"):
         pipeline.save_pretrained(tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

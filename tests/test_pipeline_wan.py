@@ -18,10 +18,12 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_dit import awake
+from test_generate import sora
 from test_pretrained_text import MODELS, tokenizer
 from torch import Tensor, nn
 
 from sora_model import SoraPipeline, extend, image_to_video, join, text_to_image, text_to_video, video_to_video
+from sora_model.data import read_comment
 from sora_model.model.conditioning import PackedText
 from sora_model.model.experts import Experts
 from sora_model.pipeline.tasks import long_video, loop
@@ -213,6 +215,21 @@ def test_in_bfloat16(folders: dict[str, Path]) -> None:
     wide = SoraPipeline.from_pretrained(folders["ti2v"])
     got, want = (p(PROMPTS[0], (5, 32, 32), generator=0, output_type="latent", **SHOWN)[0] for p in (pipeline, wide))
     assert (got - want).norm() < 0.1 * want.norm()
+
+
+def test_commands(folders: dict[str, Path], tmp_path: Path) -> None:
+    """They take a checkpoint's own steps and guidance, and refuse what it cannot do before they read its weights."""
+    out = sora("generate", PROMPTS[0], "--checkpoint", folders["t2v"], "--size", "1x32x32", "--out", tmp_path / "out")
+    (path,) = (tmp_path / "out").glob("00*.png")
+    settings = json.loads(read_comment(path))
+    assert (settings["steps"], settings["guidance"], settings["guidance_from"]) == (50, 5.0, 0.0)
+    assert "1 video of 1x32x32" in out
+    options = ["--checkpoint", folders["t2v"], "--out", tmp_path / "none"]
+    for command in (["animate", path, "blue"], ["long", "blue"], ["loop", "blue"], ["simulate", "blue"]):
+        message = sora(*command, *options, code=2)
+        assert "--checkpoint: expected a model trained with a time for each frame" in message.replace("\n", " ")
+    sora("animate", path, "blue", "--frames", 5, "--checkpoint", folders["ti2v"], "--steps", 1, "--out", tmp_path / "animated")
+    assert list((tmp_path / "animated").glob("*.mp4"))
 
 
 def test_prompts_are_cut_and_cleaned(folders: dict[str, Path]) -> None:

@@ -179,6 +179,14 @@ class Call(Loaded):
             f"about {needed / 1e9:.1f} GB of memory"
         )
 
+    def check_frame_times(self) -> None:
+        """Raises ValueError for a checkpoint that cannot go on from given frames, before its weights are read."""
+        if not self.outline.frame_times:
+            raise ValueError(
+                "--checkpoint: expected a model trained with a time for each frame, as given frames need, "
+                f"got one that takes text and videos to restyle: {self.folder}"
+            )
+
     def check_words(self, pipeline: SoraPipeline, prompts: Sequence[str]) -> None:
         """Names the words of prompts that the text encoder has not learned, each once: what they show is left to chance."""
         vocabulary = getattr(pipeline.text_encoder, "vocabulary", None)
@@ -197,6 +205,8 @@ class Call(Loaded):
         **settings: Any,
     ) -> None:
         """Opens the pipeline for requests and generates; see `announce` and `generate`."""
+        if any(request.keyframes for request in requests):
+            self.check_frame_times()
         made = [request.stitched_size for request in requests]
         for input_fps in rates:
             self.rate(input_fps)

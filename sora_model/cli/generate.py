@@ -179,6 +179,7 @@ def loop(
     call: Call,
 ) -> None:
     """Make a video that can be played round and round without a seam."""
+    call.check_frame_times()
     outline = call.outline
     shape, stride = parse_size(size) if size else outline.size, outline.timing.stride
     if passage is not None and passage % stride:
@@ -210,6 +211,7 @@ def long(
     """Make a long video by extending a clip again and again."""
     if seconds > LONGEST:
         raise ValueError(f"--seconds: expected at most {LONGEST:g}, got {seconds:g}")
+    call.check_frame_times()
     outline, frames = call.outline, round(seconds * call.rate())
     shape = _chunk(outline, size, overlap)
     if frames < 1:
@@ -240,6 +242,7 @@ def simulate(
     call: Call,
 ) -> None:
     """Simulate a world: a chunk of video for every action, shown in the terminal as it comes."""
+    call.check_frame_times()
     outline = call.outline
     shape = _chunk(outline, size, overlap)
     call.announce(outline, [shape])

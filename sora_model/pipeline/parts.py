@@ -46,7 +46,7 @@ class Outline(NamedTuple):
     """What a checkpoint's configs say of it, for which no weights are read.
 
     size: of a request without one. unit: pixels along T, H and W per token. timing: pixel frames per token frame. width: D.
-    weights: bytes in its files. defaults: of a call.
+    weights: bytes in its files. defaults: of a call. frame_times: see `SoraPipeline`.
     """
 
     size: Size
@@ -55,6 +55,7 @@ class Outline(NamedTuple):
     width: int
     weights: int
     defaults: Defaults = Defaults()
+    frame_times: bool = True
 
     def padded(self, size: Size) -> Size:
         """The next size of whole tokens."""

@@ -43,7 +43,7 @@ def read_outline(folder: Path, owner: str) -> Outline:
     unit, timing = token_unit(config.patch_size, compression), token_timing(config.patch_size, compression, causal=True)
     weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     size = SIZES.get(config.in_channels, SIZES[16])
-    return Outline(size, unit, timing, config.hidden_size, weights, DEFAULTS)
+    return Outline(size, unit, timing, config.hidden_size, weights, DEFAULTS, _has_frame_times(folder, owner))
 
 
 def load_parts(folder: Path, owner: str, dtype: torch.dtype | None = None) -> Parts:
@@ -70,7 +70,11 @@ def load_parts(folder: Path, owner: str, dtype: torch.dtype | None = None) -> Pa
     )
     vae = VideoVAE.from_pretrained(folder / "vae")
     size = SIZES.get(vae.channels, SIZES[16])
-    return Parts(dit, encoder, scheduler, vae, None, size, DEFAULTS, bool(index.get("expand_timesteps")))
+    return Parts(dit, encoder, scheduler, vae, None, size, DEFAULTS, _has_frame_times(folder, owner))
+
+
+def _has_frame_times(folder: Path, owner: str) -> bool:
+    return bool(read_json(folder / "model_index.json", owner).get("expand_timesteps"))
 
 
 def _transformer(folder: Path, owner: str, dtype: torch.dtype | None) -> DiT:
