@@ -23,11 +23,17 @@ from test_pretrained_text import MODELS, tokenizer
 from torch import Tensor, nn
 
 from sora_model import SoraPipeline, extend, image_to_video, join, text_to_image, text_to_video, video_to_video
-from sora_model.data import read_comment
+from sora_model.data import Batch, read_comment
 from sora_model.model.conditioning import PackedText
+from sora_model.model.convert.wan import from_diffusers_wan
 from sora_model.model.experts import Experts
-from sora_model.pipeline.tasks import long_video, loop
-from sora_model.pipeline.wan import clean_prompt
+from sora_model.pipeline.checkpoint import read_outline
+from sora_model.pipeline.tasks import Simulation, long_video, loop
+from sora_model.text.pretrained import clean_caption
+from sora_model.training.dit import DiffusionObjective
+from sora_model.world.config import WorldConfig
+from sora_model.world.source import WorldSource
+from sora_model.world.world import World
 
 PROMPTS = ["a red circle moves right", "blue"]
 NEGATIVE = "right right"
@@ -204,6 +210,11 @@ def test_without_times_of_frames_keyframes_are_refused(folders: dict[str, Path])
     pipeline(video_to_video(PROMPTS[0], clip, 0.5), generator=0, **SHOWN)
     with pytest.raises(ValueError, match="keyframes: expected none, as this transformer was trained with one time for all frames"):
         pipeline(image_to_video(PROMPTS[0], clip[:, :1], 5, pipeline.timing), **SHOWN)
+    for task in (loop, Simulation):
+        with pytest.raises(ValueError, match="keyframes: expected none"):
+            task(pipeline, PROMPTS[0], (5, 32, 32))
+    with pytest.raises(ValueError, match="keyframes: expected none"):
+        long_video(pipeline, PROMPTS, 13, (9, 32, 32))
 
 
 def test_in_bfloat16(folders: dict[str, Path]) -> None:
@@ -233,7 +244,7 @@ def test_commands(folders: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_prompts_are_cut_and_cleaned(folders: dict[str, Path]) -> None:
-    assert clean_prompt(" a&amp;amp;b \n c ") == "a&b c"
+    assert clean_caption(" a&amp;amp;b \n c ") == "a&b c"
     encoder = SoraPipeline.from_pretrained(folders["t2v"]).text_encoder
     text: PackedText = encoder(["a " * 600, " a\n red "])
     assert text.cu_seqlens.tolist() == [0, 512, 515]
@@ -267,6 +278,8 @@ def without_a_weight(folder: Path) -> None:
         (lambda f: edit(f / "transformer" / "config.json", image_dim=16), "image_dim: expected None, got 16"),
         (lambda f: edit(f / "transformer" / "config.json", num_layers=3), r"blocks\.2\..*: expected shape .*, got None"),
         (lambda f: edit(f / "transformer" / "config.json", _class_name="Other"), "expected WanTransformer3DModel, got Other"),
+        (lambda f: edit(f / "transformer" / "config.json", patch_size=None), "config.json: .*"),
+        (lambda f: edit(f / "model_index.json", expand_timesteps="false"), "expand_timesteps: expected true or false, got 'false'"),
         (without_a_weight, r"blocks\.1\.attn1\.to_q\.weight: expected shape \(32, 32\), got None"),
     ],
 )
@@ -289,6 +302,55 @@ def test_sharded_weights(folders: dict[str, Path], tmp_path: Path) -> None:
         SoraPipeline.from_pretrained(folder)
 
 
-def test_it_is_not_saved_as_this_packages_own(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="save_pretrained: dit: expected a model of this package"):
-        SoraPipeline.from_pretrained(folders["experts"]).save_pretrained(tmp_path / "saved")
+def test_saved_as_this_packages_own(folders: dict[str, Path], tmp_path: Path) -> None:
+    """One transformer is, with all that a call needs; two are refused."""
+    pipeline = SoraPipeline.from_pretrained(folders["t2v"])
+    pipeline.save_pretrained(tmp_path / "saved")
+    loaded = SoraPipeline.from_pretrained(tmp_path / "saved")
+    assert (loaded.defaults, loaded.frame_times, loaded.size) == (pipeline.defaults, False, pipeline.size)
+    outlines = [read_outline(folder)._replace(weights=0) for folder in (tmp_path / "saved", folders["t2v"])]
+    assert outlines[0] == outlines[1]
+    prompt = "a " * 600
+    got, want = (p(prompt, (1, 32, 32), generator=0, output_type="latent", **SHOWN) for p in (loaded, pipeline))
+    torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match=r"save_pretrained: dit: expected one transformer .*, got Experts"):
+        SoraPipeline.from_pretrained(folders["experts"]).save_pretrained(tmp_path / "experts")
+
+
+def test_trained_further(folders: dict[str, Path]) -> None:
+    """With the tasks of this package, so that what comes out knows times of frames."""
+    pipeline = SoraPipeline.from_pretrained(folders["t2v"])
+    objective = DiffusionObjective(pipeline)
+    source = WorldSource(World(WorldConfig.simple()), [(5, 32, 32)])
+    objective.loss(Batch([source.load(i) for i in range(2)], [0, 1], 16), torch.Generator().manual_seed(0)).backward()
+    assert all(p.grad is not None for p in pipeline.dit.parameters())
+    assert objective.averaged(objective.model).frame_times
+    with pytest.raises(ValueError, match="DiffusionObjective: pipeline: expected one transformer, got Experts"):
+        DiffusionObjective(SoraPipeline.from_pretrained(folders["experts"]))
+
+
+def test_each_sample_has_its_expert(folders: dict[str, Path]) -> None:
+    experts = SoraPipeline.from_pretrained(folders["experts"]).dit
+    assert experts.boundary == 800
+    latents = [torch.randn(16, n, 4, 4) for n in (1, 2, 3)]
+    with torch.no_grad():
+        got = experts(latents, torch.tensor([800.0, 799.0, 100.0]))
+        of_frames = experts(latents, torch.tensor([800.0, 0.0, 799.0, 0.0, 900.0, 3.0]))
+        torch.testing.assert_close(got[0], experts.high(latents[:1], torch.tensor([800.0]))[0])
+        torch.testing.assert_close(got[1:], experts.low(latents[1:], torch.tensor([799.0, 100.0])))
+        torch.testing.assert_close(of_frames[1], experts.low(latents[1:2], torch.tensor([0.0, 799.0]))[0])
+        torch.testing.assert_close(of_frames[2], experts.high(latents[2:], torch.tensor([0.0, 900.0, 3.0]))[0])
+    experts.gradient_checkpointing = True
+    assert experts.high.gradient_checkpointing
+    assert experts.low.gradient_checkpointing
+
+
+def test_a_scheduler_of_other_timesteps_is_refused_with_experts(folders: dict[str, Path]) -> None:
+    pipeline = SoraPipeline.from_pretrained(folders["experts"])
+    with pytest.raises(ValueError, match="scheduler: expected one of 1000 timesteps with Experts, got 100"):
+        pipeline.with_scheduler(FlowMatchEulerDiscreteScheduler(num_train_timesteps=100))
+
+
+def test_other_classes_are_not_converted() -> None:
+    with pytest.raises(ValueError, match="transformer: expected a WanTransformer3DModel, got Linear"):
+        from_diffusers_wan(nn.Linear(2, 2))

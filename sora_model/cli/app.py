@@ -96,9 +96,9 @@ class Loaded:
 
     def check_captioner(self) -> None:
         """Raises ValueError for a checkpoint without a captioner."""
-        from ..storage.weights import read_index
+        from ..pipeline.checkpoint import has_captioner
 
-        if not read_index(self.folder, "--checkpoint")["captioner"]:
+        if not has_captioner(self.folder, "--checkpoint"):
             raise ValueError(f"--checkpoint: captioner: expected a checkpoint with a captioner, got one without: {self.folder}")
 
 

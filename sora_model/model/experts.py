@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .conditioning import PackedText
 from .dit import DiT
 
 
@@ -29,7 +32,38 @@ class Experts(nn.Module):
     def final(self) -> nn.Linear:
         return self.high.final
 
-    def forward(self, latents: Any, timesteps: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
-        """As `DiT.forward`; the highest of the timesteps decides, as those of clean frames are 0."""
-        expert = self.high if timesteps.max() >= self.boundary else self.low
-        return expert(latents, timesteps, *args, **kwargs)
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.high.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.high.gradient_checkpointing = self.low.gradient_checkpointing = value
+
+    def forward(
+        self,
+        latents: Sequence[Tensor],
+        timesteps: Tensor,
+        text: PackedText | None = None,
+        labels: None = None,
+        frame_steps: Sequence[float] | None = None,
+    ) -> list[Tensor]:
+        """As `DiT.forward`, each sample by its expert. Of several timesteps the highest decides: those of clean frames are 0."""
+        pt = self.config.patch_size[0]
+        of_frames = len(timesteps) != len(latents)
+        levels = timesteps.split([x.shape[1] // pt for x in latents] if of_frames else 1)
+        is_high = (torch.stack([level.max() for level in levels]) >= self.boundary).tolist()
+        outputs: list[Any] = [None] * len(latents)
+        for expert, wanted in ((self.high, True), (self.low, False)):
+            which = [i for i, high in enumerate(is_high) if high == wanted]
+            if which:
+                found = expert(
+                    [latents[i] for i in which],
+                    torch.cat([levels[i] for i in which]),
+                    None if text is None else text.select(which),
+                    labels,
+                    None if frame_steps is None else [frame_steps[i] for i in which],
+                )
+                for i, output in zip(which, found, strict=True):
+                    outputs[i] = output
+        return outputs

@@ -32,15 +32,22 @@ def read_outline(directory: str | Path) -> Outline:
     compression = VideoVAE.read_compression(folder / "vae") if index["vae"] else PixelCodec.compression
     weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     timing = token_timing(config.patch_size, compression, causal=index["vae"])
-    return Outline(tuple(index["size"]), token_unit(config.patch_size, compression), timing, config.hidden_size, weights)
+    unit, defaults = token_unit(config.patch_size, compression), Defaults(**index["defaults"])
+    return Outline(tuple(index["size"]), unit, timing, config.hidden_size, weights, defaults, index["frame_times"])
 
 
-def load_parts(directory: str | Path, dtype: torch.dtype | None = None) -> Parts:
-    """The parts of a checkpoint; see `SoraPipeline.from_pretrained`."""
+def has_captioner(directory: str | Path, owner: str) -> bool:
+    """Whether a checkpoint has a captioner, by its model_index.json alone."""
+    folder = Path(directory)
+    return not wan.is_wan(folder, owner) and read_index(folder, owner)["captioner"]
+
+
+def load_parts(directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Parts:
+    """The parts of a checkpoint; see `SoraPipeline.from_pretrained`. Only a large transformer is read straight to the device."""
     folder, owner = Path(directory), "SoraPipeline.from_pretrained"
     settle(folder)
     if wan.is_wan(folder, owner):
-        return wan.load_parts(folder, owner, dtype)
+        return wan.load_parts(folder, owner, dtype, device)
     index = read_index(folder, owner)
     config = read_json(folder / "dit" / "config.json", owner)
     dit = open_module(lambda: DiT(DiTConfig.from_dict(config)), config, folder / "dit", owner)
@@ -48,15 +55,16 @@ def load_parts(directory: str | Path, dtype: torch.dtype | None = None) -> Parts
     codec = VideoVAE.from_pretrained(folder / "vae") if index["vae"] else PixelCodec()
     captioner = Captioner.from_pretrained(folder / "captioner") if index["captioner"] else None
     text_encoder = load_text_encoder(folder / "text_encoder")
-    return Parts(dit.to(dtype), text_encoder, scheduler, codec, captioner, tuple(index["size"]))
+    size, defaults = tuple(index["size"]), Defaults(**index["defaults"])
+    return Parts(dit.to(dtype), text_encoder, scheduler, codec, captioner, size, defaults, index["frame_times"])
 
 
 def save_parts(parts: Parts, directory: str | Path, dtype: torch.dtype | None = None) -> None:
     """Writes model_index.json and a folder for each part, all or nothing; see `SoraPipeline.save_pretrained`."""
     codec, captioner = parts.codec, parts.captioner
-    if isinstance(parts.dit, Experts) or parts.defaults != Defaults() or not parts.frame_times:
-        expected = "a model of this package (to_diffusers_wan converts transformers)"
-        raise TypeError(f"SoraPipeline.save_pretrained: dit: expected {expected}, got one of another pipeline")
+    if isinstance(parts.dit, Experts):
+        expected = "one transformer (to_diffusers_wan converts each of two)"
+        raise ValueError(f"SoraPipeline.save_pretrained: dit: expected {expected}, got Experts")
     if not isinstance(codec, PixelCodec | VideoVAE):
         raise TypeError(f"SoraPipeline.save_pretrained: codec: expected a PixelCodec or a VideoVAE, got {type(codec).__name__}")
     with whole_folder(directory) as folder:
@@ -68,5 +76,9 @@ def save_parts(parts: Parts, directory: str | Path, dtype: torch.dtype | None = 
         if captioner is not None:
             captioner.save_pretrained(folder / "captioner", dtype=dtype)
         present = {"vae": isinstance(codec, VideoVAE), "captioner": captioner is not None}
-        index = {"_class_name": "SoraPipeline", "size": list(parts.size), **present}
+        index: dict[str, Any] = {"_class_name": "SoraPipeline", "size": list(parts.size), **present}
+        if parts.defaults != Defaults():
+            index["defaults"] = parts.defaults._asdict()
+        if not parts.frame_times:
+            index["frame_times"] = False
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

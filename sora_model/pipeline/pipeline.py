@@ -74,6 +74,8 @@ class SoraPipeline:
             if expected != actual:
                 raise ValueError(f"SoraPipeline: dit.config.{what}: expected {expected}, got {actual}")
         kind, timesteps = prediction_type(scheduler), scheduler.config.num_train_timesteps
+        if isinstance(dit, Experts) and timesteps != TIMESTEPS:
+            raise ValueError(f"SoraPipeline: scheduler: expected one of {TIMESTEPS} timesteps with Experts, got {timesteps}")
         if dit.config.prediction == "clean" and (kind, timesteps) != ("flow_prediction", TIMESTEPS):
             raise ValueError(
                 f"SoraPipeline: scheduler: expected flow matching with {TIMESTEPS} timesteps, as dit.config.prediction is 'clean', "
@@ -90,12 +92,15 @@ class SoraPipeline:
 
         Args:
             directory: of the checkpoint; default: the one that comes with the package, of a world of moving shapes.
-            dtype: of the transformer's weights; default: float32, or that of Wan's files. What Wan keeps in float32 stays so.
+            dtype: of the transformer's weights; default: float32, or that of Wan's files. What Wan computes in float32 is that
+                in any case.
 
         Raises:
             FileNotFoundError: a folder without a pipeline in it. ValueError: files that are broken or do not fit together.
         """
-        return cls._of(load_parts(EMBEDDED if directory is None else directory, dtype)).eval().to(device)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"SoraPipeline.from_pretrained: dtype: expected a torch.dtype, got {dtype!r}")
+        return cls._of(load_parts(EMBEDDED if directory is None else directory, dtype, device)).eval().to(device)
 
     @classmethod
     def from_preset(
@@ -284,14 +289,19 @@ class SoraPipeline:
             raise ValueError(
                 f"SoraPipeline: negative_prompt: expected none with guidance_scale 1, which has no use for it, got {unused!r}"
             )
-        if not self.frame_times and any(request.keyframes for request in requests):
+        if any(request.keyframes for request in requests):
+            self.check_frame_times()
+        steps = [request.frame_step for request in requests]
+        if self.codec.compression[0] > 1 and any(step != 1 for step in steps):
+            raise ValueError(f"SoraPipeline: frame_step: expected 1, as the VAE compresses time, got {steps}")
+
+    def check_frame_times(self) -> None:
+        """Raises ValueError for a transformer that cannot go on from keyframes."""
+        if not self.frame_times:
             raise ValueError(
                 "SoraPipeline: keyframes: expected none, as this transformer was trained with one time for all frames of a video, "
                 "got some: it makes videos and images from text, and videos from videos"
             )
-        steps = [request.frame_step for request in requests]
-        if self.codec.compression[0] > 1 and any(step != 1 for step in steps):
-            raise ValueError(f"SoraPipeline: frame_step: expected 1, as the VAE compresses time, got {steps}")
 
     def _padded(self, size: Size) -> Size:
         return whole_size(size, self.unit, self.timing)

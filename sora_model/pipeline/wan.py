@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import inspect
-import re
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
-from diffusers import WanTransformer3DModel
 
 from ..codec.vae import WEIGHTS, VideoVAE
 from ..diffusion.schedulers import load_scheduler
+from ..model.config import DiTConfig
 from ..model.convert.wan import TEXT_LENGTH, load_wan, wan_config
 from ..model.dit import DiT
 from ..model.experts import Experts
@@ -26,19 +23,28 @@ PIPELINES = "WanPipeline", "WanImageToVideoPipeline"
 DEFAULTS = Defaults(num_inference_steps=50, guidance_scale=5.0, guidance_from=0.0)
 SIZES = {16: (81, 480, 832), 48: (121, 704, 1280)}
 """(T, H, W) by the channels of a latent: of the VAE of Wan 2.1, and of that of Wan 2.2 TI2V."""
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 LEFT_OVER = "norm_added_q"
 """A weight of some checkpoints that has no use."""
 
 
 def is_wan(folder: Path, owner: str) -> bool:
-    """Whether a folder has one of PIPELINES in it. A folder of anything else, or of nothing, is no error."""
+    """Whether a folder has one of PIPELINES in it; if not, it must be one of this package.
+
+    Raises ValueError for a pipeline of another kind.
+    """
     path = folder / "model_index.json"
-    return path.is_file() and read_json(path, owner).get("_class_name") in PIPELINES
+    kind = read_json(path, owner).get("_class_name") if path.is_file() else None
+    if isinstance(kind, str) and kind not in ("SoraPipeline", *PIPELINES):
+        expected = f"SoraPipeline, {' or '.join(PIPELINES)}"
+        raise ValueError(f"{owner}: model_index.json: _class_name: expected {expected}, got {kind}")
+    return kind in PIPELINES
 
 
 def read_outline(folder: Path, owner: str) -> Outline:
     """What the configs of a Wan checkpoint say of it, for which no weights are read."""
-    config = wan_config(_config(folder / "transformer", owner), f"{owner}: {folder / 'transformer'}")
+    values = _config(folder / "transformer", owner)
+    config: DiTConfig = built(wan_config, {"values": values, "owner": f"{owner}: {folder / 'transformer'}"}, owner)
     compression = VideoVAE.read_compression(folder / "vae")
     unit, timing = token_unit(config.patch_size, compression), token_timing(config.patch_size, compression, causal=True)
     weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
@@ -46,58 +52,65 @@ def read_outline(folder: Path, owner: str) -> Outline:
     return Outline(size, unit, timing, config.hidden_size, weights, DEFAULTS, _has_frame_times(folder, owner))
 
 
-def load_parts(folder: Path, owner: str, dtype: torch.dtype | None = None) -> Parts:
+def load_parts(folder: Path, owner: str, dtype: torch.dtype | None, device: torch.device | str) -> Parts:
     """The parts of a Wan checkpoint, whose weights are read one at a time.
 
-    dtype: of the transformer, but for what diffusers keeps in float32 too; default: that of its files.
+    dtype: of the transformer, but for what diffusers keeps in float32, too; default: that of its files' last layer.
 
     Raises:
         ValueError: an option that is not supported, or weights that are missing, left over, of another shape or not finite.
         FileNotFoundError: a part that is not there.
     """
     index = read_json(folder / "model_index.json", owner)
-    high = _transformer(folder / "transformer", owner, dtype)
+    high = _transformer(folder / "transformer", owner, dtype, device)
     dit: DiT | Experts = high
     boundary, second = index.get("boundary_ratio"), folder / "transformer_2"
     if (boundary is None) != (not second.is_dir()):
         got = "none" if boundary is None else f"{boundary} without that folder"
         raise ValueError(f"{owner}: model_index.json: boundary_ratio: expected one with a folder transformer_2, got {got}")
+    if boundary is not None and not (isinstance(boundary, float) and 0 < boundary < 1):
+        raise ValueError(f"{owner}: model_index.json: boundary_ratio: expected a number between 0 and 1, got {boundary!r}")
     scheduler = load_scheduler(folder / "scheduler", owner)
     if boundary is not None:
-        dit = Experts(high, _transformer(second, owner, dtype), boundary * scheduler.config.num_train_timesteps)
-    encoder = PretrainedEncoder.from_pretrained(
-        folder / "text_encoder", folder / "tokenizer", longest=TEXT_LENGTH, clean=clean_prompt
-    )
+        dit = Experts(high, _transformer(second, owner, dtype, device), boundary * scheduler.config.num_train_timesteps)
+    encoder = PretrainedEncoder.from_pretrained(folder / "text_encoder", folder / "tokenizer", longest=TEXT_LENGTH)
     vae = VideoVAE.from_pretrained(folder / "vae")
     size = SIZES.get(vae.channels, SIZES[16])
     return Parts(dit, encoder, scheduler, vae, None, size, DEFAULTS, _has_frame_times(folder, owner))
 
 
 def _has_frame_times(folder: Path, owner: str) -> bool:
-    return bool(read_json(folder / "model_index.json", owner).get("expand_timesteps"))
+    value = read_json(folder / "model_index.json", owner).get("expand_timesteps", False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{owner}: model_index.json: expand_timesteps: expected true or false, got {value!r}")
+    return value
 
 
-def _transformer(folder: Path, owner: str, dtype: torch.dtype | None) -> DiT:
+def _transformer(folder: Path, owner: str, dtype: torch.dtype | None, device: torch.device | str) -> DiT:
+    from diffusers import WanTransformer3DModel
+
     values, files = _config(folder, owner), weight_files(folder, WEIGHTS, owner)
-    config = wan_config(values, f"{owner}: {folder}")
+    config = built(wan_config, {"values": values, "owner": f"{owner}: {folder}"}, owner)
     shapes = {name: shape for name, shape in read_shapes(files, owner).items() if LEFT_OVER not in name}
     check_depth(values, shapes, owner)
     with torch.device("meta"):
         model = built(WanTransformer3DModel.from_config, {"config": values}, owner)
     check_shapes(model, shapes, f"{owner}: {files[0]}")
-    return load_wan(config, open_tensors(files, owner), dtype)
+    read = open_tensors(files, owner)
+    dtype = read("proj_out.weight").dtype if dtype is None else dtype
+    if dtype not in DTYPES:
+        expected = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
+        raise ValueError(f"{owner}: dtype: expected {expected}, got {str(dtype).removeprefix('torch.')}")
+    return load_wan(config, read, dtype, device)
 
 
 def _config(folder: Path, owner: str) -> dict[str, Any]:
     """config.json of a transformer, with diffusers' own values for what it does not say."""
+    from diffusers import WanTransformer3DModel
+
     values = read_json(folder / "config.json", owner)
     if (kind := values.get("_class_name")) != "WanTransformer3DModel":
         raise ValueError(f"{owner}: {folder / 'config.json'}: _class_name: expected WanTransformer3DModel, got {kind}")
     parameters = inspect.signature(WanTransformer3DModel.__init__).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
     return {**defaults, **{name: value for name, value in values.items() if name in defaults}}
-
-
-def clean_prompt(text: str) -> str:
-    """Without broken characters, entities and line breaks of web pages, as the captions of Wan's training are."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()

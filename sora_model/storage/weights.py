@@ -34,17 +34,26 @@ def read_json(path: Path, owner: str) -> dict[str, Any]:
 
 
 def read_index(folder: Path, owner: str) -> dict[str, Any]:
-    """What model_index.json says there is in a checkpoint: "size", and whether there is a "vae" and a "captioner"."""
+    """What model_index.json says there is in a checkpoint: "size", and whether there is a "vae" and a "captioner".
+
+    It may have "defaults" of a call and "frame_times", which are {} and true if it has none.
+    """
     index = read_json(folder / "model_index.json", owner)
-    if isinstance(kind := index.get("_class_name"), str) and kind != "SoraPipeline":
-        expected = "SoraPipeline, WanPipeline or WanImageToVideoPipeline"
-        raise ValueError(f"{owner}: model_index.json: _class_name: expected {expected}, got {kind}")
-    if set(index) != {"_class_name", "size", "vae", "captioner"} or index["_class_name"] != "SoraPipeline":
-        raise ValueError(f"{owner}: model_index.json: expected a pipeline of this package, got {sorted(index)}")
+    kind, known = index.get("_class_name"), {"_class_name", "size", "vae", "captioner", "defaults", "frame_times"}
+    if isinstance(kind, str) and kind != "SoraPipeline":
+        raise ValueError(f"{owner}: model_index.json: _class_name: expected SoraPipeline, got {kind}")
+    index = {"defaults": {}, "frame_times": True, **index}
+    if set(index) != known or kind != "SoraPipeline":
+        got = sorted(set(index) - {"defaults", "frame_times"})
+        raise ValueError(f"{owner}: model_index.json: expected a pipeline of this package, got {got}")
     size = index["size"]
     if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and n >= 1 for n in size):
         raise ValueError(f"{owner}: model_index.json: size: expected [T, H, W], each at least 1, got {size!r}")
-    for part in ("vae", "captioner"):
+    defaults, known = index["defaults"], {"num_inference_steps", "guidance_scale", "guidance_from"}
+    if not isinstance(defaults, dict) or not all(k in known and type(v) in (int, float) for k, v in defaults.items()):
+        expected = f"numbers for {', '.join(sorted(known))}"
+        raise ValueError(f"{owner}: model_index.json: defaults: expected {expected}, got {defaults!r}")
+    for part in ("vae", "captioner", "frame_times"):
         if not isinstance(index[part], bool):
             raise ValueError(f"{owner}: model_index.json: {part}: expected true or false, got {index[part]!r}")
     return index

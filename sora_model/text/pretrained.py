@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,16 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "merges.txt",
 FOREIGN = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "_name_or_path")
 
 
+UNLIMITED = 10**6  # tokens; tokenizers without a limit have one of 10**30
+
+
+def clean_caption(text: str) -> str:
+    """Without the broken characters, entities and line breaks of web pages, as captions in the training of such encoders are."""
+    import ftfy  # a third of a second
+
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
 class PretrainedEncoder(nn.Module):
     """T5, UMT5 or CLIP's text encoder from a local folder: captions of any length to packed tokens, nothing padded.
 
@@ -52,13 +64,10 @@ class PretrainedEncoder(nn.Module):
     Args:
         model: of transformers, on any device; it is frozen.
         tokenizer: its tokenizer.
-        longest: tokens of a caption, behind which it is cut; default: as many as the model can take.
-        clean: what is done to captions first.
+        longest: tokens of a caption, behind which it is cut; default: as many as the model or its tokenizer can take.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, *, longest: int | None = None, clean: Callable[[str], str] | None = None
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, longest: int | None = None) -> None:
         super().__init__()
         kind = model.config.model_type
         if kind not in CLASSES:
@@ -66,8 +75,10 @@ class PretrainedEncoder(nn.Module):
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.dim = int(model.config.hidden_size)
-        self.longest = getattr(model.config, "max_position_embeddings", None) if longest is None else longest
-        self.clean = clean
+        if longest is not None:
+            tokenizer.model_max_length = longest  # which is saved with it
+        limits = tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or UNLIMITED
+        self.longest = min(limits) if min(limits) < UNLIMITED else None
 
     def train(self, mode: bool = True) -> PretrainedEncoder:
         return self  # frozen: dropout never runs
@@ -78,7 +89,7 @@ class PretrainedEncoder(nn.Module):
         if isinstance(captions, str):
             raise TypeError("PretrainedEncoder: captions: expected a list of strings, got one string")
         options = {"truncation": True, "max_length": self.longest} if self.longest else {}
-        captions = list(captions) if self.clean is None else [self.clean(caption) for caption in captions]
+        captions = [clean_caption(caption) for caption in captions]
         batch = self.tokenizer(captions, padding=True, return_tensors="pt", **options).to(self.model.device)
         mask = batch["attention_mask"]
         out = self.model(input_ids=batch["input_ids"], attention_mask=mask)

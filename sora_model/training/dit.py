@@ -15,6 +15,7 @@ from ..diffusion.noise import add_noise
 from ..diffusion.task_mix import TaskMix
 from ..model.conditioning import drop_captions
 from ..model.dit import DiT
+from ..model.experts import Experts
 from ..model.patches import uniform_frames
 from ..pipeline.pipeline import SoraPipeline
 
@@ -57,6 +58,8 @@ class DiffusionObjective:
         num_frames: int | None = None,
         keep_latents: bool = False,
     ) -> None:
+        if isinstance(pipeline.dit, Experts):
+            raise ValueError("DiffusionObjective: pipeline: expected one transformer, got Experts (train each by itself)")
         if not 0 <= detailed <= 1:
             raise ValueError(f"DiffusionObjective: detailed: expected a share from 0 to 1, got {detailed}")
         self.pipeline, self.tasks = pipeline, tasks or TaskMix()
@@ -98,8 +101,8 @@ class DiffusionObjective:
         return diffusion_loss(predictions, noised, smallest_sigma=smallest_sigma(self.pipeline.dit))
 
     def averaged(self, model: Any) -> SoraPipeline:
-        """The pipeline with other weights."""
-        return self.pipeline.replaced(**dict(model.named_children()))
+        """The pipeline with other weights, which have learned times of frames."""
+        return self.pipeline.replaced(**dict(model.named_children()), frame_times=True)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         self.averaged(model).save_pretrained(folder)

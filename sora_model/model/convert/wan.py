@@ -89,12 +89,16 @@ def from_diffusers_wan(transformer: Any) -> DiT:
     Raises:
         ValueError: options that a DiT does not have, such as the image embeddings of Wan 2.1's image-to-video models.
     """
+    kind = type(transformer).__name__
+    if kind != "WanTransformer3DModel":
+        raise ValueError(f"from_diffusers_wan: transformer: expected a WanTransformer3DModel, got {kind}")
     weights = transformer.state_dict()
-    return load_wan(wan_config(dict(transformer.config), "from_diffusers_wan"), lambda name: weights[name].clone())
+    config = wan_config(dict(transformer.config), "from_diffusers_wan")
+    return load_wan(config, lambda name: weights[name].clone()).train(transformer.training)
 
 
 def to_diffusers_wan(dit: DiT) -> Any:
-    """The inverse of `from_diffusers_wan`, to the last bit.
+    """The inverse of `from_diffusers_wan`, whose weights it gives to the last bit; rope_max_seq_len is diffusers' default.
 
     Raises:
         ValueError: a DiT with another option than Wan has.
@@ -121,7 +125,7 @@ def to_diffusers_wan(dit: DiT) -> Any:
     shapes = {name: value.shape for name, value in transformer.state_dict().items()}
     weights = dit.state_dict()
     state = {}
-    for ours, theirs in names(config.depth).items():
+    for ours, theirs in weight_names(config.depth).items():
         for name, part in zip(theirs, weights[ours].chunk(len(theirs)), strict=True):
             state[name] = part.reshape(shapes[name]).clone()
     transformer.load_state_dict(state, assign=True)
@@ -137,7 +141,8 @@ def wan_config(values: Mapping[str, Any], owner: str) -> DiTConfig:
             raise ValueError(f"{owner}: {name}: expected {expected!r}, got {values[name]!r}")
     channels, heads = values["in_channels"], values["num_attention_heads"]
     if values.get("out_channels") not in (None, channels):
-        raise ValueError(f"{owner}: out_channels: expected {channels}, as many as in_channels, got {values['out_channels']}")
+        expected = f"{channels}, as many as in_channels (image-to-video models with further channels are not supported)"
+        raise ValueError(f"{owner}: out_channels: expected {expected}, got {values['out_channels']}")
     return DiTConfig(
         in_channels=channels,
         patch_size=tuple(values["patch_size"]),
@@ -151,7 +156,7 @@ def wan_config(values: Mapping[str, Any], owner: str) -> DiTConfig:
     )
 
 
-def names(depth: int) -> dict[str, tuple[str, ...]]:
+def weight_names(depth: int) -> dict[str, tuple[str, ...]]:
     """Of each of our weights, the names of those of diffusers that it is made of, end to end."""
     found: dict[str, tuple[str, ...]] = {"final_offset": ("scale_shift_table",)}
     for kind in ("weight", "bias"):
@@ -174,7 +179,7 @@ def load_wan(
     with torch.device("meta"):
         dit = DiT(config)
     shapes = {name: value.shape for name, value in dit.state_dict().items()}
-    for ours, theirs in names(config.depth).items():
+    for ours, theirs in weight_names(config.depth).items():
         kept = any(part in FLOAT32 for part in ours.split("."))
         parts = [read(name).to(device, torch.float32 if kept and dtype is not None else dtype) for name in theirs]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)

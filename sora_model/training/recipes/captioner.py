@@ -12,6 +12,7 @@ import torch
 from ...caption.captioner import Captioner, CaptionerConfig, train_tokenizer
 from ...pipeline.pipeline import SoraPipeline
 from ...storage.files import check_replaceable
+from ...storage.weights import read_index
 from ..captioner import CaptionObjective
 from ..config import SettingError, of_setting
 from ..sources import Clips, Wanted
@@ -57,6 +58,8 @@ def train_captioner(out: str | Path, recipe: CaptionerRecipe, run: RunSettings, 
     check_replaceable(recipe.checkpoint)
     prepared = Preparation(out, run, "captioner", vars(recipe))
     with of_setting(OWNER, "checkpoint"):
+        # The captioner goes in there, and another library's pipeline has no place for it.
+        read_index(Path(recipe.checkpoint), OWNER)
         pipeline = SoraPipeline.from_pretrained(recipe.checkpoint, device=prepared.device)
     budget = prepared.budget(pipeline.codec, pipeline.dit.config.patch_size, frames=recipe.frames or None)
     clips = prepared.clips(Wanted("captioner", pipeline.unit, pipeline.timing, budget))
