@@ -224,7 +224,7 @@ def test_an_outline_needs_no_weights(pipeline: SoraPipeline, temporal: int | Non
     assert (outline.size, outline.unit, outline.timing) == (pipeline.size, pipeline.unit, pipeline.timing)
     assert outline.padded((3, 9, 14)) == pipeline._padded((3, 9, 14))
     assert outline.width == pipeline.dit.config.hidden_size
-    assert outline.weights == sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert outline.weights == 2 * sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
 
 
 def test_coding_is_watched_by_those_who_ask(tmp_path: Path) -> None:

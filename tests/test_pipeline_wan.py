@@ -120,6 +120,22 @@ def test_text_to_video_is_that_of_diffusers(folders: dict[str, Path], kind: str)
         torch.testing.assert_close(torch.as_tensor(videos[i]), seen.float(), rtol=0, atol=1e-4)
 
 
+def test_each_expert_has_its_guidance(folders: dict[str, Path]) -> None:
+    """diffusers' guidance_scale_2, where one of both may be 1."""
+    pipe = WanPipeline.from_pretrained(folders["experts"])
+    pipe.set_progress_bar_config(disable=True)
+    pipeline, size = SoraPipeline.from_pretrained(folders["experts"]), (5, 32, 32)
+    request = text_to_video(PROMPTS[0], size, negative_prompt=NEGATIVE)
+    for second in (2.5, 1.0):
+        (latents,) = pipeline(request, generator=5, output_type="latent", guidance_scale_2=second, **SHOWN)
+        want = theirs(pipe, pipeline, PROMPTS[0], size, 5, "latent", guidance_scale_2=second)[0]
+        torch.testing.assert_close(latents, want, rtol=1e-5, atol=1e-5)
+    (one,) = pipeline(request, generator=5, output_type="latent", **SHOWN)
+    assert (one - latents).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="guidance_scale_2: expected None for one transformer, got 2"):
+        SoraPipeline.from_pretrained(folders["t2v"])(request, guidance_scale_2=2, **SHOWN)
+
+
 def picture(height: int, width: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
@@ -239,8 +255,29 @@ def test_commands(folders: dict[str, Path], tmp_path: Path) -> None:
     for command in (["animate", path, "blue"], ["long", "blue"], ["loop", "blue"], ["simulate", "blue"]):
         message = sora(*command, *options, code=2)
         assert "--checkpoint: expected a model trained with a time for each frame" in message.replace("\n", " ")
-    sora("animate", path, "blue", "--frames", 5, "--checkpoint", folders["ti2v"], "--steps", 1, "--out", tmp_path / "animated")
+    short = ["--frames", 5, "--checkpoint", folders["ti2v"], "--steps", 1, "--precision", "bf16"]
+    sora("animate", path, "blue", *short, "--out", tmp_path / "animated")
     assert list((tmp_path / "animated").glob("*.mp4"))
+
+
+def test_info(folders: dict[str, Path]) -> None:
+    """What a checkpoint is and can do, and why not the rest, of each kind."""
+    t2v, experts, ti2v = (sora("info", "--checkpoint", folders[kind]) for kind in ("t2v", "experts", "ti2v"))
+    assert "a WanPipeline" in t2v
+    assert "umt5; " in t2v
+    assert "1 + 4 n frames, height 16 n, width 16 n" in t2v
+    assert "81x480x832, 50 steps, guidance 5 down to noise level 0" in t2v
+    assert "tasks          generate, restyle, batch\n" in t2v
+    assert "animate, extend, join, loop, long, simulate: the transformer was trained with one time for all frames" in t2v
+    assert (t2v.count("million weights"), experts.count("million weights")) == (1, 2)
+    assert "batch, animate, extend, join, loop, long, simulate" in ti2v
+    assert "height 32 n" in ti2v
+    assert "caption, recaption, expand: it has no captioner" in ti2v
+    assert "for 5x32x32, which is 2 tokens" in sora("info", "--checkpoint", folders["ti2v"], "--size", "5x32x32")
+    own = sora("info")
+    assert "51 words learned with it" in own
+    assert "simulate, caption, recaption, expand" in own
+    assert "--size: expected TxHxW, such as 8x32x48, got '5'" in sora("info", "--size", "5", code=2)
 
 
 def test_prompts_are_cut_and_cleaned(folders: dict[str, Path]) -> None:
@@ -308,7 +345,7 @@ def test_saved_as_this_packages_own(folders: dict[str, Path], tmp_path: Path) ->
     pipeline.save_pretrained(tmp_path / "saved")
     loaded = SoraPipeline.from_pretrained(tmp_path / "saved")
     assert (loaded.defaults, loaded.frame_times, loaded.size) == (pipeline.defaults, False, pipeline.size)
-    outlines = [read_outline(folder)._replace(weights=0) for folder in (tmp_path / "saved", folders["t2v"])]
+    outlines = [read_outline(folder)._replace(weights=0, casts_weights=False) for folder in (tmp_path / "saved", folders["t2v"])]
     assert outlines[0] == outlines[1]
     prompt = "a " * 600
     got, want = (p(prompt, (1, 32, 32), generator=0, output_type="latent", **SHOWN) for p in (loaded, pipeline))

@@ -7,7 +7,7 @@ try:
     from .app import app
 
     # Each adds its commands to the app; the help lists them in this order.
-    from . import generate, data, train  # noqa: F401
+    from . import generate, data, train, info  # noqa: F401
 
     for room in rooms_with("commands"):  # those of other rooms come last
         module_of(room, "commands")

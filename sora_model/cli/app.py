@@ -24,6 +24,7 @@ from ..sizes import Size
 from .missing import not_installed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ..pipeline.parts import Outline
@@ -84,6 +85,11 @@ class Loaded:
         with naming("--checkpoint"):
             return read_outline(self.folder)
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the transformer's weights, where a command says so."""
+        return None
+
     def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
         """The pipeline; captioner: it must have one, which is looked for before weights are read."""
         from ..pipeline.pipeline import SoraPipeline
@@ -92,7 +98,7 @@ class Loaded:
         if captioner:
             self.check_captioner()
         with naming("--checkpoint"):
-            return SoraPipeline.from_pretrained(folder, device=device)
+            return SoraPipeline.from_pretrained(folder, device=device, dtype=self.dtype)
 
     def check_captioner(self) -> None:
         """Raises ValueError for a checkpoint without a captioner."""

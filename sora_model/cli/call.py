@@ -15,6 +15,7 @@ from .files import NAMES, write_files
 from .terminal import sampled
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ..pipeline.parts import Outline
@@ -128,6 +129,12 @@ class Call(Loaded):
         for path, clip in self.inputs:
             _warn_of_vae(pipeline, path, clip)
         return pipeline
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        import torch
+
+        return torch.bfloat16 if self.precision is Precision.bf16 and self.outline.casts_weights else None
 
     @property
     def sampling(self) -> dict[str, Any]:

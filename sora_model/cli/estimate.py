@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ..pipeline.parts import Outline
 from ..sizes import Size
@@ -29,17 +30,25 @@ def tokens(outline: Outline, sizes: Sequence[Size]) -> int:
     return total
 
 
-def memory(outline: Outline, sizes: Sequence[Size], made: Sequence[Size] = ()) -> float:
-    """Bytes, about, that one packed pass over videos of these sizes takes; made: videos that are held besides."""
+class Working(NamedTuple):
+    """Bytes that the stages of a pass work in, one after the other, besides weights and videos."""
+
+    transformer: float
+    vae: float
+
+
+def working(outline: Outline, sizes: Sequence[Size]) -> Working:
     from ..codec.tiles import AT_ONCE, TILE
 
     pixels = [math.prod(outline.padded(size)) for size in sizes]
     tiled = max(size[0] * min(size[1], TILE) * min(size[2], TILE) for size in sizes)
-    at_once = min(max(tiled, AT_ONCE), sum(pixels))
-    # The transformer is done when the VAE begins.
-    working = max(TOKEN * outline.width * tokens(outline, sizes), DECODED * at_once)
-    held = HELD * sum(pixels) + PIXEL * sum(map(math.prod, made))
-    return PROCESS + 2 * outline.weights + working + held  # weights once as read and once as held
+    return Working(TOKEN * outline.width * tokens(outline, sizes), DECODED * min(max(tiled, AT_ONCE), sum(pixels)))
+
+
+def memory(outline: Outline, sizes: Sequence[Size], made: Sequence[Size] = ()) -> float:
+    """Bytes, about, that one packed pass over videos of these sizes takes; made: videos that are held besides."""
+    held = HELD * sum(math.prod(outline.padded(size)) for size in sizes) + PIXEL * sum(map(math.prod, made))
+    return PROCESS + outline.weights + max(working(outline, sizes)) + held
 
 
 def check_pixels(option: str, sizes: Sequence[Size], device: str) -> None:

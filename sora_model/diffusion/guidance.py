@@ -24,6 +24,7 @@ def guided(
     frame_steps: Sequence[float] | None = None,
     guidance_scale: float = 1.0,
     guidance_from: float = 0.0,
+    guidance_scale_2: float | None = None,
 ) -> Denoiser:
     """Classifier-free guidance as a function of (latents, timesteps, samples): null + guidance_scale * (conditioned - null).
 
@@ -36,16 +37,19 @@ def guided(
         labels: int64 [B]; num_classes is their null.
         frame_steps: see `DiT.forward`.
         guidance_from: the lowest timestep with guidance.
+        guidance_scale_2: of `Experts`, for the one of low noise; default: guidance_scale.
     """
     channels, negative = dit.config.in_channels, null_text
-    if text is not None and guidance_scale != 1 and negative is None:
+    low = guidance_scale if guidance_scale_2 is None else guidance_scale_2
+    if text is not None and (guidance_scale, low) != (1, 1) and negative is None:
         negative = PackedText.empty(text.num_samples, text.tokens.shape[1])
 
     def denoise(latents: list[Tensor], timesteps: Tensor, which: Sequence[int]) -> list[Tensor]:
         texts = None if text is None else text.select(which)
         classes = None if labels is None else labels[list(which)]
         steps = None if frame_steps is None else [frame_steps[i] for i in which]
-        if guidance_scale == 1 or timesteps.max() < guidance_from:
+        scale = low if isinstance(dit, Experts) and timesteps.max() < dit.boundary else guidance_scale
+        if scale == 1 or timesteps.max() < guidance_from:
             return [x[:channels] for x in dit(latents, timesteps, texts, classes, steps)]
         if texts is not None and negative is not None:
             texts = PackedText.concat([texts, negative.select(which).to(texts.tokens.device, texts.tokens.dtype)])
@@ -54,6 +58,6 @@ def guided(
         both_steps = None if steps is None else [*steps, *steps]
         both = [x[:channels] for x in dit([*latents, *latents], timesteps.repeat(2), texts, classes, both_steps)]
         pairs = zip(both[: len(latents)], both[len(latents) :], strict=True)
-        return [torch.lerp(null, conditioned, guidance_scale) for conditioned, null in pairs]
+        return [torch.lerp(null, conditioned, scale) for conditioned, null in pairs]
 
     return denoise

@@ -19,7 +19,7 @@ from ..storage.files import save_module, settle, whole_folder
 from ..storage.weights import built, open_module, read_index, read_json
 from ..text.pretrained import load_text_encoder
 from . import wan
-from .parts import Defaults, Outline, Parts, token_timing, token_unit
+from .parts import Defaults, Outline, Parts, bytes_in, token_timing, token_unit
 
 
 def read_outline(directory: str | Path) -> Outline:
@@ -30,7 +30,7 @@ def read_outline(directory: str | Path) -> Outline:
     index = read_index(folder, owner)
     config: Any = built(DiTConfig.from_dict, {"values": read_json(folder / "dit" / "config.json", owner)}, owner)
     compression = VideoVAE.read_compression(folder / "vae") if index["vae"] else PixelCodec.compression
-    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    weights = 2 * bytes_in(folder)
     timing = token_timing(config.patch_size, compression, causal=index["vae"])
     unit, defaults = token_unit(config.patch_size, compression), Defaults(**index["defaults"])
     return Outline(tuple(index["size"]), unit, timing, config.hidden_size, weights, defaults, index["frame_times"])

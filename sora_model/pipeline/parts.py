@@ -46,7 +46,8 @@ class Outline(NamedTuple):
     """What a checkpoint's configs say of it, for which no weights are read.
 
     size: of a request without one. unit: pixels along T, H and W per token. timing: pixel frames per token frame. width: D.
-    weights: bytes in its files. defaults: of a call. frame_times: see `SoraPipeline`.
+    weights: bytes that they take while they are read, most of them once as read and once as held. defaults: of a call.
+    frame_times: see `SoraPipeline`. casts_weights: whether bf16 precision means weights in bfloat16, as of large models.
     """
 
     size: Size
@@ -56,10 +57,16 @@ class Outline(NamedTuple):
     weights: int
     defaults: Defaults = Defaults()
     frame_times: bool = True
+    casts_weights: bool = False
 
     def padded(self, size: Size) -> Size:
         """The next size of whole tokens."""
         return whole_size(size, self.unit, self.timing)
+
+
+def bytes_in(folder: Path) -> int:
+    """Of the weights in a folder's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
 def token_unit(patch: Size, compression: Size) -> Size:

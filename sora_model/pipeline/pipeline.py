@@ -183,6 +183,7 @@ class SoraPipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_from: float | None = None,
+        guidance_scale_2: float | None = None,
         generator: Seeds = None,
         callback: Callback | None = None,
         output_type: str = "pt",
@@ -200,12 +201,13 @@ class SoraPipeline:
             num_inference_steps: steps of the scheduler. Default of this and the next two: `defaults` of the pipeline.
             guidance_scale: of classifier-free guidance; 1 is none.
             guidance_from: where guidance ends, as a share of the scheduler's timesteps: 0 guides every step. See `guided`.
+            guidance_scale_2: with `Experts`, that of the one for low noise; default: guidance_scale.
             generator: a seed or a torch.Generator on the host for each request that has no seed, or one seed: request i has
                 that + i; or one Generator for all. None is random. A video depends on its own seed alone.
             callback: called after each step with (step, timestep, latents).
             output_type: "pt": [3, T, H, W] in [-1, 1]; "np": float32 [T, H, W, 3] in [0, 1]; "pil": a list of T images; "latent":
                 [C, T', H', W'] before decoding.
-            precision: "no", or "bf16": the transformer computes in bfloat16, latents and VAE stay in float32.
+            precision: "no", or "bf16": a transformer of float32 weights computes in bfloat16; latents and VAE stay in float32.
             progress: called with ("encoding" or "decoding", done, all) after each tile that the VAE has coded, in pixels.
 
         Returns:
@@ -221,14 +223,17 @@ class SoraPipeline:
         guidance_from = lowest if guidance_from is None else guidance_from
         check_options(num_inference_steps, guidance_from, output_type, precision)
         asked = as_requests(requests, size, self.size)
-        self._check(asked, guidance_scale)
+        if guidance_scale_2 is not None and not isinstance(self.dit, Experts):
+            raise ValueError(f"SoraPipeline: guidance_scale_2: expected None for one transformer, got {guidance_scale_2}")
+        is_guided = guidance_scale != 1 or guidance_scale_2 not in (None, 1)
+        self._check(asked, is_guided)
         generators = as_generators(generator, asked)
         shapes = [(self.codec.channels, *latent_size(self.codec, self._padded(request.size))) for request in asked]
         noise = [torch.randn(shape, generator=g).to(self.device) for shape, g in zip(shapes, generators, strict=True)]
         clean = [self._clean_frames(request, x, progress) for request, x in zip(asked, noise, strict=True)]
         init = [self._init(request, x, progress) for request, x in zip(asked, noise, strict=True)]
         text = self.text_encoder([request.prompt for request in asked])
-        null_text = self.text_encoder([request.negative_prompt for request in asked]) if guidance_scale != 1 else None
+        null_text = self.text_encoder([request.negative_prompt for request in asked]) if is_guided else None
         denoise = guided(
             self.dit,
             text=text,
@@ -236,8 +241,10 @@ class SoraPipeline:
             frame_steps=[request.frame_step for request in asked],
             guidance_scale=guidance_scale,
             guidance_from=guidance_from * self.scheduler.config.num_train_timesteps,
+            guidance_scale_2=guidance_scale_2,
         )
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        autocast = precision == "bf16" and self.dit.final.weight.dtype == torch.float32
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             latents = sample(
                 denoise,
                 self.scheduler,
@@ -282,10 +289,10 @@ class SoraPipeline:
             raise ValueError("SoraPipeline: captioner: expected a checkpoint with a captioner, got one without")
         return self.captioner
 
-    def _check(self, requests: Sequence[Request], guidance_scale: float) -> None:
+    def _check(self, requests: Sequence[Request], is_guided: bool) -> None:
         """Raises ValueError for what this pipeline cannot do, and for what would have no effect."""
         unused = next((request.negative_prompt for request in requests if request.negative_prompt), "")
-        if guidance_scale == 1 and unused:
+        if unused and not is_guided:
             raise ValueError(
                 f"SoraPipeline: negative_prompt: expected none with guidance_scale 1, which has no use for it, got {unused!r}"
             )

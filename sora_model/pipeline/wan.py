@@ -16,7 +16,7 @@ from ..model.dit import DiT
 from ..model.experts import Experts
 from ..storage.weights import built, check_depth, check_shapes, open_tensors, read_json, read_shapes, weight_files
 from ..text.pretrained import PretrainedEncoder
-from .parts import Defaults, Outline, Parts, token_timing, token_unit
+from .parts import Defaults, Outline, Parts, bytes_in, token_timing, token_unit
 
 PIPELINES = "WanPipeline", "WanImageToVideoPipeline"
 """What model_index.json calls them. Both run the transformers that are taken here: those of TI2V are the same."""
@@ -47,9 +47,10 @@ def read_outline(folder: Path, owner: str) -> Outline:
     config: DiTConfig = built(wan_config, {"values": values, "owner": f"{owner}: {folder / 'transformer'}"}, owner)
     compression = VideoVAE.read_compression(folder / "vae")
     unit, timing = token_unit(config.patch_size, compression), token_timing(config.patch_size, compression, causal=True)
-    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    # Those of transformers are read one at a time.
+    weights = sum(bytes_in(part) * (1 if part.name.startswith("transformer") else 2) for part in folder.iterdir() if part.is_dir())
     size = SIZES.get(config.in_channels, SIZES[16])
-    return Outline(size, unit, timing, config.hidden_size, weights, DEFAULTS, _has_frame_times(folder, owner))
+    return Outline(size, unit, timing, config.hidden_size, weights, DEFAULTS, _has_frame_times(folder, owner), casts_weights=True)
 
 
 def load_parts(folder: Path, owner: str, dtype: torch.dtype | None, device: torch.device | str) -> Parts:

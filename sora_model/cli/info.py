@@ -1,0 +1,102 @@
+"""What a checkpoint is, by its configs and the headers of its files alone: `sora info`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .app import Loaded, command, parse_size, say
+
+if TYPE_CHECKING:
+    from ..pipeline.parts import Outline
+    from ..sizes import Size
+
+ON_GIVEN_FRAMES = "animate", "extend", "join", "loop", "long", "simulate"
+OWNER = "--checkpoint"
+
+
+@command(Loaded)
+def info(
+    size: Annotated[
+        str | None, typer.Option("--size", help="TxHxW in pixels, to say the memory of. Default: the checkpoint's.")
+    ] = None,
+    *,
+    loaded: Loaded,
+) -> None:
+    """Say what a checkpoint is, what it can do and what memory that takes. No weights are read."""
+    outline, folder = loaded.outline, loaded.folder
+    asked = parse_size(size) if size else outline.size
+    for name, text in (*_parts(folder), *_sizes(outline), *_memory(outline, asked), *_tasks(outline, folder)):
+        say(f"{name:15}{text}")
+
+
+def _parts(folder: Path) -> Iterator[tuple[str, str]]:
+    from ..pipeline.parts import bytes_in
+    from ..storage.weights import read_json
+    from ..text.words import Vocabulary
+
+    yield "checkpoint", f"{folder}, a {read_json(folder / 'model_index.json', OWNER)['_class_name']}"
+    for name in ("dit", "transformer", "transformer_2"):
+        if (folder / name).is_dir():
+            yield "transformer", f"{_count(folder / name):.3g} million weights in {_amount(bytes_in(folder / name))}"
+    config = read_json(folder / "text_encoder" / "config.json", OWNER)
+    words = None if "model_type" in config else Vocabulary.read(folder / "text_encoder")
+    known = config.get("model_type") or f"{len(words or ())} words learned with it, 'sora vocabulary' lists them"
+    yield "text", f"{known}; {_amount(bytes_in(folder / 'text_encoder'))}"
+    if (folder / "vae").is_dir():
+        kind = read_json(folder / "vae" / "config.json", OWNER)["_class_name"]
+        yield "VAE", f"{kind}, {_amount(bytes_in(folder / 'vae'))}"
+    else:
+        yield "VAE", "none: its latents are pixels"
+
+
+def _sizes(outline: Outline) -> Iterator[tuple[str, str]]:
+    first, stride = outline.timing
+    _, height, width = outline.unit
+    yield "sizes", f"{first} + {stride} n frames, height {height} n, width {width} n; others are made larger and cut"
+    steps, guidance, lowest = outline.defaults
+    yield "defaults", f"{_shape(outline.size)}, {steps} steps, guidance {guidance:g} down to noise level {lowest:g}"
+
+
+def _memory(outline: Outline, size: Size) -> Iterator[tuple[str, str]]:
+    from .estimate import memory, tokens, working
+
+    stages = working(outline, [size])
+    text = f"about {_amount(memory(outline, [size]))} for {_shape(size)}, which is {tokens(outline, [size]):,} tokens"
+    yield "memory", f"{text}; of it for the work of the transformer {_amount(stages.transformer)}, of the VAE {_amount(stages.vae)}"
+
+
+def _tasks(outline: Outline, folder: Path) -> Iterator[tuple[str, str]]:
+    from ..pipeline.checkpoint import has_captioner
+
+    can, cannot = ["generate", "restyle", "batch"], {}
+    if outline.frame_times:
+        can += ON_GIVEN_FRAMES
+    else:
+        cannot[", ".join(ON_GIVEN_FRAMES)] = "the transformer was trained with one time for all frames of a video"
+    if has_captioner(folder, OWNER):
+        can += ["caption", "recaption", "expand"]
+    else:
+        cannot["caption, recaption, expand"] = "it has no captioner"
+    yield "tasks", ", ".join(can)
+    for tasks, why in cannot.items():
+        yield "not", f"{tasks}: {why}"
+
+
+def _shape(size: Size) -> str:
+    return "x".join(map(str, size))
+
+
+def _amount(size: float) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
+
+def _count(folder: Path) -> float:
+    """Weights in millions."""
+    from ..storage.weights import read_shapes
+
+    return sum(map(math.prod, read_shapes(sorted(folder.glob("*.safetensors")), OWNER).values())) / 1e6
