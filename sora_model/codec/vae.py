@@ -26,7 +26,10 @@ CLASSES = (
     "AutoencoderKLCogVideoX",
     "AutoencoderKLCosmos",
     "AutoencoderKLHunyuanVideo",
+    "AutoencoderKLHunyuanVideo15",
+    "AutoencoderKLLTX2Video",
     "AutoencoderKLLTXVideo",
+    "AutoencoderKLMochi",
     "AutoencoderKLWan",
 )
 WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the file
@@ -184,7 +187,7 @@ class VideoVAE(nn.Module):
 
     def raw_latents(self, videos: Tensor) -> Tensor:
         """Latents [B, C, T', H', W'] of videos of one size, not normalised, whole."""
-        return self.model.encode(videos).latent_dist.mode()
+        return torch.cat([self.model.encode(part).latent_dist.mode() for part in self._parts(videos)])
 
     def from_raw(self, latents: Tensor) -> Tensor:
         """Videos [B, 3, T, H, W] of latents of one size that are not normalised, whole."""
@@ -192,10 +195,14 @@ class VideoVAE(nn.Module):
         if type(self.model).__name__ == "AutoencoderKLCogVideoX" and latents.shape[2] % 2 == 0:
             # It decodes two latent frames at a time, and an even number of them to too many frames.
             latents = torch.cat([latents, latents[:, :, -1:]], dim=2)
-        video = self.model.decode(latents).sample[:, :, :frames]
+        video = torch.cat([self.model.decode(part).sample[:, :, :frames] for part in self._parts(latents)])
         if video.shape[2] != frames:
             raise RuntimeError(f"VideoVAE: {type(self.model).__name__} decoded {video.shape[2]} frames, expected {frames}")
         return video
+
+    def _parts(self, batch: Tensor) -> Sequence[Tensor]:
+        """What the model takes at once: diffusers' HunyuanVideo-1.5 fails on more than one sample in the mask of its attention."""
+        return batch.split(1) if type(self.model).__name__ == "AutoencoderKLHunyuanVideo15" else [batch]
 
     def _tiled(self, x: Tensor, code: Callable[[Tensor], Tensor], down: int, up: int, watch: Watch) -> Tensor:
         """code(x) of [B, C, T, H, W], a tile of H and W at a time where they are larger; sizes change by up / down."""
