@@ -280,11 +280,17 @@ def test_info(folders: dict[str, Path]) -> None:
     assert "--size: expected TxHxW, such as 8x32x48, got '5'" in sora("info", "--size", "5", code=2)
 
 
-def test_prompts_are_cut_and_cleaned(folders: dict[str, Path]) -> None:
+def test_prompts_are_cut_and_cleaned(folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
     assert clean_caption(" a&amp;amp;b \n c ") == "a&b c"
     encoder = SoraPipeline.from_pretrained(folders["t2v"]).text_encoder
     text: PackedText = encoder(["a " * 600, " a\n red "])
     assert text.cu_seqlens.tolist() == [0, 512, 515]
+    (warning,) = caplog.messages
+    assert warning.startswith("a prompt of 601 tokens is cut to 512, without: a a a")
+    assert warning.endswith("a ...")
+    for _ in range(20):
+        encoder(["a " * 600])
+    assert len(caplog.messages) == 10
 
 
 def changed(folder: Path, target: Path, change) -> Path:

@@ -62,22 +62,21 @@ def load_parts(folder: Path, owner: str, dtype: torch.dtype | None, device: torc
         ValueError: an option that is not supported, or weights that are missing, left over, of another shape or not finite.
         FileNotFoundError: a part that is not there.
     """
-    index = read_json(folder / "model_index.json", owner)
-    high = _transformer(folder / "transformer", owner, dtype, device)
-    dit: DiT | Experts = high
-    boundary, second = index.get("boundary_ratio"), folder / "transformer_2"
+    boundary, second = read_json(folder / "model_index.json", owner).get("boundary_ratio"), folder / "transformer_2"
     if (boundary is None) != (not second.is_dir()):
         got = "none" if boundary is None else f"{boundary} without that folder"
         raise ValueError(f"{owner}: model_index.json: boundary_ratio: expected one with a folder transformer_2, got {got}")
     if boundary is not None and not (isinstance(boundary, float) and 0 < boundary < 1):
         raise ValueError(f"{owner}: model_index.json: boundary_ratio: expected a number between 0 and 1, got {boundary!r}")
-    scheduler = load_scheduler(folder / "scheduler", owner)
-    if boundary is not None:
-        dit = Experts(high, _transformer(second, owner, dtype, device), boundary * scheduler.config.num_train_timesteps)
-    encoder = PretrainedEncoder.from_pretrained(folder / "text_encoder", folder / "tokenizer", longest=TEXT_LENGTH)
+    frame_times, scheduler = _has_frame_times(folder, owner), load_scheduler(folder / "scheduler", owner)
+    # Transformers last: they take the longest, and the others need room for their weights twice.
     vae = VideoVAE.from_pretrained(folder / "vae")
+    encoder = PretrainedEncoder.from_pretrained(folder / "text_encoder", folder / "tokenizer", longest=TEXT_LENGTH)
+    dit: DiT | Experts = _transformer(folder / "transformer", owner, dtype, device)
+    if boundary is not None and isinstance(dit, DiT):
+        dit = Experts(dit, _transformer(second, owner, dtype, device), boundary * scheduler.config.num_train_timesteps)
     size = SIZES.get(vae.channels, SIZES[16])
-    return Parts(dit, encoder, scheduler, vae, None, size, DEFAULTS, _has_frame_times(folder, owner))
+    return Parts(dit, encoder, scheduler, vae, None, size, DEFAULTS, frame_times)
 
 
 def _has_frame_times(folder: Path, owner: str) -> bool:

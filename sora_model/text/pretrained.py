@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import math
 import re
 import shutil
@@ -41,6 +42,8 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "merges.txt",
 FOREIGN = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "_name_or_path")
 
 
+logger = logging.getLogger(__name__)
+SHOWN, MOST_WARNINGS = 100, 10  # characters of what was cut
 UNLIMITED = 10**6  # tokens; tokenizers without a limit have one of 10**30
 
 
@@ -78,6 +81,7 @@ class PretrainedEncoder(nn.Module):
         if longest is not None:
             tokenizer.model_max_length = longest  # which is saved with it
         limits = tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or UNLIMITED
+        self.warnings = 0
         self.longest = min(limits) if min(limits) < UNLIMITED else None
 
     def train(self, mode: bool = True) -> PretrainedEncoder:
@@ -90,6 +94,7 @@ class PretrainedEncoder(nn.Module):
             raise TypeError("PretrainedEncoder: captions: expected a list of strings, got one string")
         options = {"truncation": True, "max_length": self.longest} if self.longest else {}
         captions = [clean_caption(caption) for caption in captions]
+        self._warn_of_cuts(captions)
         batch = self.tokenizer(captions, padding=True, return_tensors="pt", **options).to(self.model.device)
         mask = batch["attention_mask"]
         out = self.model(input_ids=batch["input_ids"], attention_mask=mask)
@@ -101,6 +106,17 @@ class PretrainedEncoder(nn.Module):
             weights = mask[:, :, None].to(states)
             pooled = (states * weights).sum(1) / weights.sum(1)
         return PackedText(tokens, cu_seqlens, pooled)
+
+    def _warn_of_cuts(self, captions: Sequence[str]) -> None:
+        """Warns of what the encoder leaves out of a caption, of the first MOST_WARNINGS captions: training has many."""
+        if self.longest is None or self.warnings >= MOST_WARNINGS:
+            return
+        for ids in self.tokenizer(captions, verbose=False)["input_ids"] if captions else []:
+            if len(ids) > self.longest:
+                rest = self.tokenizer.decode(ids[self.longest - 1 :], skip_special_tokens=True)
+                shown = rest if len(rest) <= SHOWN else f"{rest[:SHOWN]}..."
+                self.warnings += 1
+                logger.warning("a prompt of %d tokens is cut to %d, without: %s", len(ids), self.longest, shown)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes model and tokenizer as transformers does; weights keep their dtype, as T5 overflows in float16."""
