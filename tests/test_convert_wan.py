@@ -167,6 +167,8 @@ def test_a_model_of_another_kind_does_not_become_wans() -> None:
         ({"cross_attention_norms": True}, "text_dim: expected a value with cross_attention_norms, got None"),
         ({"modulation": "rows"}, "modulation: expected 'block', 'shared' or 'tables', got 'rows'"),
         ({"eps": 0}, "eps: expected a number between 0 and 1, got 0"),
+        ({"mlp_size": True}, "mlp_size: expected a number of at least 1 or None, got True"),
+        ({"timestep_float32": "no"}, "timestep_float32: expected true or false, got 'no'"),
         ({"mlp_size": 0}, "mlp_size: expected a number of at least 1 or None, got 0"),
     ],
 )

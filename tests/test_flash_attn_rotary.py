@@ -198,6 +198,14 @@ def test_views_of_one_projection_turn_in_place_one_after_the_other(views: Callab
     torch.testing.assert_close(got, expected)
 
 
+def test_an_op_that_has_kept_what_is_turned_in_place_is_found() -> None:
+    """relu keeps its output for its backward, which would be silently wrong."""
+    cos, sin = tables()
+    x = torch.randn(2, 9, 4, WIDTH, requires_grad=True).relu()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        apply_rotary_emb(x, cos, sin, inplace=True).sum().backward()
+
+
 @pytest.mark.parametrize("how", ["grad", "vmap", "jvp", "dual", "compile"])
 def test_in_place_within_transforms(how: str) -> None:
     cos, sin = tables()

@@ -48,8 +48,9 @@ def guided(
         texts = None if text is None else text.select(which)
         classes = None if labels is None else labels[list(which)]
         steps = None if frame_steps is None else [frame_steps[i] for i in which]
-        scale = low if isinstance(dit, Experts) and timesteps.max() < dit.boundary else guidance_scale
-        if scale == 1 or timesteps.max() < guidance_from:
+        highest = timesteps.max()
+        scale = low if isinstance(dit, Experts) and highest < dit.boundary else guidance_scale
+        if scale == 1 or highest < guidance_from:
             return [x[:channels] for x in dit(latents, timesteps, texts, classes, steps)]
         if texts is not None and negative is not None:
             texts = PackedText.concat([texts, negative.select(which).to(texts.tokens.device, texts.tokens.dtype)])

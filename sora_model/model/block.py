@@ -94,8 +94,8 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
     """
     last = len(k) - 1
     out, lse, _ = flash_attn_varlen_func(q, k[:last], v[:last], cu_q, cu_k, return_attn_probs=True)
-    everything = cu_q.new_tensor([0, len(q)]), cu_q.new_tensor([0, 1])
-    _, score, _ = flash_attn_varlen_func(q, k[last:], v[last:], *everything, return_attn_probs=True)
+    cu_one = torch.arange(2, dtype=torch.int32, device=q.device)  # [0, 1], without a copy that the device waits for
+    _, score, _ = flash_attn_varlen_func(q, k[last:], v[last:], cu_one * len(q), cu_one, return_attn_probs=True)
     weight = torch.sigmoid((score - lse).mT + log_padding)  # [N, H]
     return torch.lerp(out, v[last].expand_as(out), weight[..., None].to(out.dtype))
 

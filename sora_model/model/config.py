@@ -132,7 +132,7 @@ class DiTConfig:
         optionals = "mlp_size", "rope_size", "sincos_size", "text_dim", "text_length", "num_classes"
         for name in ("in_channels", "hidden_size", "depth", "num_heads", *optionals):
             value, optional = getattr(self, name), name in optionals
-            if not (optional and value is None) and (not isinstance(value, int) or value < 1):
+            if not (optional and value is None) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 self._fail(name, "a number of at least 1" + (" or None" if optional else ""), value)
         if self.hidden_size % (2 * self.num_heads):
             self._fail("hidden_size", f"a multiple of 2 * num_heads = {2 * self.num_heads}", self.hidden_size)
@@ -140,6 +140,9 @@ class DiTConfig:
             self._fail("positions", "'rope' or 'sincos'", self.positions)
         if self.modulation not in ("block", "shared", "tables"):
             self._fail("modulation", "'block', 'shared' or 'tables'", self.modulation)
+        for field in fields(self):
+            if isinstance(field.default, bool) and not isinstance(getattr(self, field.name), bool):
+                self._fail(field.name, "true or false", getattr(self, field.name))
         if not isinstance(self.eps, int | float) or not 0 < self.eps < 1:
             self._fail("eps", "a number between 0 and 1", self.eps)
         for name, needed in (

@@ -92,10 +92,13 @@ class PretrainedEncoder(nn.Module):
         """captions: B strings. Returns tokens [M, D], cu_seqlens [B+1] and pooled [B, D] on the model's device."""
         if isinstance(captions, str):
             raise TypeError("PretrainedEncoder: captions: expected a list of strings, got one string")
-        options = {"truncation": True, "max_length": self.longest} if self.longest else {}
         captions = [clean_caption(caption) for caption in captions]
-        self._warn_of_cuts(captions)
-        batch = self.tokenizer(captions, padding=True, return_tensors="pt", **options).to(self.model.device)
+        batch = self.tokenizer(captions, padding=True, return_tensors="pt", verbose=False)
+        if self.longest is not None and batch["input_ids"].shape[1] > self.longest:
+            self._warn_of_cuts(captions)
+            cut = {"truncation": True, "max_length": self.longest}
+            batch = self.tokenizer(captions, padding=True, return_tensors="pt", **cut)
+        batch = batch.to(self.model.device)
         mask = batch["attention_mask"]
         out = self.model(input_ids=batch["input_ids"], attention_mask=mask)
         states: Tensor = out.last_hidden_state

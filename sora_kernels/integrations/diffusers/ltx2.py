@@ -144,7 +144,8 @@ def _audio_to_video_and_back(
 
     def rows(table: Tensor, temb: Rows) -> tuple[Tensor, ...]:
         """Scale and shift for audio to video, scale and shift for video to audio, gate."""
-        return *self.get_mod_params(table[:4], temb[0], batch), *self.get_mod_params(table[4:], temb[1], batch)
+        shifts_and_scales, of_gate = temb
+        return *self.get_mod_params(table[:4], shifts_and_scales, batch), *self.get_mod_params(table[4:], of_gate, batch)
 
     v_scale, v_shift, v_scale_a, v_shift_a, v_gate = rows(self.video_a2v_cross_attn_scale_shift_table, video_temb)
     a_scale_v, a_shift_v, a_scale, a_shift, a_gate = rows(self.audio_a2v_cross_attn_scale_shift_table, audio_temb)

@@ -49,7 +49,7 @@ def is_norm(module: nn.Module | None) -> bool:
 
 
 def is_wrapped_norm(module: nn.Module | None) -> bool:
-    """The same of a module that has a norm as its `norm`, with the linear layer of its modulation or without."""
+    """Whether a kernel can take over the `norm` of this module, such as an adaLN with the linear layer of its modulation."""
     return module is None or (is_plain(module) and is_norm(module.norm))  # type: ignore[arg-type]
 
 

@@ -195,8 +195,9 @@ def _backward(
     with torch.inference_mode(False), torch.enable_grad():
         inputs = own_q, own_k, own_v = [_saveable(x).detach().requires_grad_() for x in (q, k, v)]
         boundaries = None if boundaries is None else (_saveable(boundaries[0]), _saveable(boundaries[1]))
-        slopes = None if options[5] is None else _saveable(options[5])
-        own_out, own_lse, _ = attend(op, own_q, own_k, own_v, boundaries, *options[:5], slopes, True)
+        dropout, scale, causal, window, softcap, slopes = options
+        slopes = None if slopes is None else _saveable(slopes)
+        own_out, own_lse, _ = attend(op, own_q, own_k, own_v, boundaries, dropout, scale, causal, window, softcap, slopes, True)
     with torch.no_grad():
         for name, x in (("dout", dout), ("out", out)):
             check_tensor(op, name, x, tuple(own_out.shape), dtype=own_out.dtype, like=q)

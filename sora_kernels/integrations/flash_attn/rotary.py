@@ -288,7 +288,9 @@ def _in_place(op: str, x: Tensor, parts: list[Part], interleaved: bool) -> Tenso
         _write(x, x.clone(), parts, interleaved)  # torch's own gradient of writing in place, which refuses some views
     elif torch.is_grad_enabled() and x.requires_grad:
         tables = [table for _, *tables in parts for table in tables]
-        return _InPlace.apply(x, interleaved, [index for index, *_ in parts], *tables)
+        # Of a tensor by itself autograd counts the write, and so finds an op that has kept it for its backward.
+        counted = not (x.is_leaf or x._is_view())
+        return _InPlace.apply(x, counted, interleaved, [index for index, *_ in parts], *tables)
     else:
         with torch.no_grad():
             _write(x, x, parts, interleaved)
@@ -301,15 +303,15 @@ def _write(out: Tensor, x: Tensor, parts: list[Part], interleaved: bool) -> None
 
 
 class _InPlace(torch.autograd.Function):
-    """Rotates parts of x and returns it, with a write that autograd does not count: torch would refuse parameters, and views of one
-    projection that are rotated one after the other. flash_attn takes both.
+    """Rotates parts of x and returns it. A write that is not counted is for parameters, and for views of one projection that are
+    rotated one after the other: flash_attn takes both, and torch would refuse them.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, interleaved: bool, indices: list, *tables: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, counted: bool, interleaved: bool, indices: list, *tables: Tensor) -> Tensor:
         ctx.interleaved, ctx.indices = interleaved, indices
         ctx.save_for_backward(*tables)
-        _write(x.data, x, list(zip(indices, tables[::2], tables[1::2], strict=True)), interleaved)
+        _write(x if counted else x.data, x, list(zip(indices, tables[::2], tables[1::2], strict=True)), interleaved)
         return x
 
     @staticmethod
@@ -318,4 +320,4 @@ class _InPlace(torch.autograd.Function):
         dx = dout.clone()
         back = [(index, cos, -sin) for index, cos, sin in zip(ctx.indices, tables[::2], tables[1::2], strict=True)]
         _write(dx, dout, back, ctx.interleaved)
-        return dx, None, None, *(None for _ in tables)
+        return dx, None, None, None, *(None for _ in tables)
