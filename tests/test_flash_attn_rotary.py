@@ -206,6 +206,18 @@ def test_an_op_that_has_kept_what_is_turned_in_place_is_found() -> None:
         apply_rotary_emb(x, cos, sin, inplace=True).sum().backward()
 
 
+def test_a_leaf_turned_in_place_by_a_compiled_function() -> None:
+    cos, sin = tables()
+    kv, dout = torch.randn(2, 2, 9, 2, 4, WIDTH)
+    torch.compiler.reset()
+    grads = []
+    for turn in (apply_rotary_emb_kv_, torch.compile(apply_rotary_emb_kv_, backend="aot_eager")):
+        leaf = kv.clone().requires_grad_()
+        turn(leaf, cos, sin).backward(dout)
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 @pytest.mark.parametrize("how", ["grad", "vmap", "jvp", "dual", "compile"])
 def test_in_place_within_transforms(how: str) -> None:
     cos, sin = tables()

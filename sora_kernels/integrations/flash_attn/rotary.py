@@ -284,6 +284,8 @@ def _check_rows(op: str, rows: Tensor, available: int, on_host: bool) -> None:
 def _in_place(op: str, x: Tensor, parts: list[Part], interleaved: bool) -> Tensor:
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
         fail(op, "x", "a tensor to write to, whose elements share no memory", f"one expanded to {list(x.shape)}")
+    if torch.compiler.is_compiling() and x.requires_grad and x.is_leaf:
+        return _in_place_eagerly(op, x, parts, interleaved)
     if torch.compiler.is_compiling() or transforms_active() or is_dual_level_open():
         _write(x, x.clone(), parts, interleaved)  # torch's own gradient of writing in place, which refuses some views
     elif torch.is_grad_enabled() and x.requires_grad:
@@ -295,6 +297,12 @@ def _in_place(op: str, x: Tensor, parts: list[Part], interleaved: bool) -> Tenso
         with torch.no_grad():
             _write(x, x, parts, interleaved)
     return x
+
+
+@torch.compiler.disable
+def _in_place_eagerly(op: str, x: Tensor, parts: list[Part], interleaved: bool) -> Tensor:
+    """Of a parameter, which no graph may write to: between two graphs, so not with fullgraph=True."""
+    return _in_place(op, x, parts, interleaved)
 
 
 def _write(out: Tensor, x: Tensor, parts: list[Part], interleaved: bool) -> None:
