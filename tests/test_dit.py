@@ -80,6 +80,25 @@ def test_rotary_positions_may_be_stretched() -> None:
     assert (near - far).abs().max() > 1e-4
 
 
+@torch.no_grad()
+def test_windows() -> None:
+    """Larger than a grid they are the whole sample; of one frame they let nothing through from another, in all blocks."""
+    dit, latents, levels = awake(DiT(small(text_dim=None))), latents_of(SIZES), torch.full((4,), 500.0)
+    whole = dit(latents, levels)
+    for window in ((9, 9, 9), (None, None, None)):
+        for one, other in zip(dit(latents, levels, window=window), whole, strict=True):
+            assert_close(one, other, 1e-5)
+    changed = [latents[0].clone(), *latents[1:]]
+    changed[0][:, 2] += 1
+    seen, other = (dit(x, levels, window=(1, None, None))[0] for x in (latents, changed))
+    assert torch.equal(seen[:, [0, 1, 3]], other[:, [0, 1, 3]])
+    assert (seen - whole[0]).abs().max() > 1e-3
+    near, far = (dit(x, levels, window=(None, 3, 3))[0] for x in (latents, changed))
+    assert (near - far)[:, 0].abs().max() > 1e-3
+    with pytest.raises(ValueError, match="window: expected three sizes >= 1"):
+        dit(latents, levels, window=(0, 3, 3))
+
+
 @pytest.mark.parametrize("per_frame", [False, True], ids=["per sample", "per frame"])
 @pytest.mark.parametrize(
     "config",

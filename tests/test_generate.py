@@ -324,3 +324,20 @@ def test_a_strip_is_scaled_without_what_is_cut_off(monkeypatch) -> None:
     assert enlarged[0][1] <= 32
     assert made.mean().abs() < 0.02
     assert made[..., 0].mean() < made[..., -1].mean()
+
+
+def test_windows_and_step_cache(tmp_path: Path) -> None:
+    """Files carry them, and what the cache left out is said."""
+    fast = ["--window", "1x2x2", "--step-cache", "0.3", "--out", tmp_path / "fast"]
+    out = sora("generate", "a red circle", "--size", "5x32x32", *fast)
+    assert " passes of samples without most blocks; when they ran again, what they add had changed by " in out
+    (path,) = (tmp_path / "fast").glob("00*.mp4")
+    settings = json.loads(read_comment(path))
+    assert (settings["window"], settings["step_cache"]) == ("1x2x2", 0.3)
+    sora("generate", "a red circle", "--size", "5x32x32", "--out", tmp_path / "whole")
+    fast_one, whole = (read_video(next((tmp_path / name).glob("00*.mp4")))[0] for name in ("fast", "whole"))
+    assert not torch.equal(fast_one, whole)
+    assert "--window: expected TxHxW, such as 5x9x9, got '5x9'" in sora("generate", "a", "--window", "5x9", code=2)
+    assert "--offload: expected a GPU as --device" in sora("generate", "a", "--offload", code=2)
+    with pytest.raises(ValueError, match="SoraPipeline: window: expected three numbers of tokens"):
+        SoraPipeline.from_pretrained()("a red circle", window=(5, 0, 9))

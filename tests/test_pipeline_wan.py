@@ -164,9 +164,9 @@ class Times(nn.Module):
     def final(self) -> nn.Linear:
         return self.inner.final
 
-    def forward(self, latents: list[Tensor], timesteps: Tensor, *args: object) -> list[Tensor]:
+    def forward(self, latents: list[Tensor], timesteps: Tensor, *args: object, **options: object) -> list[Tensor]:
         self.seen.append(timesteps.clone())
-        return self.inner(latents, timesteps, *args)
+        return self.inner(latents, timesteps, *args, **options)
 
 
 def test_times_of_frames_are_those_of_diffusers(folders: dict[str, Path]) -> None:
@@ -255,6 +255,8 @@ def test_commands(folders: dict[str, Path], tmp_path: Path) -> None:
     for command in (["animate", path, "blue"], ["long", "blue"], ["loop", "blue"], ["simulate", "blue"]):
         message = sora(*command, *options, code=2)
         assert "--checkpoint: expected a model trained with a time for each frame" in message.replace("\n", " ")
+    anyway = [*options, "--frames", 5, "--steps", 1, "--allow-untrained"]
+    assert "warning: the transformer was trained with one time for all frames" in sora("animate", path, "blue", *anyway)
     short = ["--frames", 5, "--checkpoint", folders["ti2v"], "--steps", 1, "--precision", "bf16"]
     sora("animate", path, "blue", *short, "--out", tmp_path / "animated")
     assert list((tmp_path / "animated").glob("*.mp4"))

@@ -90,6 +90,8 @@ class Loaded:
         """Of the transformer's weights, where a command says so."""
         return None
 
+    offload = False  # a field of commands that generate
+
     def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
         """The pipeline; captioner: it must have one, which is looked for before weights are read."""
         from ..pipeline.pipeline import SoraPipeline
@@ -98,7 +100,7 @@ class Loaded:
         if captioner:
             self.check_captioner()
         with naming("--checkpoint"):
-            return SoraPipeline.from_pretrained(folder, device=device, dtype=self.dtype)
+            return SoraPipeline.from_pretrained(folder, device=device, dtype=self.dtype, offload=self.offload)
 
     def check_captioner(self) -> None:
         """Raises ValueError for a checkpoint without a captioner."""
@@ -232,11 +234,11 @@ def say(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def parse_size(text: str, option: str = "--size") -> Size:
+def parse_size(text: str, option: str = "--size", example: str = "8x32x48") -> Size:
     """'8x32x48' -> (8, 32, 48)."""
     match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})", text)
     if match is None:
-        raise ValueError(f"{option}: expected TxHxW, such as 8x32x48, got {text!r}")
+        raise ValueError(f"{option}: expected TxHxW, such as {example}, got {text!r}")
     t, h, w = (int(n) for n in match.groups())
     if min(t, h, w) < 1:
         raise ValueError(f"{option}: expected (T, H, W), each at least 1, got {(t, h, w)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import Loaded, Precision, check_folder, command, console, known_device, logger, read_clip, say
+from .app import Loaded, Precision, check_folder, command, console, known_device, logger, parse_size, read_clip, say
 from .files import NAMES, write_files
 from .terminal import sampled
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..model.step_cache import StepCache
     from ..pipeline.parts import Outline
     from ..pipeline.pipeline import SoraPipeline
     from ..pipeline.request import Request
@@ -58,7 +60,25 @@ class Call(Loaded):
     fps: Annotated[float | None, typer.Option(min=0.1, help="Frames per second. Default: those of the input, or 8.")] = None
     scale: Annotated[int, typer.Option(min=1, help="Whole factor by which pixels are enlarged in the files.")] = 1
     format: Annotated[Format, typer.Option(help="Of videos; images are PNG.")] = Format.mp4
-    precision: Annotated[Precision, typer.Option(help="bf16: the transformer computes in bfloat16.")] = Precision.no
+    precision: Annotated[
+        Precision, typer.Option(help="bf16: the transformer computes in bfloat16; weights of Wan are read as such.")
+    ] = Precision.no
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep text encoder, transformer and VAE on the CPU; each comes to --device in turn.")
+    ] = False
+    window: Annotated[
+        str | None,
+        typer.Option(help="TxHxW tokens that a token sees around it, such as 5x9x9: faster, and not what the model has learned."),
+    ] = None
+    step_cache: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=0.99, help="Leave out most of the transformer where its first block changes less than this share: try 0.1."
+        ),
+    ] = None
+    allow_untrained: Annotated[
+        bool, typer.Option("--allow-untrained", help="Also do tasks that the checkpoint's transformer was not trained for.")
+    ] = False
     max_pixels: Annotated[
         int | None,
         typer.Option(
@@ -81,7 +101,9 @@ class Call(Loaded):
         if self.negative and self.guidance == 1:
             raise ValueError(f"--negative: expected none with --guidance 1, which has no use for it, got {self.negative!r}")
         self.rate()
-        known_device(self.device)
+        device, _ = known_device(self.device), self.tokens_seen
+        if self.offload and device == "cpu":
+            raise ValueError("--offload: expected a GPU as --device, to which parts come in turn, got cpu")
         from ..diffusion.schedulers import FLOW
 
         if self.scheduler not in (None, *FLOW):
@@ -122,6 +144,8 @@ class Call(Loaded):
 
     def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
         pipeline = super().pipeline(captioner=captioner)
+        if self.allow_untrained:
+            pipeline = pipeline.replaced(frame_times=True)
         if self.scheduler is not None:
             from ..diffusion.schedulers import flow_scheduler
 
@@ -145,7 +169,21 @@ class Call(Loaded):
             "guidance_scale": guidance if self.guidance is None else self.guidance,
             "guidance_from": guidance_from if self.guidance_from is None else self.guidance_from,
             "precision": self.precision.value,
+            "window": self.tokens_seen,
+            "step_cache": self.cache,
         }
+
+    @property
+    def tokens_seen(self) -> Size | None:
+        """--window as a call of the pipeline takes it."""
+        return None if self.window is None else parse_size(self.window, "--window", "5x9x9")
+
+    @functools.cached_property
+    def cache(self) -> StepCache | None:
+        """Of all passes of the command."""
+        from ..model.step_cache import StepCache
+
+        return None if self.step_cache is None else StepCache(self.step_cache)
 
     @property
     def num_steps(self) -> int:
@@ -188,10 +226,14 @@ class Call(Loaded):
 
     def check_frame_times(self) -> None:
         """Raises ValueError for a checkpoint that cannot go on from given frames, before its weights are read."""
-        if not self.outline.frame_times:
+        if self.outline.frame_times:
+            return
+        if self.allow_untrained:
+            logger.warning("the transformer was trained with one time for all frames: what it makes of given ones may fail")
+        else:
             raise ValueError(
                 "--checkpoint: expected a model trained with a time for each frame, as given frames need, "
-                f"got one that takes text and videos to restyle: {self.folder}"
+                f"got one that takes text and videos to restyle (--allow-untrained does it anyway): {self.folder}"
             )
 
     def check_words(self, pipeline: SoraPipeline, prompts: Sequence[str]) -> None:
@@ -255,6 +297,8 @@ class Call(Loaded):
             "guidance": self.sampling["guidance_scale"],
             "guidance_from": self.sampling["guidance_from"],
             "precision": self.precision.value,
+            "window": self.window,
+            "step_cache": self.step_cache,
             "scheduler": self.scheduler,
             "checkpoint": self.checkpoint,
             "negative": self.negative,
@@ -268,6 +312,8 @@ class Call(Loaded):
         for path, seed in zip(paths, seeds, strict=True):
             say(f"{path} (seed {seed})")
         say(str(sheet))
+        if self.cache is not None:
+            say(self.cache.report())
 
 
 task = command(Call)

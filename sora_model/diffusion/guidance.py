@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..model.block import Window
 from ..model.conditioning import PackedText
 from ..model.dit import DiT
 from ..model.experts import Experts
+from ..model.step_cache import StepCache
 
 # (latents, timesteps, which samples of the batch these are) -> predictions
 Denoiser = Callable[[list[Tensor], Tensor, Sequence[int]], list[Tensor]]
@@ -25,6 +28,8 @@ def guided(
     guidance_scale: float = 1.0,
     guidance_from: float = 0.0,
     guidance_scale_2: float | None = None,
+    window: Window | None = None,
+    cache: StepCache | None = None,
 ) -> Denoiser:
     """Classifier-free guidance as a function of (latents, timesteps, samples): null + guidance_scale * (conditioned - null).
 
@@ -38,11 +43,17 @@ def guided(
         frame_steps: see `DiT.forward`.
         guidance_from: the lowest timestep with guidance.
         guidance_scale_2: of `Experts`, for the one of low noise; default: guidance_scale.
+        window: see `DiT.forward`.
+        cache: see `StepCache`.
     """
     channels, negative = dit.config.in_channels, null_text
     low = guidance_scale if guidance_scale_2 is None else guidance_scale_2
     if text is not None and (guidance_scale, low) != (1, 1) and negative is None:
         negative = PackedText.empty(text.num_samples, text.tokens.shape[1])
+
+    def predict(latents: list[Tensor], timesteps: Tensor, *conditions: Any, halves: list[tuple[int, str]]) -> list[Tensor]:
+        known = None if cache is None else cache.of(halves, [sample for sample, _ in halves])
+        return [x[:channels] for x in dit(latents, timesteps, *conditions, window=window, cache=known)]
 
     def denoise(latents: list[Tensor], timesteps: Tensor, which: Sequence[int]) -> list[Tensor]:
         texts = None if text is None else text.select(which)
@@ -51,13 +62,14 @@ def guided(
         highest = timesteps.max()
         scale = low if isinstance(dit, Experts) and highest < dit.boundary else guidance_scale
         if scale == 1 or highest < guidance_from:
-            return [x[:channels] for x in dit(latents, timesteps, texts, classes, steps)]
+            return predict(latents, timesteps, texts, classes, steps, halves=[(i, "text") for i in which])
         if texts is not None and negative is not None:
             texts = PackedText.concat([texts, negative.select(which).to(texts.tokens.device, texts.tokens.dtype)])
         if classes is not None and dit.config.num_classes is not None:
             classes = torch.cat([classes, torch.full_like(classes, dit.config.num_classes)])
         both_steps = None if steps is None else [*steps, *steps]
-        both = [x[:channels] for x in dit([*latents, *latents], timesteps.repeat(2), texts, classes, both_steps)]
+        halves = [(i, half) for half in ("text", "null") for i in which]
+        both = predict([*latents, *latents], timesteps.repeat(2), texts, classes, both_steps, halves=halves)
         pairs = zip(both[: len(latents)], both[len(latents) :], strict=True)
         return [torch.lerp(null, conditioned, scale) for conditioned, null in pairs]
 

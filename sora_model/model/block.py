@@ -19,14 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sora_kernels.adaln import gate_residual_layer_norm_modulate, layer_norm_modulate
+from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
 from sora_kernels.attention import flash_attn_varlen_func
 from sora_kernels.bias_gelu import bias_gelu
 from sora_kernels.layout import PackedLayout
 from sora_kernels.norm_rope import norm_rope
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
+from sora_kernels.spatiotemporal_attention import spatiotemporal_attention
 
 from .config import DiTConfig
+
+Window = tuple[int | None, int | None, int | None]
+"""How many tokens a token sees along T, H and W; None is all of an axis. See `spatiotemporal_attention`."""
 
 
 class TextKeys(NamedTuple):
@@ -42,8 +46,21 @@ class TextKeys(NamedTuple):
     """float32 [N, 1]: for each token of the latents, the logarithm of how many padding tokens its caption has."""
 
 
+class Context(NamedTuple):
+    """What all blocks of a pass share.
+
+    layout: of the tokens. cu_rows: int32 [R+1], the tokens that each row of modulation serves. text: captions, if there are any.
+    window: of self-attention; None is the whole sample.
+    """
+
+    layout: PackedLayout
+    cu_rows: Tensor
+    text: TextKeys | None = None
+    window: Window | None = None
+
+
 class SelfAttention(nn.Module):
-    """Attention among the tokens of each sample."""
+    """Attention among the tokens of each sample, or of each token's window in it."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -54,13 +71,15 @@ class SelfAttention(nn.Module):
         width = dim if self.across_heads else dim // config.num_heads
         self.q_norm, self.k_norm = (nn.Parameter(torch.ones(width)) if config.qk_norm else None for _ in range(2))
 
-    def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(self, x: Tensor, layout: PackedLayout, window: Window | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)  # [N, H, d] each, views
         if self.q_norm is not None and self.k_norm is not None:
             weights = self.q_norm.to(q), self.k_norm.to(k)  # autocast leaves them as they are
             q, k = qk_norm_rope_3d(q, k, *weights, layout, across_heads=self.across_heads, eps=self.eps, theta=self.theta)
         elif self.rope:
             q, k = rope_3d(q, layout, theta=self.theta), rope_3d(k, layout, theta=self.theta)
+        if window is not None:
+            return self.out(spatiotemporal_attention(q, k, v, layout, window=window).flatten(1))
         cu, longest = layout.cu_seqlens, layout.max_seqlen
         return self.out(flash_attn_varlen_func(q, k, v, cu, cu, longest, longest).flatten(1))
 
@@ -122,6 +141,10 @@ class Residual(NamedTuple):
     update: Tensor | None = None
     gate: Tensor | None = None
 
+    def sum(self, cu_rows: Tensor) -> Tensor:
+        """The stream [N, D]."""
+        return self.x if self.update is None else gate_residual(self.x, self.update, self.gate, cu_rows)
+
     def norm_modulate(
         self, shift: Tensor | None, scale: Tensor | None, cu_rows: Tensor, norm: nn.LayerNorm
     ) -> tuple[Tensor, Tensor]:
@@ -150,18 +173,12 @@ class Block(nn.Module):
             self.cross_attention = CrossAttention(config)
         self.mlp = Mlp(dim, config.mlp_width)
 
-    def forward(
-        self, stream: Residual, modulation: Tensor, cu_rows: Tensor, layout: PackedLayout, text: TextKeys | None
-    ) -> Residual:
-        """One block.
-
-        Args:
-            modulation: [R, 6D]: shift, scale and gate of the attention, then of the MLP.
-            cu_rows: int32 [R+1], the tokens that each row serves.
-        """
+    def forward(self, stream: Residual, modulation: Tensor, context: Context) -> Residual:
+        """One block; modulation: [R, 6D]: shift, scale and gate of the attention, then of the MLP."""
+        layout, cu_rows, text, window = context
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         x, y = stream.norm_modulate(shift_attention, scale_attention, cu_rows, self.norm)
-        stream = Residual(x, self.attention(y, layout), gate_attention)
+        stream = Residual(x, self.attention(y, layout, window), gate_attention)
         if self.cross_attention is not None and text is not None:
             x, y = stream.norm_modulate(None, None, cu_rows, self.cross_norm)
             stream = Residual(x, self.cross_attention(y, layout, text))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +62,32 @@ class PackedText:
         """Moved to a device, and its vectors to a dtype."""
         cu_seqlens = self.cu_seqlens.to(device)
         return PackedText(self.tokens.to(device, dtype), cu_seqlens, self.pooled.to(device, dtype))
+
+
+class Samples(NamedTuple):
+    """The arguments of `DiT.forward`."""
+
+    latents: Sequence[Tensor]
+    timesteps: Tensor
+    text: PackedText | None = None
+    labels: Tensor | None = None
+    frame_steps: Sequence[float] | None = None
+
+    def levels(self, patch_frames: int) -> tuple[Tensor, ...]:
+        """The timesteps of each sample, [1] or one per token frame."""
+        lengths = [x.shape[1] // patch_frames for x in self.latents]
+        return self.timesteps.split(lengths if len(self.timesteps) != len(self.latents) else 1)
+
+    def select(self, which: Sequence[int], patch_frames: int) -> Samples:
+        """Some of them, in that order."""
+        levels, chosen = self.levels(patch_frames), list(which)
+        return Samples(
+            [self.latents[i] for i in chosen],
+            torch.cat([levels[i] for i in chosen]),
+            None if self.text is None else self.text.select(chosen),
+            None if self.labels is None else self.labels[chosen],
+            None if self.frame_steps is None else [self.frame_steps[i] for i in chosen],
+        )
 
 
 class TextEncoder(Protocol):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,30 @@ from torch.utils.checkpoint import checkpoint
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.patch_embed import patch_embed_3d, unpatchify_3d
 
-from .block import Block, Mlp, Residual, TextKeys
-from .conditioning import PackedText
+from .block import Block, Context, Mlp, Residual, TextKeys, Window
+from .conditioning import PackedText, Samples
 from .config import DiTConfig
+
+if TYPE_CHECKING:
+    from .step_cache import CachedSamples
 
 FREQUENCIES = 256  # channels of the timestep's sinusoids
 PLACES = 32  # channels of the sinusoids of each of t, h and w, and of how much of an axis a token covers
 TIMESTEPS = 1000  # the timestep of pure noise
 LOWEST_SIGMA = 1e-4  # a velocity is a quotient by sigma, which is 0 for clean frames
+
+
+class Begun(NamedTuple):
+    """A pass before its first block.
+
+    x: tokens [N, D]. c: conditioning [R, D]. modulations: of each block, [R, 6D].
+    """
+
+    samples: Samples
+    x: Tensor
+    c: Tensor
+    modulations: list[Tensor]
+    context: Context
 
 
 def sinusoids(positions: Tensor, dim: int, shift: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -102,6 +118,9 @@ class DiT(nn.Module):
         text: PackedText | None = None,
         labels: Tensor | None = None,
         frame_steps: Sequence[float] | None = None,
+        *,
+        window: Window | None = None,
+        cache: CachedSamples | None = None,
     ) -> list[Tensor]:
         """Predicts what the model was trained for (noise, velocity, ...) for every latent.
 
@@ -113,6 +132,9 @@ class DiT(nn.Module):
             labels: int64 [B], for a model with classes.
             frame_steps: how far apart in time each latent's token frames are, where they were sampled evenly from a longer clip
                 (`patches.uniform_frames`); default: 1.
+            window: how many tokens a token sees along T, H and W, of models trained to see all of them an approximation; default:
+                the whole sample.
+            cache: of `StepCache`, which leaves out blocks of a sample where the step before is near enough.
 
         Returns:
             B tensors [out_channels, T, H, W], in the model's dtype or, with prediction="clean", in the latents' if that is wider.
@@ -121,6 +143,15 @@ class DiT(nn.Module):
             ValueError: sizes that the patch does not divide, a number of timesteps, captions or labels that does not fit,
                 a video for a model with sin-cos positions.
         """
+        samples = Samples(latents, timesteps, text, labels, frame_steps)
+        if cache is not None:
+            return cache.run(self, samples, window)
+        begun = self.begin(samples, window)
+        return self.end(begun, self.run_blocks(begun, Residual(begun.x)))
+
+    def begin(self, samples: Samples, window: Window | None = None) -> Begun:
+        """What comes before the blocks; see `forward`."""
+        latents, timesteps, text, labels, frame_steps = samples
         weight, patch = self.final.weight, self.config.patch_size
         inputs = [latent.to(weight) for latent in latents]
         weights = self.patch_embed.weight, self.patch_embed.bias
@@ -136,16 +167,24 @@ class DiT(nn.Module):
             text = text.to(weight.device, weight.dtype)
         c, cu_rows = self._condition(layout, timesteps, text, labels)
         keys = None if text is None else self._text_keys(text, layout)
-        stream = Residual(x)
-        for block, modulation in zip(self.blocks, self._modulations(c), strict=True):
-            args = stream, modulation, cu_rows, layout, keys
+        return Begun(samples, x, c, self._modulations(c), Context(layout, cu_rows, keys, window))
+
+    def run_blocks(self, begun: Begun, stream: Residual, first: int = 0, last: int | None = None) -> Residual:
+        """The stream behind blocks[first:last]."""
+        for block, modulation in zip(self.blocks[first:last], begun.modulations[first:last], strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                stream = checkpoint(block, *args, use_reentrant=False)
+                stream = checkpoint(block, stream, modulation, begun.context, use_reentrant=False)
             else:
-                stream = block(*args)
-        shift, scale = self._final_modulation(c).chunk(2, dim=1)
+                stream = block(stream, modulation, begun.context)
+        return stream
+
+    def end(self, begun: Begun, stream: Residual) -> list[Tensor]:
+        """What comes after the blocks."""
+        layout, cu_rows, *_ = begun.context
+        shift, scale = self._final_modulation(begun.c).chunk(2, dim=1)
         _, y = stream.norm_modulate(shift, scale, cu_rows, self.final_norm)
-        outputs = unpatchify_3d(self.final(y), layout, patch_size=patch)
+        outputs = unpatchify_3d(self.final(y), layout, patch_size=self.config.patch_size)
+        latents, timesteps, *_ = begun.samples
         return outputs if self.config.prediction == "direct" else self._velocities(latents, outputs, timesteps)
 
     def _text_keys(self, text: PackedText, layout: PackedLayout) -> TextKeys:

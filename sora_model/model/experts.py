@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conditioning import PackedText
+from .block import Window
+from .conditioning import PackedText, Samples
 from .dit import DiT
+from .step_cache import CachedSamples
 
 
 class Experts(nn.Module):
@@ -47,23 +49,19 @@ class Experts(nn.Module):
         text: PackedText | None = None,
         labels: None = None,
         frame_steps: Sequence[float] | None = None,
+        *,
+        window: Window | None = None,
+        cache: CachedSamples | None = None,
     ) -> list[Tensor]:
         """As `DiT.forward`, each sample by its expert. Of several timesteps the highest decides: those of clean frames are 0."""
-        pt = self.config.patch_size[0]
-        of_frames = len(timesteps) != len(latents)
-        levels = timesteps.split([x.shape[1] // pt for x in latents] if of_frames else 1)
-        is_high = (torch.stack([level.max() for level in levels]) >= self.boundary).tolist()
+        samples, pt = Samples(latents, timesteps, text, labels, frame_steps), self.config.patch_size[0]
+        is_high = (torch.stack([level.max() for level in samples.levels(pt)]) >= self.boundary).tolist()
         outputs: list[Any] = [None] * len(latents)
         for expert, wanted in ((self.high, True), (self.low, False)):
             which = [i for i, high in enumerate(is_high) if high == wanted]
             if which:
-                found = expert(
-                    [latents[i] for i in which],
-                    torch.cat([levels[i] for i in which]),
-                    None if text is None else text.select(which),
-                    labels,
-                    None if frame_steps is None else [frame_steps[i] for i in which],
-                )
+                of_expert = None if cache is None else cache.select(which)
+                found = expert(*samples.select(which, pt), window=window, cache=of_expert)
                 for i, output in zip(which, found, strict=True):
                     outputs[i] = output
         return outputs

@@ -16,13 +16,16 @@ from ..diffusion.guidance import guided
 from ..diffusion.masks import CleanFrames
 from ..diffusion.noise import prediction_type
 from ..diffusion.sampling import Callback, Init, sample
+from ..model.block import Window
 from ..model.conditioning import TextEncoder
 from ..model.dit import TIMESTEPS, DiT
 from ..model.experts import Experts
+from ..model.step_cache import StepCache
 from ..sizes import Size, Timing, whole_size
 from .checkpoint import load_parts, save_parts
 from .clips import converted, pad
 from .inputs import Seeds, as_generators, as_requests, check_options
+from .offload import execution_device, is_offloaded, put_in_turn
 from .parts import EMBEDDED, SIZE, Defaults, Parts, preset_parts, token_timing, token_unit
 from .request import Request
 
@@ -84,7 +87,12 @@ class SoraPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path | None = None, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        directory: str | Path | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
     ) -> SoraPipeline:
         """Reads what `save_pretrained` wrote, or one of diffusers' Wan pipelines (2.1 and 2.2 text to video, 2.2 TI2V).
 
@@ -92,15 +100,23 @@ class SoraPipeline:
 
         Args:
             directory: of the checkpoint; default: the one that comes with the package, of a world of moving shapes.
-            dtype: of the transformer's weights; default: float32, or that of Wan's files. What Wan computes in float32 is that
-                in any case.
+            dtype: of the transformer's weights, and of Wan's text encoder; default: float32, or that of Wan's files. What Wan
+                computes in float32 is that in any case.
+            offload: keep text encoder, transformers and VAE on the CPU, from where each comes to the device when it is used.
 
         Raises:
             FileNotFoundError: a folder without a pipeline in it. ValueError: files that are broken or do not fit together.
         """
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"SoraPipeline.from_pretrained: dtype: expected a torch.dtype, got {dtype!r}")
-        return cls._of(load_parts(EMBEDDED if directory is None else directory, dtype, device)).eval().to(device)
+        wanted, folder = torch.device(device), EMBEDDED if directory is None else directory
+        if not offload:
+            return cls._of(load_parts(folder, dtype, wanted)).eval().to(wanted)
+        if wanted.type == "cpu":
+            raise ValueError(f"SoraPipeline.from_pretrained: device: expected a GPU with offload, got {device}")
+        pipeline = cls._of(load_parts(folder, dtype)).eval()
+        put_in_turn(pipeline.parts, wanted)
+        return pipeline
 
     @classmethod
     def from_preset(
@@ -171,8 +187,8 @@ class SoraPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer is."""
-        return self.dit.final.weight.device
+        """Where the transformer computes."""
+        return execution_device(self.dit)
 
     @torch.no_grad()
     def __call__(
@@ -184,6 +200,8 @@ class SoraPipeline:
         guidance_scale: float | None = None,
         guidance_from: float | None = None,
         guidance_scale_2: float | None = None,
+        window: Window | None = None,
+        step_cache: StepCache | None = None,
         generator: Seeds = None,
         callback: Callback | None = None,
         output_type: str = "pt",
@@ -202,6 +220,9 @@ class SoraPipeline:
             guidance_scale: of classifier-free guidance; 1 is none.
             guidance_from: where guidance ends, as a share of the scheduler's timesteps: 0 guides every step. See `guided`.
             guidance_scale_2: with `Experts`, that of the one for low noise; default: guidance_scale.
+            window: how many tokens a token sees along T, H and W, which is faster and not what the model was trained for; default:
+                all of its video.
+            step_cache: leaves out most blocks where a step is like the one before, see `StepCache`; default: all run.
             generator: a seed or a torch.Generator on the host for each request that has no seed, or one seed: request i has
                 that + i; or one Generator for all. None is random. A video depends on its own seed alone.
             callback: called after each step with (step, timestep, latents).
@@ -221,19 +242,21 @@ class SoraPipeline:
         num_inference_steps = steps if num_inference_steps is None else num_inference_steps
         guidance_scale = scale if guidance_scale is None else guidance_scale
         guidance_from = lowest if guidance_from is None else guidance_from
-        check_options(num_inference_steps, guidance_from, output_type, precision)
+        check_options(num_inference_steps, guidance_from, output_type, precision, window)
         asked = as_requests(requests, size, self.size)
         if guidance_scale_2 is not None and not isinstance(self.dit, Experts):
             raise ValueError(f"SoraPipeline: guidance_scale_2: expected None for one transformer, got {guidance_scale_2}")
         is_guided = guidance_scale != 1 or guidance_scale_2 not in (None, 1)
         self._check(asked, is_guided)
+        if step_cache is not None:
+            step_cache.clear()
         generators = as_generators(generator, asked)
         shapes = [(self.codec.channels, *latent_size(self.codec, self._padded(request.size))) for request in asked]
         noise = [torch.randn(shape, generator=g).to(self.device) for shape, g in zip(shapes, generators, strict=True)]
-        clean = [self._clean_frames(request, x, progress) for request, x in zip(asked, noise, strict=True)]
-        init = [self._init(request, x, progress) for request, x in zip(asked, noise, strict=True)]
         text = self.text_encoder([request.prompt for request in asked])
         null_text = self.text_encoder([request.negative_prompt for request in asked]) if is_guided else None
+        clean = [self._clean_frames(request, x, progress) for request, x in zip(asked, noise, strict=True)]
+        init = [self._init(request, x, progress) for request, x in zip(asked, noise, strict=True)]
         denoise = guided(
             self.dit,
             text=text,
@@ -242,6 +265,8 @@ class SoraPipeline:
             guidance_scale=guidance_scale,
             guidance_from=guidance_from * self.scheduler.config.num_train_timesteps,
             guidance_scale_2=guidance_scale_2,
+            window=window,
+            cache=step_cache,
         )
         autocast = precision == "bf16" and self.dit.final.weight.dtype == torch.float32
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
@@ -307,7 +332,7 @@ class SoraPipeline:
         if not self.frame_times:
             raise ValueError(
                 "SoraPipeline: keyframes: expected none, as this transformer was trained with one time for all frames of a video, "
-                "got some: it makes videos and images from text, and videos from videos"
+                "got some: it makes videos and images from text, and videos from videos; replaced(frame_times=True) does it anyway"
             )
 
     def _padded(self, size: Size) -> Size:
@@ -349,7 +374,9 @@ class SoraPipeline:
         return self
 
     def to(self, device: torch.device | str) -> SoraPipeline:
-        """Everything moved to a device, in place."""
+        """Everything moved to a device, in place; what is offloaded stays."""
+        if is_offloaded(self.dit):
+            raise ValueError(f"SoraPipeline.to: expected a pipeline without offload, got one for {self.device}")
         for part in self._modules():
             part.to(device)
         return self

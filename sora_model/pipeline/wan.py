@@ -56,12 +56,15 @@ def read_outline(folder: Path, owner: str) -> Outline:
 def load_parts(folder: Path, owner: str, dtype: torch.dtype | None, device: torch.device | str) -> Parts:
     """The parts of a Wan checkpoint, whose weights are read one at a time.
 
-    dtype: of the transformer, but for what diffusers keeps in float32, too; default: that of its files' last layer.
+    dtype: of transformers and text encoder, but for what diffusers keeps in float32, too; default: that of their files.
 
     Raises:
         ValueError: an option that is not supported, or weights that are missing, left over, of another shape or not finite.
         FileNotFoundError: a part that is not there.
     """
+    if dtype not in (None, *DTYPES):
+        expected = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
+        raise ValueError(f"{owner}: dtype: expected {expected}, got {str(dtype).removeprefix('torch.')}")
     boundary, second = read_json(folder / "model_index.json", owner).get("boundary_ratio"), folder / "transformer_2"
     if (boundary is None) != (not second.is_dir()):
         got = "none" if boundary is None else f"{boundary} without that folder"
@@ -71,7 +74,7 @@ def load_parts(folder: Path, owner: str, dtype: torch.dtype | None, device: torc
     frame_times, scheduler = _has_frame_times(folder, owner), load_scheduler(folder / "scheduler", owner)
     # Transformers last: they take the longest, and the others need room for their weights twice.
     vae = VideoVAE.from_pretrained(folder / "vae")
-    encoder = PretrainedEncoder.from_pretrained(folder / "text_encoder", folder / "tokenizer", longest=TEXT_LENGTH)
+    encoder = PretrainedEncoder.from_pretrained(folder / "text_encoder", folder / "tokenizer", dtype=dtype, longest=TEXT_LENGTH)
     dit: DiT | Experts = _transformer(folder / "transformer", owner, dtype, device)
     if boundary is not None and isinstance(dit, DiT):
         dit = Experts(dit, _transformer(second, owner, dtype, device), boundary * scheduler.config.num_train_timesteps)
@@ -97,11 +100,7 @@ def _transformer(folder: Path, owner: str, dtype: torch.dtype | None, device: to
         model = built(WanTransformer3DModel.from_config, {"config": values}, owner)
     check_shapes(model, shapes, f"{owner}: {files[0]}")
     read = open_tensors(files, owner)
-    dtype = read("proj_out.weight").dtype if dtype is None else dtype
-    if dtype not in DTYPES:
-        expected = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
-        raise ValueError(f"{owner}: dtype: expected {expected}, got {str(dtype).removeprefix('torch.')}")
-    return load_wan(config, read, dtype, device)
+    return load_wan(config, read, read("proj_out.weight").dtype if dtype is None else dtype, device)
 
 
 def _config(folder: Path, owner: str) -> dict[str, Any]:

@@ -127,10 +127,13 @@ class PretrainedEncoder(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, tokenizer: str | Path | None = None, **options: Any) -> PretrainedEncoder:
-        """Reads a checkpoint of transformers from a local folder, in the dtype of its weights.
+    def from_pretrained(
+        cls, folder: str | Path, tokenizer: str | Path | None = None, *, dtype: torch.dtype | None = None, **options: Any
+    ) -> PretrainedEncoder:
+        """Reads a checkpoint of transformers from a local folder.
 
-        tokenizer: the folder of its tokenizer; default: the same. options: see `PretrainedEncoder`.
+        tokenizer: the folder of its tokenizer; default: the same. dtype: of the weights, but for those that transformers keeps in
+        float32, as of T5 in float16; default: that of the files. options: see `PretrainedEncoder`.
 
         Raises:
             FileNotFoundError: no config.json or no safetensors there.
@@ -144,10 +147,10 @@ class PretrainedEncoder(nn.Module):
         reader = load_tokenizer(folder if tokenizer is None else Path(tokenizer), owner, kind)
         if isinstance(config.get("text_config"), dict):  # a whole CLIP
             config = config["text_config"]
-        return cls(_encoder(CLASSES[kind], config, folder, owner), reader, **options)
+        return cls(_encoder(CLASSES[kind], config, folder, owner, dtype), reader, **options)
 
 
-def _encoder(name: str, values: dict[str, Any], folder: Path, owner: str) -> Any:
+def _encoder(name: str, values: dict[str, Any], folder: Path, owner: str, dtype: torch.dtype | None) -> Any:
     """A model of transformers from its config and the safetensors of a folder, which transformers itself never opens."""
     import transformers
 
@@ -163,8 +166,8 @@ def _encoder(name: str, values: dict[str, Any], folder: Path, owner: str) -> Any
         expected = f"a model of at most {held:,} weights, as many as lie beside it"
         raise ValueError(f"{owner}: {folder / 'config.json'}: expected {expected}, got one of {asked:,}")
     weights = read_tensors(files, owner)
-    dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
-    options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": dtype}
+    own = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
+    options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": own if dtype is None else dtype}
     try:
         model, loading = kind.from_pretrained(None, output_loading_info=True, **options)
     except RuntimeError as error:  # weights of another shape
