@@ -24,6 +24,25 @@ def wan(**changes) -> WanTransformer3DModel:
     return awake(WanTransformer3DModel(**(SMALL | {"ffn_dim": 320, "rope_max_seq_len": 32} | changes))).eval()
 
 
+KINDS = {
+    "text": {},
+    "given channels": {"in_channels": 9},
+    "image": {"in_channels": 9, "image_dim": 24, "added_kv_proj_dim": 256},
+    "first and last image": {"in_channels": 9, "image_dim": 24, "added_kv_proj_dim": 256, "pos_embed_seq_len": 10},
+}
+"""Options of each kind of Wan: text to video and TI2V; 2.2's image to video; 2.1's; 2.1's with both ends given."""
+
+
+def inputs(model: WanTransformer3DModel, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Latents, and CLIP's tokens of one image for each sample or of two."""
+    latents = [x.to(dtype) for x in latents_of(SIZES, model.config.in_channels)]
+    if model.config.image_dim is None:
+        return latents, None
+    tokens = 5 if model.config.pos_embed_seq_len is None else 10
+    generator = torch.Generator().manual_seed(4)
+    return latents, [torch.randn(tokens, model.config.image_dim, generator=generator).to(dtype) for _ in SIZES]
+
+
 def captions(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(n, 32, generator=generator).to(dtype) for n in LENGTHS]
@@ -34,14 +53,22 @@ def packed(texts: list[Tensor]) -> PackedText:
     return PackedText(torch.cat(texts), lengths, texts[0].new_zeros(len(texts), 32))
 
 
-def alone(model: WanTransformer3DModel, latents: list[Tensor], times: list[Tensor], texts: list[Tensor]) -> list[Tensor]:
+def alone(
+    model: WanTransformer3DModel,
+    latents: list[Tensor],
+    times: list[Tensor],
+    texts: list[Tensor],
+    images: list[Tensor] | None = None,
+) -> list[Tensor]:
     """As diffusers' pipelines call it: each sample by itself, its prompt padded with zeros to 512 tokens."""
     outs = []
-    for x, t, text in zip(latents, times, texts, strict=True):
+    for x, t, text, image in zip(latents, times, texts, images or [None] * len(latents), strict=True):
+        if image is not None:  # two images are a batch
+            image = image[None] if model.config.pos_embed_seq_len is None else image.unflatten(0, (2, -1))
         text = torch.nn.functional.pad(text, (0, 0, 0, 512 - len(text)))
         if t.ndim:  # a time for each token, of its frame
             t = t.repeat_interleave(x.shape[2] * x.shape[3] // 4)
-        outs.append(model(x[None], t[None], text[None], return_dict=False)[0][0])
+        outs.append(model(x[None], t[None], text[None], image, return_dict=False)[0][0])
     return outs
 
 
@@ -51,27 +78,27 @@ def results(model: torch.nn.Module, outs: list[Tensor]) -> dict[str, Tensor]:
     return found | {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("per_frame", [False, True], ids=["times of samples", "times of frames"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_diffusers(dtype: torch.dtype, per_frame: bool) -> None:
+@pytest.mark.parametrize(("kind", "per_frame"), [("text", True), *((kind, False) for kind in KINDS)])
+def test_equals_diffusers(kind: str, dtype: torch.dtype, per_frame: bool) -> None:
     """Outputs and the gradient of every weight, against diffusers in float64."""
-    model = wan()
+    model = wan(**KINDS[kind])
     exact = copy.deepcopy(model).double()
     for name, p in model.named_parameters():
-        if not any(part in name for part in ("time_embedder", "scale_shift_table", "norm2")):
+        if not any(part in name for part in ("time_embedder", "scale_shift_table", "norm1", "norm2")):
             p.data = p.data.to(dtype)
     ours = from_diffusers_wan(model)
-    latents, texts = [x.to(dtype) for x in latents_of(SIZES)], captions(dtype)
+    (latents, images), texts = inputs(model, dtype), captions(dtype)
     times = [torch.tensor([0.0, 500.0, 500.0]), torch.tensor([900.0]), torch.tensor([20.0, 0.0])]
     times = times if per_frame else [t.max() for t in times]
 
-    plain = results(model, alone(model, latents, times, texts))
-    wide = [x.double() for x in latents]
-    right = results(exact, alone(exact, wide, times, [x.double() for x in texts]))
+    plain = results(model, alone(model, latents, times, texts, images))
+    wide = [None if listed is None else [x.double() for x in listed] for listed in (latents, texts, images)]
+    right = results(exact, alone(exact, wide[0], times, *wide[1:]))
     levels = torch.cat(times) if per_frame else torch.stack(times)
-    got = results(ours, ours(latents, levels, packed(texts)))
+    got = results(ours, ours(latents, levels, packed(texts), images=images))
 
-    theirs = weight_names(ours.config.depth)
+    theirs = weight_names(ours.config)
     for name, value in got.items():
         parts = theirs.get(name, (name,))
         of = [torch.cat([found[part].flatten() for part in parts]) for found in (plain, right)]
@@ -101,9 +128,10 @@ def test_samples_do_not_depend_on_the_others(checkpointed: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_there_and_back(dtype: torch.dtype, tmp_path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back(kind: str, dtype: torch.dtype, tmp_path) -> None:
     """To the last bit, and diffusers loads what it gets."""
-    model = wan().to(dtype)
+    model = wan(**KINDS[kind]).to(dtype)
     ours = from_diffusers_wan(model)
     back = to_diffusers_wan(ours)
     same = set(back.config) - {"rope_max_seq_len", "_name_or_path", "_use_default_values"}
@@ -113,9 +141,10 @@ def test_there_and_back(dtype: torch.dtype, tmp_path) -> None:
     back.save_pretrained(tmp_path)
     loaded = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype).to(dtype)
     assert_bit_equal([*loaded.state_dict().values()], [*back.state_dict().values()])
-    x, text = latents_of(SIZES)[0].to(dtype), captions(dtype)[0]
+    (latents, images), texts = inputs(model, dtype), captions(dtype)
+    one = latents[:1], [torch.tensor(500)], texts[:1], images and images[:1]
     with torch.no_grad():  # their tables of positions are in this dtype, too, as model.to has made those of the first
-        want, *others = [m.to(dtype)(x[None], torch.tensor([500]), text[None], return_dict=False)[0] for m in (model, back, loaded)]
+        want, *others = [alone(m.to(dtype), *one)[0] for m in (model, back, loaded)]
     assert_bit_equal(others[:1], [want])
     torch.testing.assert_close(others[1], want, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 0.1)
 
@@ -131,8 +160,8 @@ def test_weights_are_copies() -> None:
 
 
 def test_what_stays_in_float32() -> None:
-    weights = wan().state_dict()
-    dit = load_wan(wan_config(wan().config, "test"), weights.__getitem__, torch.bfloat16)
+    model = wan(**KINDS["first and last image"])
+    dit = load_wan(wan_config(model.config, "test"), model.state_dict().__getitem__, torch.bfloat16)
     wide = {name for name, p in dit.named_parameters() if p.dtype == torch.float32}
     assert wide == {name for name, _ in dit.named_parameters() if any(part in FLOAT32 for part in name.split("."))}
     assert {p.dtype for p in dit.parameters()} == {torch.float32, torch.bfloat16}
@@ -142,15 +171,28 @@ def test_what_stays_in_float32() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_dim": 16, "added_kv_proj_dim": 256}, "image_dim: expected None, got 16"),
+        ({"image_dim": 16, "added_kv_proj_dim": 128}, "added_kv_proj_dim: expected 256, .*, got 128"),
+        ({"added_kv_proj_dim": 256}, "added_kv_proj_dim: expected 256, .* None without, got 256"),
         ({"cross_attn_norm": False}, "cross_attn_norm: expected True, got False"),
         ({"freq_dim": 128}, "freq_dim: expected 256, got 128"),
-        ({"in_channels": 36}, "out_channels: expected 36, as many as in_channels .*, got 4"),
+        ({"out_channels": 5}, "out_channels: expected at most in_channels 4, got 5"),
     ],
 )
 def test_options_that_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"from_diffusers_wan: {message}"):
         from_diffusers_wan(wan(**changes))
+
+
+def test_images_that_do_not_fit_are_refused() -> None:
+    for kind, given, message in (
+        ("text", [torch.zeros(5, 24)], r"images: expected None \(no image_dim\), got 1"),
+        ("image", None, "images: expected tokens of 1 samples, got None"),
+        ("image", [torch.zeros(5, 24)] * 2, "images: expected tokens of 1 samples, got 2"),
+        ("first and last image", [torch.zeros(5, 24)], r"images: expected \[10, 24\] for each sample, got \[\[5, 24\]\]"),
+    ):
+        model = wan(**KINDS[kind])
+        with pytest.raises(ValueError, match=f"DiT: {message}"):
+            from_diffusers_wan(model)(inputs(model)[0][:1], torch.tensor([500.0]), images=given)
 
 
 def test_a_model_of_another_kind_does_not_become_wans() -> None:
@@ -166,6 +208,9 @@ def test_a_model_of_another_kind_does_not_become_wans() -> None:
         ({"text_dim": 8, "text_length": 512}, "text_projection: expected a value with text_length, got False"),
         ({"cross_attention_norms": True}, "text_dim: expected a value with cross_attention_norms, got None"),
         ({"modulation": "rows"}, "modulation: expected 'block', 'shared' or 'tables', got 'rows'"),
+        ({"text_dim": 8, "image_dim": 8}, "cross_attention_norms: expected a value with image_dim, got False"),
+        ({"condition_channels": 3}, "condition_channels: expected from 0 to below in_channels 3, got 3"),
+        ({"condition_channels": 1, "prediction": "clean"}, "condition_channels: expected 0 with prediction='clean', got 1"),
         ({"eps": 0}, "eps: expected a number between 0 and 1, got 0"),
         ({"mlp_size": True}, "mlp_size: expected a number of at least 1 or None, got True"),
         ({"timestep_float32": "no"}, "timestep_float32: expected true or false, got 'no'"),

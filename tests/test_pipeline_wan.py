@@ -41,9 +41,11 @@ STEPS, GUIDANCE = 3, 4.0
 SHOWN = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 
 
-def transformer(channels: int) -> WanTransformer3DModel:
+def transformer(channels: int, given: int = 0, **options) -> WanTransformer3DModel:
+    """given: further channels, of a condition."""
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 48, "text_dim": 16}
-    return awake(WanTransformer3DModel(**sizes, in_channels=channels, out_channels=channels, rope_max_seq_len=64))
+    channels_of = {"in_channels": channels + given, "out_channels": channels}
+    return awake(WanTransformer3DModel(**sizes, **channels_of, rope_max_seq_len=64, **options))
 
 
 def vae(residual: bool) -> AutoencoderKLWan:
@@ -254,9 +256,11 @@ def test_commands(folders: dict[str, Path], tmp_path: Path) -> None:
     options = ["--checkpoint", folders["t2v"], "--out", tmp_path / "none"]
     for command in (["animate", path, "blue"], ["long", "blue"], ["loop", "blue"], ["simulate", "blue"]):
         message = sora(*command, *options, code=2)
-        assert "--checkpoint: expected a model trained with a time for each frame" in message.replace("\n", " ")
+        assert "--checkpoint: keyframes: expected none, as this transformer was trained with one time for all" in message.replace(
+            "\n", " "
+        )
     anyway = [*options, "--frames", 5, "--steps", 1, "--allow-untrained"]
-    assert "warning: the transformer was trained with one time for all frames" in sora("animate", path, "blue", *anyway)
+    assert "warning: the transformer was not trained with these frames given" in sora("animate", path, "blue", *anyway)
     short = ["--frames", 5, "--checkpoint", folders["ti2v"], "--steps", 1, "--precision", "bf16"]
     sora("animate", path, "blue", *short, "--out", tmp_path / "animated")
     assert list((tmp_path / "animated").glob("*.mp4"))
@@ -270,15 +274,18 @@ def test_info(folders: dict[str, Path]) -> None:
     assert "1 + 4 n frames, height 16 n, width 16 n" in t2v
     assert "81x480x832, 50 steps, guidance 5 down to noise level 0" in t2v
     assert "tasks          generate, restyle, batch\n" in t2v
-    assert "animate, extend, join, loop, long, simulate: the transformer was trained with one time for all frames" in t2v
+    assert (
+        "animate, extend, join, loop, long, simulate: of given frames it takes none, as this transformer was trained with one"
+        in t2v
+    )
     assert (t2v.count("million weights"), experts.count("million weights")) == (1, 2)
-    assert "batch, animate, extend, join, loop, long, simulate" in ti2v
+    assert "tasks          generate, restyle, animate, extend, join, loop, long, simulate, batch\n" in ti2v
     assert "height 32 n" in ti2v
     assert "caption, recaption, expand: it has no captioner" in ti2v
     assert "for 5x32x32, which is 2 tokens" in sora("info", "--checkpoint", folders["ti2v"], "--size", "5x32x32")
     own = sora("info")
     assert "51 words learned with it" in own
-    assert "simulate, caption, recaption, expand" in own
+    assert "simulate, batch, caption, recaption, expand" in own
     assert "--size: expected TxHxW, such as 8x32x48, got '5'" in sora("info", "--size", "5", code=2)
 
 
@@ -320,7 +327,7 @@ def without_a_weight(folder: Path) -> None:
             "_class_name: expected Sora.*, got FluxPipeline",
         ),
         (lambda f: edit(f / "model_index.json", boundary_ratio=0.9), "boundary_ratio: expected one with a folder transformer_2"),
-        (lambda f: edit(f / "transformer" / "config.json", image_dim=16), "image_dim: expected None, got 16"),
+        (lambda f: edit(f / "transformer" / "config.json", added_kv_proj_dim=32), "added_kv_proj_dim: expected 32, .*, got 32"),
         (lambda f: edit(f / "transformer" / "config.json", num_layers=3), r"blocks\.2\..*: expected shape .*, got None"),
         (lambda f: edit(f / "transformer" / "config.json", _class_name="Other"), "expected WanTransformer3DModel, got Other"),
         (lambda f: edit(f / "transformer" / "config.json", patch_size=None), "config.json: .*"),
@@ -352,7 +359,7 @@ def test_saved_as_this_packages_own(folders: dict[str, Path], tmp_path: Path) ->
     pipeline = SoraPipeline.from_pretrained(folders["t2v"])
     pipeline.save_pretrained(tmp_path / "saved")
     loaded = SoraPipeline.from_pretrained(tmp_path / "saved")
-    assert (loaded.defaults, loaded.frame_times, loaded.size) == (pipeline.defaults, False, pipeline.size)
+    assert (loaded.defaults, loaded.given_frames, loaded.size) == (pipeline.defaults, "none", pipeline.size)
     outlines = [read_outline(folder)._replace(weights=0, casts_weights=False) for folder in (tmp_path / "saved", folders["t2v"])]
     assert outlines[0] == outlines[1]
     prompt = "a " * 600
@@ -369,7 +376,7 @@ def test_trained_further(folders: dict[str, Path]) -> None:
     source = WorldSource(World(WorldConfig.simple()), [(5, 32, 32)])
     objective.loss(Batch([source.load(i) for i in range(2)], [0, 1], 16), torch.Generator().manual_seed(0)).backward()
     assert all(p.grad is not None for p in pipeline.dit.parameters())
-    assert objective.averaged(objective.model).frame_times
+    assert objective.averaged(objective.model).given_frames == "any"
     with pytest.raises(ValueError, match="DiffusionObjective: pipeline: expected one transformer, got Experts"):
         DiffusionObjective(SoraPipeline.from_pretrained(folders["experts"]))
 

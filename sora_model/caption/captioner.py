@@ -26,8 +26,8 @@ from ..model.config import DiTConfig
 from ..model.dit import PLACES, places
 from ..model.patches import embed_patches
 from ..storage.files import save_module, settle
+from ..storage.pretrained import load_tokenizer
 from ..storage.weights import open_module, read_json
-from ..text.pretrained import load_tokenizer
 from ..text.words import WordEncoder
 
 PAD, END, SHORT, DETAILED = "<pad>", "<end>", "<short>", "<detailed>"

@@ -135,17 +135,19 @@ class Call(Loaded):
         return clip, rate
 
     def read_joined(
-        self, first: Path, last: Path, size: tuple[int, int] | None = None
+        self, first: Path, last: Path, size: tuple[int, int] | None = None, frames: int | None = None
     ) -> tuple[tuple[Tensor, float], tuple[Tensor, float]]:
         """Two files whose frames have one size: the first one's, if none is asked for."""
-        start = self.read(first, None, size)
+        start = self.read(first, frames, size)
         height, width = start[0].shape[2:]
-        return start, self.read(last, None, (height, width), "" if size else f", as {first} has them")
+        return start, self.read(last, frames, (height, width), "" if size else f", as {first} has them")
 
     def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
+        from ..pipeline.keyframes import ANY
+
         pipeline = super().pipeline(captioner=captioner)
         if self.allow_untrained:
-            pipeline = pipeline.replaced(frame_times=True)
+            pipeline = pipeline.replaced(given_frames=ANY)
         if self.scheduler is not None:
             from ..diffusion.schedulers import flow_scheduler
 
@@ -224,17 +226,22 @@ class Call(Loaded):
             f"about {needed / 1e9:.1f} GB of memory"
         )
 
-    def check_frame_times(self) -> None:
-        """Raises ValueError for a checkpoint that cannot go on from given frames, before its weights are read."""
-        if self.outline.frame_times:
-            return
-        if self.allow_untrained:
-            logger.warning("the transformer was trained with one time for all frames: what it makes of given ones may fail")
-        else:
-            raise ValueError(
-                "--checkpoint: expected a model trained with a time for each frame, as given frames need, "
-                f"got one that takes text and videos to restyle (--allow-untrained does it anyway): {self.folder}"
-            )
+    def check_keyframes(self, requests: Sequence[Request] | None = None) -> None:
+        """Raises ValueError for keyframes that a checkpoint was not trained with, before its weights are read.
+
+        requests: default: of a task that goes on from any frames.
+        """
+        from ..pipeline.keyframes import ENDS, FIRST, check_keyframes
+
+        given = self.outline.given_frames
+        try:
+            check_keyframes(given, requests, "--checkpoint")
+        except ValueError as error:
+            if given in (FIRST, ENDS) and requests is not None and not all(request.keyframes for request in requests):
+                raise  # it cannot do without
+            if not self.allow_untrained:
+                raise ValueError(f"{error}; --allow-untrained does it anyway") from None
+            logger.warning("the transformer was not trained with these frames given: what it makes of them may fail")
 
     def check_words(self, pipeline: SoraPipeline, prompts: Sequence[str]) -> None:
         """Names the words of prompts that the text encoder has not learned, each once: what they show is left to chance."""
@@ -254,8 +261,7 @@ class Call(Loaded):
         **settings: Any,
     ) -> None:
         """Opens the pipeline for requests and generates; see `announce` and `generate`."""
-        if any(request.keyframes for request in requests):
-            self.check_frame_times()
+        self.check_keyframes(requests)
         made = [request.stitched_size for request in requests]
         for input_fps in rates:
             self.rate(input_fps)

@@ -64,10 +64,11 @@ def generate(
             expected = f"fewer pixels than the shorter side of --size, {min(sides)}"
             raise ValueError(f"--draft: expected {expected}, got {draft}")
     sizes = [one for one in sizes for _ in range(count)]
-    call.announce(outline, sizes)
-    pipeline = call.pipeline(captioner=expand)
     from ..pipeline.request import text_to_video
 
+    call.check_keyframes([text_to_video("", one) for one in sizes])
+    call.announce(outline, sizes)
+    pipeline = call.pipeline(captioner=expand)
     if expand:
         prompts = _expanded(pipeline, prompts)
     call.check_words(pipeline, prompts)
@@ -88,6 +89,9 @@ def animate(
     image: Annotated[Path, typer.Argument(help="An image file; of a video, its first frame.")],
     prompt: Prompt,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video. Default: the checkpoint's.")] = None,
+    last: Annotated[
+        Path | None, typer.Option(help="An image that it ends with, for a checkpoint that was trained with both.")
+    ] = None,
     size: FrameSize = None,
     count: Count = 1,
     *,
@@ -95,11 +99,20 @@ def animate(
 ) -> None:
     """Make a video that begins with an image."""
     outline, shape = call.outline, _frame_size(call, size)
-    picture, _ = call.read(image, 1, shape)
+    from ..pipeline.keyframes import ENDS, FIRST
     from ..pipeline.request import image_to_video
 
-    request = image_to_video(prompt, picture, frames or outline.size[0], outline.timing, negative_prompt=call.negative)
-    call.run([request] * count, "--frames", command="animate", image=image)
+    if last is not None and outline.given_frames not in (FIRST, ENDS):
+        raise ValueError(
+            f"--last: expected none, as the checkpoint takes no single last frame ('sora join' joins videos), got {last}"
+        )
+    if last is None:
+        (picture, _), end = call.read(image, 1, shape), None
+    else:
+        (picture, _), (end, _) = call.read_joined(image, last, shape, frames=1)
+    length = frames or outline.size[0]
+    request = image_to_video(prompt, picture, length, outline.timing, last=end, negative_prompt=call.negative)
+    call.run([request] * count, "--frames", command="animate", image=image, last=last)
 
 
 @task
@@ -179,7 +192,7 @@ def loop(
     call: Call,
 ) -> None:
     """Make a video that can be played round and round without a seam."""
-    call.check_frame_times()
+    call.check_keyframes()
     outline = call.outline
     shape, stride = parse_size(size) if size else outline.size, outline.timing.stride
     if passage is not None and passage % stride:
@@ -211,7 +224,7 @@ def long(
     """Make a long video by extending a clip again and again."""
     if seconds > LONGEST:
         raise ValueError(f"--seconds: expected at most {LONGEST:g}, got {seconds:g}")
-    call.check_frame_times()
+    call.check_keyframes()
     outline, frames = call.outline, round(seconds * call.rate())
     shape = _chunk(outline, size, overlap)
     if frames < 1:
@@ -242,7 +255,7 @@ def simulate(
     call: Call,
 ) -> None:
     """Simulate a world: a chunk of video for every action, shown in the terminal as it comes."""
-    call.check_frame_times()
+    call.check_keyframes()
     outline = call.outline
     shape = _chunk(outline, size, overlap)
     call.announce(outline, [shape])

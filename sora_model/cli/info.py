@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from ..pipeline.parts import Outline
     from ..sizes import Size
 
-ON_GIVEN_FRAMES = "animate", "extend", "join", "loop", "long", "simulate"
+# By the keyframes that a transformer was trained with.
+TASKS: dict[str, tuple[str, ...]] = {
+    "none": ("generate", "restyle"),
+    "first": ("animate",),
+    "first and last": ("animate",),
+    "any": ("generate", "restyle", "animate", "extend", "join", "loop", "long", "simulate"),
+}
 OWNER = "--checkpoint"
 
 
@@ -43,6 +49,8 @@ def _parts(folder: Path) -> Iterator[tuple[str, str]]:
     for name in ("dit", "transformer", "transformer_2"):
         if (folder / name).is_dir():
             yield "transformer", f"{_count(folder / name):.3g} million weights in {_amount(bytes_in(folder / name))}"
+    if (folder / "image_encoder").is_dir():
+        yield "images", f"CLIP, {_amount(bytes_in(folder / 'image_encoder'))}"
     config = read_json(folder / "text_encoder" / "config.json", OWNER)
     words = None if "model_type" in config else Vocabulary.read(folder / "text_encoder")
     known = config.get("model_type") or f"{len(words or ())} words learned with it, 'sora vocabulary' lists them"
@@ -72,12 +80,11 @@ def _memory(outline: Outline, size: Size) -> Iterator[tuple[str, str]]:
 
 def _tasks(outline: Outline, folder: Path) -> Iterator[tuple[str, str]]:
     from ..pipeline.checkpoint import has_captioner
+    from ..pipeline.keyframes import TRAINED
 
-    can, cannot = ["generate", "restyle", "batch"], {}
-    if outline.frame_times:
-        can += ON_GIVEN_FRAMES
-    else:
-        cannot[", ".join(ON_GIVEN_FRAMES)] = "the transformer was trained with one time for all frames of a video"
+    can, cannot = [*TASKS[outline.given_frames], "batch"], {}
+    if others := [task for task in TASKS["any"] if task not in can]:
+        cannot[", ".join(others)] = f"of given frames it takes {TRAINED[outline.given_frames]}"
     if has_captioner(folder, OWNER):
         can += ["caption", "recaption", "expand"]
     else:

@@ -25,6 +25,8 @@ def guided(
     null_text: PackedText | None = None,
     labels: Tensor | None = None,
     frame_steps: Sequence[float] | None = None,
+    conditions: Sequence[Tensor] | None = None,
+    images: Sequence[Tensor] | None = None,
     guidance_scale: float = 1.0,
     guidance_from: float = 0.0,
     guidance_scale_2: float | None = None,
@@ -40,13 +42,14 @@ def guided(
         text: captions of the samples.
         null_text: what guidance leads away from: empty or negative captions. Default: no text at all.
         labels: int64 [B]; num_classes is their null.
-        frame_steps: see `DiT.forward`.
+        frame_steps, images: see `DiT.forward`.
+        conditions: the last channels of each latent, for a model with condition_channels.
         guidance_from: the lowest timestep with guidance.
         guidance_scale_2: of `Experts`, for the one of low noise; default: guidance_scale.
         window: see `DiT.forward`.
         cache: see `StepCache`.
     """
-    channels, negative = dit.config.in_channels, null_text
+    channels, negative = dit.config.latent_channels, null_text
     low = guidance_scale if guidance_scale_2 is None else guidance_scale_2
     if text is not None and (guidance_scale, low) != (1, 1) and negative is None:
         negative = PackedText.empty(text.num_samples, text.tokens.shape[1])
@@ -58,18 +61,20 @@ def guided(
     def denoise(latents: list[Tensor], timesteps: Tensor, which: Sequence[int]) -> list[Tensor]:
         texts = None if text is None else text.select(which)
         classes = None if labels is None else labels[list(which)]
-        steps = None if frame_steps is None else [frame_steps[i] for i in which]
+        steps, shown = (None if listed is None else [listed[i] for i in which] for listed in (frame_steps, images))
+        if conditions is not None:
+            latents = [torch.cat([x, conditions[i].to(x)]) for x, i in zip(latents, which, strict=True)]
         highest = timesteps.max()
         scale = low if isinstance(dit, Experts) and highest < dit.boundary else guidance_scale
         if scale == 1 or highest < guidance_from:
-            return predict(latents, timesteps, texts, classes, steps, halves=[(i, "text") for i in which])
+            return predict(latents, timesteps, texts, classes, steps, shown, halves=[(i, "text") for i in which])
         if texts is not None and negative is not None:
             texts = PackedText.concat([texts, negative.select(which).to(texts.tokens.device, texts.tokens.dtype)])
         if classes is not None and dit.config.num_classes is not None:
             classes = torch.cat([classes, torch.full_like(classes, dit.config.num_classes)])
-        both_steps = None if steps is None else [*steps, *steps]
+        steps, shown = (None if listed is None else [*listed, *listed] for listed in (steps, shown))
         halves = [(i, half) for half in ("text", "null") for i in which]
-        both = predict([*latents, *latents], timesteps.repeat(2), texts, classes, both_steps, halves=halves)
+        both = predict([*latents, *latents], timesteps.repeat(2), texts, classes, steps, shown, halves=halves)
         pairs = zip(both[: len(latents)], both[len(latents) :], strict=True)
         return [torch.lerp(null, conditioned, scale) for conditioned, null in pairs]
 

@@ -13,6 +13,8 @@ without a gate, between the two; Wan Team, Wan (2025): norms across heads, norms
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +35,16 @@ Window = tuple[int | None, int | None, int | None]
 """How many tokens a token sees along T, H and W; None is all of an axis. See `spatiotemporal_attention`."""
 
 
+class ImageKeys(NamedTuple):
+    """Tokens [M, C] of the images of B samples, end to end, to which cross-attention attends beside the captions.
+
+    cu_seqlens: int32 [B+1].
+    """
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+
+
 class TextKeys(NamedTuple):
     """What tokens attend to in cross-attention: [M, C] of B captions, end to end.
 
@@ -44,6 +56,7 @@ class TextKeys(NamedTuple):
     """int32 [B+1], of the captions."""
     log_padding: Tensor | None = None
     """float32 [N, 1]: for each token of the latents, the logarithm of how many padding tokens its caption has."""
+    images: ImageKeys | None = None
 
 
 class Context(NamedTuple):
@@ -85,7 +98,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of each sample's tokens to its caption; a caption without tokens adds the output bias alone."""
+    """Attention of each sample's tokens to its caption; a caption without tokens adds the output bias alone.
+
+    With an image_dim, attention to the sample's images is added, by the same queries.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -93,15 +109,26 @@ class CrossAttention(nn.Module):
         context: Any = config.context_dim
         self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(context, 2 * dim), nn.Linear(dim, dim)
         self.q_norm, self.k_norm = (nn.Parameter(torch.ones(dim)) if config.cross_attention_norms else None for _ in range(2))
+        self.image_kv = nn.Linear(dim, 2 * dim) if config.image_dim else None
+        self.image_k_norm = nn.Parameter(torch.ones(dim)) if config.image_dim else None
 
     def forward(self, x: Tensor, layout: PackedLayout, text: TextKeys) -> Tensor:
         q = self.q(x).unflatten(1, (self.num_heads, -1))
         k, v = self.kv(text.tokens).unflatten(1, (2, self.num_heads, -1)).unbind(1)  # [M, H, d] each, views
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = (norm_rope(y, weight=w.to(y), across_heads=True, eps=self.eps) for y, w in ((q, self.q_norm), (k, self.k_norm)))
+            q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         if text.log_padding is None:
-            return self.out(flash_attn_varlen_func(q, k, v, layout.cu_seqlens, text.cu_seqlens).flatten(1))
-        return self.out(padded_attention(q, k, v, layout.cu_seqlens, text.cu_seqlens, text.log_padding).flatten(1))
+            y = flash_attn_varlen_func(q, k, v, layout.cu_seqlens, text.cu_seqlens)
+        else:
+            y = padded_attention(q, k, v, layout.cu_seqlens, text.cu_seqlens, text.log_padding)
+        if text.images is not None and self.image_kv is not None and self.image_k_norm is not None:
+            k, v = self.image_kv(text.images.tokens).unflatten(1, (2, self.num_heads, -1)).unbind(1)
+            y = y + flash_attn_varlen_func(q, self._normed(k, self.image_k_norm), v, layout.cu_seqlens, text.images.cu_seqlens)
+        return self.out(y.flatten(1))
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm over all heads of a token [M, H, d]."""
+        return norm_rope(x, weight=weight.to(x), across_heads=True, eps=self.eps)
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, log_padding: Tensor) -> Tensor:
@@ -129,6 +156,31 @@ class Mlp(nn.Sequential):
         first: nn.Linear = self[0]  # type: ignore[assignment]
         hidden = F.linear(x, first.weight)
         return self[2](bias_gelu(hidden, first.bias.to(hidden)))  # autocast leaves the bias as it is
+
+
+class ImageProjection(nn.Module):
+    """CLIP's tokens of images [M, C] -> [M, D]: two linear layers between norms, which are computed in float32 (Wan)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        image: Any = config.image_dim
+        self.norm_in, self.norm_out = nn.LayerNorm(image), nn.LayerNorm(config.hidden_size)
+        self.mlp = nn.Sequential(nn.Linear(image, image), nn.GELU(), nn.Linear(image, config.hidden_size))
+        self.positions = nn.Parameter(torch.zeros(config.image_positions, image)) if config.image_positions else None
+
+    def forward(self, images: Sequence[Tensor]) -> ImageKeys:
+        """images: the tokens of each sample."""
+        if self.positions is not None and any(image.shape != self.positions.shape for image in images):
+            got = [list(image.shape) for image in images]
+            raise ValueError(f"DiT: images: expected {list(self.positions.shape)} for each sample, got {got}")
+        weight: Any = self.mlp[0].weight
+        x = torch.cat([image.to(weight) if self.positions is None else image.to(weight) + self.positions for image in images])
+        cu_seqlens = torch.tensor([0, *accumulate(map(len, images))], dtype=torch.int32).to(weight.device, non_blocking=True)
+        return ImageKeys(self._norm(self.mlp(self._norm(x, self.norm_in)), self.norm_out), cu_seqlens)
+
+    @staticmethod
+    def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps).to(x)
 
 
 class Residual(NamedTuple):

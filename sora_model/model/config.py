@@ -24,7 +24,9 @@ class DiTConfig:
     True
 
     Args:
-        in_channels: channels of a latent.
+        in_channels: channels of what is patched: of a latent, and of what is given with it.
+        condition_channels: the last ones of them, which are given and not predicted: of Wan's image-to-video models, which frames
+            are given and what they show.
         patch_size: (pt, ph, pw), latent positions per token.
         hidden_size: D, a multiple of num_heads.
         depth: blocks.
@@ -48,6 +50,9 @@ class DiTConfig:
             not used (Wan).
         text_length: with text_projection, attend as if each caption were padded with tokens of zeros up to this length, as Wan was
             trained (512). Padding is computed as one key.
+        image_dim: width of CLIP's tokens of an image, to which cross-attention attends, too, with keys and values of their own
+            (Wan 2.1's image-to-video models).
+        image_positions: tokens of a sample's images, to each of which a learned vector is added (those of first and last frames).
         cross_attention_norms: a LayerNorm with weights before cross-attention, and RMS norms of its queries and keys across heads
             (Wan).
         num_classes: class labels; label num_classes means none. None for a model without labels.
@@ -64,6 +69,7 @@ class DiTConfig:
     """
 
     in_channels: int = 3
+    condition_channels: int = 0
     patch_size: tuple[int, int, int] = (1, 2, 2)
     hidden_size: int = 384
     depth: int = 12
@@ -81,6 +87,8 @@ class DiTConfig:
     text_dim: int | None = None
     text_projection: bool = False
     text_length: int | None = None
+    image_dim: int | None = None
+    image_positions: int | None = None
     cross_attention_norms: bool = False
     num_classes: int | None = None
     modulation: str = "block"
@@ -110,8 +118,12 @@ class DiTConfig:
         return asdict(self)
 
     @property
+    def latent_channels(self) -> int:
+        return self.in_channels - self.condition_channels
+
+    @property
     def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learn_sigma else 1)
+        return self.latent_channels * (2 if self.learn_sigma else 1)
 
     @property
     def mlp_width(self) -> int:
@@ -129,11 +141,13 @@ class DiTConfig:
             self._fail("patch_size", "three sizes (pt, ph, pw)", self.patch_size)
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
             self._fail("patch_size", "three sizes (pt, ph, pw) of at least 1", self.patch_size)
-        optionals = "mlp_size", "rope_size", "sincos_size", "text_dim", "text_length", "num_classes"
+        optionals = "mlp_size", "rope_size", "sincos_size", "text_dim", "text_length", "image_dim", "image_positions", "num_classes"
         for name in ("in_channels", "hidden_size", "depth", "num_heads", *optionals):
             value, optional = getattr(self, name), name in optionals
             if not (optional and value is None) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 self._fail(name, "a number of at least 1" + (" or None" if optional else ""), value)
+        if type(self.condition_channels) is not int or not 0 <= self.condition_channels < self.in_channels:
+            self._fail("condition_channels", f"from 0 to below in_channels {self.in_channels}", self.condition_channels)
         if self.hidden_size % (2 * self.num_heads):
             self._fail("hidden_size", f"a multiple of 2 * num_heads = {2 * self.num_heads}", self.hidden_size)
         if self.positions not in ("rope", "sincos"):
@@ -149,14 +163,17 @@ class DiTConfig:
             ("qk_norm_across_heads", "qk_norm"),
             ("text_projection", "text_dim"),
             ("text_length", "text_projection"),
+            ("image_dim", "cross_attention_norms"),
+            ("image_positions", "image_dim"),
             ("cross_attention_norms", "text_dim"),
         ):
             if getattr(self, name) and not getattr(self, needed):
                 self._fail(needed, f"a value with {name}", getattr(self, needed))
         if self.prediction not in ("direct", "clean"):
             self._fail("prediction", "'direct' or 'clean'", self.prediction)
-        if self.prediction == "clean" and self.learn_sigma:
-            self._fail("learn_sigma", "False with prediction='clean'", self.learn_sigma)
+        for name, none in (("learn_sigma", False), ("condition_channels", 0)):
+            if self.prediction == "clean" and getattr(self, name):
+                self._fail(name, f"{none} with prediction='clean'", getattr(self, name))
         if self.positions == "sincos" and self.absolute_positions:
             self._fail("absolute_positions", "False with positions='sincos'", self.absolute_positions)
         if self.positions == "sincos" and self.qk_norm:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.patch_embed import patch_embed_3d, unpatchify_3d
 
-from .block import Block, Context, Mlp, Residual, TextKeys, Window
+from .block import Block, Context, ImageProjection, Mlp, Residual, TextKeys, Window
 from .conditioning import PackedText, Samples
 from .config import DiTConfig
 
@@ -101,6 +101,7 @@ class DiT(nn.Module):
         projected = config.text_projection
         self.text_embed = embedder(config.text_dim, dim) if config.text_dim and not projected else None
         self.text_projection = Mlp(config.text_dim, dim, dim) if config.text_dim and projected else None
+        self.image_projection = ImageProjection(config) if config.image_dim else None
         self.label_embed = nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))  # type: ignore[assignment]
         self.shared_modulation = nn.Linear(dim, 6 * dim) if config.modulation != "block" else None
@@ -118,6 +119,7 @@ class DiT(nn.Module):
         text: PackedText | None = None,
         labels: Tensor | None = None,
         frame_steps: Sequence[float] | None = None,
+        images: Sequence[Tensor] | None = None,
         *,
         window: Window | None = None,
         cache: CachedSamples | None = None,
@@ -125,13 +127,14 @@ class DiT(nn.Module):
         """Predicts what the model was trained for (noise, velocity, ...) for every latent.
 
         Args:
-            latents: B tensors [C, T, H, W] of any sizes divisible by the patch.
+            latents: B tensors [C, T, H, W] of any sizes divisible by the patch, with the channels of a condition behind their own.
             timesteps: noise levels as the scheduler counts them: [B], one per sample, or [F], one per token frame in packed order
                 (T/pt of each latent). The former costs less; where both say the same, so do the results.
             text: captions of the B samples, for a model with text; None is no text.
             labels: int64 [B], for a model with classes.
             frame_steps: how far apart in time each latent's token frames are, where they were sampled evenly from a longer clip
                 (`patches.uniform_frames`); default: 1.
+            images: tokens [n, image_dim] of the images of each sample, for a model with an image_dim.
             window: how many tokens a token sees along T, H and W, of models trained to see all of them an approximation; default:
                 the whole sample.
             cache: of `StepCache`, which leaves out blocks of a sample where the step before is near enough.
@@ -143,7 +146,7 @@ class DiT(nn.Module):
             ValueError: sizes that the patch does not divide, a number of timesteps, captions or labels that does not fit,
                 a video for a model with sin-cos positions.
         """
-        samples = Samples(latents, timesteps, text, labels, frame_steps)
+        samples = Samples(latents, timesteps, text, labels, frame_steps, images)
         if cache is not None:
             return cache.run(self, samples, window)
         begun = self.begin(samples, window)
@@ -151,7 +154,7 @@ class DiT(nn.Module):
 
     def begin(self, samples: Samples, window: Window | None = None) -> Begun:
         """What comes before the blocks; see `forward`."""
-        latents, timesteps, text, labels, frame_steps = samples
+        latents, timesteps, text, labels, frame_steps, images = samples
         weight, patch = self.final.weight, self.config.patch_size
         inputs = [latent.to(weight) for latent in latents]
         weights = self.patch_embed.weight, self.patch_embed.bias
@@ -167,6 +170,11 @@ class DiT(nn.Module):
             text = text.to(weight.device, weight.dtype)
         c, cu_rows = self._condition(layout, timesteps, text, labels)
         keys = None if text is None else self._text_keys(text, layout)
+        if (images is None) != (self.image_projection is None) or (images is not None and len(images) != len(latents)):
+            expected = "None (no image_dim)" if self.image_projection is None else f"tokens of {len(latents)} samples"
+            self._fail("images", expected, None if images is None else len(images))
+        if keys is not None and images is not None and self.image_projection is not None:
+            keys = keys._replace(images=self.image_projection(images))
         return Begun(samples, x, c, self._modulations(c), Context(layout, cu_rows, keys, window))
 
     def run_blocks(self, begun: Begun, stream: Residual, first: int = 0, last: int | None = None) -> Residual:

@@ -37,7 +37,7 @@ class StepCache:
     ...     for sigma in (1.0, 0.99):                                       # steps of sampling
     ...         velocities = dit(latents, torch.full((len(latents),), 1000 * sigma), text, cache=cache.of(range(len(latents))))
     >>> cache.passes, cache.reused                                          # of samples
-    (8, 4)
+    (4, 2)
 
     What is left out is an error of the result. `errors` has what can be known of it without running all blocks: each time they do
     run again, |d - d'|_1 / |d|_1.

@@ -19,6 +19,7 @@ from ..storage.files import save_module, settle, whole_folder
 from ..storage.weights import built, open_module, read_index, read_json
 from ..text.pretrained import load_text_encoder
 from . import wan
+from .keyframes import ANY
 from .parts import Defaults, Outline, Parts, bytes_in, token_timing, token_unit
 
 
@@ -33,7 +34,7 @@ def read_outline(directory: str | Path) -> Outline:
     weights = 2 * bytes_in(folder)
     timing = token_timing(config.patch_size, compression, causal=index["vae"])
     unit, defaults = token_unit(config.patch_size, compression), Defaults(**index["defaults"])
-    return Outline(tuple(index["size"]), unit, timing, config.hidden_size, weights, defaults, index["frame_times"])
+    return Outline(tuple(index["size"]), unit, timing, config.hidden_size, weights, defaults, index["given_frames"])
 
 
 def has_captioner(directory: str | Path, owner: str) -> bool:
@@ -56,7 +57,7 @@ def load_parts(directory: str | Path, dtype: torch.dtype | None = None, device: 
     captioner = Captioner.from_pretrained(folder / "captioner") if index["captioner"] else None
     text_encoder = load_text_encoder(folder / "text_encoder")
     size, defaults = tuple(index["size"]), Defaults(**index["defaults"])
-    return Parts(dit.to(dtype), text_encoder, scheduler, codec, captioner, size, defaults, index["frame_times"])
+    return Parts(dit.to(dtype), text_encoder, scheduler, codec, captioner, size, defaults, index["given_frames"])
 
 
 def save_parts(parts: Parts, directory: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -67,6 +68,9 @@ def save_parts(parts: Parts, directory: str | Path, dtype: torch.dtype | None = 
         raise ValueError(f"SoraPipeline.save_pretrained: dit: expected {expected}, got Experts")
     if not isinstance(codec, PixelCodec | VideoVAE):
         raise TypeError(f"SoraPipeline.save_pretrained: codec: expected a PixelCodec or a VideoVAE, got {type(codec).__name__}")
+    if parts.image_encoder is not None:
+        expected = "None (to_diffusers_wan converts the transformer)"
+        raise ValueError(f"SoraPipeline.save_pretrained: image_encoder: expected {expected}, got ImageEncoder")
     with whole_folder(directory) as folder:
         save_module(parts.dit, parts.dit.config.to_dict(), folder / "dit", dtype)
         parts.text_encoder.save_pretrained(folder / "text_encoder", dtype=dtype)
@@ -79,6 +83,6 @@ def save_parts(parts: Parts, directory: str | Path, dtype: torch.dtype | None = 
         index: dict[str, Any] = {"_class_name": "SoraPipeline", "size": list(parts.size), **present}
         if parts.defaults != Defaults():
             index["defaults"] = parts.defaults._asdict()
-        if not parts.frame_times:
-            index["frame_times"] = False
+        if parts.given_frames != ANY:
+            index["given_frames"] = parts.given_frames
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

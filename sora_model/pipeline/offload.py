@@ -34,7 +34,7 @@ class InTurn(ModelHook):
 
 def put_in_turn(parts: Parts, device: torch.device) -> None:
     """Has text encoder, transformers and VAE, which are on the CPU, come to a device one at a time; in place."""
-    group = [part for part in (parts.text_encoder, *_transformers(parts.dit)) if isinstance(part, nn.Module)]
+    group = [part for part in (parts.text_encoder, parts.image_encoder, *_transformers(parts.dit)) if isinstance(part, nn.Module)]
     if isinstance(parts.codec, VideoVAE):
         group.append(parts.codec.model)  # whose encode and decode run hooks, too
         parts.codec.mean, parts.codec.std = parts.codec.mean.to(device), parts.codec.std.to(device)

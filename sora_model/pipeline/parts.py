@@ -10,12 +10,14 @@ import torch
 
 from ..caption.captioner import Captioner
 from ..codec.codec import Codec, PixelCodec
+from ..codec.image_encoder import ImageEncoder
 from ..model.conditioning import TextEncoder
 from ..model.config import DiTConfig
 from ..model.dit import DiT
 from ..model.experts import Experts
 from ..sizes import Size, Timing, whole_size
 from ..text.words import WordEncoder
+from .keyframes import ANY
 
 EMBEDDED = Path(__file__).parent.parent / "pretrained"  # the checkpoint that comes with the package
 SIZE: Size = (6, 24, 24)
@@ -39,7 +41,8 @@ class Parts(NamedTuple):
     captioner: Captioner | None = None
     size: Size = SIZE
     defaults: Defaults = Defaults()
-    frame_times: bool = True
+    given_frames: str = ANY
+    image_encoder: ImageEncoder | None = None
 
 
 class Outline(NamedTuple):
@@ -47,7 +50,7 @@ class Outline(NamedTuple):
 
     size: of a request without one. unit: pixels along T, H and W per token. timing: pixel frames per token frame. width: D.
     weights: bytes that they take while they are read, most of them once as read and once as held. defaults: of a call.
-    frame_times: see `SoraPipeline`. casts_weights: whether bf16 precision means weights in bfloat16, as of large models.
+    given_frames: see `SoraPipeline`. casts_weights: whether bf16 precision means weights in bfloat16, as of large models.
     """
 
     size: Size
@@ -56,7 +59,7 @@ class Outline(NamedTuple):
     width: int
     weights: int
     defaults: Defaults = Defaults()
-    frame_times: bool = True
+    given_frames: str = ANY
     casts_weights: bool = False
 
     def padded(self, size: Size) -> Size:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..caption.captioner import Captioner
-from ..codec.codec import Codec, PixelCodec, latent_frames, latent_size, nearest_known
+from ..codec.codec import Codec, PixelCodec, latent_size
+from ..codec.image_encoder import ImageEncoder
 from ..diffusion.guidance import guided
-from ..diffusion.masks import CleanFrames
 from ..diffusion.noise import prediction_type
-from ..diffusion.sampling import Callback, Init, sample
+from ..diffusion.sampling import Callback, sample
 from ..model.block import Window
 from ..model.conditioning import TextEncoder
 from ..model.dit import TIMESTEPS, DiT
@@ -25,6 +25,7 @@ from ..sizes import Size, Timing, whole_size
 from .checkpoint import load_parts, save_parts
 from .clips import converted, pad
 from .inputs import Seeds, as_generators, as_requests, check_options
+from .keyframes import ANY, Given, check_keyframes, clean_frames, condition, init_latent, shown_images
 from .offload import execution_device, is_offloaded, put_in_turn
 from .parts import EMBEDDED, SIZE, Defaults, Parts, preset_parts, token_timing, token_unit
 from .request import Request
@@ -50,7 +51,9 @@ class SoraPipeline:
         captioner: latents -> captions, short prompts -> long ones; may be None.
         size: (T, H, W) of a request without one.
         defaults: of a call.
-        frame_times: whether the transformer was trained with a time for each token frame, as tasks with keyframes need.
+        given_frames: which keyframes the transformer was trained with: "any", with a time for each frame or as a condition;
+            "none"; "first"; "first and last". Others are refused.
+        image_encoder: CLIP, for a transformer with an image_dim.
     """
 
     def __init__(
@@ -63,16 +66,21 @@ class SoraPipeline:
         *,
         size: Size = SIZE,
         defaults: Defaults = Defaults(),  # noqa: B008
-        frame_times: bool = True,
+        given_frames: str = ANY,
+        image_encoder: ImageEncoder | None = None,
     ) -> None:
         self.dit: Any = dit
         self.text_encoder, self.scheduler, self.size = text_encoder, scheduler, size
-        self.defaults, self.frame_times = defaults, frame_times
+        self.defaults, self.given_frames, self.image_encoder = defaults, given_frames, image_encoder
         self.codec: Codec = PixelCodec() if codec is None else codec
         self.captioner = captioner
+        # What a condition has of a latent position: whether each of its frames is given, and the latent of those that are.
+        of_condition = self.codec.compression[0] + self.codec.channels if dit.config.condition_channels else 0
         for what, expected, actual in (
             ("text_dim", text_encoder.dim, dit.config.text_dim),
-            ("in_channels", self.codec.channels, dit.config.in_channels),
+            ("condition_channels", of_condition, dit.config.condition_channels),
+            ("in_channels", self.codec.channels + of_condition, dit.config.in_channels),
+            ("image_dim", None if image_encoder is None else image_encoder.dim, dit.config.image_dim),
         ):
             if expected != actual:
                 raise ValueError(f"SoraPipeline: dit.config.{what}: expected {expected}, got {actual}")
@@ -251,17 +259,19 @@ class SoraPipeline:
         if step_cache is not None:
             step_cache.clear()
         generators = as_generators(generator, asked)
-        shapes = [(self.codec.channels, *latent_size(self.codec, self._padded(request.size))) for request in asked]
+        padded = [self._padded(request.size) for request in asked]
+        shapes = [(self.codec.channels, *latent_size(self.codec, size)) for size in padded]
         noise = [torch.randn(shape, generator=g).to(self.device) for shape, g in zip(shapes, generators, strict=True)]
         text = self.text_encoder([request.prompt for request in asked])
         null_text = self.text_encoder([request.negative_prompt for request in asked]) if is_guided else None
-        clean = [self._clean_frames(request, x, progress) for request, x in zip(asked, noise, strict=True)]
-        init = [self._init(request, x, progress) for request, x in zip(asked, noise, strict=True)]
+        given = self._given(asked, padded, **_watched(progress, "encoding"))
         denoise = guided(
             self.dit,
             text=text,
             null_text=null_text,
             frame_steps=[request.frame_step for request in asked],
+            conditions=given.conditions,
+            images=given.images,
             guidance_scale=guidance_scale,
             guidance_from=guidance_from * self.scheduler.config.num_train_timesteps,
             guidance_scale_2=guidance_scale_2,
@@ -275,8 +285,8 @@ class SoraPipeline:
                 self.scheduler,
                 noise,
                 num_inference_steps=num_inference_steps,
-                clean=clean if any(frames.mask.any() for frames in clean) else None,
-                init=init,
+                clean=given.clean,
+                init=given.init,
                 patch_frames=self.dit.config.patch_size[0],
                 generators=generators,
                 callback=callback,
@@ -321,51 +331,32 @@ class SoraPipeline:
             raise ValueError(
                 f"SoraPipeline: negative_prompt: expected none with guidance_scale 1, which has no use for it, got {unused!r}"
             )
-        if any(request.keyframes for request in requests):
-            self.check_frame_times()
+        check_keyframes(self.given_frames, requests)
+        if self.dit.config.condition_channels and not all(request.keyframes for request in requests):
+            raise ValueError("SoraPipeline: keyframes: expected at least one, which this transformer goes on from, got none")
         steps = [request.frame_step for request in requests]
         if self.codec.compression[0] > 1 and any(step != 1 for step in steps):
             raise ValueError(f"SoraPipeline: frame_step: expected 1, as the VAE compresses time, got {steps}")
 
-    def check_frame_times(self) -> None:
-        """Raises ValueError for a transformer that cannot go on from keyframes."""
-        if not self.frame_times:
-            raise ValueError(
-                "SoraPipeline: keyframes: expected none, as this transformer was trained with one time for all frames of a video, "
-                "got some: it makes videos and images from text, and videos from videos; replaced(frame_times=True) does it anyway"
-            )
+    def check_given_frames(self) -> None:
+        """Raises ValueError for a transformer that was not trained with any keyframes, as tasks that go on again and again need."""
+        check_keyframes(self.given_frames)
 
     def _padded(self, size: Size) -> Size:
         return whole_size(size, self.unit, self.timing)
 
-    def _init(self, request: Request, like: Tensor, progress: Progress | None = None) -> Init | None:
-        if request.init_video is None:
-            return None
-        video = pad(request.init_video.to(like), self._padded(request.size))
-        (latent,) = self.codec.encode([video], **_watched(progress, "encoding"))
-        return Init(latent, request.strength)
-
-    def _clean_frames(self, request: Request, like: Tensor, progress: Progress | None = None) -> CleanFrames:
-        """The latent frames that are made of keyframes."""
-        padded = self._padded(request.size)
-        video, known = torch.zeros(3, *padded, device=like.device), torch.zeros(padded[0], dtype=torch.bool)
-        for at, clip in request.keyframes.items():
-            start = at + request.size[0] if at < 0 else at
-            place = slice(start, start + clip.shape[1])
-            video[:, place], known[place] = pad(clip.to(video), (clip.shape[1], *padded[1:])), True
-        mask = latent_frames(self.codec, known)
-        if not known.any():
-            return CleanFrames(mask, torch.zeros_like(like))
-        first, stride = self.timing
-        tokens = torch.cat([known[:first].all()[None], known[first:].unflatten(0, (-1, stride)).all(1)])
-        if not torch.equal(torch.cat([tokens[:1].repeat(first), tokens[1:].repeat_interleave(stride)]), known):
-            lengths = {at: clip.shape[1] for at, clip in request.keyframes.items()}
-            raise ValueError(
-                f"SoraPipeline: keyframes: expected whole token frames, the first {first} and then {stride} at a time, "
-                f"got clips of frames {lengths} in {padded[0]}"
-            )
-        (latent,) = self.codec.encode([nearest_known(video, known)], **_watched(progress, "encoding"))
-        return CleanFrames(mask, latent)
+    def _given(self, requests: Sequence[Request], padded: Sequence[Size], **watched: Any) -> Given:
+        """What requests give of their videos, on the device."""
+        codec, device, both = self.codec, self.device, list(zip(requests, padded, strict=True))
+        init = [init_latent(codec, request, size, device, **watched) for request, size in both]
+        if not self.dit.config.condition_channels:
+            clean = [clean_frames(codec, self.timing, request, size, device, **watched) for request, size in both]
+            return Given(init, clean if any(frames.mask.any() for frames in clean) else None)
+        conditions = [condition(codec, request, size, device, **watched) for request, size in both]
+        if self.image_encoder is None:
+            return Given(init, None, conditions)
+        count = 1 if self.dit.config.image_positions is None else 2
+        return Given(init, None, conditions, [self.image_encoder(shown_images(request, count)) for request in requests])
 
     def eval(self) -> SoraPipeline:
         """Everything in evaluation mode, in place."""

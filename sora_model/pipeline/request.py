@@ -113,13 +113,30 @@ def text_to_image(prompt: str, height: int, width: int, *, negative_prompt: str 
 
 
 def image_to_video(
-    prompt: str, image: Clip, frames: int, timing: Timing, *, negative_prompt: str = "", seed: int | None = None
+    prompt: str,
+    image: Clip,
+    frames: int,
+    timing: Timing,
+    *,
+    last: Clip | None = None,
+    negative_prompt: str = "",
+    seed: int | None = None,
 ) -> Request:
-    """A video of so many frames that begins with an image [3, 1, H, W]; where a first token frame is several, with a still one."""
+    """A video of so many frames that begins with an image [3, 1, H, W]; where a first token frame is several, with a still one.
+
+    last: the image that it ends with, of the same size, for a model that was trained with both.
+    """
     image = as_video(image)
     check_video("image_to_video", "image", image)
-    keyframes = image[:, :1].expand(-1, min(timing.first, max(frames, 1)), -1, -1)
-    return Request(prompt, (frames, *image.shape[2:]), keyframes={0: keyframes}, negative_prompt=negative_prompt, seed=seed)
+    keyframes = {0: image[:, :1].expand(-1, min(timing.first, max(frames, 1)), -1, -1)}
+    if last is not None:
+        last = as_video(last)
+        check_video("image_to_video", "last", last)
+        if frames < 2 or last.shape[2:] != image.shape[2:]:
+            expected = f"frames of {list(image.shape[2:])} as in image, and at least 2"
+            raise ValueError(f"image_to_video: last: expected {expected}, got {list(last.shape[2:])} and {frames}")
+        keyframes[frames - 1] = last[:, -1:]
+    return Request(prompt, (frames, *image.shape[2:]), keyframes, negative_prompt=negative_prompt, seed=seed)
 
 
 def video_to_video(

@@ -1,4 +1,4 @@
-"""Folders of diffusers' Wan pipelines as the parts of a `SoraPipeline`: 2.1 and 2.2 text to video, and 2.2 TI2V."""
+"""Folders of diffusers' Wan pipelines as the parts of a `SoraPipeline`: 2.1 and 2.2, text to video, image to video and TI2V."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..codec.image_encoder import ImageEncoder
 from ..codec.vae import WEIGHTS, VideoVAE
 from ..diffusion.schedulers import load_scheduler
 from ..model.config import DiTConfig
@@ -16,6 +17,7 @@ from ..model.dit import DiT
 from ..model.experts import Experts
 from ..storage.weights import built, check_depth, check_shapes, open_tensors, read_json, read_shapes, weight_files
 from ..text.pretrained import PretrainedEncoder
+from .keyframes import ANY, ENDS, FIRST, NONE
 from .parts import Defaults, Outline, Parts, bytes_in, token_timing, token_unit
 
 PIPELINES = "WanPipeline", "WanImageToVideoPipeline"
@@ -49,8 +51,8 @@ def read_outline(folder: Path, owner: str) -> Outline:
     unit, timing = token_unit(config.patch_size, compression), token_timing(config.patch_size, compression, causal=True)
     # Those of transformers are read one at a time.
     weights = sum(bytes_in(part) * (1 if part.name.startswith("transformer") else 2) for part in folder.iterdir() if part.is_dir())
-    size = SIZES.get(config.in_channels, SIZES[16])
-    return Outline(size, unit, timing, config.hidden_size, weights, DEFAULTS, _has_frame_times(folder, owner), casts_weights=True)
+    size, given = SIZES.get(config.latent_channels, SIZES[16]), _given_frames(folder, config, owner)
+    return Outline(size, unit, timing, config.hidden_size, weights, DEFAULTS, given, casts_weights=True)
 
 
 def load_parts(folder: Path, owner: str, dtype: torch.dtype | None, device: torch.device | str) -> Parts:
@@ -71,22 +73,28 @@ def load_parts(folder: Path, owner: str, dtype: torch.dtype | None, device: torc
         raise ValueError(f"{owner}: model_index.json: boundary_ratio: expected one with a folder transformer_2, got {got}")
     if boundary is not None and not (isinstance(boundary, float) and 0 < boundary < 1):
         raise ValueError(f"{owner}: model_index.json: boundary_ratio: expected a number between 0 and 1, got {boundary!r}")
-    frame_times, scheduler = _has_frame_times(folder, owner), load_scheduler(folder / "scheduler", owner)
+    scheduler = load_scheduler(folder / "scheduler", owner)
     # Transformers last: they take the longest, and the others need room for their weights twice.
     vae = VideoVAE.from_pretrained(folder / "vae")
     encoder = PretrainedEncoder.from_pretrained(folder / "text_encoder", folder / "tokenizer", dtype=dtype, longest=TEXT_LENGTH)
+    images = None
+    if _config(folder / "transformer", owner)["image_dim"] is not None:
+        images = ImageEncoder.from_pretrained(folder / "image_encoder", folder / "image_processor", dtype=dtype)
     dit: DiT | Experts = _transformer(folder / "transformer", owner, dtype, device)
     if boundary is not None and isinstance(dit, DiT):
         dit = Experts(dit, _transformer(second, owner, dtype, device), boundary * scheduler.config.num_train_timesteps)
     size = SIZES.get(vae.channels, SIZES[16])
-    return Parts(dit, encoder, scheduler, vae, None, size, DEFAULTS, frame_times)
+    return Parts(dit, encoder, scheduler, vae, None, size, DEFAULTS, _given_frames(folder, dit.config, owner), images)
 
 
-def _has_frame_times(folder: Path, owner: str) -> bool:
+def _given_frames(folder: Path, config: DiTConfig, owner: str) -> str:
+    """Which frames a transformer was trained with; see `keyframes`."""
     value = read_json(folder / "model_index.json", owner).get("expand_timesteps", False)
     if not isinstance(value, bool):
         raise ValueError(f"{owner}: model_index.json: expand_timesteps: expected true or false, got {value!r}")
-    return value
+    if config.condition_channels:
+        return ENDS if config.image_positions else FIRST
+    return ANY if value else NONE
 
 
 def _transformer(folder: Path, owner: str, dtype: torch.dtype | None, device: torch.device | str) -> DiT:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import html
-import json
 import logging
-import math
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..model.conditioning import PackedText, TextEncoder
-from ..storage.weights import built, check_depth, open_module, read_json, read_shapes, read_tensors, weight_files
+from ..storage.pretrained import load_tokenizer, open_pretrained
+from ..storage.weights import open_module, read_json
 from .words import Vocabulary, WordEncoder
 
 # What a config says it is -> the class that holds the encoder alone.
@@ -27,21 +24,6 @@ CLASSES = {
     "clip": "CLIPTextModel",
     "clip_text_model": "CLIPTextModel",
 }
-# What a checkpoint's tokenizer may be; "TokenizersBackend" is what PreTrainedTokenizerFast is called since transformers 5.
-TOKENIZERS = (
-    "T5Tokenizer",
-    "T5TokenizerFast",
-    "CLIPTokenizer",
-    "CLIPTokenizerFast",
-    "PreTrainedTokenizerFast",
-    "TokenizersBackend",
-)
-TOKENIZER_OF = {"t5": "T5Tokenizer", "umt5": "T5Tokenizer", "clip": "CLIPTokenizer", "clip_text_model": "CLIPTokenizer"}
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-# Entries of a config by which transformers would run code of a folder or of the hub, or open another folder.
-FOREIGN = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "_name_or_path")
-
-
 logger = logging.getLogger(__name__)
 SHOWN, MOST_WARNINGS = 100, 10  # characters of what was cut
 UNLIMITED = 10**6  # tokens; tokenizers without a limit have one of 10**30
@@ -139,6 +121,8 @@ class PretrainedEncoder(nn.Module):
             FileNotFoundError: no config.json or no safetensors there.
             ValueError: another kind of model; weights that are broken, missing, of another shape or not finite.
         """
+        import transformers
+
         folder, owner = Path(folder), "PretrainedEncoder.from_pretrained"
         config = read_json(folder / "config.json", owner)
         kind = config.get("model_type")
@@ -147,66 +131,7 @@ class PretrainedEncoder(nn.Module):
         reader = load_tokenizer(folder if tokenizer is None else Path(tokenizer), owner, kind)
         if isinstance(config.get("text_config"), dict):  # a whole CLIP
             config = config["text_config"]
-        return cls(_encoder(CLASSES[kind], config, folder, owner, dtype), reader, **options)
-
-
-def _encoder(name: str, values: dict[str, Any], folder: Path, owner: str, dtype: torch.dtype | None) -> Any:
-    """A model of transformers from its config and the safetensors of a folder, which transformers itself never opens."""
-    import transformers
-
-    kind, files = getattr(transformers, name), weight_files(folder, "model", owner)
-    shapes = read_shapes(files, owner)
-    check_depth(values, shapes, owner)
-    values = {key: value for key, value in values.items() if key not in FOREIGN}
-    config = built(kind.config_class.from_dict, {"config_dict": values}, owner)
-    with torch.device("meta"):
-        asked = sum(p.numel() for p in built(kind, {"config": config}, owner).parameters())
-    held = sum(math.prod(shape) for shape in shapes.values())
-    if asked > held:
-        expected = f"a model of at most {held:,} weights, as many as lie beside it"
-        raise ValueError(f"{owner}: {folder / 'config.json'}: expected {expected}, got one of {asked:,}")
-    weights = read_tensors(files, owner)
-    own = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
-    options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": own if dtype is None else dtype}
-    try:
-        model, loading = kind.from_pretrained(None, output_loading_info=True, **options)
-    except RuntimeError as error:  # weights of another shape
-        raise ValueError(f"{owner}: {files[0]}: {error}") from None
-    if loading["missing_keys"]:
-        missing = ", ".join(sorted(loading["missing_keys"]))
-        raise ValueError(f"{owner}: {files[0]}: expected the weights {missing}, which are not there")
-    return model
-
-
-def load_tokenizer(folder: Path, owner: str, kind: str | None = None) -> Any:
-    """The tokenizer of a checkpoint; kind: of its model, where tokenizer_config.json does not name a class.
-
-    transformers looks at a folder that has nothing but the files of `TOKENIZER_FILES` and a config without paths and code.
-
-    Raises:
-        ValueError: a class that is not in `TOKENIZERS`, or files that are broken or not there.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    path = folder / "tokenizer_config.json"
-    config = read_json(path, owner) if path.is_file() else {}
-    name = config.get("tokenizer_class") or TOKENIZER_OF.get(kind or "")
-    if name not in TOKENIZERS:
-        raise ValueError(f"{owner}: {path}: expected tokenizer_class out of {', '.join(TOKENIZERS)}, got {name}")
-    config = {key: value for key, value in config.items() if key not in FOREIGN and not key.endswith(("_file", "_files"))}
-    plain = name in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    with tempfile.TemporaryDirectory() as shown:
-        for file in TOKENIZER_FILES:
-            if (folder / file).is_file():
-                shutil.copyfile(folder / file, Path(shown, file))
-        Path(shown, "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}), encoding="utf-8")
-        if kind is not None:
-            Path(shown, "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
-        reader = PreTrainedTokenizerFast if plain else AutoTokenizer
-        try:
-            return reader.from_pretrained(shown, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # the tokenizers library raises plain ones
-            raise ValueError(f"{owner}: {folder}: expected a tokenizer, got {error}") from None
+        return cls(open_pretrained(getattr(transformers, CLASSES[kind]), config, folder, owner, dtype), reader, **options)
 
 
 def load_text_encoder(folder: str | Path) -> TextEncoder:

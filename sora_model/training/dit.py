@@ -17,6 +17,7 @@ from ..model.conditioning import drop_captions
 from ..model.dit import DiT
 from ..model.experts import Experts
 from ..model.patches import uniform_frames
+from ..pipeline.keyframes import ANY
 from ..pipeline.pipeline import SoraPipeline
 
 SMALLEST_SIGMA = 0.05  # below it, errors of a predicted clean latent count no more than there (JiT: Li and He, 2025)
@@ -60,6 +61,8 @@ class DiffusionObjective:
     ) -> None:
         if isinstance(pipeline.dit, Experts):
             raise ValueError("DiffusionObjective: pipeline: expected one transformer, got Experts (train each by itself)")
+        if pipeline.dit.config.condition_channels:
+            raise ValueError("DiffusionObjective: pipeline: expected a transformer without condition_channels, got one with")
         if not 0 <= detailed <= 1:
             raise ValueError(f"DiffusionObjective: detailed: expected a share from 0 to 1, got {detailed}")
         self.pipeline, self.tasks = pipeline, tasks or TaskMix()
@@ -101,8 +104,8 @@ class DiffusionObjective:
         return diffusion_loss(predictions, noised, smallest_sigma=smallest_sigma(self.pipeline.dit))
 
     def averaged(self, model: Any) -> SoraPipeline:
-        """The pipeline with other weights, which have learned times of frames."""
-        return self.pipeline.replaced(**dict(model.named_children()), frame_times=True)
+        """The pipeline with other weights, which have learned all tasks."""
+        return self.pipeline.replaced(**dict(model.named_children()), given_frames=ANY)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         self.averaged(model).save_pretrained(folder)

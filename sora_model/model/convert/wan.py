@@ -1,4 +1,4 @@
-"""Wan's transformer as a `DiT`, and back: 2.1 and 2.2 text to video, and 2.2 TI2V.
+"""Wan's transformer as a `DiT`, and back: 2.1 and 2.2, text to video, image to video and TI2V.
 
 A DiT keeps queries, keys and values in one layer, and tables as vectors; all else is a matter of names. Sources: Wan Team, Wan:
 Open and Advanced Large-Scale Video Generative Models (2025); names of weights as in diffusers' WanTransformer3DModel.
@@ -34,6 +34,15 @@ _BLOCK_PARAMETERS = {
     "cross_attention.q_norm": "attn2.norm_q.weight",
     "cross_attention.k_norm": "attn2.norm_k.weight",
 }
+# What models with images have besides.
+_IMAGE_BLOCK = {"cross_attention.image_kv": ("attn2.add_k_proj", "attn2.add_v_proj")}
+_IMAGE_BLOCK_PARAMETERS = {"cross_attention.image_k_norm": "attn2.norm_added_k.weight"}
+_IMAGE_OUTER = {
+    "image_projection.norm_in": "condition_embedder.image_embedder.norm1",
+    "image_projection.mlp.0": "condition_embedder.image_embedder.ff.net.0.proj",
+    "image_projection.mlp.2": "condition_embedder.image_embedder.ff.net.2",
+    "image_projection.norm_out": "condition_embedder.image_embedder.norm2",
+}
 _OUTER = {
     "patch_embed": "patch_embedding",
     "time_embed.0": "condition_embedder.time_embedder.linear_1",
@@ -66,11 +75,8 @@ _FIXED = {
     "freq_dim": FREQUENCIES,
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
-    "image_dim": None,
-    "added_kv_proj_dim": None,
-    "pos_embed_seq_len": None,
 }
-FLOAT32 = "time_embed", "offset", "final_offset", "cross_norm"
+FLOAT32 = "time_embed", "offset", "final_offset", "cross_norm", "norm_in", "norm_out"
 """Modules and parameters that stay in float32 where the others are in 16 bits, as in diffusers."""
 
 
@@ -87,7 +93,7 @@ def from_diffusers_wan(transformer: Any) -> DiT:
     Captions are of the transformer's text width, without padding: the model attends as if zeros filled them up to 512 tokens.
 
     Raises:
-        ValueError: options that a DiT does not have, such as the image embeddings of Wan 2.1's image-to-video models.
+        ValueError: options that a DiT does not have.
     """
     kind = type(transformer).__name__
     if kind != "WanTransformer3DModel":
@@ -115,6 +121,9 @@ def to_diffusers_wan(dit: DiT) -> Any:
         "attention_head_dim": config.hidden_size // config.num_heads,
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
+        "image_dim": config.image_dim,
+        "added_kv_proj_dim": config.hidden_size if config.image_dim else None,
+        "pos_embed_seq_len": config.image_positions,
         "text_dim": config.text_dim,
         "ffn_dim": config.mlp_width,
         "num_layers": config.depth,
@@ -125,7 +134,7 @@ def to_diffusers_wan(dit: DiT) -> Any:
     shapes = {name: value.shape for name, value in transformer.state_dict().items()}
     weights = dit.state_dict()
     state = {}
-    for ours, theirs in weight_names(config.depth).items():
+    for ours, theirs in weight_names(config).items():
         for name, part in zip(theirs, weights[ours].chunk(len(theirs)), strict=True):
             state[name] = part.reshape(shapes[name]).clone()
     transformer.load_state_dict(state, assign=True)
@@ -140,13 +149,20 @@ def wan_config(values: Mapping[str, Any], owner: str) -> DiTConfig:
         if values.get(name, expected) != expected:
             raise ValueError(f"{owner}: {name}: expected {expected!r}, got {values[name]!r}")
     channels, heads = values["in_channels"], values["num_attention_heads"]
-    if values.get("out_channels") not in (None, channels):
-        expected = f"{channels}, as many as in_channels (image-to-video models with further channels are not supported)"
-        raise ValueError(f"{owner}: out_channels: expected {expected}, got {values['out_channels']}")
+    hidden_size, image_dim = heads * values["attention_head_dim"], values.get("image_dim")
+    out_channels = channels if values.get("out_channels") is None else values["out_channels"]
+    if out_channels > channels:
+        raise ValueError(f"{owner}: out_channels: expected at most in_channels {channels}, got {out_channels}")
+    if values.get("added_kv_proj_dim") != (hidden_size if image_dim else None):
+        expected = f"{hidden_size}, as wide as the model, with an image_dim and None without"
+        raise ValueError(f"{owner}: added_kv_proj_dim: expected {expected}, got {values.get('added_kv_proj_dim')}")
     return DiTConfig(
         in_channels=channels,
+        condition_channels=channels - out_channels,
+        image_dim=image_dim,
+        image_positions=values.get("pos_embed_seq_len"),
         patch_size=tuple(values["patch_size"]),
-        hidden_size=heads * values["attention_head_dim"],
+        hidden_size=hidden_size,
         depth=values["num_layers"],
         num_heads=heads,
         mlp_size=values["ffn_dim"],
@@ -156,16 +172,21 @@ def wan_config(values: Mapping[str, Any], owner: str) -> DiTConfig:
     )
 
 
-def weight_names(depth: int) -> dict[str, tuple[str, ...]]:
+def weight_names(config: DiTConfig) -> dict[str, tuple[str, ...]]:
     """Of each of our weights, the names of those of diffusers that it is made of, end to end."""
+    outer, block, parameters = dict(_OUTER), dict(_BLOCK), dict(_BLOCK_PARAMETERS)
     found: dict[str, tuple[str, ...]] = {"final_offset": ("scale_shift_table",)}
+    if config.image_dim:
+        outer, block, parameters = outer | _IMAGE_OUTER, block | _IMAGE_BLOCK, parameters | _IMAGE_BLOCK_PARAMETERS
+    if config.image_positions:
+        found["image_projection.positions"] = ("condition_embedder.image_embedder.pos_embed",)
     for kind in ("weight", "bias"):
-        found |= {f"{ours}.{kind}": (f"{theirs}.{kind}",) for ours, theirs in _OUTER.items()}
-        for i in range(depth):
-            block = {f"blocks.{i}.{ours}.{kind}": layers for ours, layers in _BLOCK.items()}
-            found |= {ours: tuple(f"blocks.{i}.{layer}.{kind}" for layer in layers) for ours, layers in block.items()}
-    for i in range(depth):
-        found |= {f"blocks.{i}.{ours}": (f"blocks.{i}.{theirs}",) for ours, theirs in _BLOCK_PARAMETERS.items()}
+        found |= {f"{ours}.{kind}": (f"{theirs}.{kind}",) for ours, theirs in outer.items()}
+        for i in range(config.depth):
+            layers = {f"blocks.{i}.{ours}.{kind}": theirs for ours, theirs in block.items()}
+            found |= {ours: tuple(f"blocks.{i}.{layer}.{kind}" for layer in theirs) for ours, theirs in layers.items()}
+    for i in range(config.depth):
+        found |= {f"blocks.{i}.{ours}": (f"blocks.{i}.{theirs}",) for ours, theirs in parameters.items()}
     return found
 
 
@@ -179,7 +200,7 @@ def load_wan(
     with torch.device("meta"):
         dit = DiT(config)
     shapes = {name: value.shape for name, value in dit.state_dict().items()}
-    for ours, theirs in weight_names(config.depth).items():
+    for ours, theirs in weight_names(config).items():
         kept = any(part in FLOAT32 for part in ours.split("."))
         parts = [read(name).to(device, torch.float32 if kept and dtype is not None else dtype) for name in theirs]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)

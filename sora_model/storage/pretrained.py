@@ -1,0 +1,109 @@
+"""Models and tokenizers of transformers from a local folder, none of whose code runs: `open_pretrained`, `load_tokenizer`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .weights import built, check_depth, read_json, read_shapes, read_tensors, weight_files
+
+# What a checkpoint's tokenizer may be; "TokenizersBackend" is what PreTrainedTokenizerFast is called since transformers 5.
+TOKENIZERS = (
+    "T5Tokenizer",
+    "T5TokenizerFast",
+    "CLIPTokenizer",
+    "CLIPTokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)
+TOKENIZER_OF = {"t5": "T5Tokenizer", "umt5": "T5Tokenizer", "clip": "CLIPTokenizer", "clip_text_model": "CLIPTokenizer"}
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+# Entries of a config by which transformers would run code of a folder or of the hub, or open another folder.
+FOREIGN = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "_name_or_path")
+
+
+def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str, dtype: torch.dtype | None = None) -> Any:
+    """A model of transformers from its config and the safetensors of a folder, which transformers itself never opens.
+
+    kind: a class of transformers. values: its config. dtype: of the weights, but for those that transformers keeps in float32, as
+    of T5 in float16; default: that of the files.
+
+    Raises:
+        FileNotFoundError: no safetensors there. ValueError: weights that are broken, missing, of another shape or not finite.
+    """
+    files = weight_files(folder, "model", owner)
+    shapes = read_shapes(files, owner)
+    check_depth(values, shapes, owner)
+    values = {key: value for key, value in values.items() if key not in FOREIGN}
+    config = built(kind.config_class.from_dict, {"config_dict": values}, owner)
+    with torch.device("meta"):
+        asked = sum(p.numel() for p in built(kind, {"config": config}, owner).parameters())
+    held = sum(math.prod(shape) for shape in shapes.values())
+    if asked > held:
+        expected = f"a model of at most {held:,} weights, as many as lie beside it"
+        raise ValueError(f"{owner}: {folder / 'config.json'}: expected {expected}, got one of {asked:,}")
+    weights = read_tensors(files, owner)
+    own = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
+    options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": own if dtype is None else dtype}
+    try:
+        with _without_bar():
+            model, loading = kind.from_pretrained(None, output_loading_info=True, **options)
+    except RuntimeError as error:  # weights of another shape
+        raise ValueError(f"{owner}: {files[0]}: {error}") from None
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"]))
+        raise ValueError(f"{owner}: {files[0]}: expected the weights {missing}, which are not there")
+    return model
+
+
+@contextlib.contextmanager
+def _without_bar() -> Iterator[None]:
+    """Within it, transformers shows no bar of weights that are in memory already."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(folder: Path, owner: str, kind: str | None = None) -> Any:
+    """The tokenizer of a checkpoint; kind: of its model, where tokenizer_config.json does not name a class.
+
+    transformers looks at a folder that has nothing but the files of `TOKENIZER_FILES` and a config without paths and code.
+
+    Raises:
+        ValueError: a class that is not in `TOKENIZERS`, or files that are broken or not there.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = folder / "tokenizer_config.json"
+    config = read_json(path, owner) if path.is_file() else {}
+    name = config.get("tokenizer_class") or TOKENIZER_OF.get(kind or "")
+    if name not in TOKENIZERS:
+        raise ValueError(f"{owner}: {path}: expected tokenizer_class out of {', '.join(TOKENIZERS)}, got {name}")
+    config = {key: value for key, value in config.items() if key not in FOREIGN and not key.endswith(("_file", "_files"))}
+    plain = name in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    with tempfile.TemporaryDirectory() as shown:
+        for file in TOKENIZER_FILES:
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, Path(shown, file))
+        Path(shown, "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}), encoding="utf-8")
+        if kind is not None:
+            Path(shown, "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
+        reader = PreTrainedTokenizerFast if plain else AutoTokenizer
+        try:
+            return reader.from_pretrained(shown, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises plain ones
+            raise ValueError(f"{owner}: {folder}: expected a tokenizer, got {error}") from None
