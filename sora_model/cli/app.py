@@ -10,7 +10,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -38,6 +38,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+ChatModel = Annotated[
+    Path | None, typer.Option(help="Folder of a chat model of transformers that makes prompts long, in place of the captioner.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 MAX_PIXELS = 2**16  # of frames that are read to be captioned
 LARGEST = 1e30  # of numbers that are not whole; float32 holds little more
@@ -107,7 +110,8 @@ class Loaded:
         from ..pipeline.checkpoint import has_captioner
 
         if not has_captioner(self.folder, "--checkpoint"):
-            raise ValueError(f"--checkpoint: captioner: expected a checkpoint with a captioner, got one without: {self.folder}")
+            got = f"one without: {self.folder} (--chat-model expands prompts, too)"
+            raise ValueError(f"--checkpoint: captioner: expected a checkpoint with a captioner, got {got}")
 
 
 def command(
@@ -227,6 +231,14 @@ def naming(option: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         text = re.sub(r"^[A-Za-z_][\w.]*: ", "", str(error))
         raise ValueError(text if text.startswith(option) else f"{option}: {text}") from None
+
+
+def expanded(folder: Path, prompts: Sequence[str], device: str) -> list[str]:
+    """Detailed prompts by a chat model, which is gone from memory afterwards."""
+    from ..caption.chat import ChatExpander
+
+    with naming("--chat-model"):
+        return ChatExpander.from_pretrained(folder, device=known_device(device)).expand(prompts)
 
 
 def say(text: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import MAX_PIXELS, Loaded, check_folder, check_media, command, read_clip, say
+from .app import MAX_PIXELS, ChatModel, Loaded, check_folder, check_media, command, expanded, read_clip, say
 from .files import is_contact_sheet
 
 
@@ -79,11 +79,16 @@ def recaption(
 @command(Loaded)
 def expand(
     prompts: Annotated[list[str], typer.Argument(help="Short prompts.")],
+    chat_model: ChatModel = None,
     *,
     loaded: Loaded,
 ) -> None:
     """Make short prompts long and detailed."""
-    for text in loaded.pipeline(captioner=True).expand(prompts):
+    if chat_model is not None:
+        longer = expanded(chat_model, prompts, loaded.device)
+    else:
+        longer = loaded.pipeline(captioner=True).expand(prompts)
+    for text in longer:
         say(text)
 
 

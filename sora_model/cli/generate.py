@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .actions import about
-from .app import command, console, parse_size, say
+from .app import ChatModel, command, console, expanded, parse_size, say
 from .call import Call, task
 from .requests import described, read_requests
 from .terminal import denoising, show_video
 
 if TYPE_CHECKING:
     from ..pipeline.parts import Outline
-    from ..pipeline.pipeline import SoraPipeline
     from ..sizes import Size
 
 Prompt = Annotated[str, typer.Argument(help="What to show.")]
@@ -48,6 +47,7 @@ def generate(
         ),
     ] = None,
     expand: Annotated[bool, typer.Option(help="Let the captioner make the prompts long and detailed first.")] = False,
+    chat_model: ChatModel = None,
     *,
     call: Call,
 ) -> None:
@@ -55,7 +55,9 @@ def generate(
     sizes = [parse_size(text) for text in size or []]
     if len(sizes) not in (0, 1, len(prompts)):
         raise ValueError(f"--size: expected 1 or {len(prompts)} (one per prompt), got {len(sizes)}")
-    if expand:
+    if chat_model is not None and not chat_model.is_dir():
+        raise ValueError(f"--chat-model: expected a folder, got {chat_model}")
+    if expand and chat_model is None:
         call.check_captioner()
     outline = call.outline
     sizes = sizes * len(prompts) if len(sizes) == 1 else sizes or [outline.size] * len(prompts)
@@ -68,9 +70,11 @@ def generate(
 
     call.check_keyframes([text_to_video("", one) for one in sizes])
     call.announce(outline, sizes)
-    pipeline = call.pipeline(captioner=expand)
-    if expand:
-        prompts = _expanded(pipeline, prompts)
+    if chat_model is not None:  # before the pipeline takes its memory
+        prompts = _shown(prompts, expanded(chat_model, prompts, call.device))
+    pipeline = call.pipeline(captioner=expand and chat_model is None)
+    if expand and chat_model is None:
+        prompts = _shown(prompts, pipeline.expand(prompts))
     call.check_words(pipeline, prompts)
     prompts = [prompt for prompt in prompts for _ in range(count)]
     if draft is None:
@@ -343,9 +347,8 @@ def _common_rate(call: Call, rates: Sequence[float], where: str) -> float:
     return max(known, default=0.0)
 
 
-def _expanded(pipeline: SoraPipeline, prompts: list[str]) -> list[str]:
+def _shown(prompts: list[str], longer: list[str]) -> list[str]:
     """Detailed prompts for short ones, said on the console."""
-    longer = pipeline.expand(prompts)
     for before, after in zip(prompts, longer, strict=True):
         say(f"{before} -> {after}")
     return longer

@@ -25,7 +25,15 @@ TOKENIZERS = (
     "TokenizersBackend",
 )
 TOKENIZER_OF = {"t5": "T5Tokenizer", "umt5": "T5Tokenizer", "clip": "CLIPTokenizer", "clip_text_model": "CLIPTokenizer"}
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 # Entries of a config by which transformers would run code of a folder or of the hub, or open another folder.
 FOREIGN = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "_name_or_path")
 
@@ -78,8 +86,10 @@ def _without_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_tokenizer(folder: Path, owner: str, kind: str | None = None) -> Any:
-    """The tokenizer of a checkpoint; kind: of its model, where tokenizer_config.json does not name a class.
+def load_tokenizer(folder: Path, owner: str, kind: str | None = None, *, any_class: bool = False) -> Any:
+    """The tokenizer of a checkpoint.
+
+    kind: of its model, where tokenizer_config.json does not name a class. any_class: read tokenizer.json, whatever class is named.
 
     transformers looks at a folder that has nothing but the files of `TOKENIZER_FILES` and a config without paths and code.
 
@@ -91,6 +101,7 @@ def load_tokenizer(folder: Path, owner: str, kind: str | None = None) -> Any:
     path = folder / "tokenizer_config.json"
     config = read_json(path, owner) if path.is_file() else {}
     name = config.get("tokenizer_class") or TOKENIZER_OF.get(kind or "")
+    name = "PreTrainedTokenizerFast" if any_class else name
     if name not in TOKENIZERS:
         raise ValueError(f"{owner}: {path}: expected tokenizer_class out of {', '.join(TOKENIZERS)}, got {name}")
     config = {key: value for key, value in config.items() if key not in FOREIGN and not key.endswith(("_file", "_files"))}

@@ -1,0 +1,120 @@
+"""Prompts made long by a chat model from a local folder: a small one that has learned one answer."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_generate import sora
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sora_model.caption.chat import INSTRUCTION, ChatExpander
+
+PROMPT = "a red circle"
+ANSWER = "a large red circle moves right , slowly"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+
+
+def words(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
+    special = ["<pad>", "<end>", "<system>", "<user>", "<assistant>", "<think>", "</think>"]
+    listed = [*special, *dict.fromkeys(f"{INSTRUCTION} {PROMPT} {ANSWER}".replace(",", " , ").replace(".", " . ").split())]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(listed)}, unk_token="a"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<end>")
+    tokenizer.add_special_tokens({"additional_special_tokens": special[2:5]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that answers PROMPT with ANSWER after thinking, and ends."""
+    torch.manual_seed(0)
+    tokenizer = words()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        eos_token_id=1, pad_token_id=0, bos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    asked = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": PROMPT}]
+    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(f"{text}<think> a red </think> {ANSWER} <end>", return_tensors="pt").input_ids
+    asked_tokens = len(tokenizer(text).input_ids)
+    labels = ids.clone()
+    labels[:, :asked_tokens] = -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("chat")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_prompts_are_answered(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the model thinks is left out; answers that are too long are cut, which is said."""
+    expander = ChatExpander.from_pretrained(folder)
+    assert expander.expand([PROMPT, PROMPT]) == [ANSWER, ANSWER]
+    assert not caplog.messages
+    short = ChatExpander.from_pretrained(folder, longest=6)
+    with caplog.at_level(logging.WARNING):
+        assert short.expand([PROMPT]) == ["a large"]
+    assert caplog.messages == ["the chat model's answer to 'a red circle' is cut at 6 tokens"]
+    with pytest.raises(ValueError, match="expected an answer to 'a red circle', got none"):
+        ChatExpander.from_pretrained(folder, longest=4).expand([PROMPT])
+    assert ChatExpander.from_pretrained(folder, dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+def test_templates_without_a_system_role(folder: Path) -> None:
+    expander = ChatExpander.from_pretrained(folder)
+    expander.tokenizer.chat_template = STRICT
+    assert expander.expand([PROMPT])
+
+
+def test_commands(folder: Path, tmp_path: Path) -> None:
+    assert sora("expand", PROMPT, "--chat-model", folder) == f"{ANSWER}\n"
+    out = sora("generate", PROMPT, "--chat-model", folder, "--size", "1x32x32", "--steps", 1, "--out", tmp_path / "out")
+    assert f"{PROMPT} -> {ANSWER}" in out
+    message = sora("expand", PROMPT, "--chat-model", tmp_path / "none", code=2)
+    assert "error: --chat-model: expected a folder with config.json, got " in message
+    message = sora("generate", PROMPT, "--chat-model", tmp_path / "none", "--out", tmp_path / "out", code=2)
+    assert "error: --chat-model: expected a folder, got " in message
+
+
+def edited(folder: Path, target: Path, **changes: object) -> Path:
+    shutil.copytree(folder, target)
+    path = target / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return target
+
+
+def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
+    for i, (changes, message) in enumerate(
+        (
+            ({"model_type": "clip"}, "expected model_type of a causal language model of transformers, got clip"),
+            ({"model_type": "no such"}, "got no such"),
+            ({"model_type": None}, "got None"),
+            ({"quantization_config": {"bits": 4}}, "got a quantized llama"),
+            ({"num_hidden_layers": 10**6}, "num_hidden_layers: expected at most"),
+        )
+    ):
+        with pytest.raises(ValueError, match=message):
+            ChatExpander.from_pretrained(edited(folder, tmp_path / str(i), **changes))
+    plain = tmp_path / "plain"
+    shutil.copytree(folder, plain)
+    (plain / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="tokenizer: expected one with a chat template"):
+        ChatExpander.from_pretrained(plain)
+    tokenizer = words()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="end: expected a token that ends an answer, got none"):
+        ChatExpander(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8)), tokenizer)
