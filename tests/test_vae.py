@@ -38,8 +38,9 @@ def hunyuan():
     )
 
 
-def ltx():
+def ltx(**options):
     return diffusers.AutoencoderKLLTXVideo(
+        **options,
         latent_channels=8,
         block_out_channels=(8, 8, 8, 8),
         decoder_block_out_channels=(8, 8, 8, 8),
@@ -143,6 +144,30 @@ def test_statistics_of_each_latent_frame() -> None:
     mean, std = torch.tensor([[0.0, 1.0, 1.0], [2.0, 3.0, 3.0]]), torch.tensor([[1.0, 2.0, 2.0], [4.0, 8.0, 8.0]])
     torch.testing.assert_close(normal, (raw - mean[:, :, None, None]) / std[:, :, None, None])
     torch.testing.assert_close(both.decode([normal])[0], vae.decode([raw])[0])
+
+
+def test_a_decoder_that_takes_noise_off() -> None:
+    """LTX 0.9.1's and later: as its pipeline in diffusers decodes, and twice the same."""
+    torch.manual_seed(0)
+    model = ltx(timestep_conditioning=True, decoder_inject_noise=(True, False, False, True, True)).eval()
+    for name, weight in model.decoder.named_parameters():
+        if "per_channel_scale" in name:
+            weight.data += 0.1
+    vae = VideoVAE(model, decode_timestep=0.1, decode_noise_scale=0.2)
+    latents = torch.randn(2, 8, 2, 2, 3)
+    first, second = vae.decode(list(latents)), vae.decode(list(latents))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    (alone,) = vae.decode([latents[1]])
+    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0))
+    noised = 0.8 * latents[1:] + 0.2 * noise  # mean and deviation are 0 and 1
+    torch.manual_seed(0)
+    with torch.no_grad():
+        want = model.decode(noised, torch.tensor([0.1])).sample.clamp(-1, 1)[0]
+    torch.testing.assert_close(alone, want, atol=1e-5, rtol=1e-5)
+    other = VideoVAE(model, decode_timestep=0.5, decode_noise_scale=0.2).decode([latents[1]])[0]
+    assert (other - alone).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="VideoVAE: decode_noise_scale: expected a number from 0 to 1, got 2"):
+        VideoVAE(model, decode_noise_scale=2)
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo"}))

@@ -49,6 +49,8 @@ class VideoVAE(nn.Module):
     Args:
         model: the VAE of diffusers.
         tile: side of a tile in pixels; a multiple of the spatial compression.
+        decode_timestep, decode_noise_scale: of LTX's decoders that take noise off, from 0.9.1 on: the time that they are told, and
+            the share of noise that a latent gets before. The noise is the same for every latent of a size.
     """
 
     channels: int
@@ -57,7 +59,7 @@ class VideoVAE(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: Any, *, tile: int = TILE) -> None:
+    def __init__(self, model: Any, *, tile: int = TILE, decode_timestep: float = 0.05, decode_noise_scale: float = 0.025) -> None:
         super().__init__()
         config: Any = model.config
         name = type(model).__name__
@@ -69,8 +71,11 @@ class VideoVAE(nn.Module):
         self.compression = (ct, ch, ch)
         if tile % ch or tile < 2 * OVERLAP:
             raise ValueError(f"VideoVAE: tile: expected a multiple of {ch} from {2 * OVERLAP} on, got {tile}")
-        if config.get("timestep_conditioning"):
-            raise ValueError("VideoVAE: model: expected a VAE that decodes at once, got one whose decoder takes noise off")
+        self.takes_time = bool(config.get("timestep_conditioning"))
+        self.decode_timestep, self.decode_noise_scale = decode_timestep, decode_noise_scale if self.takes_time else 0.0
+        for name, value in (("decode_timestep", decode_timestep), ("decode_noise_scale", decode_noise_scale)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"VideoVAE: {name}: expected a number from 0 to 1, got {value}")
         self.channels = config.get("z_dim") or config["latent_channels"]
         mean, std = _statistics(model, self.channels)
         self.register_buffer("mean", mean.view(self.channels, -1, 1, 1), persistent=False)
@@ -176,6 +181,9 @@ class VideoVAE(nn.Module):
 
         def decode(batch: Tensor) -> Tensor:
             batch = batch * self._of_frames(self.std, batch) + self._of_frames(self.mean, batch)
+            if self.decode_noise_scale:
+                noise = torch.randn(batch.shape[1:], generator=torch.Generator().manual_seed(0)).to(batch)
+                batch = torch.lerp(batch, noise.expand_as(batch), self.decode_noise_scale)
             return self._tiled(batch, self.from_raw, 1, ch, watch).clamp(-1, 1)
 
         return by_size(latents, decode, AT_ONCE * self.channels // (3 * ct * ch * cw))
@@ -195,10 +203,18 @@ class VideoVAE(nn.Module):
         if type(self.model).__name__ == "AutoencoderKLCogVideoX" and latents.shape[2] % 2 == 0:
             # It decodes two latent frames at a time, and an even number of them to too many frames.
             latents = torch.cat([latents, latents[:, :, -1:]], dim=2)
-        video = torch.cat([self.model.decode(part).sample[:, :, :frames] for part in self._parts(latents)])
+        video = torch.cat([self._decode(part)[:, :, :frames] for part in self._parts(latents)])
         if video.shape[2] != frames:
             raise RuntimeError(f"VideoVAE: {type(self.model).__name__} decoded {video.shape[2]} frames, expected {frames}")
         return video
+
+    def _decode(self, part: Tensor) -> Tensor:
+        if not self.takes_time:
+            return self.model.decode(part).sample
+        times = part.new_full((len(part),), self.decode_timestep)
+        with torch.random.fork_rng([part.device] if part.is_cuda else []):  # blocks of LTX's decoder may draw noise
+            torch.manual_seed(0)
+            return self.model.decode(part, times).sample
 
     def _parts(self, batch: Tensor) -> Sequence[Tensor]:
         """What the model takes at once: diffusers' HunyuanVideo-1.5 fails on more than one sample in the mask of its attention."""
