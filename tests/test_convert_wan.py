@@ -13,6 +13,7 @@ from sora_model.model.conditioning import PackedText
 from sora_model.model.config import DiTConfig
 from sora_model.model.convert.wan import FLOAT32, from_diffusers_wan, load_wan, to_diffusers_wan, wan_config, weight_names
 from sora_model.model.dit import DiT
+from sora_model.model.experts import Experts
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 128, "in_channels": 4, "out_channels": 4, "num_layers": 2, "text_dim": 32}
 SIZES = [(3, 8, 8), (1, 12, 4), (2, 4, 16)]
@@ -175,12 +176,20 @@ def test_what_stays_in_float32() -> None:
         ({"added_kv_proj_dim": 256}, "added_kv_proj_dim: expected 256, .* None without, got 256"),
         ({"cross_attn_norm": False}, "cross_attn_norm: expected True, got False"),
         ({"freq_dim": 128}, "freq_dim: expected 256, got 128"),
-        ({"out_channels": 5}, "out_channels: expected at most in_channels 4, got 5"),
+        ({"out_channels": 5}, "out_channels: expected from 1 to in_channels 4, got 5"),
     ],
 )
 def test_options_that_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"from_diffusers_wan: {message}"):
         from_diffusers_wan(wan(**changes))
+
+
+@pytest.mark.parametrize("value", [None, "16", 0, 2.5])
+def test_numbers_of_a_config_that_are_none(value: object) -> None:
+    for name in ("in_channels", "attention_head_dim", "num_layers", "out_channels"):
+        if (name, value) != ("out_channels", None):
+            with pytest.raises(ValueError, match=f"test: {name}: expected .*, got {value!r}"):
+                wan_config(dict(wan().config) | {name: value}, "test")
 
 
 def test_images_that_do_not_fit_are_refused() -> None:
@@ -196,6 +205,8 @@ def test_images_that_do_not_fit_are_refused() -> None:
 
 
 def test_a_model_of_another_kind_does_not_become_wans() -> None:
+    with pytest.raises(ValueError, match=r"to_diffusers_wan: dit: expected a DiT \(each of Experts by itself\), got Experts"):
+        to_diffusers_wan(Experts(DiT(DiTConfig()), DiT(DiTConfig()), 500.0))
     with pytest.raises(ValueError, match="to_diffusers_wan: qk_norm_across_heads: expected True, got False"):
         to_diffusers_wan(DiT(DiTConfig(text_dim=32)))
 

@@ -19,7 +19,8 @@ from sora_model.data import probe, read_comment, read_video, write_video
 from sora_model.pipeline import clips
 from sora_model.pipeline.checkpoint import read_outline
 from sora_model.pipeline.clips import resized
-from sora_model.pipeline.parts import EMBEDDED
+from sora_model.pipeline.parts import EMBEDDED, Outline, Weights
+from sora_model.sizes import Timing
 
 ROOT = Path(__file__).parent.parent
 
@@ -178,6 +179,38 @@ def test_memory_grows_with_what_is_asked() -> None:
     assert 1.28e9 < estimate.memory(outline, [(13, 512, 512)]) < 1.6e9
     assert 0.83e9 < estimate.memory(outline, [(49, 256, 256)]) < 1.4e9
     assert estimate.memory(outline, [(1, 2048, 2048)]) > estimate.memory(outline, [(1, 1024, 1024)])
+
+
+GB = 10**9
+LARGE = Outline(  # as of Wan 2.1 14B
+    (81, 480, 832), (4, 16, 16), Timing(1, 4), 5120, Weights(11 * GB, (57 * GB,), GB / 2),
+    Weights(11 * GB, (29 * GB,), GB / 2), "AutoencoderKLWan",
+)  # fmt: skip
+
+
+def test_memory_of_large_checkpoints(monkeypatch) -> None:
+    """bfloat16 halves weights and more than halves the work; offloading leaves the largest part."""
+    size, plain, bf16 = [LARGE.size], estimate.How(), estimate.How(bf16=True)
+    assert estimate.working(LARGE, size, bf16).transformer < estimate.working(LARGE, size).transformer / 2
+    whole, half, cut = (estimate.memory(LARGE, size, how=how) / 1e9 for how in (plain, bf16, bf16._replace(offload=True)))
+    assert (round(whole), round(half), round(cut)) == (105, 57, 45)
+
+    def refused(there: float, size: tuple[int, int, int] = LARGE.size, how: estimate.How = plain, device: str = "cuda") -> str:
+        monkeypatch.setattr(estimate, "installed", lambda _: there)
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 (its message is what is tested)
+            estimate.check_memory("--size", LARGE, [size], (), how, device)
+        return str(caught.value)
+
+    assert "; --precision bf16 --offload --size 81x720x1280 takes about " in refused(80e9, (161, 720, 1280))
+    assert refused(60e9).startswith(
+        "--checkpoint: expected weights that cuda of 60 GB can hold, got 68.5 GB, and 105 GB with the work"
+    )
+    assert "--precision bf16 takes about 56.9 GB; --precision bf16 --offload takes about 45.4 GB" in refused(60e9)
+    assert refused(40e9, how=bf16, device="cpu").startswith("--checkpoint: expected weights that the memory of 40 GB can hold")
+    assert "got ones that take about 56.9 GB; --precision bf16 --offload takes about 45.4 GB" in refused(48e9, how=bf16)
+    assert ";" not in refused(1e9, how=bf16), "nothing is enough"
+    monkeypatch.setattr(estimate, "installed", lambda _: 58e9)
+    estimate.check_memory("--size", LARGE, size, (), bf16, "cpu")
 
 
 def test_the_time_of_long_work_is_estimated_after_two_steps(monkeypatch, capsys) -> None:

@@ -160,7 +160,7 @@ class Call(Loaded):
     def dtype(self) -> torch.dtype | None:
         import torch
 
-        return torch.bfloat16 if self.precision is Precision.bf16 and self.outline.casts_weights else None
+        return torch.bfloat16 if self.precision is Precision.bf16 and self.outline.weights_bf16 is not None else None
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -210,15 +210,16 @@ class Call(Loaded):
 
         sizes: of what is packed into one pass. made: of the files, where those are larger. option: what the sizes come from.
         """
-        from .estimate import check_memory, check_pixels, memory, tokens
+        from .estimate import How, check_memory, check_pixels, memory, tokens
 
         check_pixels(option, [*(made or sizes)], self.device)
         side = max(max(size[1:]) for size in sizes)
         if self.scale * side > SIDE:
             which = "--scale" if side <= SIDE else option
             raise ValueError(f"{which}: expected frames of at most {SIDE} pixels along a side, got {self.scale * side}")
-        needed = memory(outline, sizes, made)
-        check_memory(option, needed, self.device)
+        how = How(self.precision is Precision.bf16, self.offload)
+        check_memory(option, outline, sizes, made, how, self.device)
+        needed = memory(outline, sizes, made, how)
         count = f"{len(sizes)} videos" if len(sizes) > 1 else "1 video"
         shapes = ", ".join(dict.fromkeys("x".join(map(str, size)) for size in made or sizes))
         say(

@@ -1,23 +1,43 @@
 """How much memory a call takes, from what its checkpoint's configs say: `memory`, `check_memory`, `check_pixels`.
 
-Measured with the checkpoint that comes with the package, on a CPU, within 50% above. Other VAEs may take several times as much:
-    transformer   52 float32 of width D for each token, both halves of guidance among them
-    VAE           200 bytes for each pixel that it decodes at once
+Measured on a CPU, within 50% above:
+    transformer   52 float32 of width D for each token, both halves of guidance among them; in bfloat16 90 bytes
+    VAE           200 bytes for each pixel that it decodes at once, as measured with the checkpoint that comes with the package;
+                  Wan's, which goes on from frame to frame, 27 kB for each pixel of a tile, however long
+Other VAEs may take several times as much.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ..pipeline.parts import Outline
+from ..pipeline.parts import Outline, Weights
 from ..sizes import Size
 
 PROCESS = 5e8  # bytes of the libraries
-TOKEN, DECODED, HELD = 52 * 4, 200, 24  # bytes: for D = 1; for a pixel in the decoder; for one that is decoded, then copied
+TOKEN, TOKEN_BF16 = 52 * 4, 90  # bytes for D = 1
+DECODED, DECODED_FRAME = 200, {"AutoencoderKLWan": 27e3}  # bytes of a pixel in the decoder; of one of a frame
+HELD = 24  # bytes of a pixel that is decoded, then copied
 PIXEL = 12  # bytes of a pixel of a video, which is held whatever else is
+
+
+class How(NamedTuple):
+    """Options of a call that change what it takes.
+
+    bf16: weights are bfloat16, where a checkpoint's may be. offload: of its parts, one is on the device at a time.
+    """
+
+    bf16: bool = False
+    offload: bool = False
+
+    def weights(self, outline: Outline) -> Weights:
+        return outline.weights if not self.bf16 or outline.weights_bf16 is None else outline.weights_bf16
+
+    def __str__(self) -> str:
+        return " ".join(["--precision bf16"] * self.bf16 + ["--offload"] * self.offload)
 
 
 def tokens(outline: Outline, sizes: Sequence[Size]) -> int:
@@ -37,18 +57,35 @@ class Working(NamedTuple):
     vae: float
 
 
-def working(outline: Outline, sizes: Sequence[Size]) -> Working:
+def working(outline: Outline, sizes: Sequence[Size], how: How = How()) -> Working:  # noqa: B008
     from ..codec.tiles import AT_ONCE, TILE
 
-    pixels = [math.prod(outline.padded(size)) for size in sizes]
-    tiled = max(size[0] * min(size[1], TILE) * min(size[2], TILE) for size in sizes)
-    return Working(TOKEN * outline.width * tokens(outline, sizes), DECODED * min(max(tiled, AT_ONCE), sum(pixels)))
+    token = TOKEN_BF16 if how.bf16 and outline.weights_bf16 is not None else TOKEN
+    transformer = token * outline.width * tokens(outline, sizes)
+    tiles = [(size[0], min(size[1], TILE) * min(size[2], TILE)) for size in map(outline.padded, sizes)]
+    if of_frame := DECODED_FRAME.get(outline.vae or ""):
+        return Working(transformer, of_frame * max(tile for _, tile in tiles))
+    pixels = sum(math.prod(outline.padded(size)) for size in sizes)
+    return Working(transformer, DECODED * min(max(max(frames * tile for frames, tile in tiles), AT_ONCE), pixels))
 
 
-def memory(outline: Outline, sizes: Sequence[Size], made: Sequence[Size] = ()) -> float:
-    """Bytes, about, that one packed pass over videos of these sizes takes; made: videos that are held besides."""
+def memory(
+    outline: Outline,
+    sizes: Sequence[Size],
+    made: Sequence[Size] = (),
+    how: How = How(),  # noqa: B008
+    share: float = 1.0,
+) -> float:
+    """Bytes, about, that one packed pass over videos of these sizes takes.
+
+    made: videos that are held besides. share: of the work, which is estimated too high by no more than half.
+    """
+    weights, work = how.weights(outline), working(outline, sizes, how)
+    there = [sum(weights.transformers) + weights.encoders + weights.vae] * 3
+    if how.offload:
+        there = [weights.encoders, max(weights.transformers), weights.vae]
     held = HELD * sum(math.prod(outline.padded(size)) for size in sizes) + PIXEL * sum(map(math.prod, made))
-    return PROCESS + outline.weights + max(working(outline, sizes)) + held
+    return PROCESS + max(there[0], there[1] + share * work.transformer, there[2] + share * work.vae) + held
 
 
 def check_pixels(option: str, sizes: Sequence[Size], device: str) -> None:
@@ -61,14 +98,37 @@ def check_pixels(option: str, sizes: Sequence[Size], device: str) -> None:
         )
 
 
-def check_memory(option: str, needed: float, device: str) -> None:
-    """Raises ValueError where even half of the estimate, which is too high by no more, is beyond the device."""
-    there = installed(device)
-    if needed > 2 * there:
-        raise ValueError(
-            f"{option}: expected videos for which {'the memory' if device == 'cpu' else device} of {there / 1e9:.3g} GB is enough, "
-            f"got ones that take about {needed / 1e9:.3g} GB"
+def check_memory(option: str, outline: Outline, sizes: Sequence[Size], made: Sequence[Size], how: How, device: str) -> None:
+    """Raises ValueError where even half of the work is beyond the device; names what would be enough."""
+    there, needed = installed(device), memory(outline, sizes, made, how)
+    if memory(outline, sizes, made, how, share=0.5) <= there:
+        return
+    name = f"{'the memory' if device == 'cpu' else device} of {there / 1e9:.3g} GB"
+    weights = how.weights(outline)
+    held = weights.encoders + sum(weights.transformers) + weights.vae
+    line = f"{option}: expected videos for which {name} is enough, got ones that take about {needed / 1e9:.3g} GB"
+    if held > there and not how.offload:
+        line = (
+            f"--checkpoint: expected weights that {name} can hold, got {held / 1e9:.3g} GB, and {needed / 1e9:.3g} GB with the work"
         )
+    enough = [(text, amount) for text, amount in others(outline, sizes, made, how, device) if amount <= there]
+    raise ValueError("; ".join([line, *(f"{text} takes about {amount / 1e9:.3g} GB" for text, amount in enough[:2])]))
+
+
+def others(outline: Outline, sizes: Sequence[Size], made: Sequence[Size], how: How, device: str) -> Iterator[tuple[str, float]]:
+    """Other ways to the same videos, then the most sparing way to smaller ones, and what they take."""
+    bf16 = {how.bf16, outline.weights_bf16 is not None}
+    ways = sorted({How(cast, cut) for cast in bf16 for cut in {how.offload, device != "cpu"}}, key=sum)
+    for way in ways:
+        if way != how:
+            yield str(way), memory(outline, sizes, made, way)
+    if len(set(sizes)) == 1 and not made:
+        (frames, height, width), stride = sizes[0], outline.timing.stride
+        for part in (2, 4, 8):
+            fewer = max((frames - 1) // part // stride * stride + 1, 1)
+            smaller = (fewer, height, width) if fewer < frames else (frames, max(height // part, 1), max(width // part, 1))
+            options = f"{ways[-1]} --size {'x'.join(map(str, smaller))}".strip()
+            yield options, memory(outline, [smaller] * len(sizes), (), ways[-1])
 
 
 def installed(device: str) -> int:

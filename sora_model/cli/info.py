@@ -48,7 +48,7 @@ def _parts(folder: Path) -> Iterator[tuple[str, str]]:
     yield "checkpoint", f"{folder}, a {read_json(folder / 'model_index.json', OWNER)['_class_name']}"
     for name in ("dit", "transformer", "transformer_2"):
         if (folder / name).is_dir():
-            yield "transformer", f"{_count(folder / name):.3g} million weights in {_amount(bytes_in(folder / name))}"
+            yield "transformer", f"{_count(folder / name)} weights in {_amount(bytes_in(folder / name))}"
     if (folder / "image_encoder").is_dir():
         yield "images", f"CLIP, {_amount(bytes_in(folder / 'image_encoder'))}"
     config = read_json(folder / "text_encoder" / "config.json", OWNER)
@@ -71,11 +71,19 @@ def _sizes(outline: Outline) -> Iterator[tuple[str, str]]:
 
 
 def _memory(outline: Outline, size: Size) -> Iterator[tuple[str, str]]:
-    from .estimate import memory, tokens, working
+    from .estimate import How, memory, tokens, working
 
-    stages = working(outline, [size])
-    text = f"about {_amount(memory(outline, [size]))} for {_shape(size)}, which is {tokens(outline, [size]):,} tokens"
-    yield "memory", f"{text}; of it for the work of the transformer {_amount(stages.transformer)}, of the VAE {_amount(stages.vae)}"
+    yield "memory", f"about, for {_shape(size)}, which is {tokens(outline, [size]):,} tokens:"
+    for how in [How()] if outline.weights_bf16 is None else [How(), How(bf16=True)]:
+        weights, stages = how.weights(outline), working(outline, [size], how)
+        transformers = " + ".join(map(_amount, weights.transformers))
+        amounts = f"text {_amount(weights.encoders)}, transformer {transformers} and {_amount(stages.transformer)} to work in"
+        vae = f"VAE {_amount(weights.vae)} and {_amount(stages.vae)}"
+        total, on_gpu = (_amount(memory(outline, [size], how=one)) for one in (how, how._replace(offload=True)))
+        yield (
+            f"  {str(how) or 'as it is'}".replace("--precision ", ""),
+            f"{total}: {amounts}, {vae}; on a GPU with --offload {on_gpu}",
+        )
 
 
 def _tasks(outline: Outline, folder: Path) -> Iterator[tuple[str, str]]:
@@ -102,8 +110,9 @@ def _amount(size: float) -> str:
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
-def _count(folder: Path) -> float:
-    """Weights in millions."""
+def _count(folder: Path) -> str:
+    """How many weights there are."""
     from ..storage.weights import read_shapes
 
-    return sum(map(math.prod, read_shapes(sorted(folder.glob("*.safetensors")), OWNER).values())) / 1e6
+    count = sum(map(math.prod, read_shapes(sorted(folder.glob("*.safetensors")), OWNER).values()))
+    return f"{count / 1e9:.3g} billion" if count >= 1e9 else f"{count / 1e6:.3g} million"

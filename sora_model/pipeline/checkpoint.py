@@ -20,7 +20,7 @@ from ..storage.weights import built, open_module, read_index, read_json
 from ..text.pretrained import load_text_encoder
 from . import wan
 from .keyframes import ANY
-from .parts import Defaults, Outline, Parts, bytes_in, token_timing, token_unit
+from .parts import Defaults, Outline, Parts, Weights, bytes_in, token_timing, token_unit
 
 
 def read_outline(directory: str | Path) -> Outline:
@@ -31,10 +31,14 @@ def read_outline(directory: str | Path) -> Outline:
     index = read_index(folder, owner)
     config: Any = built(DiTConfig.from_dict, {"values": read_json(folder / "dit" / "config.json", owner)}, owner)
     compression = VideoVAE.read_compression(folder / "vae") if index["vae"] else PixelCodec.compression
-    weights = 2 * bytes_in(folder)
+    # Read as float32, whatever the files have.
+    text, dit, vae, captioner = (bytes_in(folder / part, 4) for part in ("text_encoder", "dit", "vae", "captioner"))
     timing = token_timing(config.patch_size, compression, causal=index["vae"])
     unit, defaults = token_unit(config.patch_size, compression), Defaults(**index["defaults"])
-    return Outline(tuple(index["size"]), unit, timing, config.hidden_size, weights, defaults, index["given_frames"])
+    weights = Weights(text, (dit,), vae + captioner)
+    kind = read_json(folder / "vae" / "config.json", owner)["_class_name"] if index["vae"] else None
+    size, given = tuple(index["size"]), index["given_frames"]
+    return Outline(size, unit, timing, config.hidden_size, weights, vae=kind, defaults=defaults, given_frames=given)
 
 
 def has_captioner(directory: str | Path, owner: str) -> bool:

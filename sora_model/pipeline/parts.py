@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from ..model.config import DiTConfig
 from ..model.dit import DiT
 from ..model.experts import Experts
 from ..sizes import Size, Timing, whole_size
+from ..storage.weights import read_shapes
 from ..text.words import WordEncoder
 from .keyframes import ANY
 
@@ -45,31 +47,43 @@ class Parts(NamedTuple):
     image_encoder: ImageEncoder | None = None
 
 
+class Weights(NamedTuple):
+    """Bytes of weights, as they are held: of the encoders of text and images, of each transformer, of VAE and captioner."""
+
+    encoders: float
+    transformers: tuple[float, ...]
+    vae: float
+
+
 class Outline(NamedTuple):
-    """What a checkpoint's configs say of it, for which no weights are read.
+    """What a checkpoint's configs and the headers of its files say of it, for which no weights are read.
 
     size: of a request without one. unit: pixels along T, H and W per token. timing: pixel frames per token frame. width: D.
-    weights: bytes that they take while they are read, most of them once as read and once as held. defaults: of a call.
-    given_frames: see `SoraPipeline`. casts_weights: whether bf16 precision means weights in bfloat16, as of large models.
+    weights_bf16: those with bf16 precision, None where that leaves them as they are. vae: class of the VAE; None if latents are
+    pixels. defaults: of a call. given_frames: see `SoraPipeline`.
     """
 
     size: Size
     unit: Size
     timing: Timing
     width: int
-    weights: int
+    weights: Weights
+    weights_bf16: Weights | None = None
+    vae: str | None = None
     defaults: Defaults = Defaults()
     given_frames: str = ANY
-    casts_weights: bool = False
 
     def padded(self, size: Size) -> Size:
         """The next size of whole tokens."""
         return whole_size(size, self.unit, self.timing)
 
 
-def bytes_in(folder: Path) -> int:
-    """Of the weights in a folder's files."""
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+def bytes_in(folder: Path, itemsize: int | None = None) -> int:
+    """Of the weights in a folder's files; itemsize: of each, in place of their own."""
+    files = sorted(folder.rglob("*.safetensors"))
+    if itemsize is None:
+        return sum(path.stat().st_size for path in files)
+    return itemsize * sum(map(math.prod, read_shapes(files, "bytes_in").values()))
 
 
 def token_unit(patch: Size, compression: Size) -> Size:

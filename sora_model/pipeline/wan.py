@@ -18,7 +18,7 @@ from ..model.experts import Experts
 from ..storage.weights import built, check_depth, check_shapes, open_tensors, read_json, read_shapes, weight_files
 from ..text.pretrained import PretrainedEncoder
 from .keyframes import ANY, ENDS, FIRST, NONE
-from .parts import Defaults, Outline, Parts, bytes_in, token_timing, token_unit
+from .parts import Defaults, Outline, Parts, Weights, bytes_in, token_timing, token_unit
 
 PIPELINES = "WanPipeline", "WanImageToVideoPipeline"
 """What model_index.json calls them. Both run the transformers that are taken here: those of TI2V are the same."""
@@ -49,10 +49,17 @@ def read_outline(folder: Path, owner: str) -> Outline:
     config: DiTConfig = built(wan_config, {"values": values, "owner": f"{owner}: {folder / 'transformer'}"}, owner)
     compression = VideoVAE.read_compression(folder / "vae")
     unit, timing = token_unit(config.patch_size, compression), token_timing(config.patch_size, compression, causal=True)
-    # Those of transformers are read one at a time.
-    weights = sum(bytes_in(part) * (1 if part.name.startswith("transformer") else 2) for part in folder.iterdir() if part.is_dir())
     size, given = SIZES.get(config.latent_channels, SIZES[16]), _given_frames(folder, config, owner)
-    return Outline(size, unit, timing, config.hidden_size, weights, DEFAULTS, given, casts_weights=True)
+    own, bf16 = (_weights(folder, itemsize) for itemsize in (None, 2))
+    return Outline(size, unit, timing, config.hidden_size, own, bf16, "AutoencoderKLWan", DEFAULTS, given)
+
+
+def _weights(folder: Path, itemsize: int | None) -> Weights:
+    """What the parts take, those of transformers and encoders with `itemsize` bytes each; VAEs are float32."""
+    text, images, *transformers = (
+        bytes_in(folder / part, itemsize) for part in ("text_encoder", "image_encoder", "transformer", "transformer_2")
+    )
+    return Weights(text + images, tuple(filter(None, transformers)), bytes_in(folder / "vae", 4))
 
 
 def load_parts(folder: Path, owner: str, dtype: torch.dtype | None, device: torch.device | str) -> Parts:

@@ -121,6 +121,8 @@ def read_shapes(files: Sequence[Path], owner: str) -> Shapes:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise ValueError(f"{owner}: {path}: expected safetensors, got {error}") from None
+        except RuntimeError as error:  # a file that is larger than memory cannot be mapped
+            raise ValueError(f"{owner}: {path}: expected a file that this machine can map, got {error}") from None
     return shapes
 
 

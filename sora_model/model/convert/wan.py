@@ -76,6 +76,7 @@ _FIXED = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
 }
+_NUMBERS = "in_channels", "num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "text_dim"
 FLOAT32 = "time_embed", "offset", "final_offset", "cross_norm", "norm_in", "norm_out"
 """Modules and parameters that stay in float32 where the others are in 16 bits, as in diffusers."""
 
@@ -111,6 +112,8 @@ def to_diffusers_wan(dit: DiT) -> Any:
     """
     from diffusers import WanTransformer3DModel
 
+    if not isinstance(dit, DiT):
+        raise ValueError(f"to_diffusers_wan: dit: expected a DiT (each of Experts by itself), got {type(dit).__name__}")
     config = dit.config
     for name, expected in _STYLE.items():
         if getattr(config, name) != expected:
@@ -148,11 +151,14 @@ def wan_config(values: Mapping[str, Any], owner: str) -> DiTConfig:
     for name, expected in _FIXED.items():
         if values.get(name, expected) != expected:
             raise ValueError(f"{owner}: {name}: expected {expected!r}, got {values[name]!r}")
+    for name in _NUMBERS:
+        if type(values[name]) is not int or values[name] < 1:
+            raise ValueError(f"{owner}: {name}: expected a whole number of at least 1, got {values[name]!r}")
     channels, heads = values["in_channels"], values["num_attention_heads"]
     hidden_size, image_dim = heads * values["attention_head_dim"], values.get("image_dim")
     out_channels = channels if values.get("out_channels") is None else values["out_channels"]
-    if out_channels > channels:
-        raise ValueError(f"{owner}: out_channels: expected at most in_channels {channels}, got {out_channels}")
+    if type(out_channels) is not int or not 1 <= out_channels <= channels:
+        raise ValueError(f"{owner}: out_channels: expected from 1 to in_channels {channels}, got {out_channels!r}")
     if values.get("added_kv_proj_dim") != (hidden_size if image_dim else None):
         expected = f"{hidden_size}, as wide as the model, with an image_dim and None without"
         raise ValueError(f"{owner}: added_kv_proj_dim: expected {expected}, got {values.get('added_kv_proj_dim')}")
