@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .model.config import DiTConfig as DiTConfig
     from .model.dit import DiT as DiT
+    from .model.step_cache import StepCache as StepCache
     from .pipeline.pipeline import SoraPipeline as SoraPipeline
     from .pipeline.request import Request as Request
     from .pipeline.request import extend as extend
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "model.config": ["DiTConfig"],
     "model.dit": ["DiT"],
+    "model.step_cache": ["StepCache"],
     "pipeline.pipeline": ["SoraPipeline"],
     "pipeline.request": ["Request", "extend", "image_to_video", "join", "text_to_image", "text_to_video", "video_to_video"],
     "pipeline.stitch": ["Stitch"],

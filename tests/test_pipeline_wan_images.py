@@ -151,6 +151,13 @@ def test_commands(folders: dict[str, Path], tmp_path: Path) -> None:
     sora("animate", image, "blue", "--last", image, "--checkpoint", folders["ends"], *short, "--out", tmp_path / "ends")
     (path,) = (tmp_path / "ends").glob("00*.mp4")
     assert json.loads(read_comment(path))["last"] == str(image)
+    requests = tmp_path / "requests.json"
+    asked = {"task": "animate", "prompt": "blue", "image": "image.png", "frames": 5}
+    requests.write_text(json.dumps([{**asked, "last": "video.mp4"}, {**asked, "last": "image.png"}]))
+    sora("batch", requests, "--checkpoint", folders["ends"], *short[:4], "--out", tmp_path / "batch")
+    assert len(list((tmp_path / "batch").glob("*.mp4"))) == 2
+    message = sora("batch", requests, "--out", tmp_path / "none", code=2).replace("\n", " ")
+    assert "keyframes: expected whole token frames, the first 1 and then 4 at a time, got clips of frames {0: 1, 4: 1}" in message
     for command, kind, expected in (
         (["generate", "blue"], "clip", "expected the first frame alone, as this transformer was trained, got none"),
         (["generate", "blue", "--allow-untrained"], "clip", "expected the first frame alone"),

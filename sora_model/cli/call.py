@@ -232,9 +232,11 @@ class Call(Loaded):
 
         requests: default: of a task that goes on from any frames.
         """
-        from ..pipeline.keyframes import ENDS, FIRST, check_keyframes
+        from ..pipeline.keyframes import ENDS, FIRST, check_keyframes, check_whole_frames
 
-        given = self.outline.given_frames
+        given, outline = self.outline.given_frames, self.outline
+        for request in requests or () if given not in (FIRST, ENDS) else ():
+            check_whole_frames(outline.timing, request)
         try:
             check_keyframes(given, requests, "--checkpoint")
         except ValueError as error:

@@ -46,26 +46,29 @@ COMMON = {"prompt": TEXT, "negative_prompt": TEXT, "seed": SEED}
 TASKS: dict[str, dict[str, Kind]] = {
     "text_to_video": {"size": SIZE},
     "text_to_image": {"height": COUNT, "width": COUNT},
-    "image_to_video": {"image": FILE, "frames": COUNT},
+    "image_to_video": {"image": FILE, "frames": COUNT, "last": FILE},
     "video_to_video": {"video": FILE, "strength": SHARE},
     "extend": {"video": FILE, "frames": COUNT, "overlap": _whole(0), "backward": FLAG},
     "join": {"first": FILE, "last": FILE, "frames": COUNT, "overlap": _whole(0)},
 }
-OPTIONAL = ("negative_prompt", "seed", "size", "strength", "overlap", "backward")
+OPTIONAL = ("negative_prompt", "seed", "size", "strength", "overlap", "backward", "image_to_video last")
 # The names of the commands for the tasks that have another name in the library.
 ALIASES = {"generate": "text_to_video", "animate": "image_to_video", "restyle": "video_to_video"}
+
+
+def _is_optional(task: str, name: str) -> bool:
+    return name in OPTIONAL or f"{task} {name}" in OPTIONAL
 
 
 def described() -> str:
     """The help of `sora batch`: the format, every task and every field."""
 
-    def listed(fields: dict[str, Kind]) -> str:
-        return "\n".join(
-            f"  {name}: {kind.expected}{', may be left out' if name in OPTIONAL else ''}" for name, kind in fields.items()
-        )
+    def listed(fields: dict[str, Kind], task: str = "") -> str:
+        left_out = {name: ", may be left out" if _is_optional(task, name) else "" for name in fields}
+        return "\n".join(f"  {name}: {kind.expected}{left_out[name]}" for name, kind in fields.items())
 
     commands = {task: command for command, task in ALIASES.items()}
-    tasks = "\n".join(f"{task}{f' or {commands[task]}' if task in commands else ''}\n{listed(TASKS[task])}" for task in TASKS)
+    tasks = "\n".join(f"{task}{f' or {commands[task]}' if task in commands else ''}\n{listed(TASKS[task], task)}" for task in TASKS)
     example = '[{"prompt": "a blue star"}, {"task": "extend", "prompt": "a blue star moves up", "video": "star.mp4", "frames": 8}]'
     parts = [
         "Run requests of different tasks and sizes in one packed batch.",
@@ -163,7 +166,7 @@ def _checked(one: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
         if name == "size" and isinstance(value, str):
             fields[name] = parse_size(value, f"{where}: size")
     for name in kinds:
-        if name not in fields and name not in OPTIONAL:
+        if name not in fields and not _is_optional(task, name):
             raise ValueError(f"{where}: {name}: expected {kinds[name].expected} for {task}, got none")
     return task, fields
 
@@ -172,12 +175,13 @@ def _read(task: str, fields: dict[str, Any], number: int, folder: Path, negative
     """A request with its videos and images in place of their names."""
     fields, rates = {"negative_prompt": negative, **fields}, []
     files: dict[str, Path] = {name: folder / fields[name] for name in ("image", "video", "first", "last") if name in fields}
+    images = task == "image_to_video"
     for name, path in files.items():
-        size = tuple(fields["first"].shape[2:]) if name == "last" else None  # read before
+        before = "image" if images else "first"
+        size = tuple(fields[before].shape[2:]) if name == "last" else None  # read before
         try:
-            frames = 1 if name == "image" else None
-            fields[name], rate = call.read(path, frames, size, ", as first has them" if size else "")
+            fields[name], rate = call.read(path, 1 if images else None, size, f", as {before} has them" if size else "")
         except (ValueError, OSError) as error:
             raise ValueError(f"batch: request {number}: {name}: {error}") from None
-        rates += [rate] if name != "image" else []
+        rates += [] if images else [rate]
     return Asked(number, task, fields, rates, files)

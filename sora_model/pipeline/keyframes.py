@@ -49,9 +49,8 @@ def check_keyframes(given_frames: str, requests: Sequence[Request] | None = None
     if requests is None:
         raise ValueError(f"{owner}: keyframes: expected {TRAINED[given_frames]}, got any")
     for request in requests:
-        frames = request.size[0]
-        got = {at % frames: clip.shape[1] for at, clip in request.keyframes.items()}
-        wanted: dict[str, dict[int, int]] = {NONE: {}, FIRST: {0: 1}, ENDS: {0: 1, frames - 1: 1}}
+        got = {place.start: place.stop - place.start for place in _places(request).values()}
+        wanted: dict[str, dict[int, int]] = {NONE: {}, FIRST: {0: 1}, ENDS: {0: 1, request.size[0] - 1: 1}}
         if got != wanted[given_frames]:
             shown = ", ".join(f"{count} from frame {at}" for at, count in sorted(got.items())) or "none"
             raise ValueError(f"{owner}: keyframes: expected {TRAINED[given_frames]}, got {shown}")
@@ -65,20 +64,30 @@ def init_latent(codec: Codec, request: Request, padded: Size, device: torch.devi
     return Init(latent, request.strength)
 
 
+def check_whole_frames(timing: Timing, request: Request) -> None:
+    """Raises ValueError for keyframes that are not whole token frames, as clean frames must be."""
+    first, stride = timing
+    edges: list[int] = []  # where given frames begin and end
+    for place in sorted(_places(request).values(), key=lambda place: place.start):
+        if edges and place.start <= edges[-1]:
+            edges[-1] = max(edges[-1], place.stop)
+        else:
+            edges += [place.start, place.stop]
+    if any(edge and (edge < first or (edge - first) % stride) for edge in edges):
+        lengths = {at: clip.shape[1] for at, clip in request.keyframes.items()}
+        raise ValueError(
+            f"SoraPipeline: keyframes: expected whole token frames, the first {first} and then {stride} at a time, "
+            f"got clips of frames {lengths} in {request.size[0]}"
+        )
+
+
 def clean_frames(codec: Codec, timing: Timing, request: Request, padded: Size, device: torch.device, **watched: Any) -> CleanFrames:
     """The latent frames that are made of keyframes."""
+    check_whole_frames(timing, request)
     video, known = _given(request, padded, device)
     mask = latent_frames(codec, known)
     if not known.any():
         return CleanFrames(mask, torch.zeros(codec.channels, *latent_size(codec, padded), device=device))
-    first, stride = timing
-    tokens = torch.cat([known[:first].all()[None], known[first:].unflatten(0, (-1, stride)).all(1)])
-    if not torch.equal(torch.cat([tokens[:1].repeat(first), tokens[1:].repeat_interleave(stride)]), known):
-        lengths = {at: clip.shape[1] for at, clip in request.keyframes.items()}
-        raise ValueError(
-            f"SoraPipeline: keyframes: expected whole token frames, the first {first} and then {stride} at a time, "
-            f"got clips of frames {lengths} in {padded[0]}"
-        )
     (latent,) = codec.encode([nearest_known(video, known)], **watched)
     return CleanFrames(mask, latent)
 
@@ -94,15 +103,21 @@ def condition(codec: Codec, request: Request, padded: Size, device: torch.device
 
 def shown_images(request: Request, count: int) -> list[Tensor]:
     """The first of the given frames [3, 1, H, W], or with count 2 the first and the last."""
-    clips: Sequence[Tensor] = [clip for _, clip in sorted((at % request.size[0], clip) for at, clip in request.keyframes.items())]
-    return [clips[0][:, :1], clips[-1][:, -1:]][:count]
+    at = sorted(_places(request).items(), key=lambda pair: pair[1].start)
+    first, last = request.keyframes[at[0][0]], request.keyframes[at[-1][0]]
+    return [first[:, :1], last[:, -1:]][:count]
+
+
+def _places(request: Request) -> dict[int, slice]:
+    """Where each clip of the keyframes lies, by its key, which counts from the end if it is below 0."""
+    starts = {at: at + request.size[0] if at < 0 else at for at in request.keyframes}
+    return {at: slice(start, start + request.keyframes[at].shape[1]) for at, start in starts.items()}
 
 
 def _given(request: Request, padded: Size, device: torch.device) -> tuple[Tensor, Tensor]:
     """A video [3, T, H, W] of keyframes and gray, and which frames are given: bool [T] on the host."""
     video, known = torch.zeros(3, *padded, device=device), torch.zeros(padded[0], dtype=torch.bool)
-    for at, clip in request.keyframes.items():
-        start = at + request.size[0] if at < 0 else at
-        place = slice(start, start + clip.shape[1])
+    for at, place in _places(request).items():
+        clip = request.keyframes[at]
         video[:, place], known[place] = pad(clip.to(video), (clip.shape[1], *padded[1:])), True
     return video, known

@@ -209,7 +209,7 @@ class SoraPipeline:
         guidance_from: float | None = None,
         guidance_scale_2: float | None = None,
         window: Window | None = None,
-        step_cache: StepCache | None = None,
+        step_cache: StepCache | float | None = None,
         generator: Seeds = None,
         callback: Callback | None = None,
         output_type: str = "pt",
@@ -230,7 +230,8 @@ class SoraPipeline:
             guidance_scale_2: with `Experts`, that of the one for low noise; default: guidance_scale.
             window: how many tokens a token sees along T, H and W, which is faster and not what the model was trained for; default:
                 all of its video.
-            step_cache: leaves out most blocks where a step is like the one before, see `StepCache`; default: all run.
+            step_cache: leaves out most blocks where a step is like the one before: a `StepCache`, or its threshold; default: all
+                run.
             generator: a seed or a torch.Generator on the host for each request that has no seed, or one seed: request i has
                 that + i; or one Generator for all. None is random. A video depends on its own seed alone.
             callback: called after each step with (step, timestep, latents).
@@ -256,8 +257,9 @@ class SoraPipeline:
             raise ValueError(f"SoraPipeline: guidance_scale_2: expected None for one transformer, got {guidance_scale_2}")
         is_guided = guidance_scale != 1 or guidance_scale_2 not in (None, 1)
         self._check(asked, is_guided)
-        if step_cache is not None:
-            step_cache.clear()
+        cache = StepCache(step_cache) if isinstance(step_cache, int | float) else step_cache
+        if cache is not None:
+            cache.clear()
         generators = as_generators(generator, asked)
         padded = [self._padded(request.size) for request in asked]
         shapes = [(self.codec.channels, *latent_size(self.codec, size)) for size in padded]
@@ -276,7 +278,7 @@ class SoraPipeline:
             guidance_from=guidance_from * self.scheduler.config.num_train_timesteps,
             guidance_scale_2=guidance_scale_2,
             window=window,
-            cache=step_cache,
+            cache=cache,
         )
         autocast = precision == "bf16" and self.dit.final.weight.dtype == torch.float32
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
@@ -291,6 +293,8 @@ class SoraPipeline:
                 generators=generators,
                 callback=callback,
             )
+        if cache is not None:
+            cache.clear()  # its memory, before the VAE takes some
         if output_type == "latent":
             return latents
         videos = []
