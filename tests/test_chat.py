@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sora_model.caption.chat import INSTRUCTION, ChatExpander
+from sora_model.data import read_comment
 
 PROMPT = "a red circle"
 ANSWER = "a large red circle moves right , slowly"
@@ -34,7 +35,7 @@ def words(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that answers PROMPT with ANSWER after thinking, and ends."""
+    """A model that answers PROMPT with ANSWER after thinking, and ends, with a system message or with all in one."""
     torch.manual_seed(0)
     tokenizer = words()
     config = LlamaConfig(
@@ -42,15 +43,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=1, pad_token_id=0, bos_token_id=None, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    asked = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": PROMPT}]
-    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(f"{text}<think> a red </think> {ANSWER} <end>", return_tensors="pt").input_ids
-    asked_tokens = len(tokenizer(text).input_ids)
-    labels = ids.clone()
-    labels[:, :asked_tokens] = -100
+    system = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": PROMPT}]
+    batches = []
+    for asked in (system, [{"role": "user", "content": f"{INSTRUCTION}\n\n{PROMPT}"}]):
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(f"{text}<think> a red </think> {ANSWER} <end>", return_tensors="pt").input_ids
+        labels = ids.clone()
+        labels[:, : len(tokenizer(text).input_ids)] = -100
+        batches.append((ids, labels))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
-        loss = model(input_ids=ids, labels=labels).loss
+        loss = sum(model(input_ids=ids, labels=labels).loss for ids, labels in batches)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -69,21 +72,32 @@ def test_prompts_are_answered(folder: Path, caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.WARNING):
         assert short.expand([PROMPT]) == ["a large"]
     assert caplog.messages == ["the chat model's answer to 'a red circle' is cut at 6 tokens"]
-    with pytest.raises(ValueError, match="expected an answer to 'a red circle', got none"):
-        ChatExpander.from_pretrained(folder, longest=4).expand([PROMPT])
+    for length in (2, 4):  # within what it thinks, and at its end
+        with pytest.raises(ValueError, match="expected an answer to 'a red circle', got none"):
+            ChatExpander.from_pretrained(folder, longest=length).expand([PROMPT])
+    with pytest.raises(TypeError, match=r"expand: prompts: expected a list of texts, got 'a red'"):
+        expander.expand("a red")
+    with pytest.raises(ValueError, match=r"prompts: expected at most 1792 tokens with its instruction, got \d+: 'a a"):
+        expander.expand(["a " * 2048])
     assert ChatExpander.from_pretrained(folder, dtype=torch.bfloat16).model.dtype == torch.bfloat16
 
 
 def test_templates_without_a_system_role(folder: Path) -> None:
     expander = ChatExpander.from_pretrained(folder)
     expander.tokenizer.chat_template = STRICT
-    assert expander.expand([PROMPT])
+    assert expander.expand([PROMPT]) == [ANSWER]
+    for template in ("{% if %}", "{{ raise_exception('never') }}"):
+        expander.tokenizer.chat_template = template
+        with pytest.raises(ValueError, match="expected a chat template that takes a prompt, got"):
+            expander.expand([PROMPT])
 
 
 def test_commands(folder: Path, tmp_path: Path) -> None:
     assert sora("expand", PROMPT, "--chat-model", folder) == f"{ANSWER}\n"
     out = sora("generate", PROMPT, "--chat-model", folder, "--size", "1x32x32", "--steps", 1, "--out", tmp_path / "out")
     assert f"{PROMPT} -> {ANSWER}" in out
+    settings = json.loads(read_comment(next((tmp_path / "out").glob("00*.png"))))
+    assert (settings["prompt"], settings["asked"], settings["chat_model"]) == (ANSWER, PROMPT, str(folder))
     message = sora("expand", PROMPT, "--chat-model", tmp_path / "none", code=2)
     assert "error: --chat-model: expected a folder with config.json, got " in message
     message = sora("generate", PROMPT, "--chat-model", tmp_path / "none", "--out", tmp_path / "out", code=2)
@@ -105,6 +119,8 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
             ({"model_type": None}, "got None"),
             ({"quantization_config": {"bits": 4}}, "got a quantized llama"),
             ({"num_hidden_layers": 10**6}, "num_hidden_layers: expected at most"),
+            ({"model_type": "gpt2", "n_layer": 10**6}, "n_layer: expected at most"),
+            ({"num_hidden_layers": 1}, r"expected all layers that there are weights for, got none for model\.layers\.1\."),
         )
     ):
         with pytest.raises(ValueError, match=message):
@@ -114,6 +130,12 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     (plain / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="tokenizer: expected one with a chat template"):
         ChatExpander.from_pretrained(plain)
+    ids = edited(folder, tmp_path / "ids")
+    (ids / "generation_config.json").write_text('{"eos_token_id": [1, "x"]}')
+    with pytest.raises(ValueError, match=r"eos_token_id: expected ids of tokens, got \[1, 'x'\]"):
+        ChatExpander.from_pretrained(ids)
+    with pytest.raises(ValueError, match="longest: expected a number of tokens of at least 1, got 0"):
+        ChatExpander.from_pretrained(folder, longest=0)
     tokenizer = words()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="end: expected a token that ends an answer, got none"):

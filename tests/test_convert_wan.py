@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sora_model.model.conditioning import PackedText
 from sora_model.model.config import DiTConfig
-from sora_model.model.convert.wan import FLOAT32, from_diffusers_wan, load_wan, to_diffusers_wan, wan_config, weight_names
+from sora_model.model.convert.wan import from_diffusers_wan, load_wan, to_diffusers_wan, wan_config, weight_names
 from sora_model.model.dit import DiT
 from sora_model.model.experts import Experts
 
@@ -97,7 +97,7 @@ def test_equals_diffusers(kind: str, dtype: torch.dtype, per_frame: bool) -> Non
     wide = [None if listed is None else [x.double() for x in listed] for listed in (latents, texts, images)]
     right = results(exact, alone(exact, wide[0], times, *wide[1:]))
     levels = torch.cat(times) if per_frame else torch.stack(times)
-    got = results(ours, ours(latents, levels, packed(texts), images=images))
+    got = results(ours, ours(latents, levels, packed(texts), image_tokens=images))
 
     theirs = weight_names(ours.config)
     for name, value in got.items():
@@ -164,7 +164,9 @@ def test_what_stays_in_float32() -> None:
     model = wan(**KINDS["first and last image"])
     dit = load_wan(wan_config(model.config, "test"), model.state_dict().__getitem__, torch.bfloat16)
     wide = {name for name, p in dit.named_parameters() if p.dtype == torch.float32}
-    assert wide == {name for name, _ in dit.named_parameters() if any(part in FLOAT32 for part in name.split("."))}
+    of_diffusers = tuple(set(WanTransformer3DModel._keep_in_fp32_modules) - {"norm1", "norm3"})  # which have no weights in blocks
+    kept = (*of_diffusers, "image_embedder.norm1")
+    assert wide == {ours for ours, theirs in weight_names(dit.config).items() if any(part in theirs[0] for part in kept)}
     assert {p.dtype for p in dit.parameters()} == {torch.float32, torch.bfloat16}
     assert dit.config == DiTConfig.from_dict(dit.config.to_dict())
 
@@ -194,14 +196,14 @@ def test_numbers_of_a_config_that_are_none(value: object) -> None:
 
 def test_images_that_do_not_fit_are_refused() -> None:
     for kind, given, message in (
-        ("text", [torch.zeros(5, 24)], r"images: expected None \(no image_dim\), got 1"),
-        ("image", None, "images: expected tokens of 1 samples, got None"),
-        ("image", [torch.zeros(5, 24)] * 2, "images: expected tokens of 1 samples, got 2"),
-        ("first and last image", [torch.zeros(5, 24)], r"images: expected \[10, 24\] for each sample, got \[\[5, 24\]\]"),
+        ("text", [torch.zeros(5, 24)], r"image_tokens: expected None \(no image_dim\), got 1"),
+        ("image", None, "image_tokens: expected tokens of 1 samples, got None"),
+        ("image", [torch.zeros(5, 24)] * 2, "image_tokens: expected tokens of 1 samples, got 2"),
+        ("first and last image", [torch.zeros(5, 24)], r"image_tokens: expected \[10, 24\] for each sample, got \[\[5, 24\]\]"),
     ):
         model = wan(**KINDS[kind])
         with pytest.raises(ValueError, match=f"DiT: {message}"):
-            from_diffusers_wan(model)(inputs(model)[0][:1], torch.tensor([500.0]), images=given)
+            from_diffusers_wan(model)(inputs(model)[0][:1], torch.tensor([500.0]), image_tokens=given)
 
 
 def test_a_model_of_another_kind_does_not_become_wans() -> None:

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from sora_model import SoraPipeline
 from sora_model.cli import app, estimate, terminal
 from sora_model.cli.actions import about
-from sora_model.cli.call import LARGER
 from sora_model.cli.requests import ALIASES, COMMON, TASKS
 from sora_model.cli.run import errors_by_option
 from sora_model.data import probe, read_comment, read_video, write_video
@@ -142,7 +141,7 @@ def test_sizes_of_inputs(small, media, tmp_path) -> None:
     said = sora("animate", media / "large.png", *common, "--frames", 2)
     assert "large.png: frames of 120x90 are scaled down to 36x27, --max-pixels takes more" in said
     assert probe(tmp_path / "00-x-seed0.mp4") == (2, 36, 28)
-    assert LARGER * 16 * 16 >= 36 * 27
+    assert read_outline(small).enlarged * 16 * 16 >= 36 * 27
     said = sora("animate", media / "large.png", *common, "--frames", 2, "--size", "16x40")
     assert "scaled down" not in said
     assert probe(tmp_path / "01-x-seed0.mp4") == (2, 16, 40)
@@ -209,6 +208,9 @@ def test_memory_of_large_checkpoints(monkeypatch) -> None:
     assert refused(40e9, how=bf16, device="cpu").startswith("--checkpoint: expected weights that the memory of 40 GB can hold")
     assert "got ones that take about 56.9 GB; --precision bf16 --offload takes about 45.4 GB" in refused(48e9, how=bf16)
     assert ";" not in refused(1e9, how=bf16), "nothing is enough"
+    monkeypatch.setattr(estimate, "installed", lambda device: 30e9 if device == "cpu" else 80e9)
+    with pytest.raises(ValueError, match="--offload: expected weights that the memory of the CPU can hold, 30 GB, got 41 GB"):
+        estimate.check_memory("--size", LARGE, size, (), bf16._replace(offload=True), "cuda")
     monkeypatch.setattr(estimate, "installed", lambda _: 58e9)
     estimate.check_memory("--size", LARGE, size, (), bf16, "cpu")
 

@@ -11,7 +11,7 @@ from test_dit import awake, small
 from torch import Tensor
 from typer.testing import CliRunner
 
-from sora_model import SoraPipeline
+from sora_model import SoraPipeline, image_to_video
 from sora_model.cli import app
 from sora_model.codec.codec import PixelCodec
 from sora_model.codec.vae import VideoVAE
@@ -19,6 +19,7 @@ from sora_model.diffusion.schedulers import FLOW, flow_scheduler
 from sora_model.model.dit import DiT
 from sora_model.pipeline.checkpoint import read_outline
 from sora_model.pipeline.request import Request
+from sora_model.sizes import Timing
 from sora_model.text.words import WordEncoder
 
 PROMPTS = ["a red circle moves right", "a blue square", ""]
@@ -227,7 +228,33 @@ def test_an_outline_needs_no_weights(pipeline: SoraPipeline, temporal: int | Non
     modules = [m for m in (pipeline.text_encoder, pipeline.dit, pipeline.codec) if isinstance(m, torch.nn.Module)]
     held = [4 * sum(p.numel() for p in module.parameters()) for module in modules]
     assert (outline.weights.encoders, outline.weights.transformers) == (held[0], (held[1],))
-    assert outline.weights.vae == (0 if temporal is None else pytest.approx(held[2], rel=0.01))  # and buffers
+    assert outline.weights.others == (0 if temporal is None else pytest.approx(held[2], rel=0.01))  # and buffers
+
+
+def test_keyframes_that_say_nothing_are_refused() -> None:
+    clip = torch.zeros(3, 4, 16, 16)
+    wrong = clip.clone()
+    wrong[0, 1, 2, 3] = torch.nan
+    for keyframes, message in (
+        ({0: clip, -8: clip}, "Request: keyframes: expected each frame once, got frames 0 to 3 twice"),
+        ({0: clip, 2: clip}, "Request: keyframes: expected each frame once, got frames 2 to 5 twice"),
+        ({0: wrong}, "Request: keyframes: expected finite numbers, got NaN or infinity at frame 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Request("x", (8, 16, 16), keyframes=keyframes)
+    with pytest.raises(ValueError, match="Request: init_video: expected finite numbers, got NaN or infinity"):
+        Request("x", (4, 16, 16), init_video=wrong)
+    with pytest.raises(ValueError, match=r"image_to_video: image: expected a tensor \[3, T, H, W\].*, got str"):
+        image_to_video("x", "star.png", 9, Timing(1, 4))
+
+
+def test_options_of_another_type_are_refused() -> None:
+    pipeline = SoraPipeline.from_pretrained()
+    for option, value in (("window", 5), ("step_cache", "0.1"), ("step_cache", False)):
+        with pytest.raises(TypeError, match=f"SoraPipeline: {option}: expected .*, got {value!r}"):
+            pipeline("x", **{option: value})
+    with pytest.raises(TypeError, match=r"dtype: expected a torch\.dtype of floats, got torch\.int8"):
+        SoraPipeline.from_pretrained(dtype=torch.int8)
 
 
 def test_coding_is_watched_by_those_who_ask(tmp_path: Path) -> None:

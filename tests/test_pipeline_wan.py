@@ -23,7 +23,7 @@ from test_pretrained_text import MODELS, tokenizer
 from torch import Tensor, nn
 
 from sora_model import SoraPipeline, extend, image_to_video, join, text_to_image, text_to_video, video_to_video
-from sora_model.data import Batch, read_comment
+from sora_model.data import Batch, read_comment, read_video
 from sora_model.model.conditioning import PackedText
 from sora_model.model.convert.wan import from_diffusers_wan
 from sora_model.model.experts import Experts
@@ -109,7 +109,8 @@ def test_text_to_video_is_that_of_diffusers(folders: dict[str, Path], kind: str)
     pipe.set_progress_bar_config(disable=True)
     pipeline = SoraPipeline.from_pretrained(folders[kind])
     assert isinstance(pipeline.dit, Experts) == (kind == "experts")
-    assert tuple(pipeline.defaults) == (50, 5.0, 0.0)
+    of_kind = {"t2v": (50, 5.0, 0.0, None, 16), "experts": (40, 4.0, 0.0, 3.0, 16), "ti2v": (50, 5.0, 0.0, None, 24)}
+    assert tuple(pipeline.defaults) == of_kind[kind]
     sizes = [(9, 64, 96), (1, 96, 32)]
     requests = [text_to_video(p, s, negative_prompt=NEGATIVE) for p, s in zip(PROMPTS, sizes, strict=True)]
     latents = pipeline(requests, generator=5, output_type="latent", **SHOWN)
@@ -263,7 +264,44 @@ def test_commands(folders: dict[str, Path], tmp_path: Path) -> None:
     assert "warning: the transformer was not trained with these frames given" in sora("animate", path, "blue", *anyway)
     short = ["--frames", 5, "--checkpoint", folders["ti2v"], "--steps", 1, "--precision", "bf16"]
     sora("animate", path, "blue", *short, "--out", tmp_path / "animated")
-    assert list((tmp_path / "animated").glob("*.mp4"))
+    (path,) = (tmp_path / "animated").glob("*.mp4")
+    assert read_video(path)[1] == 24
+    shown = sora("animate", picture_file(tmp_path, 1200, 900), "blue", *short[:6], "--out", tmp_path / "scaled")
+    assert "frames of 1200x900 are scaled down to 1096x822" in shown
+    message = sora("generate", "blue", "--guidance-2", 3, *options, code=2)
+    assert "--guidance-2: expected none for a checkpoint with one transformer, got 3" in message
+    of_experts = ["--checkpoint", folders["experts"], "--size", "1x32x32", "--steps", 1]
+    sora("generate", "blue", *of_experts, "--out", tmp_path / "two")
+    sora("generate", "blue", *of_experts, "--guidance", 2, "--guidance-2", 1, "--out", tmp_path / "one")
+    settings = [json.loads(read_comment(next((tmp_path / name).glob("00*.png")))) for name in ("two", "one")]
+    assert [(one["guidance"], one["guidance_2"]) for one in settings] == [(4.0, 3.0), (2.0, 1.0)]
+
+
+def picture_file(folder: Path, height: int, width: int) -> Path:
+    picture(height, width).save(folder / "picture.png")
+    return folder / "picture.png"
+
+
+def test_folders_of_other_kinds(folders: dict[str, Path], tmp_path: Path) -> None:
+    """What a user may take for a pipeline's folder."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "model.pth").touch()
+    for folder, expected in (
+        (folders["t2v"] / "transformer", f", a part of the pipeline {folders['t2v']}"),
+        (Path("Wan-AI/Wan2.1"), r", which is not there \(hf download Wan-AI/Wan2.1 --local-dir DIR"),
+        (tmp_path / "own", r", which has files of Wan's own code \(take the repository whose name ends in -Diffusers\)"),
+        (tmp_path / "none", ", which is no folder"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"expected a folder with model_index.json, got {folder}{expected}"):
+            read_outline(folder)
+    for part in ("tokenizer", "scheduler"):
+        folder = changed(folders["t2v"], tmp_path / part, lambda target, part=part: shutil.rmtree(target / part))
+        with pytest.raises(FileNotFoundError, match=f"expected a folder with {part}/"):
+            read_outline(folder)
+    folder = changed(folders["t2v"], tmp_path / "variant", lambda _: None)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert read_outline(folder).weights == read_outline(folders["t2v"]).weights
 
 
 def test_info(folders: dict[str, Path]) -> None:
@@ -272,16 +310,17 @@ def test_info(folders: dict[str, Path]) -> None:
     assert "a WanPipeline" in t2v
     assert "umt5; " in t2v
     assert "1 + 4 n frames, height 16 n, width 16 n" in t2v
-    assert "81x480x832, 50 steps, guidance 5 down to noise level 0" in t2v
+    assert "81x480x832 at 16 frames per second, 50 steps, guidance 5 at all steps" in t2v
+    assert "40 steps, guidance 4, of the expert for low noise 3 at all steps" in experts
     assert "tasks          generate, restyle, batch\n" in t2v
     assert (
-        "animate, extend, join, loop, long, simulate: of given frames it takes none, as this transformer was trained with one"
-        in t2v
+        "animate, extend, join, loop, long, simulate: of keyframes it takes none, as this transformer was trained with one" in t2v
     )
     assert (t2v.count("million weights"), experts.count("million weights")) == (1, 2)
     assert "tasks          generate, restyle, animate, extend, join, loop, long, simulate, batch\n" in ti2v
     assert "height 32 n" in ti2v
-    assert "caption, recaption, expand: it has no captioner" in ti2v
+    assert "caption, recaption: it has no captioner" in ti2v
+    assert "expand: it has no captioner; --chat-model does it" in ti2v
     assert "for 5x32x32, which is 2 tokens" in sora("info", "--checkpoint", folders["ti2v"], "--size", "5x32x32")
     own = sora("info")
     assert "51 words learned with it" in own
@@ -359,8 +398,8 @@ def test_saved_as_this_packages_own(folders: dict[str, Path], tmp_path: Path) ->
     pipeline = SoraPipeline.from_pretrained(folders["t2v"])
     pipeline.save_pretrained(tmp_path / "saved")
     loaded = SoraPipeline.from_pretrained(tmp_path / "saved")
-    assert (loaded.defaults, loaded.given_frames, loaded.size) == (pipeline.defaults, "none", pipeline.size)
-    outlines = [read_outline(f)._replace(weights=None, weights_bf16=None) for f in (tmp_path / "saved", folders["t2v"])]
+    assert (loaded.defaults, loaded.trained_keyframes, loaded.size) == (pipeline.defaults, "none", pipeline.size)
+    outlines = [read_outline(f)._replace(weights=None, weights_bf16=None, enlarged=1) for f in (tmp_path / "saved", folders["t2v"])]
     assert outlines[0] == outlines[1]
     prompt = "a " * 600
     got, want = (p(prompt, (1, 32, 32), generator=0, output_type="latent", **SHOWN) for p in (loaded, pipeline))
@@ -376,7 +415,7 @@ def test_trained_further(folders: dict[str, Path]) -> None:
     source = WorldSource(World(WorldConfig.simple()), [(5, 32, 32)])
     objective.loss(Batch([source.load(i) for i in range(2)], [0, 1], 16), torch.Generator().manual_seed(0)).backward()
     assert all(p.grad is not None for p in pipeline.dit.parameters())
-    assert objective.averaged(objective.model).given_frames == "any"
+    assert objective.averaged(objective.model).trained_keyframes == "any"
     with pytest.raises(ValueError, match="DiffusionObjective: pipeline: expected one transformer, got Experts"):
         DiffusionObjective(SoraPipeline.from_pretrained(folders["experts"]))
 

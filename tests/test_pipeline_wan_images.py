@@ -1,6 +1,7 @@
 """Wan's image-to-video pipelines, whose transformers take images as further channels and as CLIP's tokens: diffusers' videos."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, 
 from PIL import Image
 from test_dit import awake
 from test_generate import sora
-from test_pipeline_wan import GUIDANCE, NEGATIVE, PROMPTS, SHOWN, STEPS, edit, picture, theirs, transformer, vae
+from test_pipeline_wan import GUIDANCE, NEGATIVE, PROMPTS, SHOWN, STEPS, changed, edit, picture, theirs, transformer, vae
 from test_pretrained_text import MODELS, tokenizer
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from sora_model import Request, SoraPipeline, extend, image_to_video, text_to_video, video_to_video
+from sora_model.codec.image_encoder import ImageEncoder
 from sora_model.data import read_comment, write_video
 from sora_model.model.experts import Experts
 from sora_model.pipeline.checkpoint import read_outline
@@ -70,7 +72,7 @@ def test_image_to_video_is_that_of_diffusers(folders: dict[str, Path], kind: str
     pipe.set_progress_bar_config(disable=True)
     pipeline, pictures = SoraPipeline.from_pretrained(folders[kind]), images()
     assert isinstance(pipeline.dit, Experts) == (kind == "experts")
-    assert pipeline.given_frames == ("first and last" if kind == "ends" else "first")
+    assert pipeline.trained_keyframes == ("first and last" if kind == "ends" else "first")
     lasts = [[pictures[1]], [pictures[0]]] if kind == "ends" else [None, None]
     requests = [
         image_to_video(prompt, [image], SIZE[0], pipeline.timing, last=last, negative_prompt=NEGATIVE)
@@ -116,7 +118,7 @@ def test_what_it_was_not_trained_for_is_refused(folders: dict[str, Path]) -> Non
     ):
         with pytest.raises(ValueError, match=f"SoraPipeline: {expected} {got}"):
             pipeline(request, **SHOWN)
-    anyway = pipeline.replaced(given_frames="any")
+    anyway = pipeline.replaced(trained_keyframes="any")
     requests = [extend("blue", clip, 4, pipeline.timing), image_to_video("blue", clip, 9, pipeline.timing, last=clip)]
     requests += [Request("blue", (9, 32, 32), first, clip, 0.5)]
     assert all(video.isfinite().all() for video in anyway(requests, generator=0, **SHOWN))
@@ -124,6 +126,13 @@ def test_what_it_was_not_trained_for_is_refused(folders: dict[str, Path]) -> Non
         anyway("blue", (5, 32, 32), **SHOWN)
     with pytest.raises(ValueError, match=r"keyframes: expected the first frame and the last, as this .* got 1 from frame 0"):
         SoraPipeline.from_pretrained(folders["ends"])(Request("blue", (9, 32, 32), first), **SHOWN)
+    ends = SoraPipeline.from_pretrained(folders["ends"])
+    with pytest.raises(ValueError, match=r"size: expected 1 \+ 4 n frames where the last one is given, got 6"):
+        ends(image_to_video("blue", clip, 6, ends.timing, last=clip), **SHOWN)
+    with pytest.raises(ValueError, match=r"expected the first frame and the last, .* got 1 from frame 0"):
+        ends(Request("blue", (1, 32, 32), first), **SHOWN)
+    with pytest.raises(ValueError, match=r"trained_keyframes: expected one of none, first, first and last, any, got 'all'"):
+        pipeline.replaced(trained_keyframes="all")
     with pytest.raises(ValueError, match=r"image_to_video: last: expected frames of \[32, 32\] .*, got \[32, 16\] and 9"):
         image_to_video("blue", clip, 9, pipeline.timing, last=clip[..., :16])
     with pytest.raises(ValueError, match="pipeline: expected a transformer without condition_channels"):
@@ -142,6 +151,37 @@ def test_parts_that_do_not_fit(folders: dict[str, Path], tmp_path: Path) -> None
     edit(folders["clip"] / "image_encoder" / "config.json", model_type="clip_vision_model")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"crop_size": {"height": 16, "width": 16}},
+            r"images of 32 pixels a side, as the model takes, got \[1, 3, 16, 16\]",
+        ),
+        ({"size": {"shortest_edge": 200000}}, r"size: expected sides of 1 to 2048 pixels, got \{'shortest_edge': 200000\}"),
+        ({"size": None}, r"size: expected sides of 1 to 2048 pixels, got None"),
+    ],
+)
+def test_image_processors_that_do_not_fit(folders: dict[str, Path], tmp_path: Path, changes: dict, message: str) -> None:
+    """Refused when they are opened; what would replace a method is not read."""
+    path = changed(folders["clip"], tmp_path / "changed", lambda _: None) / "image_processor" / "preprocessor_config.json"
+    edit(path, resize=3, preprocess="x")
+    opened = ImageEncoder.from_pretrained(path.parent.parent / "image_encoder", path.parent)
+    tokens = opened([torch.zeros(3, 1, 40, 50), torch.zeros(3, 1, 32, 32)])
+    assert tokens.shape == (34, 24)
+    edit(path, **changes)
+    with pytest.raises(ValueError, match=message):
+        ImageEncoder.from_pretrained(path.parent.parent / "image_encoder", path.parent)
+
+
+def test_parts_that_are_not_there(folders: dict[str, Path], tmp_path: Path) -> None:
+    for part in ("image_encoder", "image_processor"):
+        folder = changed(folders["clip"], tmp_path / part, lambda target, part=part: shutil.rmtree(target / part))
+        for read in (read_outline, SoraPipeline.from_pretrained):
+            with pytest.raises(FileNotFoundError, match=f"expected a folder with {part}/"):
+                read(folder)
+
+
 def test_commands(folders: dict[str, Path], tmp_path: Path) -> None:
     image, video = tmp_path / "image.png", tmp_path / "video.mp4"
     write_video(image, torch.zeros(3, 1, 32, 48))
@@ -157,13 +197,14 @@ def test_commands(folders: dict[str, Path], tmp_path: Path) -> None:
     sora("batch", requests, "--checkpoint", folders["ends"], *short[:4], "--out", tmp_path / "batch")
     assert len(list((tmp_path / "batch").glob("*.mp4"))) == 2
     message = sora("batch", requests, "--out", tmp_path / "none", code=2).replace("\n", " ")
-    assert "keyframes: expected whole token frames, the first 1 and then 4 at a time, got clips of frames {0: 1, 4: 1}" in message
+    assert "batch: request 0: keyframes: expected whole token frames" in message
+    assert "got clips of frames {0: 1, 4: 1}" in message
     for command, kind, expected in (
-        (["generate", "blue"], "clip", "expected the first frame alone, as this transformer was trained, got none"),
+        (["generate", "blue"], "clip", "as this transformer was trained, got none; 'sora animate' takes an image"),
         (["generate", "blue", "--allow-untrained"], "clip", "expected the first frame alone"),
         (["restyle", video, "blue"], "clip", "got none"),
         (["extend", video, "blue"], "clip", "got 5 from frame 0; --allow-untrained does it anyway"),
-        (["long", "blue"], "clip", "got any; --allow-untrained does it anyway"),
+        (["long", "blue"], "clip", "the first frame alone, as this transformer was trained, got any"),
         (["animate", image, "blue"], "ends", "the first frame and the last, as this transformer was trained, got 1 from frame 0"),
     ):
         message = sora(*command, "--checkpoint", folders[kind], "--out", tmp_path / "none", code=2).replace("\n", " ")
@@ -174,5 +215,5 @@ def test_commands(folders: dict[str, Path], tmp_path: Path) -> None:
     text = sora("info", "--checkpoint", folders["clip"])
     assert "CLIP, " in text
     assert "tasks          animate, batch\n" in text
-    assert "generate, restyle, extend, join, loop, long, simulate: of given frames it takes the first frame alone" in text
+    assert "generate, restyle, extend, join, loop, long, simulate: of keyframes it takes the first frame alone" in text
     assert read_outline(folders["ends"]).size == (81, 480, 832)

@@ -124,6 +124,38 @@ def test_in_a_pipeline() -> None:
     torch.testing.assert_close(again, videos[0], rtol=0, atol=1e-3)
 
 
+def test_what_is_kept_has_no_gradient(dit: DiT, latents: list[Tensor], text: PackedText) -> None:
+    cache = StepCache(0.5)
+    for _ in range(2):
+        sum(out.square().sum() for out in dit(latents, at(500.0), text, cache=cache.of(range(BATCH)))).backward()
+    assert cache.reused == BATCH
+    dit.zero_grad()
+
+
+def test_names_that_do_not_fit(dit: DiT, latents: list[Tensor]) -> None:
+    cache = StepCache(0.1)
+    for samples, groups in (("aa", None), ("ab", "x")):
+        with pytest.raises(ValueError, match=r"StepCache\.of: samples: expected different names, and a group for each"):
+            cache.of(samples, groups)
+    with pytest.raises(ValueError, match="DiT: cache: expected names of 4 samples, got \\[0, 1\\]"):
+        dit(latents, at(500.0), cache=cache.of(range(2)))
+    with pytest.raises(TypeError, match=r"DiT: cache: expected what StepCache\.of returns, got StepCache"):
+        dit(latents, at(500.0), cache=cache)
+
+
+def test_no_memory_is_kept_after_an_error() -> None:
+    pipeline, cache = SoraPipeline.from_pretrained(), StepCache(0.1)
+
+    def stop(step: int, *_: object) -> None:
+        assert len(cache.kept) == 2
+        if step == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline("a red circle", (5, 32, 32), step_cache=cache, callback=stop)
+    assert not cache.kept
+
+
 @pytest.mark.parametrize("threshold", [-0.1, 1, float("nan"), "0.1", True])
 def test_thresholds_that_are_refused(threshold: object) -> None:
     with pytest.raises(ValueError, match="StepCache: threshold: expected a number from 0 to below 1, got"):

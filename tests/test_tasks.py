@@ -31,7 +31,7 @@ class Counting:
         self.requests: list[Request] = []
         self.off = off
 
-    def check_given_frames(self) -> None:
+    def check_any_keyframes(self) -> None:
         """It knows them."""
 
     def __call__(self, requests: list[Request], **options: object) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sora_model.codec.codec import PixelCodec, latent_frames, latent_size, nearest_known, pixel_frames
-from sora_model.codec.vae import CLASSES, VideoVAE
+from sora_model.codec.vae import CLASSES, DECODE_SEED, VideoVAE
 from sora_model.data import Batch, Sample
 from sora_model.training.vae import VAEObjective, finish, reconstruction_psnr
 from sora_model.world.config import WorldConfig
@@ -158,7 +158,7 @@ def test_a_decoder_that_takes_noise_off() -> None:
     first, second = vae.decode(list(latents)), vae.decode(list(latents))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     (alone,) = vae.decode([latents[1]])
-    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(DECODE_SEED))
     noised = 0.8 * latents[1:] + 0.2 * noise  # mean and deviation are 0 and 1
     torch.manual_seed(0)
     with torch.no_grad():
@@ -168,6 +168,8 @@ def test_a_decoder_that_takes_noise_off() -> None:
     assert (other - alone).abs().max() > 1e-4
     with pytest.raises(ValueError, match="VideoVAE: decode_noise_scale: expected a number from 0 to 1, got 2"):
         VideoVAE(model, decode_noise_scale=2)
+    with pytest.raises(ValueError, match="VideoVAE: decode_timestep: expected None for a decoder"):
+        VideoVAE(ltx(), decode_timestep=0.1)
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo"}))

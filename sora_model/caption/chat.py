@@ -38,7 +38,7 @@ class ChatExpander:
         model: a causal language model of transformers, on any device.
         tokenizer: its tokenizer, with a chat template.
         longest: tokens of an answer, behind which it is cut, which is said.
-        instruction: what the model is told before each prompt.
+        instruction: the system message before each prompt.
         end: ids of tokens that end an answer; default: the tokenizer's end.
     """
 
@@ -47,6 +47,8 @@ class ChatExpander:
     ) -> None:
         if not tokenizer.chat_template:
             raise ValueError("ChatExpander: tokenizer: expected one with a chat template, as models that answer have, got none")
+        if type(longest) is not int or longest < 1:
+            raise ValueError(f"ChatExpander: longest: expected a number of tokens of at least 1, got {longest!r}")
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer, self.longest, self.instruction = tokenizer, longest, instruction
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -59,19 +61,30 @@ class ChatExpander:
         """A long and detailed prompt for each short one.
 
         Raises:
-            ValueError: the model answered nothing.
+            TypeError: one text in place of several. ValueError: a prompt longer than the model takes; the model answered nothing.
         """
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise TypeError(f"ChatExpander.expand: prompts: expected a list of texts, got {prompts!r}")
         return [self._answer(prompt) for prompt in prompts]  # one by one: padding in front is not the same to all models
 
     def _answer(self, prompt: str) -> str:
+        import jinja2
+
         asked = [{"role": "system", "content": self.instruction}, {"role": "user", "content": prompt}]
         common = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}  # the last of Qwen3's template
         try:
             text = self.tokenizer.apply_chat_template(asked, **common)
-        except Exception:  # templates refuse roles that they do not know by errors of their own
+        except jinja2.TemplateError:  # templates refuse roles that they do not know
             both = [{"role": "user", "content": f"{self.instruction}\n\n{prompt}"}]
-            text = self.tokenizer.apply_chat_template(both, **common)
+            try:
+                text = self.tokenizer.apply_chat_template(both, **common)
+            except jinja2.TemplateError as error:
+                raise ValueError(f"ChatExpander: tokenizer: expected a chat template that takes a prompt, got {error}") from None
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(self.model.device)
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        if most is not None and ids.shape[1] + self.longest > most:
+            expected = f"at most {most - self.longest} tokens with its instruction"
+            raise ValueError(f"ChatExpander: prompts: expected {expected}, got {ids.shape[1]}: {prompt!r}")
         made = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -82,7 +95,7 @@ class ChatExpander:
         )[0, ids.shape[1] :]
         if made[-1].item() not in self.end:
             logger.warning("the chat model's answer to %r is cut at %d tokens", prompt, self.longest)
-        answer = re.sub(r"(?s)^.*</think>", "", self.tokenizer.decode(made, skip_special_tokens=True))
+        answer = re.sub(r"(?s)^.*</think>|<think>.*", "", self.tokenizer.decode(made, skip_special_tokens=True))
         answer = re.sub(r"\s+", " ", answer).strip().strip('"“”').strip()
         if not answer:
             raise ValueError(f"ChatExpander: expected an answer to {prompt!r}, got none")
@@ -112,5 +125,8 @@ class ChatExpander:
         tokenizer = load_tokenizer(folder, owner, any_class=True)
         model = open_pretrained(kind, config, folder, owner, dtype).to(device)
         path = folder / "generation_config.json"
-        end = (read_json(path, owner) if path.is_file() else config).get("eos_token_id") or []
-        return cls(model, tokenizer, end=[end] if isinstance(end, int) else end, **options)
+        end = (read_json(path, owner) if path.is_file() else config).get("eos_token_id")
+        listed = end if isinstance(end, list) else [] if end is None else [end]
+        if not all(type(one) is int for one in listed):
+            raise ValueError(f"{owner}: {folder}: eos_token_id: expected ids of tokens, got {end!r}")
+        return cls(model, tokenizer, end=listed, **options)

@@ -105,12 +105,12 @@ class Loaded:
         with naming("--checkpoint"):
             return SoraPipeline.from_pretrained(folder, device=device, dtype=self.dtype, offload=self.offload)
 
-    def check_captioner(self) -> None:
+    def check_captioner(self, hint: str = "") -> None:
         """Raises ValueError for a checkpoint without a captioner."""
         from ..pipeline.checkpoint import has_captioner
 
         if not has_captioner(self.folder, "--checkpoint"):
-            got = f"one without: {self.folder} (--chat-model expands prompts, too)"
+            got = f"one without: {self.folder}{hint}"
             raise ValueError(f"--checkpoint: captioner: expected a checkpoint with a captioner, got {got}")
 
 
@@ -219,6 +219,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def _fail(line: str) -> NoReturn:
     errors.print("[bold red]error:[/]", end=" ")
+    line = re.sub(r"\s*\n\s*", " ", line.strip())  # libraries have errors of several
     errors.print(line, highlight=False, soft_wrap=True, markup=False)
     raise typer.Exit(2) from None
 

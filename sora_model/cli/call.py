@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from ..pipeline.request import Request
     from ..sizes import Size
 
-LARGER = 4  # times the pixels of a checkpoint's frames: the default limit, to which frames of files are scaled down
 CODED = 22.0  # dB: what a VAE gives back with less has lost its shapes
+UNTRAINED = "; --allow-untrained does it anyway"
 SIDE = 16384  # pixels along a side of the largest frame that H.264 has
 
 
@@ -52,12 +53,18 @@ class Call(Loaded):
         float | None,
         typer.Option(help="Classifier-free guidance, up to 1000; 1 is none. Default: the checkpoint's own: 3, of Wan 5."),
     ] = None
+    guidance_2: Annotated[
+        float | None, typer.Option(help="Guidance of the expert for low noise, of a checkpoint with two. Default: the other's.")
+    ] = None
     guidance_from: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Noise level, from 0 to 1, below which there is no guidance. Default: 0.6, of Wan 0."),
     ] = None
     seed: Annotated[int, typer.Option(min=0, max=2**63, help="Of everything random; several videos count up from it.")] = 0
-    fps: Annotated[float | None, typer.Option(min=0.1, help="Frames per second. Default: those of the input, or 8.")] = None
+    fps: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Frames per second. Default: the input's, or the checkpoint's."),
+    ] = None
     scale: Annotated[int, typer.Option(min=1, help="Whole factor by which pixels are enlarged in the files.")] = 1
     format: Annotated[Format, typer.Option(help="Of videos; images are PNG.")] = Format.mp4
     precision: Annotated[
@@ -82,7 +89,8 @@ class Call(Loaded):
     max_pixels: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Larger frames of files are scaled down to so many pixels. Default: 4 times those of the checkpoint's."
+            min=1,
+            help="Larger frames of files are scaled down to so many pixels. Default: as many as suit the checkpoint.",
         ),
     ] = None
     inputs: list[tuple[Path, Any]] = field(default_factory=list, init=False)  # the files read, with their clips
@@ -100,7 +108,7 @@ class Call(Loaded):
             raise ValueError(f"--guidance: expected at most 1000, got {self.guidance:g}")
         if self.negative and self.guidance == 1:
             raise ValueError(f"--negative: expected none with --guidance 1, which has no use for it, got {self.negative!r}")
-        self.rate()
+        self.rate(1.0)  # --fps, before the checkpoint is looked at
         device, _ = known_device(self.device), self.tokens_seen
         if self.offload and device == "cpu":
             raise ValueError("--offload: expected a GPU as --device, to which parts come in turn, got cpu")
@@ -120,7 +128,7 @@ class Call(Loaded):
         from ..pipeline.clips import fitted
 
         _, height, width = self.outline.size
-        limit = self.max_pixels or LARGER * max(height * width, size[0] * size[1] if size else 0)
+        limit = self.max_pixels or int(self.outline.enlarged * max(height * width, size[0] * size[1] if size else 0))
         clip, rate = read_clip(path, max_frames, limit)
         native = tuple(probe(path)[1:])
         if size is not None:
@@ -143,11 +151,11 @@ class Call(Loaded):
         return start, self.read(last, frames, (height, width), "" if size else f", as {first} has them")
 
     def pipeline(self, *, captioner: bool = False) -> SoraPipeline:
-        from ..pipeline.keyframes import ANY
+        from ..pipeline.keyframes import TrainedKeyframes
 
         pipeline = super().pipeline(captioner=captioner)
         if self.allow_untrained:
-            pipeline = pipeline.replaced(given_frames=ANY)
+            pipeline = pipeline.replaced(trained_keyframes=TrainedKeyframes.ANY)
         if self.scheduler is not None:
             from ..diffusion.schedulers import flow_scheduler
 
@@ -165,11 +173,16 @@ class Call(Loaded):
     @property
     def sampling(self) -> dict[str, Any]:
         """What the pipeline's call takes of them."""
-        steps, guidance, guidance_from = self.outline.defaults
+        defaults = self.outline.defaults
+        two = len(self.outline.weights.transformers) > 1
+        if self.guidance_2 is not None and not two:
+            raise ValueError(f"--guidance-2: expected none for a checkpoint with one transformer, got {self.guidance_2:g}")
+        second = defaults.guidance_scale_2 if self.guidance_2 is None and self.guidance is None else self.guidance_2
         return {
-            "num_inference_steps": steps if self.steps is None else self.steps,
-            "guidance_scale": guidance if self.guidance is None else self.guidance,
-            "guidance_from": guidance_from if self.guidance_from is None else self.guidance_from,
+            "num_inference_steps": defaults.num_inference_steps if self.steps is None else self.steps,
+            "guidance_scale": defaults.guidance_scale if self.guidance is None else self.guidance,
+            "guidance_scale_2": second,
+            "guidance_from": defaults.guidance_from if self.guidance_from is None else self.guidance_from,
             "precision": self.precision.value,
             "window": self.tokens_seen,
             "step_cache": self.cache,
@@ -200,7 +213,7 @@ class Call(Loaded):
         """Frames per second of a file, by those of its input, 0 for none. Raises ValueError for more than a format has."""
         from ..data.writing import highest_fps
 
-        rate, highest = self.fps or input_fps or 8.0, highest_fps(f".{self.format.value}")
+        rate, highest = self.fps or input_fps or self.outline.defaults.fps, highest_fps(f".{self.format.value}")
         if rate > highest:
             raise ValueError(f"--fps: expected at most {highest} for {self.format.value}, got {rate:g}")
         return rate
@@ -227,23 +240,34 @@ class Call(Loaded):
             f"about {needed / 1e9:.1f} GB of memory"
         )
 
-    def check_keyframes(self, requests: Sequence[Request] | None = None) -> None:
-        """Raises ValueError for keyframes that a checkpoint was not trained with, before its weights are read.
+    def check_keyframes(self, requests: Sequence[Request]) -> None:
+        """Raises ValueError for keyframes that a checkpoint was not trained with, before its weights are read."""
+        from ..pipeline.keyframes import check_condition, check_keyframes, check_whole_frames
 
-        requests: default: of a task that goes on from any frames.
-        """
-        from ..pipeline.keyframes import ENDS, FIRST, check_keyframes, check_whole_frames
+        trained, timing = self.outline.trained_keyframes, self.outline.timing
+        has_none = trained.as_condition and not all(request.keyframes for request in requests)
+        with self._untrained("; 'sora animate' takes an image" if has_none else UNTRAINED, possible=not has_none):
+            check_keyframes(trained, requests, "--checkpoint")
+        for request in requests:
+            (check_condition if trained.as_condition else check_whole_frames)(timing, request)
 
-        given, outline = self.outline.given_frames, self.outline
-        for request in requests or () if given not in (FIRST, ENDS) else ():
-            check_whole_frames(outline.timing, request)
+    def check_any_keyframes(self) -> None:
+        """Raises ValueError for a checkpoint that was not trained with any keyframes, before its weights are read."""
+        from ..pipeline.keyframes import check_any_keyframes
+
+        trained = self.outline.trained_keyframes
+        possible = not trained.as_condition  # with a condition there is none to begin with
+        with self._untrained(UNTRAINED if possible else "", possible=possible):
+            check_any_keyframes(trained, "--checkpoint")
+
+    @contextlib.contextmanager
+    def _untrained(self, hint: str, possible: bool) -> Iterator[None]:
+        """Within it an error of what a checkpoint was not trained with is a warning, if that was asked for and is possible."""
         try:
-            check_keyframes(given, requests, "--checkpoint")
+            yield
         except ValueError as error:
-            if given in (FIRST, ENDS) and requests is not None and not all(request.keyframes for request in requests):
-                raise  # it cannot do without
-            if not self.allow_untrained:
-                raise ValueError(f"{error}; --allow-untrained does it anyway") from None
+            if not possible or not self.allow_untrained:
+                raise ValueError(f"{error}{hint}") from None
             logger.warning("the transformer was not trained with these frames given: what it makes of them may fail")
 
     def check_words(self, pipeline: SoraPipeline, prompts: Sequence[str]) -> None:
@@ -304,6 +328,7 @@ class Call(Loaded):
         common = {
             "steps": self.num_steps,
             "guidance": self.sampling["guidance_scale"],
+            "guidance_2": self.sampling["guidance_scale_2"],
             "guidance_from": self.sampling["guidance_from"],
             "precision": self.precision.value,
             "window": self.window,

@@ -87,7 +87,8 @@ def expand(
     if chat_model is not None:
         longer = expanded(chat_model, prompts, loaded.device)
     else:
-        longer = loaded.pipeline(captioner=True).expand(prompts)
+        loaded.check_captioner(" (--chat-model expands prompts, too)")
+        longer = loaded.pipeline().expand(prompts)
     for text in longer:
         say(text)
 

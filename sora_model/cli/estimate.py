@@ -81,11 +81,15 @@ def memory(
     made: videos that are held besides. share: of the work, which is estimated too high by no more than half.
     """
     weights, work = how.weights(outline), working(outline, sizes, how)
-    there = [sum(weights.transformers) + weights.encoders + weights.vae] * 3
+    there = [_all(weights)] * 3
     if how.offload:
-        there = [weights.encoders, max(weights.transformers), weights.vae]
+        there = [weights.encoders, max(weights.transformers), weights.others]
     held = HELD * sum(math.prod(outline.padded(size)) for size in sizes) + PIXEL * sum(map(math.prod, made))
     return PROCESS + max(there[0], there[1] + share * work.transformer, there[2] + share * work.vae) + held
+
+
+def _all(weights: Weights) -> float:
+    return weights.encoders + sum(weights.transformers) + weights.others
 
 
 def check_pixels(option: str, sizes: Sequence[Size], device: str) -> None:
@@ -101,11 +105,13 @@ def check_pixels(option: str, sizes: Sequence[Size], device: str) -> None:
 def check_memory(option: str, outline: Outline, sizes: Sequence[Size], made: Sequence[Size], how: How, device: str) -> None:
     """Raises ValueError where even half of the work is beyond the device; names what would be enough."""
     there, needed = installed(device), memory(outline, sizes, made, how)
+    if how.offload and (host := PROCESS + _all(how.weights(outline))) > installed("cpu"):
+        got = f"{installed('cpu') / 1e9:.3g} GB, got {host / 1e9:.3g} GB of weights"
+        raise ValueError(f"--offload: expected weights that the memory of the CPU can hold, {got}")
     if memory(outline, sizes, made, how, share=0.5) <= there:
         return
     name = f"{'the memory' if device == 'cpu' else device} of {there / 1e9:.3g} GB"
-    weights = how.weights(outline)
-    held = weights.encoders + sum(weights.transformers) + weights.vae
+    held = _all(how.weights(outline))
     line = f"{option}: expected videos for which {name} is enough, got ones that take about {needed / 1e9:.3g} GB"
     if held > there and not how.offload:
         line = (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .actions import about
-from .app import ChatModel, command, console, expanded, parse_size, say
+from .app import ChatModel, command, console, expanded, naming, parse_size, say
 from .call import Call, task
 from .requests import described, read_requests
 from .terminal import denoising, show_video
@@ -58,7 +58,7 @@ def generate(
     if chat_model is not None and not chat_model.is_dir():
         raise ValueError(f"--chat-model: expected a folder, got {chat_model}")
     if expand and chat_model is None:
-        call.check_captioner()
+        call.check_captioner(" (--chat-model expands prompts, too)")
     outline = call.outline
     sizes = sizes * len(prompts) if len(sizes) == 1 else sizes or [outline.size] * len(prompts)
     for _, *sides in sizes:
@@ -70,22 +70,26 @@ def generate(
 
     call.check_keyframes([text_to_video("", one) for one in sizes])
     call.announce(outline, sizes)
+    asked = prompts
     if chat_model is not None:  # before the pipeline takes its memory
         prompts = _shown(prompts, expanded(chat_model, prompts, call.device))
     pipeline = call.pipeline(captioner=expand and chat_model is None)
     if expand and chat_model is None:
         prompts = _shown(prompts, pipeline.expand(prompts))
     call.check_words(pipeline, prompts)
+    by_video = [
+        {"asked": short if long != short else None} for short, long in zip(asked, prompts, strict=True) for _ in range(count)
+    ]
     prompts = [prompt for prompt in prompts for _ in range(count)]
     if draft is None:
         requests = [text_to_video(p, s, negative_prompt=call.negative) for p, s in zip(prompts, sizes, strict=True)]
-        call.generate(pipeline, requests, command="generate")
+        call.generate(pipeline, requests, by_video=by_video, command="generate", chat_model=chat_model)
         return
     from ..pipeline.tasks import REDONE, refined
 
     with denoising(console, round((1 + REDONE) * call.num_steps)) as bars:
         videos = refined(pipeline, prompts, sizes, draft, **bars.hooks, **call.several)
-    call.write(videos, prompts, command="generate", draft=draft)
+    call.write(videos, prompts, by_video=by_video, command="generate", draft=draft, chat_model=chat_model)
 
 
 @task
@@ -103,10 +107,9 @@ def animate(
 ) -> None:
     """Make a video that begins with an image."""
     outline, shape = call.outline, _frame_size(call, size)
-    from ..pipeline.keyframes import ENDS, FIRST
     from ..pipeline.request import image_to_video
 
-    if last is not None and outline.given_frames not in (FIRST, ENDS):
+    if last is not None and not outline.trained_keyframes.as_condition:
         raise ValueError(
             f"--last: expected none, as the checkpoint takes no single last frame ('sora join' joins videos), got {last}"
         )
@@ -196,7 +199,7 @@ def loop(
     call: Call,
 ) -> None:
     """Make a video that can be played round and round without a seam."""
-    call.check_keyframes()
+    call.check_any_keyframes()
     outline = call.outline
     shape, stride = parse_size(size) if size else outline.size, outline.timing.stride
     if passage is not None and passage % stride:
@@ -228,7 +231,7 @@ def long(
     """Make a long video by extending a clip again and again."""
     if seconds > LONGEST:
         raise ValueError(f"--seconds: expected at most {LONGEST:g}, got {seconds:g}")
-    call.check_keyframes()
+    call.check_any_keyframes()
     outline, frames = call.outline, round(seconds * call.rate())
     shape = _chunk(outline, size, overlap)
     if frames < 1:
@@ -259,7 +262,7 @@ def simulate(
     call: Call,
 ) -> None:
     """Simulate a world: a chunk of video for every action, shown in the terminal as it comes."""
-    call.check_keyframes()
+    call.check_any_keyframes()
     outline = call.outline
     shape = _chunk(outline, size, overlap)
     call.announce(outline, [shape])
@@ -309,8 +312,11 @@ def batch(
                 f"batch: request {one.number}: negative_prompt: expected none with --guidance 1, which has no use for it"
             )
     rates, outline = [_common_rate(call, one.rates, f"batch: request {one.number}") for one in asked], call.outline
-    settings = [one.settings for one in asked]
-    call.run([one.request(outline) for one in asked], "REQUESTS", rates, settings, command="batch")
+    settings, made = [one.settings for one in asked], [one.request(outline) for one in asked]
+    for one, request in zip(asked, made, strict=True):
+        with naming(f"batch: request {one.number}"):
+            call.check_keyframes([request])
+    call.run(made, "REQUESTS", rates, settings, command="batch")
 
 
 def _frame_size(call: Call, text: str | None) -> tuple[int, int] | None:

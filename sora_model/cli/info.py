@@ -66,8 +66,10 @@ def _sizes(outline: Outline) -> Iterator[tuple[str, str]]:
     first, stride = outline.timing
     _, height, width = outline.unit
     yield "sizes", f"{first} + {stride} n frames, height {height} n, width {width} n; others are made larger and cut"
-    steps, guidance, lowest = outline.defaults
-    yield "defaults", f"{_shape(outline.size)}, {steps} steps, guidance {guidance:g} down to noise level {lowest:g}"
+    steps, guidance, lowest, second, fps = outline.defaults
+    guided = f"guidance {guidance:g}" if second is None else f"guidance {guidance:g}, of the expert for low noise {second:g}"
+    span = "at all steps" if lowest == 0 else f"from noise level 1 to {lowest:g}"
+    yield "defaults", f"{_shape(outline.size)} at {fps:g} frames per second, {steps} steps, {guided} {span}"
 
 
 def _memory(outline: Outline, size: Size) -> Iterator[tuple[str, str]]:
@@ -78,7 +80,7 @@ def _memory(outline: Outline, size: Size) -> Iterator[tuple[str, str]]:
         weights, stages = how.weights(outline), working(outline, [size], how)
         transformers = " + ".join(map(_amount, weights.transformers))
         amounts = f"text {_amount(weights.encoders)}, transformer {transformers} and {_amount(stages.transformer)} to work in"
-        vae = f"VAE {_amount(weights.vae)} and {_amount(stages.vae)}"
+        vae = f"VAE {_amount(weights.others)} and {_amount(stages.vae)}"
         total, on_gpu = (_amount(memory(outline, [size], how=one)) for one in (how, how._replace(offload=True)))
         yield (
             f"  {str(how) or 'as it is'}".replace("--precision ", ""),
@@ -88,15 +90,15 @@ def _memory(outline: Outline, size: Size) -> Iterator[tuple[str, str]]:
 
 def _tasks(outline: Outline, folder: Path) -> Iterator[tuple[str, str]]:
     from ..pipeline.checkpoint import has_captioner
-    from ..pipeline.keyframes import TRAINED
 
-    can, cannot = [*TASKS[outline.given_frames], "batch"], {}
+    can, cannot = [*TASKS[outline.trained_keyframes.value], "batch"], {}
     if others := [task for task in TASKS["any"] if task not in can]:
-        cannot[", ".join(others)] = f"of given frames it takes {TRAINED[outline.given_frames]}"
+        cannot[", ".join(others)] = f"of keyframes it takes {outline.trained_keyframes.expected}"
     if has_captioner(folder, OWNER):
         can += ["caption", "recaption", "expand"]
     else:
-        cannot["caption, recaption, expand"] = "it has no captioner"
+        cannot["caption, recaption"] = "it has no captioner"
+        cannot["expand"] = "it has no captioner; --chat-model does it"
     yield "tasks", ", ".join(can)
     for tasks, why in cannot.items():
         yield "not", f"{tasks}: {why}"

@@ -23,6 +23,11 @@ class Kind(NamedTuple):
 
     expected: str
     fits: Callable[[Any], bool]
+    is_optional: bool = False
+
+    @property
+    def optional(self) -> Kind:
+        return self._replace(is_optional=True)
 
 
 def _whole(first: int) -> Kind:
@@ -42,33 +47,29 @@ SHARE = Kind("a number above 0 and up to 1", lambda value: type(value) in (int, 
 SIZE = Kind("TxHxW, such as 8x32x48, or [T, H, W], each at least 1", _is_size)
 
 # What a request may say: the arguments of its function in request.py. Videos and images are paths, from the file's folder.
-COMMON = {"prompt": TEXT, "negative_prompt": TEXT, "seed": SEED}
+COMMON = {"prompt": TEXT, "negative_prompt": TEXT.optional, "seed": SEED.optional}
 TASKS: dict[str, dict[str, Kind]] = {
-    "text_to_video": {"size": SIZE},
+    "text_to_video": {"size": SIZE.optional},
     "text_to_image": {"height": COUNT, "width": COUNT},
-    "image_to_video": {"image": FILE, "frames": COUNT, "last": FILE},
-    "video_to_video": {"video": FILE, "strength": SHARE},
-    "extend": {"video": FILE, "frames": COUNT, "overlap": _whole(0), "backward": FLAG},
-    "join": {"first": FILE, "last": FILE, "frames": COUNT, "overlap": _whole(0)},
+    "image_to_video": {"image": FILE, "frames": COUNT, "last": FILE.optional},
+    "video_to_video": {"video": FILE, "strength": SHARE.optional},
+    "extend": {"video": FILE, "frames": COUNT, "overlap": _whole(0).optional, "backward": FLAG.optional},
+    "join": {"first": FILE, "last": FILE, "frames": COUNT, "overlap": _whole(0).optional},
 }
-OPTIONAL = ("negative_prompt", "seed", "size", "strength", "overlap", "backward", "image_to_video last")
 # The names of the commands for the tasks that have another name in the library.
 ALIASES = {"generate": "text_to_video", "animate": "image_to_video", "restyle": "video_to_video"}
-
-
-def _is_optional(task: str, name: str) -> bool:
-    return name in OPTIONAL or f"{task} {name}" in OPTIONAL
 
 
 def described() -> str:
     """The help of `sora batch`: the format, every task and every field."""
 
-    def listed(fields: dict[str, Kind], task: str = "") -> str:
-        left_out = {name: ", may be left out" if _is_optional(task, name) else "" for name in fields}
-        return "\n".join(f"  {name}: {kind.expected}{left_out[name]}" for name, kind in fields.items())
+    def listed(fields: dict[str, Kind]) -> str:
+        return "\n".join(
+            f"  {name}: {kind.expected}{', may be left out' if kind.is_optional else ''}" for name, kind in fields.items()
+        )
 
     commands = {task: command for command, task in ALIASES.items()}
-    tasks = "\n".join(f"{task}{f' or {commands[task]}' if task in commands else ''}\n{listed(TASKS[task], task)}" for task in TASKS)
+    tasks = "\n".join(f"{task}{f' or {commands[task]}' if task in commands else ''}\n{listed(TASKS[task])}" for task in TASKS)
     example = '[{"prompt": "a blue star"}, {"task": "extend", "prompt": "a blue star moves up", "video": "star.mp4", "frames": 8}]'
     parts = [
         "Run requests of different tasks and sizes in one packed batch.",
@@ -165,8 +166,8 @@ def _checked(one: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"{where}: {name}: expected {kinds[name].expected}, got {json.dumps(value)}")
         if name == "size" and isinstance(value, str):
             fields[name] = parse_size(value, f"{where}: size")
-    for name in kinds:
-        if name not in fields and not _is_optional(task, name):
+    for name, kind in kinds.items():
+        if name not in fields and not kind.is_optional:
             raise ValueError(f"{where}: {name}: expected {kinds[name].expected} for {task}, got none")
     return task, fields
 

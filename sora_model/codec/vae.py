@@ -33,6 +33,7 @@ CLASSES = (
     "AutoencoderKLWan",
 )
 WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the file
+DECODE_SEED = 2**40  # of noise before decoding, which no request starts from by accident
 
 
 class VideoVAE(nn.Module):
@@ -49,8 +50,9 @@ class VideoVAE(nn.Module):
     Args:
         model: the VAE of diffusers.
         tile: side of a tile in pixels; a multiple of the spatial compression.
-        decode_timestep, decode_noise_scale: of LTX's decoders that take noise off, from 0.9.1 on: the time that they are told, and
-            the share of noise that a latent gets before. The noise is the same for every latent of a size.
+        decode_timestep, decode_noise_scale: of LTX's decoders that take noise off, from 0.9.1 on: the timestep, and the share of
+            noise that a latent gets before; default: 0.05 and 0.025. The noise is the same for every latent of a size. They are
+            not saved.
     """
 
     channels: int
@@ -59,7 +61,9 @@ class VideoVAE(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: Any, *, tile: int = TILE, decode_timestep: float = 0.05, decode_noise_scale: float = 0.025) -> None:
+    def __init__(
+        self, model: Any, *, tile: int = TILE, decode_timestep: float | None = None, decode_noise_scale: float | None = None
+    ) -> None:
         super().__init__()
         config: Any = model.config
         name = type(model).__name__
@@ -72,18 +76,22 @@ class VideoVAE(nn.Module):
         if tile % ch or tile < 2 * OVERLAP:
             raise ValueError(f"VideoVAE: tile: expected a multiple of {ch} from {2 * OVERLAP} on, got {tile}")
         self.takes_time = bool(config.get("timestep_conditioning"))
-        self.decode_timestep, self.decode_noise_scale = decode_timestep, decode_noise_scale if self.takes_time else 0.0
-        for name, value in (("decode_timestep", decode_timestep), ("decode_noise_scale", decode_noise_scale)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"VideoVAE: {name}: expected a number from 0 to 1, got {value}")
+        for option, value in (("decode_timestep", decode_timestep), ("decode_noise_scale", decode_noise_scale)):
+            if value is not None and not (self.takes_time and 0 <= value <= 1):
+                expected = "a number from 0 to 1" if self.takes_time else "None for a decoder that takes no noise off"
+                raise ValueError(f"VideoVAE: {option}: expected {expected}, got {value}")
+        self.decode_timestep = 0.05 if decode_timestep is None else decode_timestep
+        self.decode_noise_scale = (0.025 if decode_noise_scale is None else decode_noise_scale) if self.takes_time else 0.0
         self.channels = config.get("z_dim") or config["latent_channels"]
         mean, std = _statistics(model, self.channels)
         self.register_buffer("mean", mean.view(self.channels, -1, 1, 1), persistent=False)
         self.register_buffer("std", std.view(self.channels, -1, 1, 1), persistent=False)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, tile: int = TILE) -> VideoVAE:
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> VideoVAE:
         """Reads a checkpoint of diffusers from a local folder, in float32; a write that was killed is first ended (`settle`).
+
+        options: see `VideoVAE`.
 
         Raises:
             FileNotFoundError: no config.json or no safetensors there.
@@ -93,7 +101,7 @@ class VideoVAE(nn.Module):
         settle(folder)
         kind, config = _read_kind(folder, owner)
         model = open_module(lambda: kind.from_config(config), config, folder, owner, WEIGHTS)
-        return cls(model.eval(), tile=tile)
+        return cls(model.eval(), **options)
 
     @staticmethod
     def read_compression(folder: str | Path) -> Size:
@@ -182,7 +190,7 @@ class VideoVAE(nn.Module):
         def decode(batch: Tensor) -> Tensor:
             batch = batch * self._of_frames(self.std, batch) + self._of_frames(self.mean, batch)
             if self.decode_noise_scale:
-                noise = torch.randn(batch.shape[1:], generator=torch.Generator().manual_seed(0)).to(batch)
+                noise = torch.randn(batch.shape[1:], generator=torch.Generator().manual_seed(DECODE_SEED)).to(batch)
                 batch = torch.lerp(batch, noise.expand_as(batch), self.decode_noise_scale)
             return self._tiled(batch, self.from_raw, 1, ch, watch).clamp(-1, 1)
 
@@ -213,7 +221,8 @@ class VideoVAE(nn.Module):
             return self.model.decode(part).sample
         times = part.new_full((len(part),), self.decode_timestep)
         with torch.random.fork_rng([part.device] if part.is_cuda else []):  # blocks of LTX's decoder may draw noise
-            torch.manual_seed(0)
+            generator = torch.cuda.default_generators[part.device.index] if part.is_cuda else torch.default_generator
+            generator.manual_seed(0)  # torch.manual_seed would be that of all GPUs
             return self.model.decode(part, times).sample
 
     def _parts(self, batch: Tensor) -> Sequence[Tensor]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model.block import Window
-from ..model.conditioning import PackedText
+from ..model.conditioning import PackedText, Samples
 from ..model.dit import DiT
 from ..model.experts import Experts
 from ..model.step_cache import StepCache
@@ -26,7 +25,7 @@ def guided(
     labels: Tensor | None = None,
     frame_steps: Sequence[float] | None = None,
     conditions: Sequence[Tensor] | None = None,
-    images: Sequence[Tensor] | None = None,
+    image_tokens: Sequence[Tensor] | None = None,
     guidance_scale: float = 1.0,
     guidance_from: float = 0.0,
     guidance_scale_2: float | None = None,
@@ -42,7 +41,7 @@ def guided(
         text: captions of the samples.
         null_text: what guidance leads away from: empty or negative captions. Default: no text at all.
         labels: int64 [B]; num_classes is their null.
-        frame_steps, images: see `DiT.forward`.
+        frame_steps, image_tokens: see `DiT.forward`.
         conditions: the last channels of each latent, for a model with condition_channels.
         guidance_from: the lowest timestep with guidance.
         guidance_scale_2: of `Experts`, for the one of low noise; default: guidance_scale.
@@ -54,27 +53,28 @@ def guided(
     if text is not None and (guidance_scale, low) != (1, 1) and negative is None:
         negative = PackedText.empty(text.num_samples, text.tokens.shape[1])
 
-    def predict(latents: list[Tensor], timesteps: Tensor, *conditions: Any, halves: list[tuple[int, str]]) -> list[Tensor]:
+    def predict(samples: Samples, halves: list[tuple[int, str]]) -> list[Tensor]:
         known = None if cache is None else cache.of(halves, [sample for sample, _ in halves])
-        return [x[:channels] for x in dit(latents, timesteps, *conditions, window=window, cache=known)]
+        return [x[:channels] for x in dit(*samples, window=window, cache=known)]
 
     def denoise(latents: list[Tensor], timesteps: Tensor, which: Sequence[int]) -> list[Tensor]:
         texts = None if text is None else text.select(which)
         classes = None if labels is None else labels[list(which)]
-        steps, shown = (None if listed is None else [listed[i] for i in which] for listed in (frame_steps, images))
+        steps = None if frame_steps is None else [frame_steps[i] for i in which]
+        tokens = None if image_tokens is None else [image_tokens[i] for i in which]
         if conditions is not None:
             latents = [torch.cat([x, conditions[i].to(x)]) for x, i in zip(latents, which, strict=True)]
         highest = timesteps.max()
         scale = low if isinstance(dit, Experts) and highest < dit.boundary else guidance_scale
         if scale == 1 or highest < guidance_from:
-            return predict(latents, timesteps, texts, classes, steps, shown, halves=[(i, "text") for i in which])
+            return predict(Samples(latents, timesteps, texts, classes, steps, tokens), [(i, "text") for i in which])
         if texts is not None and negative is not None:
             texts = PackedText.concat([texts, negative.select(which).to(texts.tokens.device, texts.tokens.dtype)])
         if classes is not None and dit.config.num_classes is not None:
             classes = torch.cat([classes, torch.full_like(classes, dit.config.num_classes)])
-        steps, shown = (None if listed is None else [*listed, *listed] for listed in (steps, shown))
+        steps, tokens = None if steps is None else steps * 2, None if tokens is None else tokens * 2
         halves = [(i, half) for half in ("text", "null") for i in which]
-        both = predict([*latents, *latents], timesteps.repeat(2), texts, classes, steps, shown, halves=halves)
+        both = predict(Samples(latents * 2, timesteps.repeat(2), texts, classes, steps, tokens), halves)
         pairs = zip(both[: len(latents)], both[len(latents) :], strict=True)
         return [torch.lerp(null, conditioned, scale) for conditioned, null in pairs]
 

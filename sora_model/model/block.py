@@ -170,10 +170,11 @@ class ImageProjection(nn.Module):
 
     def forward(self, images: Sequence[Tensor]) -> ImageKeys:
         """images: the tokens of each sample."""
-        if self.positions is not None and any(image.shape != self.positions.shape for image in images):
-            got = [list(image.shape) for image in images]
-            raise ValueError(f"DiT: images: expected {list(self.positions.shape)} for each sample, got {got}")
         weight: Any = self.mlp[0].weight
+        width, length = weight.shape[1], "n" if self.positions is None else len(self.positions)
+        if any(image.ndim != 2 or image.shape[1] != width or length not in ("n", len(image)) for image in images):
+            got = [list(image.shape) for image in images]
+            raise ValueError(f"DiT: image_tokens: expected [{length}, {width}] for each sample, got {got}")
         x = torch.cat([image.to(weight) if self.positions is None else image.to(weight) + self.positions for image in images])
         cu_seqlens = torch.tensor([0, *accumulate(map(len, images))], dtype=torch.int32).to(weight.device, non_blocking=True)
         return ImageKeys(self._norm(self.mlp(self._norm(x, self.norm_in)), self.norm_out), cu_seqlens)

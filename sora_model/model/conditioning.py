@@ -72,7 +72,7 @@ class Samples(NamedTuple):
     text: PackedText | None = None
     labels: Tensor | None = None
     frame_steps: Sequence[float] | None = None
-    images: Sequence[Tensor] | None = None
+    image_tokens: Sequence[Tensor] | None = None
 
     def levels(self, patch_frames: int) -> tuple[Tensor, ...]:
         """The timesteps of each sample, [1] or one per token frame."""
@@ -88,7 +88,7 @@ class Samples(NamedTuple):
             None if self.text is None else self.text.select(chosen),
             None if self.labels is None else self.labels[chosen],
             None if self.frame_steps is None else [self.frame_steps[i] for i in chosen],
-            None if self.images is None else [self.images[i] for i in chosen],
+            None if self.image_tokens is None else [self.image_tokens[i] for i in chosen],
         )
 
 

@@ -119,7 +119,7 @@ class DiT(nn.Module):
         text: PackedText | None = None,
         labels: Tensor | None = None,
         frame_steps: Sequence[float] | None = None,
-        images: Sequence[Tensor] | None = None,
+        image_tokens: Sequence[Tensor] | None = None,
         *,
         window: Window | None = None,
         cache: CachedSamples | None = None,
@@ -134,7 +134,7 @@ class DiT(nn.Module):
             labels: int64 [B], for a model with classes.
             frame_steps: how far apart in time each latent's token frames are, where they were sampled evenly from a longer clip
                 (`patches.uniform_frames`); default: 1.
-            images: tokens [n, image_dim] of the images of each sample, for a model with an image_dim.
+            image_tokens: CLIP's [n, image_dim] of the images of each sample, for a model with an image_dim.
             window: how many tokens a token sees along T, H and W, of models trained to see all of them an approximation; default:
                 the whole sample.
             cache: of `StepCache`, which leaves out blocks of a sample where the step before is near enough.
@@ -146,15 +146,17 @@ class DiT(nn.Module):
             ValueError: sizes that the patch does not divide, a number of timesteps, captions or labels that does not fit,
                 a video for a model with sin-cos positions.
         """
-        samples = Samples(latents, timesteps, text, labels, frame_steps, images)
+        samples = Samples(latents, timesteps, text, labels, frame_steps, image_tokens)
         if cache is not None:
+            if not hasattr(cache, "run"):
+                self._fail("cache", "what StepCache.of returns", type(cache).__name__, TypeError)
             return cache.run(self, samples, window)
         begun = self.begin(samples, window)
         return self.end(begun, self.run_blocks(begun, Residual(begun.x)))
 
     def begin(self, samples: Samples, window: Window | None = None) -> Begun:
         """What comes before the blocks; see `forward`."""
-        latents, timesteps, text, labels, frame_steps, images = samples
+        latents, timesteps, text, labels, frame_steps, image_tokens = samples
         weight, patch = self.final.weight, self.config.patch_size
         inputs = [latent.to(weight) for latent in latents]
         weights = self.patch_embed.weight, self.patch_embed.bias
@@ -170,16 +172,16 @@ class DiT(nn.Module):
             text = text.to(weight.device, weight.dtype)
         c, cu_rows = self._condition(layout, timesteps, text, labels)
         keys = None if text is None else self._text_keys(text, layout)
-        if (images is None) != (self.image_projection is None) or (images is not None and len(images) != len(latents)):
+        if (image_tokens is None) != (self.image_projection is None) or len(image_tokens or latents) != len(latents):
             expected = "None (no image_dim)" if self.image_projection is None else f"tokens of {len(latents)} samples"
-            self._fail("images", expected, None if images is None else len(images))
-        if keys is not None and images is not None and self.image_projection is not None:
-            keys = keys._replace(images=self.image_projection(images))
+            self._fail("image_tokens", expected, None if image_tokens is None else len(image_tokens))
+        if keys is not None and image_tokens is not None and self.image_projection is not None:
+            keys = keys._replace(images=self.image_projection(image_tokens))
         return Begun(samples, x, c, self._modulations(c), Context(layout, cu_rows, keys, window))
 
     def run_blocks(self, begun: Begun, stream: Residual, first: int = 0, last: int | None = None) -> Residual:
         """The stream behind blocks[first:last]."""
-        for block, modulation in zip(self.blocks[first:last], begun.modulations[first:last], strict=True):
+        for block, modulation in zip(list(self.blocks)[first:last], begun.modulations[first:last], strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 stream = checkpoint(block, stream, modulation, begun.context, use_reentrant=False)
             else:
@@ -309,5 +311,5 @@ class DiT(nn.Module):
         for layer in zero:
             nn.init.zeros_(layer.weight)
 
-    def _fail(self, argument: str, expected: str, actual: object) -> None:
-        raise ValueError(f"DiT: {argument}: expected {expected}, got {actual}")
+    def _fail(self, argument: str, expected: str, actual: object, kind: type[Exception] = ValueError) -> None:
+        raise kind(f"DiT: {argument}: expected {expected}, got {actual}")

@@ -49,13 +49,13 @@ class Experts(nn.Module):
         text: PackedText | None = None,
         labels: None = None,
         frame_steps: Sequence[float] | None = None,
-        images: Sequence[Tensor] | None = None,
+        image_tokens: Sequence[Tensor] | None = None,
         *,
         window: Window | None = None,
         cache: CachedSamples | None = None,
     ) -> list[Tensor]:
         """As `DiT.forward`, each sample by its expert. Of several timesteps the highest decides: those of clean frames are 0."""
-        samples, pt = Samples(latents, timesteps, text, labels, frame_steps, images), self.config.patch_size[0]
+        samples, pt = Samples(latents, timesteps, text, labels, frame_steps, image_tokens), self.config.patch_size[0]
         is_high = (torch.stack([level.max() for level in samples.levels(pt)]) >= self.boundary).tolist()
         outputs: list[Any] = [None] * len(latents)
         for expert, wanted in ((self.high, True), (self.low, False)):

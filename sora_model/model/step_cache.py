@@ -10,7 +10,8 @@ Video Diffusion Model (TeaCache, 2024); ParaAttention's first-block cache (2024)
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import contextlib
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class _Kept(NamedTuple):
 
 
 class StepCache:
-    """What is kept from step to step, two [N, D] of each sample, and how much was left out.
+    """What is kept from step to step of one run of sampling, two [N, D] of each sample, and how much was left out.
 
     >>> cache = StepCache(0.1)
     >>> with torch.no_grad():
@@ -60,7 +61,11 @@ class StepCache:
         samples: which ones a batch has, by names that stay the same from step to step. groups: of each sample; those of one group
         leave out blocks together, as halves of guidance should, whose difference is enlarged. Default: each by itself.
         """
-        return CachedSamples(self, tuple(samples), tuple(samples if groups is None else groups))
+        names = tuple(samples)
+        of_each = names if groups is None else tuple(groups)
+        if len(set(names)) != len(names) or len(of_each) != len(names):
+            raise ValueError(f"StepCache.of: samples: expected different names, and a group for each, got {names} and {of_each}")
+        return CachedSamples(self, names, of_each)
 
     def report(self) -> str:
         """What was left out, and how much the blocks had changed when they ran again, in one line."""
@@ -85,6 +90,18 @@ class StepCache:
         self.kept[name] = kept
 
 
+@contextlib.contextmanager
+def fresh(cache: StepCache | None) -> Iterator[None]:
+    """Within it a cache begins with nothing, and afterwards it holds no memory."""
+    try:
+        if cache is not None:
+            cache.clear()
+        yield
+    finally:
+        if cache is not None:
+            cache.clear()
+
+
 class CachedSamples(NamedTuple):
     """A `StepCache` for the samples of one batch."""
 
@@ -97,6 +114,8 @@ class CachedSamples(NamedTuple):
 
     def run(self, dit: DiT, samples: Samples, window: Window | None) -> list[Tensor]:
         """The outputs of a transformer, each sample with all blocks or the first alone."""
+        if len(self.names) != len(samples.latents):
+            raise ValueError(f"DiT: cache: expected names of {len(samples.latents)} samples, got {list(self.names)}")
         begun = dit.begin(samples, window)
         cu_rows, layout = begun.context.cu_rows, begun.context.layout
         x = dit.run_blocks(begun, Residual(begun.x), 0, 1).sum(cu_rows)
@@ -117,7 +136,7 @@ class CachedSamples(NamedTuple):
             return dit.end(begun, Residual(x, torch.cat([self.cache.kept[name].others for name in self.names])))
         last = dit.run_blocks(begun, Residual(x), 1).sum(cu_rows)
         for name, r, others in zip(self.names, first, layout.unpack(last - x), strict=True):
-            self.cache.keep(name, _Kept(dit, r.clone(), others.clone()))  # not all of the batch with each
+            self.cache.keep(name, _Kept(dit, r.detach().clone(), others.detach().clone()))  # not all of the batch with each
         return dit.end(begun, Residual(last))
 
     def _near(self, dit: DiT, first: Sequence[Tensor]) -> list[bool]:
@@ -136,4 +155,5 @@ class CachedSamples(NamedTuple):
 
 def _share(before: Tensor, after: Tensor) -> Tensor:
     """|after - before|_1 / |before|_1, 0 of nothing."""
-    return (after - before).float().abs().sum() / before.float().abs().sum().clamp(min=1e-30)
+    changed, whole = (torch.linalg.vector_norm(x, 1, dtype=torch.float32) for x in (after - before, before))
+    return changed / whole.clamp(min=1e-30)

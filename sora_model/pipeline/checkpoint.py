@@ -19,7 +19,7 @@ from ..storage.files import save_module, settle, whole_folder
 from ..storage.weights import built, open_module, read_index, read_json
 from ..text.pretrained import load_text_encoder
 from . import wan
-from .keyframes import ANY
+from .keyframes import TrainedKeyframes, known_keyframes
 from .parts import Defaults, Outline, Parts, Weights, bytes_in, token_timing, token_unit
 
 
@@ -37,8 +37,16 @@ def read_outline(directory: str | Path) -> Outline:
     unit, defaults = token_unit(config.patch_size, compression), Defaults(**index["defaults"])
     weights = Weights(text, (dit,), vae + captioner)
     kind = read_json(folder / "vae" / "config.json", owner)["_class_name"] if index["vae"] else None
-    size, given = tuple(index["size"]), index["given_frames"]
-    return Outline(size, unit, timing, config.hidden_size, weights, vae=kind, defaults=defaults, given_frames=given)
+    return Outline(
+        size=tuple(index["size"]),
+        unit=unit,
+        timing=timing,
+        width=config.hidden_size,
+        weights=weights,
+        vae=kind,
+        defaults=defaults,
+        trained_keyframes=known_keyframes(index["trained_keyframes"]),
+    )
 
 
 def has_captioner(directory: str | Path, owner: str) -> bool:
@@ -60,8 +68,16 @@ def load_parts(directory: str | Path, dtype: torch.dtype | None = None, device: 
     codec = VideoVAE.from_pretrained(folder / "vae") if index["vae"] else PixelCodec()
     captioner = Captioner.from_pretrained(folder / "captioner") if index["captioner"] else None
     text_encoder = load_text_encoder(folder / "text_encoder")
-    size, defaults = tuple(index["size"]), Defaults(**index["defaults"])
-    return Parts(dit.to(dtype), text_encoder, scheduler, codec, captioner, size, defaults, index["given_frames"])
+    return Parts(
+        dit=dit.to(dtype),
+        text_encoder=text_encoder,
+        scheduler=scheduler,
+        codec=codec,
+        captioner=captioner,
+        size=tuple(index["size"]),
+        defaults=Defaults(**index["defaults"]),
+        trained_keyframes=known_keyframes(index["trained_keyframes"]),
+    )
 
 
 def save_parts(parts: Parts, directory: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -86,7 +102,7 @@ def save_parts(parts: Parts, directory: str | Path, dtype: torch.dtype | None = 
         present = {"vae": isinstance(codec, VideoVAE), "captioner": captioner is not None}
         index: dict[str, Any] = {"_class_name": "SoraPipeline", "size": list(parts.size), **present}
         if parts.defaults != Defaults():
-            index["defaults"] = parts.defaults._asdict()
-        if parts.given_frames != ANY:
-            index["given_frames"] = parts.given_frames
+            index["defaults"] = {name: value for name, value in parts.defaults._asdict().items() if value is not None}
+        if parts.trained_keyframes is not TrainedKeyframes.ANY:
+            index["trained_keyframes"] = parts.trained_keyframes.value
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from ..sizes import Size
 Clip = Any  # what `as_video` takes
 
 
-def as_video(video: Any) -> Tensor:
+def as_video(video: Any, owner: str = "as_video") -> Tensor:
     """A PIL image, several of them, or an array [T, H, W, 3], uint8 or in [0, 1], as [3, T, H, W] in [-1, 1]; a tensor as it is."""
     if isinstance(video, Tensor):
         return video
@@ -25,7 +25,7 @@ def as_video(video: Any) -> Tensor:
         video = [video]
     if isinstance(video, Sequence) and not isinstance(video, str):
         if not video or not all(isinstance(image, Image.Image) for image in video):
-            raise ValueError(f"as_video: expected PIL images, got {type(video[0]).__name__ if video else 'none'}")
+            raise ValueError(f"{owner}: expected PIL images, got {type(video[0]).__name__ if video else 'none'}")
         video = np.stack([np.asarray(image.convert("RGB")) for image in video])
     if (
         not isinstance(video, np.ndarray)
@@ -34,7 +34,7 @@ def as_video(video: Any) -> Tensor:
         or (video.dtype != np.uint8 and video.dtype.kind != "f")
     ):
         got = f"{video.dtype} {list(video.shape)}" if isinstance(video, np.ndarray) else type(video).__name__
-        raise ValueError(f"as_video: expected a tensor [3, T, H, W], an array [T, H, W, 3] or PIL images, got {got}")
+        raise ValueError(f"{owner}: expected a tensor [3, T, H, W], an array [T, H, W, 3] or PIL images, got {got}")
     pixels = torch.from_numpy(video.astype(np.float32)) / (255 if video.dtype == np.uint8 else 1)
     return pixels.permute(3, 0, 1, 2) * 2 - 1
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..model.block import Window
+from ..model.step_cache import StepCache
 from ..sizes import Size
 from .request import Request
 
@@ -16,9 +17,20 @@ Seeds = int | torch.Generator | Sequence[int | torch.Generator] | None
 OUTPUTS = ("pt", "np", "pil", "latent")
 
 
-def check_options(num_inference_steps: int, guidance_from: float, output_type: str, precision: str, window: Window | None) -> None:
+def check_options(
+    num_inference_steps: int,
+    guidance_from: float,
+    output_type: str,
+    precision: str,
+    window: Window | None,
+    step_cache: StepCache | float | None,
+) -> None:
+    if window is not None and not isinstance(window, Sequence):
+        raise TypeError(f"SoraPipeline: window: expected three numbers of tokens or None, got {window!r}")
     if window is not None and (len(window) != 3 or any(n is not None and (type(n) is not int or n < 1) for n in window)):
         raise ValueError(f"SoraPipeline: window: expected three numbers of tokens of at least 1 or None, got {window!r}")
+    if isinstance(step_cache, bool) or not isinstance(step_cache, StepCache | int | float | None):
+        raise TypeError(f"SoraPipeline: step_cache: expected a StepCache, a number or None, got {step_cache!r}")
     if precision not in ("no", "bf16"):
         raise ValueError(f"SoraPipeline: precision: expected 'no' or 'bf16', got {precision!r}")
     if num_inference_steps < 1:

@@ -8,6 +8,7 @@ as a condition     further channels of a latent: which frames are given, and the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -17,43 +18,78 @@ from ..codec.codec import Codec, latent_frames, latent_size, nearest_known
 from ..diffusion.masks import CleanFrames
 from ..diffusion.sampling import Init
 from ..sizes import Size, Timing
-from ..storage.weights import GIVEN_FRAMES
 from .clips import pad
 from .request import Request
 
-# Which frames a transformer was trained with, of what a request may give.
-NONE, FIRST, ENDS, ANY = GIVEN_FRAMES
-TRAINED = {
-    NONE: "none, as this transformer was trained with one time for all frames",
-    FIRST: "the first frame alone, as this transformer was trained",
-    ENDS: "the first frame and the last, as this transformer was trained",
-}
+
+class TrainedKeyframes(str, Enum):
+    """Which keyframes a transformer was trained with."""
+
+    NONE = "none"
+    FIRST = "first"
+    FIRST_AND_LAST = "first and last"
+    ANY = "any"
+
+    @property
+    def as_condition(self) -> bool:
+        """Whether they are further channels, of a transformer that needs some."""
+        return self in (TrainedKeyframes.FIRST, TrainedKeyframes.FIRST_AND_LAST)
+
+    @property
+    def expected(self) -> str:
+        """In words, for errors."""
+        if self is TrainedKeyframes.NONE:
+            return "none, as this transformer was trained with one time for all frames"
+        frames = {"first": "the first frame alone", "first and last": "the first frame and the last"}
+        return f"{frames.get(self.value, 'any')}, as this transformer was trained"
+
+    def of(self, request: Request) -> dict[int, int] | None:
+        """The clips that a request should have, by their first frame how many frames; None is any."""
+        last = {max(request.size[0] - 1, 1): 1}
+        known: dict[str, dict[int, int]] = {"none": {}, "first": {0: 1}, "first and last": {0: 1, **last}}
+        return known.get(self.value)
 
 
-class Given(NamedTuple):
-    """What requests give of their videos: latents to start from; clean frames, where any are; conditions; CLIP's tokens."""
+def known_keyframes(value: TrainedKeyframes | str) -> TrainedKeyframes:
+    """One of `TrainedKeyframes`, by its value; another is a ValueError."""
+    if value not in list(TrainedKeyframes):
+        expected = ", ".join(one.value for one in TrainedKeyframes)
+        raise ValueError(f"SoraPipeline: trained_keyframes: expected one of {expected}, got {value!r}")
+    return TrainedKeyframes(value)
+
+
+class Encoded(NamedTuple):
+    """What a transformer sees of the videos of requests: latents to start from; clean frames, where there are any; conditions;
+    CLIP's tokens of images."""
 
     init: list[Init | None]
     clean: list[CleanFrames] | None
     conditions: list[Tensor] | None = None
-    images: list[Tensor] | None = None
+    image_tokens: list[Tensor] | None = None
 
 
-def check_keyframes(given_frames: str, requests: Sequence[Request] | None = None, owner: str = "SoraPipeline") -> None:
-    """Raises ValueError for keyframes that a transformer was not trained with.
-
-    given_frames: which ones it was. requests: default: of a task that goes on from any frames.
-    """
-    if given_frames == ANY:
-        return
-    if requests is None:
-        raise ValueError(f"{owner}: keyframes: expected {TRAINED[given_frames]}, got any")
+def check_keyframes(trained: TrainedKeyframes, requests: Sequence[Request], owner: str = "SoraPipeline") -> None:
+    """Raises ValueError for keyframes that a transformer was not trained with."""
     for request in requests:
-        got = {place.start: place.stop - place.start for place in _places(request).values()}
-        wanted: dict[str, dict[int, int]] = {NONE: {}, FIRST: {0: 1}, ENDS: {0: 1, request.size[0] - 1: 1}}
-        if got != wanted[given_frames]:
+        got, wanted = {place.start: place.stop - place.start for place in _places(request).values()}, trained.of(request)
+        if wanted not in (None, got):
             shown = ", ".join(f"{count} from frame {at}" for at, count in sorted(got.items())) or "none"
-            raise ValueError(f"{owner}: keyframes: expected {TRAINED[given_frames]}, got {shown}")
+            raise ValueError(f"{owner}: keyframes: expected {trained.expected}, got {shown}")
+
+
+def check_any_keyframes(trained: TrainedKeyframes, owner: str = "SoraPipeline") -> None:
+    """Raises ValueError for a transformer that was not trained with any, as tasks that go on again and again need."""
+    if trained is not TrainedKeyframes.ANY:
+        raise ValueError(f"{owner}: keyframes: expected {trained.expected}, got any")
+
+
+def check_condition(timing: Timing, request: Request) -> None:
+    """Raises ValueError for keyframes that cannot be a condition: it needs one, and nothing may follow a last one that is given."""
+    if not request.keyframes:
+        raise ValueError("SoraPipeline: keyframes: expected at least one, which this transformer goes on from, got none")
+    frames, (first, stride) = request.size[0], timing
+    if any(place.stop == frames for place in _places(request).values()) and (frames - first) % stride:
+        raise ValueError(f"SoraPipeline: size: expected {first} + {stride} n frames where the last one is given, got {frames}")
 
 
 def init_latent(codec: Codec, request: Request, padded: Size, device: torch.device, **watched: Any) -> Init | None:
@@ -69,8 +105,8 @@ def check_whole_frames(timing: Timing, request: Request) -> None:
     first, stride = timing
     edges: list[int] = []  # where given frames begin and end
     for place in sorted(_places(request).values(), key=lambda place: place.start):
-        if edges and place.start <= edges[-1]:
-            edges[-1] = max(edges[-1], place.stop)
+        if edges and place.start == edges[-1]:
+            edges[-1] = place.stop
         else:
             edges += [place.start, place.stop]
     if any(edge and (edge < first or (edge - first) % stride) for edge in edges):
@@ -84,7 +120,7 @@ def check_whole_frames(timing: Timing, request: Request) -> None:
 def clean_frames(codec: Codec, timing: Timing, request: Request, padded: Size, device: torch.device, **watched: Any) -> CleanFrames:
     """The latent frames that are made of keyframes."""
     check_whole_frames(timing, request)
-    video, known = _given(request, padded, device)
+    video, known = _keyframe_video(request, padded, device)
     mask = latent_frames(codec, known)
     if not known.any():
         return CleanFrames(mask, torch.zeros(codec.channels, *latent_size(codec, padded), device=device))
@@ -94,7 +130,7 @@ def clean_frames(codec: Codec, timing: Timing, request: Request, padded: Size, d
 
 def condition(codec: Codec, request: Request, padded: Size, device: torch.device, **watched: Any) -> Tensor:
     """[ct + C, T', H', W']: for each of the ct frames of a latent frame whether it is given, and the latent."""
-    video, known = _given(request, padded, device)
+    video, known = _keyframe_video(request, padded, device)
     (latent,) = codec.encode([video], **watched)
     ct = codec.compression[0]
     mask = torch.cat([known[:1].expand(ct), known[1:]]).unflatten(0, (-1, ct)).mT  # the first frame has a latent frame of its own
@@ -114,7 +150,7 @@ def _places(request: Request) -> dict[int, slice]:
     return {at: slice(start, start + request.keyframes[at].shape[1]) for at, start in starts.items()}
 
 
-def _given(request: Request, padded: Size, device: torch.device) -> tuple[Tensor, Tensor]:
+def _keyframe_video(request: Request, padded: Size, device: torch.device) -> tuple[Tensor, Tensor]:
     """A video [3, T, H, W] of keyframes and gray, and which frames are given: bool [T] on the host."""
     video, known = torch.zeros(3, *padded, device=device), torch.zeros(padded[0], dtype=torch.bool)
     for at, place in _places(request).items():

@@ -46,12 +46,17 @@ def put_in_turn(parts: Parts, device: torch.device) -> None:
 
 def execution_device(dit: DiT | Experts) -> torch.device:
     """Where a transformer computes, which is where its weights are unless it is offloaded."""
-    hook = getattr(_transformers(dit)[0], "_hf_hook", None)
-    return hook.execution_device if isinstance(hook, InTurn) else dit.final.weight.device
+    hook = _hook(dit)
+    return dit.final.weight.device if hook is None else hook.execution_device
 
 
 def is_offloaded(dit: DiT | Experts) -> bool:
-    return isinstance(getattr(_transformers(dit)[0], "_hf_hook", None), InTurn)
+    return _hook(dit) is not None
+
+
+def _hook(dit: DiT | Experts) -> InTurn | None:
+    hook = getattr(_transformers(dit)[0], "_hf_hook", None)
+    return hook if isinstance(hook, InTurn) else None
 
 
 def _transformers(dit: DiT | Experts) -> list[Any]:

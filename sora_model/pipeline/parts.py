@@ -19,18 +19,20 @@ from ..model.experts import Experts
 from ..sizes import Size, Timing, whole_size
 from ..storage.weights import read_shapes
 from ..text.words import WordEncoder
-from .keyframes import ANY
+from .keyframes import TrainedKeyframes
 
 EMBEDDED = Path(__file__).parent.parent / "pretrained"  # the checkpoint that comes with the package
 SIZE: Size = (6, 24, 24)
 
 
 class Defaults(NamedTuple):
-    """Of a call: what a checkpoint's makers recommend. See `SoraPipeline.__call__`."""
+    """Of a call: what a checkpoint's makers recommend. See `SoraPipeline.__call__`; fps: frames per second of what is made."""
 
     num_inference_steps: int = 30
     guidance_scale: float = 3.0
     guidance_from: float = 0.6
+    guidance_scale_2: float | None = None
+    fps: float = 8.0
 
 
 class Parts(NamedTuple):
@@ -43,24 +45,25 @@ class Parts(NamedTuple):
     captioner: Captioner | None = None
     size: Size = SIZE
     defaults: Defaults = Defaults()
-    given_frames: str = ANY
+    trained_keyframes: TrainedKeyframes = TrainedKeyframes.ANY
     image_encoder: ImageEncoder | None = None
 
 
 class Weights(NamedTuple):
-    """Bytes of weights, as they are held: of the encoders of text and images, of each transformer, of VAE and captioner."""
+    """Bytes of weights in memory: of the encoders of text and images, of each transformer, of VAE and captioner."""
 
     encoders: float
     transformers: tuple[float, ...]
-    vae: float
+    others: float
 
 
 class Outline(NamedTuple):
     """What a checkpoint's configs and the headers of its files say of it, for which no weights are read.
 
     size: of a request without one. unit: pixels along T, H and W per token. timing: pixel frames per token frame. width: D.
-    weights_bf16: those with bf16 precision, None where that leaves them as they are. vae: class of the VAE; None if latents are
-    pixels. defaults: of a call. given_frames: see `SoraPipeline`.
+    weights: in memory. weights_bf16: those with bf16 precision, None where that leaves them as they are. vae: class of the VAE;
+    None if latents are pixels. defaults: of a call. trained_keyframes: see `SoraPipeline`. enlarged: times the pixels of `size`
+    that frames of files may have, unless more are asked for.
     """
 
     size: Size
@@ -71,7 +74,8 @@ class Outline(NamedTuple):
     weights_bf16: Weights | None = None
     vae: str | None = None
     defaults: Defaults = Defaults()
-    given_frames: str = ANY
+    trained_keyframes: TrainedKeyframes = TrainedKeyframes.ANY
+    enlarged: float = 4.0
 
     def padded(self, size: Size) -> Size:
         """The next size of whole tokens."""
@@ -79,8 +83,8 @@ class Outline(NamedTuple):
 
 
 def bytes_in(folder: Path, itemsize: int | None = None) -> int:
-    """Of the weights in a folder's files; itemsize: of each, in place of their own."""
-    files = sorted(folder.rglob("*.safetensors"))
+    """Of the weights in a folder's files, but for those of a variant such as fp16; itemsize: of each, in place of their own."""
+    files = sorted(path for path in folder.rglob("*.safetensors") if "." not in path.stem)
     if itemsize is None:
         return sum(path.stat().st_size for path in files)
     return itemsize * sum(map(math.prod, read_shapes(files, "bytes_in").values()))

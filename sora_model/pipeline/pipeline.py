@@ -20,12 +20,23 @@ from ..model.block import Window
 from ..model.conditioning import TextEncoder
 from ..model.dit import TIMESTEPS, DiT
 from ..model.experts import Experts
-from ..model.step_cache import StepCache
+from ..model.step_cache import StepCache, fresh
 from ..sizes import Size, Timing, whole_size
 from .checkpoint import load_parts, save_parts
 from .clips import converted, pad
 from .inputs import Seeds, as_generators, as_requests, check_options
-from .keyframes import ANY, Given, check_keyframes, clean_frames, condition, init_latent, shown_images
+from .keyframes import (
+    Encoded,
+    TrainedKeyframes,
+    check_any_keyframes,
+    check_condition,
+    check_keyframes,
+    clean_frames,
+    condition,
+    init_latent,
+    known_keyframes,
+    shown_images,
+)
 from .offload import execution_device, is_offloaded, put_in_turn
 from .parts import EMBEDDED, SIZE, Defaults, Parts, preset_parts, token_timing, token_unit
 from .request import Request
@@ -51,8 +62,7 @@ class SoraPipeline:
         captioner: latents -> captions, short prompts -> long ones; may be None.
         size: (T, H, W) of a request without one.
         defaults: of a call.
-        given_frames: which keyframes the transformer was trained with: "any", with a time for each frame or as a condition;
-            "none"; "first"; "first and last". Others are refused.
+        trained_keyframes: which keyframes the transformer was trained with, one of `TrainedKeyframes`; others are refused.
         image_encoder: CLIP, for a transformer with an image_dim.
     """
 
@@ -66,12 +76,12 @@ class SoraPipeline:
         *,
         size: Size = SIZE,
         defaults: Defaults = Defaults(),  # noqa: B008
-        given_frames: str = ANY,
+        trained_keyframes: TrainedKeyframes | str = TrainedKeyframes.ANY,
         image_encoder: ImageEncoder | None = None,
     ) -> None:
         self.dit: Any = dit
         self.text_encoder, self.scheduler, self.size = text_encoder, scheduler, size
-        self.defaults, self.given_frames, self.image_encoder = defaults, given_frames, image_encoder
+        self.defaults, self.trained_keyframes, self.image_encoder = defaults, known_keyframes(trained_keyframes), image_encoder
         self.codec: Codec = PixelCodec() if codec is None else codec
         self.captioner = captioner
         # What a condition has of a latent position: whether each of its frames is given, and the latent of those that are.
@@ -102,7 +112,7 @@ class SoraPipeline:
         dtype: torch.dtype | None = None,
         offload: bool = False,
     ) -> SoraPipeline:
-        """Reads what `save_pretrained` wrote, or one of diffusers' Wan pipelines (2.1 and 2.2 text to video, 2.2 TI2V).
+        """Reads what `save_pretrained` wrote, or one of diffusers' Wan pipelines: text to video, image to video and TI2V.
 
         A write that was killed is completed or undone first (`settle`).
 
@@ -110,13 +120,14 @@ class SoraPipeline:
             directory: of the checkpoint; default: the one that comes with the package, of a world of moving shapes.
             dtype: of the transformer's weights, and of Wan's text encoder; default: float32, or that of Wan's files. What Wan
                 computes in float32 is that in any case.
-            offload: keep text encoder, transformers and VAE on the CPU, from where each comes to the device when it is used.
+            offload: keep the encoders of text and images, transformers and VAE on the CPU, from where each comes to the device when
+                it is used.
 
         Raises:
             FileNotFoundError: a folder without a pipeline in it. ValueError: files that are broken or do not fit together.
         """
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise TypeError(f"SoraPipeline.from_pretrained: dtype: expected a torch.dtype, got {dtype!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"SoraPipeline.from_pretrained: dtype: expected a torch.dtype of floats, got {dtype!r}")
         wanted, folder = torch.device(device), EMBEDDED if directory is None else directory
         if not offload:
             return cls._of(load_parts(folder, dtype, wanted)).eval().to(wanted)
@@ -227,7 +238,7 @@ class SoraPipeline:
             num_inference_steps: steps of the scheduler. Default of this and the next two: `defaults` of the pipeline.
             guidance_scale: of classifier-free guidance; 1 is none.
             guidance_from: where guidance ends, as a share of the scheduler's timesteps: 0 guides every step. See `guided`.
-            guidance_scale_2: with `Experts`, that of the one for low noise; default: guidance_scale.
+            guidance_scale_2: with `Experts`, that of the one for low noise; default: guidance_scale, if that is given.
             window: how many tokens a token sees along T, H and W, which is faster and not what the model was trained for; default:
                 all of its video.
             step_cache: leaves out most blocks where a step is like the one before: a `StepCache`, or its threshold; default: all
@@ -245,35 +256,35 @@ class SoraPipeline:
 
         Raises:
             TypeError: requests, sizes or seeds of another type. ValueError: numbers of requests, sizes and seeds that differ;
-                keyframes that are not whole token frames.
+                keyframes that the transformer was not trained with, or that are not whole token frames.
         """
-        steps, scale, lowest = self.defaults
-        num_inference_steps = steps if num_inference_steps is None else num_inference_steps
-        guidance_scale = scale if guidance_scale is None else guidance_scale
-        guidance_from = lowest if guidance_from is None else guidance_from
-        check_options(num_inference_steps, guidance_from, output_type, precision, window)
+        defaults = self.defaults
+        if guidance_scale is None:
+            guidance_scale_2 = defaults.guidance_scale_2 if guidance_scale_2 is None else guidance_scale_2
+            guidance_scale = defaults.guidance_scale
+        num_inference_steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+        guidance_from = defaults.guidance_from if guidance_from is None else guidance_from
+        check_options(num_inference_steps, guidance_from, output_type, precision, window, step_cache)
         asked = as_requests(requests, size, self.size)
         if guidance_scale_2 is not None and not isinstance(self.dit, Experts):
             raise ValueError(f"SoraPipeline: guidance_scale_2: expected None for one transformer, got {guidance_scale_2}")
         is_guided = guidance_scale != 1 or guidance_scale_2 not in (None, 1)
         self._check(asked, is_guided)
         cache = StepCache(step_cache) if isinstance(step_cache, int | float) else step_cache
-        if cache is not None:
-            cache.clear()
         generators = as_generators(generator, asked)
         padded = [self._padded(request.size) for request in asked]
         shapes = [(self.codec.channels, *latent_size(self.codec, size)) for size in padded]
         noise = [torch.randn(shape, generator=g).to(self.device) for shape, g in zip(shapes, generators, strict=True)]
         text = self.text_encoder([request.prompt for request in asked])
         null_text = self.text_encoder([request.negative_prompt for request in asked]) if is_guided else None
-        given = self._given(asked, padded, **_watched(progress, "encoding"))
+        encoded = self._encoded(asked, padded, **_watched(progress, "encoding"))
         denoise = guided(
             self.dit,
             text=text,
             null_text=null_text,
             frame_steps=[request.frame_step for request in asked],
-            conditions=given.conditions,
-            images=given.images,
+            conditions=encoded.conditions,
+            image_tokens=encoded.image_tokens,
             guidance_scale=guidance_scale,
             guidance_from=guidance_from * self.scheduler.config.num_train_timesteps,
             guidance_scale_2=guidance_scale_2,
@@ -281,20 +292,20 @@ class SoraPipeline:
             cache=cache,
         )
         autocast = precision == "bf16" and self.dit.final.weight.dtype == torch.float32
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+        # Autocast would keep copies on the GPU of weights that have left it.
+        options: dict[str, Any] = {"enabled": autocast, "cache_enabled": not is_offloaded(self.dit)}
+        with torch.autocast(self.device.type, torch.bfloat16, **options), fresh(cache):
             latents = sample(
                 denoise,
                 self.scheduler,
                 noise,
                 num_inference_steps=num_inference_steps,
-                clean=given.clean,
-                init=given.init,
+                clean=encoded.clean,
+                init=encoded.init,
                 patch_frames=self.dit.config.patch_size[0],
                 generators=generators,
                 callback=callback,
             )
-        if cache is not None:
-            cache.clear()  # its memory, before the VAE takes some
         if output_type == "latent":
             return latents
         videos = []
@@ -335,32 +346,32 @@ class SoraPipeline:
             raise ValueError(
                 f"SoraPipeline: negative_prompt: expected none with guidance_scale 1, which has no use for it, got {unused!r}"
             )
-        check_keyframes(self.given_frames, requests)
-        if self.dit.config.condition_channels and not all(request.keyframes for request in requests):
-            raise ValueError("SoraPipeline: keyframes: expected at least one, which this transformer goes on from, got none")
+        check_keyframes(self.trained_keyframes, requests)
+        for request in requests if self.dit.config.condition_channels else ():
+            check_condition(self.timing, request)
         steps = [request.frame_step for request in requests]
         if self.codec.compression[0] > 1 and any(step != 1 for step in steps):
             raise ValueError(f"SoraPipeline: frame_step: expected 1, as the VAE compresses time, got {steps}")
 
-    def check_given_frames(self) -> None:
+    def check_any_keyframes(self) -> None:
         """Raises ValueError for a transformer that was not trained with any keyframes, as tasks that go on again and again need."""
-        check_keyframes(self.given_frames)
+        check_any_keyframes(self.trained_keyframes)
 
     def _padded(self, size: Size) -> Size:
         return whole_size(size, self.unit, self.timing)
 
-    def _given(self, requests: Sequence[Request], padded: Sequence[Size], **watched: Any) -> Given:
-        """What requests give of their videos, on the device."""
+    def _encoded(self, requests: Sequence[Request], padded: Sequence[Size], **watched: Any) -> Encoded:
+        """What the transformer sees of the videos of requests, on the device."""
         codec, device, both = self.codec, self.device, list(zip(requests, padded, strict=True))
         init = [init_latent(codec, request, size, device, **watched) for request, size in both]
         if not self.dit.config.condition_channels:
             clean = [clean_frames(codec, self.timing, request, size, device, **watched) for request, size in both]
-            return Given(init, clean if any(frames.mask.any() for frames in clean) else None)
+            return Encoded(init, clean if any(frames.mask.any() for frames in clean) else None)
         conditions = [condition(codec, request, size, device, **watched) for request, size in both]
         if self.image_encoder is None:
-            return Given(init, None, conditions)
+            return Encoded(init, None, conditions)
         count = 1 if self.dit.config.image_positions is None else 2
-        return Given(init, None, conditions, [self.image_encoder(shown_images(request, count)) for request in requests])
+        return Encoded(init, None, conditions, [self.image_encoder(shown_images(request, count)) for request in requests])
 
     def eval(self) -> SoraPipeline:
         """Everything in evaluation mode, in place."""

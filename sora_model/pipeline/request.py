@@ -3,7 +3,7 @@
     request                 keyframes                              result
     text_to_video           none                                   the clip
     text_to_image           none                                   a clip of one frame
-    image_to_video          the first frame                        the clip
+    image_to_video          the first frame, maybe the last        the clip
     video_to_video          none; starts from a noised video       the clip
     extend                  the video's last frames                the video and what follows
     extend backward         its first frames                       what leads up to it, and the video
@@ -70,23 +70,33 @@ class Request:
             raise ValueError(f"Request: frame_step: expected a finite number above 0, got {self.frame_step}")
         if self.seed is not None and (not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**64):
             raise ValueError(f"Request: seed: expected a whole number from 0 to 2**64 - 1 or None, got {self.seed!r}")
-        if self.init_video is not None and (
-            tuple(self.init_video.shape) != (3, *self.size) or not self.init_video.is_floating_point()
-        ):
-            got = f"{self.init_video.dtype} {list(self.init_video.shape)}"
-            raise ValueError(f"Request: init_video: expected floats {[3, *self.size]}, got {got}")
+        if self.init_video is not None:
+            if tuple(self.init_video.shape) != (3, *self.size) or not self.init_video.is_floating_point():
+                got = f"{self.init_video.dtype} {list(self.init_video.shape)}"
+                raise ValueError(f"Request: init_video: expected floats {[3, *self.size]}, got {got}")
+            if not self.init_video.isfinite().all():
+                raise ValueError("Request: init_video: expected finite numbers, got NaN or infinity")
         self._check_keyframes()
         if self.stitch is not None:
             self.stitch.check(self.size)
 
     def _check_keyframes(self) -> None:
         frames, height, width = self.size
+        taken: set[int] = set()
         for at, clip in self.keyframes.items():
             start = at + frames if at < 0 else at
             fits = clip.ndim == 4 and clip.shape[0] == 3 and tuple(clip.shape[2:]) == (height, width) and clip.is_floating_point()
             if not fits or not 0 <= start <= frames - clip.shape[1] or not clip.shape[1]:
                 expected = f"clips of floats [3, t, {height}, {width}] within {frames} frames"
                 raise ValueError(f"Request: keyframes: expected {expected}, got {clip.dtype} {list(clip.shape)} at frame {at}")
+            if not clip.isfinite().all():
+                raise ValueError(f"Request: keyframes: expected finite numbers, got NaN or infinity at frame {at}")
+            places = range(start, start + clip.shape[1])
+            if not taken.isdisjoint(places):
+                raise ValueError(
+                    f"Request: keyframes: expected each frame once, got frames {places.start} to {places.stop - 1} twice"
+                )
+            taken.update(places)
 
     @property
     def stitched_size(self) -> Size:
@@ -124,18 +134,18 @@ def image_to_video(
 ) -> Request:
     """A video of so many frames that begins with an image [3, 1, H, W]; where a first token frame is several, with a still one.
 
-    last: the image that it ends with, of the same size, for a model that was trained with both.
+    last: the image that it ends with, of the same size, for a model that takes a single last frame.
     """
-    image = as_video(image)
+    image = as_video(image, "image_to_video: image")
     check_video("image_to_video", "image", image)
     keyframes = {0: image[:, :1].expand(-1, min(timing.first, max(frames, 1)), -1, -1)}
     if last is not None:
-        last = as_video(last)
+        last = as_video(last, "image_to_video: last")
         check_video("image_to_video", "last", last)
         if frames < 2 or last.shape[2:] != image.shape[2:]:
             expected = f"frames of {list(image.shape[2:])} as in image, and at least 2"
             raise ValueError(f"image_to_video: last: expected {expected}, got {list(last.shape[2:])} and {frames}")
-        keyframes[frames - 1] = last[:, -1:]
+        keyframes[frames - 1] = last[:, :1]
     return Request(prompt, (frames, *image.shape[2:]), keyframes, negative_prompt=negative_prompt, seed=seed)
 
 
@@ -143,7 +153,7 @@ def video_to_video(
     prompt: str, video: Clip, strength: float = 0.7, *, negative_prompt: str = "", seed: int | None = None
 ) -> Request:
     """The video anew after another prompt; what is the same in both prompts tends to stay."""
-    video = as_video(video)
+    video = as_video(video, "video_to_video: video")
     check_video("video_to_video", "video", video)
     frames, height, width = video.shape[1:]
     return Request(prompt, (frames, height, width), init_video=video, strength=strength, negative_prompt=negative_prompt, seed=seed)
@@ -164,7 +174,7 @@ def extend(
 
     overlap: how many token frames of the video the model sees, besides the first; fewer if the video is shorter.
     """
-    video = as_video(video)
+    video = as_video(video, "extend: video")
     check_video("extend", "video", video)
     height, width = video.shape[2:]
     if frames < 1:
@@ -194,7 +204,7 @@ def join(
 
     The frames of both that the model sees are blended with what it made of them.
     """
-    first, last = as_video(first), as_video(last)
+    first, last = as_video(first, "join: first"), as_video(last, "join: last")
     check_video("join", "first", first)
     check_video("join", "last", last)
     if first.shape[2:] != last.shape[2:]:

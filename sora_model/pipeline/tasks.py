@@ -99,7 +99,7 @@ def close(
         overlap: token frames at both ends that the passage sees.
         options: of the pipeline's call.
     """
-    pipeline.check_given_frames()
+    pipeline.check_any_keyframes()
     timing, common = pipeline.timing, {"negative_prompt": negative_prompt}
     (clip,) = pipeline([Request(prompt, size or pipeline.size, seed=seed, **common)], **options)  # type: ignore[arg-type]
     passage = max(clip.shape[1] // timing.stride, 1) * timing.stride if passage is None else passage
@@ -187,7 +187,7 @@ class Simulation:
         **options: Any,
     ) -> None:
         check_overlap("Simulation", overlap)
-        pipeline.check_given_frames()
+        pipeline.check_any_keyframes()
         self.pipeline, self.overlap, self.seed, self.options = pipeline, overlap, seed, options
         self.frames, self.negative_prompt = (size or pipeline.size)[0], negative_prompt
         self.seen = pipeline.timing.first + pipeline.timing.stride * overlap

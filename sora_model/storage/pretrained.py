@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,14 +37,22 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 # Entries of a config by which transformers would run code of a folder or of the hub, or open another folder.
-FOREIGN = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "_name_or_path")
+FOREIGN = (
+    "auto_map",
+    "quantization_config",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+    "_name_or_path",
+)
 
 
 def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str, dtype: torch.dtype | None = None) -> Any:
     """A model of transformers from its config and the safetensors of a folder, which transformers itself never opens.
 
     kind: a class of transformers. values: its config. dtype: of the weights, but for those that transformers keeps in float32, as
-    of T5 in float16; default: that of the files.
+    of T5 in float16; default: that of most weights in the files.
 
     Raises:
         FileNotFoundError: no safetensors there. ValueError: weights that are broken, missing, of another shape or not finite.
@@ -50,7 +60,7 @@ def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str,
     files = weight_files(folder, "model", owner)
     shapes = read_shapes(files, owner)
     check_depth(values, shapes, owner)
-    values = {key: value for key, value in values.items() if key not in FOREIGN}
+    values = _own(values)
     config = built(kind.config_class.from_dict, {"config_dict": values}, owner)
     with torch.device("meta"):
         asked = sum(p.numel() for p in built(kind, {"config": config}, owner).parameters())
@@ -59,7 +69,8 @@ def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str,
         expected = f"a model of at most {held:,} weights, as many as lie beside it"
         raise ValueError(f"{owner}: {folder / 'config.json'}: expected {expected}, got one of {asked:,}")
     weights = read_tensors(files, owner)
-    own = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
+    dtypes = Counter(value.dtype for value in weights.values() if value.is_floating_point())
+    own = dtypes.most_common(1)[0][0] if dtypes else torch.float32
     options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": own if dtype is None else dtype}
     try:
         with _without_bar():
@@ -69,7 +80,22 @@ def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str,
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"]))
         raise ValueError(f"{owner}: {files[0]}: expected the weights {missing}, which are not there")
+    # Other parts of a larger model may be left over, but no layers of this one.
+    kinds = {_without_numbers(name) for name in model.state_dict()}
+    left = sorted(name for name in loading["unexpected_keys"] if _without_numbers(name) in kinds)
+    if left:
+        expected = f"all layers that there are weights for, got none for {left[0]}"
+        raise ValueError(f"{owner}: {folder / 'config.json'}: expected {expected}")
     return model
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _own(values: dict[str, Any]) -> dict[str, Any]:
+    """A config without the entries of FOREIGN, those of its parts included."""
+    return {key: _own(value) if isinstance(value, dict) else value for key, value in values.items() if key not in FOREIGN}
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
-GIVEN_FRAMES = "none", "first", "first and last", "any"  # which keyframes a transformer was trained with
 
 
 def read_json(path: Path, owner: str) -> dict[str, Any]:
@@ -37,26 +36,23 @@ def read_json(path: Path, owner: str) -> dict[str, Any]:
 def read_index(folder: Path, owner: str) -> dict[str, Any]:
     """What model_index.json says there is in a checkpoint: "size", and whether there is a "vae" and a "captioner".
 
-    It may have "defaults" of a call and "given_frames", which are {} and "any" if it has none.
+    It may have "defaults" of a call and "trained_keyframes", which are {} and "any" if it has none.
     """
     index = read_json(folder / "model_index.json", owner)
-    kind, known = index.get("_class_name"), {"_class_name", "size", "vae", "captioner", "defaults", "given_frames"}
+    kind, known = index.get("_class_name"), {"_class_name", "size", "vae", "captioner", "defaults", "trained_keyframes"}
     if isinstance(kind, str) and kind != "SoraPipeline":
         raise ValueError(f"{owner}: model_index.json: _class_name: expected SoraPipeline, got {kind}")
-    index = {"defaults": {}, "given_frames": "any", **index}
+    index = {"defaults": {}, "trained_keyframes": "any", **index}
     if set(index) != known or kind != "SoraPipeline":
-        got = sorted(set(index) - {"defaults", "given_frames"})
+        got = sorted(set(index) - {"defaults", "trained_keyframes"})
         raise ValueError(f"{owner}: model_index.json: expected a pipeline of this package, got {got}")
     size = index["size"]
     if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and n >= 1 for n in size):
         raise ValueError(f"{owner}: model_index.json: size: expected [T, H, W], each at least 1, got {size!r}")
-    defaults, known = index["defaults"], {"num_inference_steps", "guidance_scale", "guidance_from"}
+    defaults, known = index["defaults"], {"num_inference_steps", "guidance_scale", "guidance_from", "fps"}
     if not isinstance(defaults, dict) or not all(k in known and type(v) in (int, float) for k, v in defaults.items()):
         expected = f"numbers for {', '.join(sorted(known))}"
         raise ValueError(f"{owner}: model_index.json: defaults: expected {expected}, got {defaults!r}")
-    if index["given_frames"] not in GIVEN_FRAMES:
-        expected = f"one of {', '.join(GIVEN_FRAMES)}"
-        raise ValueError(f"{owner}: model_index.json: given_frames: expected {expected}, got {index['given_frames']!r}")
     for part in ("vae", "captioner"):
         if not isinstance(index[part], bool):
             raise ValueError(f"{owner}: model_index.json: {part}: expected true or false, got {index[part]!r}")
@@ -178,7 +174,7 @@ def check_depth(config: Mapping[str, Any], shapes: Shapes, owner: str) -> None:
         if isinstance(value, Mapping):
             check_depth(value, shapes, owner)
         for count in value if isinstance(value, list) else [value]:
-            if ("depth" in name or "layers" in name) and isinstance(count, int | float) and count > len(shapes):
+            if ("depth" in name or "layer" in name) and isinstance(count, int | float) and count > len(shapes):
                 expected = f"at most {len(shapes)}, the number of tensors beside it"
                 raise ValueError(f"{owner}: config.json: {name}: expected {expected}, got {value}")
 

@@ -17,7 +17,7 @@ from ..model.conditioning import drop_captions
 from ..model.dit import DiT
 from ..model.experts import Experts
 from ..model.patches import uniform_frames
-from ..pipeline.keyframes import ANY
+from ..pipeline.keyframes import TrainedKeyframes
 from ..pipeline.pipeline import SoraPipeline
 
 SMALLEST_SIGMA = 0.05  # below it, errors of a predicted clean latent count no more than there (JiT: Li and He, 2025)
@@ -105,7 +105,7 @@ class DiffusionObjective:
 
     def averaged(self, model: Any) -> SoraPipeline:
         """The pipeline with other weights, which have learned all tasks."""
-        return self.pipeline.replaced(**dict(model.named_children()), given_frames=ANY)
+        return self.pipeline.replaced(**dict(model.named_children()), trained_keyframes=TrainedKeyframes.ANY)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         self.averaged(model).save_pretrained(folder)
