@@ -193,8 +193,12 @@ def test_commands_are_parsed():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
-    inside = [target.partition("#")[0] for target in targets if not target.startswith(("http:", "https:", "#"))]
-    assert not [target for target in inside if not (page.parent / target).exists()]
+    inside = [target.partition("#") for target in targets if not target.startswith(("http:", "https:"))]
+    assert not [path for path, _, _ in inside if not (page.parent / path).exists()]
+    for path, _, anchor in inside:
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (page.parent / path if path else page).read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, anchor
 
 
 def test_the_map_of_the_source_names_every_module():

@@ -104,9 +104,10 @@ class Call(Loaded):
                 raise ValueError(
                     f"--out: expected a folder for files, got one with the folder {path}, which has the name of a file"
                 )
-        if self.guidance is not None and abs(self.guidance) > 1000:
-            raise ValueError(f"--guidance: expected at most 1000, got {self.guidance:g}")
-        if self.negative and self.guidance == 1:
+        for option, value in (("--guidance", self.guidance), ("--guidance-2", self.guidance_2)):
+            if value is not None and abs(value) > 1000:
+                raise ValueError(f"{option}: expected at most 1000, got {value:g}")
+        if self.negative and self.is_unguided:
             raise ValueError(f"--negative: expected none with --guidance 1, which has no use for it, got {self.negative!r}")
         self.rate(1.0)  # --fps, before the checkpoint is looked at
         device, _ = known_device(self.device), self.tokens_seen
@@ -187,6 +188,10 @@ class Call(Loaded):
             "window": self.tokens_seen,
             "step_cache": self.cache,
         }
+
+    @property
+    def is_unguided(self) -> bool:
+        return self.guidance == 1 and self.guidance_2 in (None, 1)
 
     @property
     def tokens_seen(self) -> Size | None:

@@ -307,7 +307,7 @@ def batch(
     asked = read_requests(requests, call.negative, call)
     call.kept.append(requests)
     for one in asked:
-        if call.guidance == 1 and one.fields["negative_prompt"]:
+        if call.is_unguided and one.fields["negative_prompt"]:
             raise ValueError(
                 f"batch: request {one.number}: negative_prompt: expected none with --guidance 1, which has no use for it"
             )

@@ -102,9 +102,7 @@ def load_parts(folder: Path, owner: str, dtype: torch.dtype | None, device: torc
         ValueError: an option that is not supported, or weights that are missing, left over, of another shape or not finite.
         FileNotFoundError: a part that is not there.
     """
-    if dtype not in (None, *DTYPES):
-        expected = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
-        raise ValueError(f"{owner}: dtype: expected {expected}, got {str(dtype).removeprefix('torch.')}")
+    _check_dtype(dtype, f"{owner}: dtype")
     boundary, second = _boundary(folder, owner), folder / "transformer_2"
     config = _dit_config(folder / "transformer", owner)
     _check_parts(folder, config, owner)
@@ -150,7 +148,16 @@ def _transformer(folder: Path, owner: str, dtype: torch.dtype | None, device: to
         model = built(WanTransformer3DModel.from_config, {"config": values}, owner)
     check_shapes(model, shapes, f"{owner}: {files[0]}")
     read = open_tensors(files, owner)
-    return load_wan(config, read, read("proj_out.weight").dtype if dtype is None else dtype, device)
+    if dtype is None:
+        dtype = read("proj_out.weight").dtype
+        _check_dtype(dtype, f"{owner}: {files[0]}")
+    return load_wan(config, read, dtype, device)
+
+
+def _check_dtype(dtype: torch.dtype | None, where: str) -> None:
+    if dtype not in (None, *DTYPES):
+        expected = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
+        raise ValueError(f"{where}: expected {expected}, got {str(dtype).removeprefix('torch.')}")
 
 
 def _boundary(folder: Path, owner: str) -> float | None:
