@@ -137,9 +137,9 @@ def read_tensors(files: Sequence[Path], owner: str) -> dict[str, Tensor]:
 
 
 def open_tensors(files: Sequence[Path], owner: str) -> Callable[[str], Tensor]:
-    """Reads tensors of safetensors files one at a time, by name; one that is not finite is an error.
+    """Opens tensors of safetensors files one at a time, by name, for the caller to copy; one that is not finite is an error.
 
-    A file is opened for each tensor, as what was read of an open one stays in memory.
+    They lie in the file's pages. A file is opened for each tensor, as what was read of an open one stays in memory.
     """
     homes: dict[str, Path] = {}
     for path in files:
@@ -151,7 +151,7 @@ def open_tensors(files: Sequence[Path], owner: str) -> Callable[[str], Tensor]:
 
     def read(name: str) -> Tensor:
         with safe_open(homes[name], "pt") as file:
-            value = file.get_tensor(name).clone()
+            value = file.get_tensor(name)
         check_finite(value, f"{owner}: {homes[name]}: {name}")
         return value
 

@@ -7,6 +7,7 @@ Open and Advanced Large-Scale Video Generative Models (2025); names of weights a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def from_diffusers_wan(transformer: Any) -> DiT:
         raise ValueError(f"from_diffusers_wan: transformer: expected a WanTransformer3DModel, got {kind}")
     weights = transformer.state_dict()
     config = wan_config(dict(transformer.config), "from_diffusers_wan")
-    return load_wan(config, lambda name: weights[name].clone()).train(transformer.training)
+    return load_wan(config, weights.__getitem__).train(transformer.training)
 
 
 def to_diffusers_wan(dit: DiT) -> Any:
@@ -207,9 +208,13 @@ def load_wan(
         dit = DiT(config)
     shapes = {name: value.shape for name, value in dit.state_dict().items()}
     for ours, theirs in weight_names(config).items():
-        kept = any(part in FLOAT32 for part in ours.split("."))
-        parts = [read(name).to(device, torch.float32 if kept and dtype is not None else dtype) for name in theirs]
-        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        kept = dtype is not None and any(part in FLOAT32 for part in ours.split("."))
+        parts = map(read, theirs)
+        first = next(parts)
+        options: dict[str, Any] = {"dtype": torch.float32 if kept else dtype or first.dtype, "device": device}
+        value = torch.empty(len(theirs), *first.shape, **options)
+        for place, part in zip(value, chain([first], parts), strict=True):
+            place.copy_(part)  # from the file to where it stays: a copy between would leave holes in memory
         owner, _, attribute = ours.rpartition(".")
         setattr(dit.get_submodule(owner), attribute, nn.Parameter(value.reshape(shapes[ours])))
     return dit
