@@ -211,7 +211,8 @@ def load_wan(
         kept = dtype is not None and any(part in FLOAT32 for part in ours.split("."))
         parts = map(read, theirs)
         first = next(parts)
-        options: dict[str, Any] = {"dtype": torch.float32 if kept else dtype or first.dtype, "device": device}
+        wanted = torch.float32 if kept else dtype or first.dtype
+        options: dict[str, Any] = {"dtype": wanted, "device": first.device if device is None else device}
         value = torch.empty(len(theirs), *first.shape, **options)
         for place, part in zip(value, chain([first], parts), strict=True):
             place.copy_(part)  # from the file to where it stays: a copy between would leave holes in memory
