@@ -377,6 +377,7 @@ def test_given_ends_are_trained_as_they_are_given(tmp_path):
     from sora_model.codec.vae import VideoVAE
     from sora_model.data import Batch, Sample
     from sora_model.diffusion.task_mix import TaskMix
+    from sora_model.pipeline.keyframes import clean_frames
     from sora_model.pipeline.request import Request
     from sora_model.training.dit import DiffusionObjective
     from sora_model.world.config import WorldConfig
@@ -393,7 +394,8 @@ def test_given_ends_are_trained_as_they_are_given(tmp_path):
     lessons = [objective._lesson_mask(sample) for sample in batch.samples]
     masks = [objective._clean_mask(mask, x, None) for mask, x in zip(lessons, latents, strict=True)]
     context = objective._context(batch, latents, masks)
-    _, expected = pipeline._clean_frames(Request("x", (13, 16, 16), keyframes={9: video[:, 9:]}), latents[0])
+    request = Request("x", (13, 16, 16), keyframes={9: video[:, 9:]})
+    _, expected = clean_frames(pipeline.codec, pipeline.timing, request, request.size, pipeline.device)
     assert torch.allclose(context[0], expected, atol=1e-5)
     assert not torch.allclose(context[0], latents[0], atol=1e-3)
     assert all(torch.equal(context[i], latents[i]) for i in (1, 2))
