@@ -35,7 +35,7 @@ def info(
 ) -> None:
     """Say what a checkpoint is, what it can do and what memory that takes. No weights are read."""
     outline, folder = loaded.outline, loaded.folder
-    asked = parse_size(size) if size else outline.size
+    asked = outline.size if size is None else parse_size(size)
     for name, text in (*_parts(folder), *_sizes(outline), *_memory(outline, asked), *_tasks(outline, folder)):
         say(f"{name:15}{text}")
 
