@@ -82,7 +82,7 @@ def test_ddpm_pairs_are_solved_by_ddim(prediction: str) -> None:
 
 
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), DDPMScheduler()], ids=["flow", "ddpm"])
-def test_trained_keyframes_are_clean_and_at_level_0(scheduler) -> None:
+def test_given_frames_are_clean_and_at_level_0(scheduler) -> None:
     clean = latents_of(SIZES)
     batch = add_noise(scheduler, clean, clean_masks=MASKS, generator=seeded())
     assert batch.timesteps.shape == (sum(t for t, _, _ in SIZES),)
@@ -241,7 +241,7 @@ def test_a_perfect_model_is_sampled_to_its_answer() -> None:
     assert torch.equal(seen[-1][2][0], latents[0])
 
 
-def test_the_model_sees_trained_keyframes_clean_at_every_step() -> None:
+def test_the_model_sees_given_frames_clean_at_every_step() -> None:
     answers = latents_of([(4, 8, 8), (4, 4, 4)])
     masks = [torch.tensor([True, False, False, False]), torch.tensor([False, False, True, True])]
     denoise = Perfect([x + 1 for x in answers])

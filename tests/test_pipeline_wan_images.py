@@ -11,8 +11,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, 
 from PIL import Image
 from test_dit import awake
 from test_generate import sora
-from test_pipeline_wan import GUIDANCE, NEGATIVE, PROMPTS, SHOWN, STEPS, changed, edit, picture, theirs, transformer, vae
+from test_pipeline_wan import GUIDANCE, NEGATIVE, PROMPTS, SHOWN, STEPS, picture, theirs, transformer, vae
 from test_pretrained_text import MODELS, tokenizer
+from test_wan_folders import changed, edit
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from sora_model import Request, SoraPipeline, extend, image_to_video, text_to_video, video_to_video

@@ -101,7 +101,7 @@ def test_joining_gives_both_ends() -> None:
     assert made == pytest.approx([*range(15), *first, *range(105, 113), *last, *range(54, 60)])
 
 
-def test_trained_keyframes_that_come_back_as_they_were_stay() -> None:
+def test_given_frames_that_come_back_as_they_were_stay() -> None:
     request, same = join("a", clip(9), clip(9, 9 + 8), 8, CAUSAL), clip(17, 4)
     torch.testing.assert_close(request.finish(same), clip(26))
 

@@ -45,20 +45,21 @@ class Call(Loaded):
         bool, typer.Option("--overwrite", help="Number files from 00 again and replace those there, but never an input.")
     ] = False
     negative: Annotated[str, typer.Option(help="What not to show.")] = ""
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the checkpoint's own: 30, of Wan 50.")] = None
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the checkpoint's.")] = None
     scheduler: Annotated[
         str | None, typer.Option(help="euler, heun, unipc or dpm++, for a flow-matching model. Default: the checkpoint's.")
     ] = None
     guidance: Annotated[
         float | None,
-        typer.Option(help="Classifier-free guidance, up to 1000; 1 is none. Default: the checkpoint's own: 3, of Wan 5."),
+        typer.Option(help="Classifier-free guidance, up to 1000; 1 is none. Default: the checkpoint's, see 'sora info'."),
     ] = None
     guidance_2: Annotated[
-        float | None, typer.Option(help="Guidance of the expert for low noise, of a checkpoint with two. Default: the other's.")
+        float | None,
+        typer.Option(help="Of the expert for low noise. Default: --guidance, or the checkpoint's own."),
     ] = None
     guidance_from: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Noise level, from 0 to 1, below which there is no guidance. Default: 0.6, of Wan 0."),
+        typer.Option(min=0, max=1, help="Noise level, from 0 to 1, below which there is no guidance. Default: the checkpoint's."),
     ] = None
     seed: Annotated[int, typer.Option(min=0, max=2**63, help="Of everything random; several videos count up from it.")] = 0
     fps: Annotated[

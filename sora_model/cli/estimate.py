@@ -81,11 +81,11 @@ def memory(
     made: videos that are held besides. share: of the work, which is estimated too high by no more than half.
     """
     weights, work = how.weights(outline), working(outline, sizes, how)
-    there = [_all(weights)] * 3
+    encoding, denoising, decoding = [_all(weights)] * 3
     if how.offload:
-        there = [weights.encoders, max(weights.transformers), weights.others]
+        encoding, denoising, decoding = weights.encoders, max(weights.transformers), weights.others
     held = HELD * sum(math.prod(outline.padded(size)) for size in sizes) + PIXEL * sum(map(math.prod, made))
-    return PROCESS + max(there[0], there[1] + share * work.transformer, there[2] + share * work.vae) + held
+    return PROCESS + max(encoding, denoising + share * work.transformer, decoding + share * work.vae) + held
 
 
 def _all(weights: Weights) -> float:

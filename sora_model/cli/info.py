@@ -66,10 +66,11 @@ def _sizes(outline: Outline) -> Iterator[tuple[str, str]]:
     first, stride = outline.timing
     _, height, width = outline.unit
     yield "sizes", f"{first} + {stride} n frames, height {height} n, width {width} n; others are made larger and cut"
-    steps, guidance, lowest, second, fps = outline.defaults
-    guided = f"guidance {guidance:g}" if second is None else f"guidance {guidance:g}, of the expert for low noise {second:g}"
-    span = "at all steps" if lowest == 0 else f"from noise level 1 to {lowest:g}"
-    yield "defaults", f"{_shape(outline.size)} at {fps:g} frames per second, {steps} steps, {guided} {span}"
+    own = outline.defaults
+    second = "" if own.guidance_scale_2 is None else f", of the expert for low noise {own.guidance_scale_2:g}"
+    guided = f"guidance {own.guidance_scale:g}{second}"
+    span = "at all steps" if own.guidance_from == 0 else f"from noise level 1 to {own.guidance_from:g}"
+    yield "defaults", f"{_shape(outline.size)} at {own.fps:g} frames per second, {own.num_inference_steps} steps, {guided} {span}"
 
 
 def _memory(outline: Outline, size: Size) -> Iterator[tuple[str, str]]:

@@ -190,12 +190,11 @@ class DiT(nn.Module):
 
     def end(self, begun: Begun, stream: Residual) -> list[Tensor]:
         """What comes after the blocks."""
-        layout, cu_rows, *_ = begun.context
+        context, samples = begun.context, begun.samples
         shift, scale = self._final_modulation(begun.c).chunk(2, dim=1)
-        _, y = stream.norm_modulate(shift, scale, cu_rows, self.final_norm)
-        outputs = unpatchify_3d(self.final(y), layout, patch_size=self.config.patch_size)
-        latents, timesteps, *_ = begun.samples
-        return outputs if self.config.prediction == "direct" else self._velocities(latents, outputs, timesteps)
+        _, y = stream.norm_modulate(shift, scale, context.cu_rows, self.final_norm)
+        outputs = unpatchify_3d(self.final(y), context.layout, patch_size=self.config.patch_size)
+        return outputs if self.config.prediction == "direct" else self._velocities(samples.latents, outputs, samples.timesteps)
 
     def _text_keys(self, text: PackedText, layout: PackedLayout) -> TextKeys:
         """Captions as cross-attention takes them. With a text_length they are as if padded with zeros up to it."""

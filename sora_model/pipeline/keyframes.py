@@ -139,9 +139,9 @@ def condition(codec: Codec, request: Request, padded: Size, device: torch.device
 
 def shown_images(request: Request, count: int) -> list[Tensor]:
     """The first of the given frames [3, 1, H, W], or with count 2 the first and the last."""
-    at = sorted(_places(request).items(), key=lambda pair: pair[1].start)
-    first, last = request.keyframes[at[0][0]], request.keyframes[at[-1][0]]
-    return [first[:, :1], last[:, -1:]][:count]
+    places = _places(request)
+    in_order = [request.keyframes[at] for at in sorted(places, key=lambda at: places[at].start)]
+    return [in_order[0][:, :1], in_order[-1][:, -1:]][:count]
 
 
 def _places(request: Request) -> dict[int, slice]:
