@@ -23,7 +23,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -56,10 +56,11 @@ class Graph:
         import pybind11
 
         self.output, self.objects, self.built = output, objects, list[str]()
-        includes = " ".join(f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"]))
+        # A copy: the headers of an isolated build vanish with it, and ninja compiles again where one is gone or its path is new.
+        self.pybind11 = objects.parent / f"pybind11-{pybind11.__version__}"
         self.lines = [
             "rule compile",
-            f"  command = {compiler} {includes} $flags -MD -MF $out.d -c $in -o $out",
+            f"  command = {compiler} $flags -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $out",
@@ -72,6 +73,18 @@ class Graph:
     def add(self, source: Path, name: str, flags: str = "") -> None:
         self.built.append(f"{self.objects / name}.o")
         self.lines += [f"build {self.built[-1]}: compile {source}", f"  flags = {flags}"]
+
+    def add_bindings(self, source: Path) -> None:
+        """The only source that knows Python."""
+        self.add(source, "bindings", f"-I{self.pybind11} -I{sysconfig.get_paths()['include']}")
+
+    def copy_headers(self) -> None:
+        import pybind11
+
+        if not self.pybind11.exists():
+            part = self.pybind11.with_name(f"{self.pybind11.name}.{os.getpid()}")
+            shutil.copytree(pybind11.get_include(), part)
+            part.rename(self.pybind11)
 
     def text(self) -> str:
         target = [f"build {self.output}: link {' '.join(self.built)}", f"default {self.output}"]
@@ -89,7 +102,7 @@ def cpu_graph(output: Path, objects: Path) -> Graph:
     for tier, width, flags, kernels in reversed(TIERS):
         for kernel in kernels:
             graph.add(CPU / f"{kernel}.cpp", f"{kernel}.{tier}", f"-DSORA_TIER={tier} -DSORA_VECTOR_BYTES={width} {flags}")
-    graph.add(CPU / "bindings.cpp", "bindings")
+    graph.add_bindings(CPU / "bindings.cpp")
     return graph
 
 
@@ -104,7 +117,7 @@ def cuda_graph(output: Path, objects: Path, nvcc: Path) -> Graph:
     graph = Graph(output, objects, f"{host} {NVCC_FLAGS}", f"{host} -shared -cudart static -Xlinker -s")
     for source in sorted(CUDA.glob("*.cu")):
         graph.add(source, source.stem, f"{' '.join(codes)} '-DSORA_CUDA_ARCHS=\"{';'.join(archs)}\"'")
-    graph.add(CUDA / "bindings.cpp", "bindings")
+    graph.add_bindings(CUDA / "bindings.cpp")
     return graph
 
 
@@ -173,6 +186,13 @@ def known_to(nvcc: Path, present: list[str]) -> list[str]:
 class NinjaBuild(build_ext):
     """setuptools' build_ext with ninja doing the work."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:  # setuptools would build in a folder that it then removes; --inplace builds in this one
+            usual = Distribution().get_command_obj("build")
+            usual.ensure_finalized()
+            self.build_temp = str(ROOT / usual.build_temp)
+
     def build_extension(self, ext: Extension) -> None:
         import ninja
 
@@ -182,6 +202,7 @@ class NinjaBuild(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         graph = cpu_graph(output, objects) if NVCC is None or name == "cpu" else cuda_graph(output, objects, NVCC)
+        graph.copy_headers()
         (objects / "build.ninja").write_text(graph.text())
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         try:

@@ -7,6 +7,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pybind11
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +84,23 @@ def test_another_word_for_sanitizers_is_named(tmp_path):
     code = "import sys; sys.argv = ['setup.py', '--name']; exec(open('setup.py').read()); cpu_graph(ROOT / 'o', ROOT)"
     done = build(tmp_path, command=("-c", f"__file__ = 'setup.py'; {code}"), SORA_KERNELS_SANITIZE="yes")
     assert "SORA_KERNELS_SANITIZE: expected 0 or 1, got 'yes'" in done.stderr
+
+
+def test_an_editable_install_compiles_for_later_builds(tmp_path):
+    """In the folder of in-place builds, with commands that name nothing of the environment in which it compiles."""
+    code = (
+        "__file__, sys.argv = 'setup.py', ['setup.py', '--name']; exec(open('setup.py').read())\n"
+        "def folder(**options):\n"
+        "    command = NinjaBuild(Distribution())\n"
+        "    vars(command).update(options)\n"
+        "    command.ensure_finalized()\n"
+        "    return ROOT / command.build_temp\n"
+        "print(folder(inplace=True), folder(editable_mode=True, build_temp='/gone'), cpu_graph(ROOT / 'o', ROOT).text())"
+    )
+    done = build(tmp_path, command=("-c", f"import sys; {code}"), SORA_KERNELS_CUDA="0")
+    _, usual, editable, *graph = done.stdout.split()
+    assert usual == editable, done.stderr
+    assert not [word for word in graph if pybind11.get_include() in word]
 
 
 def test_an_sdist_has_what_the_tests_need(tmp_path):
