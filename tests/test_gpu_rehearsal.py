@@ -16,10 +16,12 @@ from test_gpu_driver import ROOT, command, outcome, run
 
 from benchmarks.gpu import stages
 from benchmarks.gpu.driver import Task
+from benchmarks.gpu.prepare import LOGS
 from benchmarks.gpu.prepared import KERNELS, unpack
 from benchmarks.gpu.tuning import LINES
 from sora_kernels.triton.configs import CANDIDATES
 
+LAUNCHES = "launches"
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="prepare builds the CUDA kernels, too")
 
 
@@ -36,31 +38,26 @@ def tools(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """What `prepare` makes for the first stage."""
+    """What `prepare` makes for the first stage, and in file LAUNCHES what it launched while it compiled."""
     folder = tmp_path_factory.mktemp("prepared")
-    done = command("prepare", folder, "--stages", "smoke")
+    done = command("prepare", folder, "--stages", "smoke", RECORDED_LAUNCHES=str(folder / LAUNCHES))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
-
-
-def launches(tmp_path: Path, name: str, cache: Path) -> list[str]:
-    """What the first family launches, with the kernels in this cache."""
-    log = tmp_path / name
-    known = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    known |= {"CUDA_VISIBLE_DEVICES": "", "SIMULATED_GPU": "sm90"}
-    environment = {**known, "RECORDED_LAUNCHES": str(log), "TRITON_CACHE_DIR": str(cache)}
-    done = subprocess.run(stages.child("smoke"), env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ("compiled" in done.stdout) == (name == "cold")
-    return log.read_text().splitlines()
 
 
 @needs_nvcc
 def test_prepared_kernels_are_launched_as_cold_ones(tmp_path: Path, prepared: Path) -> None:
     """The same kernels, grids, threads and shared memory in the same order, and nothing is compiled."""
-    unpack(prepared / KERNELS, tmp_path / "prepared")
-    warm = launches(tmp_path, "warm", tmp_path / "prepared")
+    unpack(prepared / KERNELS, tmp_path / "cache")
+    known = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    known |= {"CUDA_VISIBLE_DEVICES": "", "SIMULATED_GPU": "sm90"}
+    environment = {**known, "RECORDED_LAUNCHES": str(tmp_path / LAUNCHES), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(stages.child("smoke"), env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "compiled" not in done.stdout
+    assert '"compiled": ' in (prepared / LOGS / "rows.jsonl").read_text()
+    warm, cold = ((folder / LAUNCHES).read_text().splitlines() for folder in (tmp_path, prepared))
     assert len(warm) > 50
-    assert warm == launches(tmp_path, "cold", tmp_path / "cache")
+    assert warm == cold
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +138,7 @@ def test_a_gpu_that_nothing_knows(tmp_path: Path, monkeypatch) -> None:
     """Each family says it in a line, and what needs no Triton runs."""
     monkeypatch.setenv("SIMULATED_GPU", "sm90")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # or threads of four processes wait for one another
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     families = ("smoke", "attention", "tuning", "profiled")
     made = run(tmp_path, *(Task(name, [sys.executable, "-c", UNKNOWN, name], 100) for name in families), seconds=100)
@@ -153,9 +151,10 @@ def test_injected_failures(tmp_path: Path, monkeypatch) -> None:
     """In a family on the simulated GPU: its other items, and other families, are all there."""
     monkeypatch.setenv("SIMULATED_GPU", "sm90")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # or threads of four processes wait for one another
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     kinds = ("raises", "hangs", "crashes")
-    tasks = [Task(how, [sys.executable, "-c", INJECTED, "smoke", how], 300, item_seconds=40) for how in kinds]
+    tasks = [Task(how, [sys.executable, "-c", INJECTED, "smoke", how], 300, item_seconds=20) for how in kinds]
     made = run(tmp_path, *tasks, Task("whole", stages.child("profiled"), 300), seconds=300)
     for how in kinds:
         assert sum(row["task"] == how for row in made.rows if "check" in row) == 3, how
