@@ -57,8 +57,12 @@ def microseconds(work: Work, gpu: str) -> float:
     return max(work.teraflops / teraflops * 1e6, work.gigabytes / terabytes * 1e3)
 
 
-def measured(compiled: Compiled, arch: str) -> Kernel:
-    """What a kernel that Triton compiled needs."""
+def measured(compiled: Compiled, arch: str, disassemble: bool = True) -> Kernel:
+    """What a kernel that Triton compiled needs.
+
+    Args:
+        disassemble: whether NVIDIA's binary code is read, too; without it `waits` and `instructions` are 0.
+    """
     files = {Path(name).suffix: Path(path) for name, path in compiled.files.items()}
     code = files[".ptx" if ".ptx" in files else ".amdgcn"].read_text()
     found = re.findall(TENSOR_CORE, code)
@@ -66,15 +70,21 @@ def measured(compiled: Compiled, arch: str) -> Kernel:
     if ".cubin" in files:
         (usage,) = resource_usage(files[".cubin"]).values()
         registers, spilled = usage["REG"], usage["STACK"] + usage["LOCAL"]
-        instructions = re.findall(SASS, cuobjdump("-sass", files[".cubin"]))
+        instructions, waits = sass(files[".cubin"]) if disassemble else (0, 0)
     else:
         registers, spilled = amd_metadata(code, "vgpr_count"), 4 * amd_metadata(code, "vgpr_spill_count")
-        instructions = re.findall(GCN, code, re.MULTILINE)
-    waits = sum("WARPGROUP.DEPBAR" in instruction for instruction in instructions) if matrix else 0
+        instructions, waits = len(re.findall(GCN, code, re.MULTILINE)), 0
     shared, warps = compiled.metadata["shared"], compiled.metadata["num_warps"]
     return Kernel(
-        compiled.name, arch, warps, registers, spilled, shared, matrix, waits, len(instructions), compiled.constants
+        compiled.name, arch, warps, registers, spilled, shared, matrix, waits if matrix else 0, instructions, compiled.constants
     )  # fmt: skip
+
+
+@functools.cache  # disassembling takes half as long as compiling, and a backward has its forward's kernels
+def sass(binary: Path) -> tuple[int, int]:
+    """How many instructions a cubin has, and how many of them wait for sm90's matrix unit."""
+    instructions = re.findall(SASS, cuobjdump("-sass", binary))
+    return len(instructions), sum("WARPGROUP.DEPBAR" in instruction for instruction in instructions)
 
 
 def amd_metadata(code: str, key: str) -> int:
@@ -104,7 +114,9 @@ def resource_usage(binary: Path) -> dict[tuple[str, str], dict[str, int]]:
     return usage
 
 
-def triton_kernels(dtype: torch.dtype, head_dim: int, arch: str, word: str = "") -> dict[str, list[Kernel]]:
+def triton_kernels(
+    dtype: torch.dtype, head_dim: int, arch: str, word: str = "", disassemble: bool = True
+) -> dict[str, list[Kernel]]:
     """The Triton kernels of every work whose name has this word in it, by op, compiled for an architecture."""
     result: dict[str, list[Kernel]] = {}
     known: list[Kernel] = []  # a backward repeats its forward
@@ -114,7 +126,7 @@ def triton_kernels(dtype: torch.dtype, head_dim: int, arch: str, word: str = "")
         with compilations(arch) as compiled:
             work.run()
         result[work.op] = []
-        for kernel in (measured(one, arch) for one in compiled):
+        for kernel in (measured(one, arch, disassemble) for one in compiled):
             if kernel not in known:
                 known.append(kernel)
                 result[work.op].append(kernel)

@@ -29,7 +29,7 @@ def attention(arch: str) -> list[dict[str, Any]]:
         dtype = torch.bfloat16 if itemsize == 2 else torch.float32
         for precision in ["ieee", "tf32"] if itemsize == 4 and arch.startswith("sm") else ["ieee"]:
             torch.backends.cuda.matmul.fp32_precision = precision
-            for kernels in triton_kernels(dtype, head_dim, arch, "attention").values():
+            for kernels in triton_kernels(dtype, head_dim, arch, "attention", disassemble=False).values():
                 rows += [{"head_dim": head_dim, "dtype": str(dtype), **asdict(kernel)} for kernel in kernels]
     return rows
 
@@ -41,7 +41,7 @@ def patch_embedding(arch: str) -> list[dict[str, Any]]:
         weight = torch.empty(1152, 16, 1, 8, 8, dtype=dtype)
         with compilations(arch) as compiled:
             patch_embed_3d(videos, weight, None, patch_size=(1, 8, 8))
-        rows += [{"head_dim": 0, "dtype": str(dtype), **asdict(measured(kernel, arch))} for kernel in compiled]
+        rows += [{"head_dim": 0, "dtype": str(dtype), **asdict(measured(kernel, arch, disassemble=False))} for kernel in compiled]
     return rows
 
 
