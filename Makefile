@@ -46,7 +46,7 @@ format: $(READY)
 # In a copy of the tree, so that the module in use stays as it is. Every tier this processor has. Python itself leaks, and it lacks
 # the C++ library whose exceptions AddressSanitizer wants to see from the start.
 SANITIZED := build/sanitize
-SANITIZED_TESTS := $(addprefix tests/test_,attention.py spatiotemporal_attention.py rope.py adaln.py norm_gate_residual.py bias_gelu.py \
+SANITIZED_TESTS := $(addprefix tests/test_,attention.py spatiotemporal_attention.py block_sparse_attention.py rope.py adaln.py norm_gate_residual.py bias_gelu.py \
   patch_embed.py patchify.py attention_edges.py memory.py bad_calls.py)
 TIERS = $(shell $(BIN)/python -c 'import torch; from sora_kernels import _cpu; print(*(name for name, has in _cpu.isa_tiers() if has))')
 SANITIZER_OPTIONS = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \

@@ -36,7 +36,11 @@ SANITIZE_FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 
 # Each tier compiles the same sources: name, vector width in bytes, flags, sources. bindings.cpp picks one at import.
-ATTENTION = ["attention", "attention_backward", "spatiotemporal_attention", "spatiotemporal_attention_backward"]
+ATTENTION = [
+    name + direction
+    for name in ("attention", "spatiotemporal_attention", "block_sparse_attention")
+    for direction in ("", "_backward")
+]
 PRODUCTS = [*ATTENTION, "patch_embed"]
 KERNELS = [*PRODUCTS, "rope", "norm_rope", "adaln", "bias_gelu", "limits"]
 TIERS = [("baseline", 16, "", KERNELS)]

@@ -12,13 +12,17 @@ from torch import Tensor
 from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attention
 from sora_kernels.bias_gelu import bias_gelu
+from sora_kernels.block_mask import BlockMask
+from sora_kernels.block_sparse_attention import block_sparse_attention
 from sora_kernels.layout import PackedLayout
 from sora_kernels.norm_rope import apply_rope, norm_rope
 from sora_kernels.patch_embed import patch_embed_3d, patchify_3d, unpatchify_3d
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
+from sora_kernels.token_blocks import TokenBlocks
 
 TYPICAL = [(16, 16, 16), (4, 32, 32), (4, 24, 24), (1, 64, 64), (1, 40, 40)]
 CHANNELS, PATCH, WINDOW = 16, (1, 2, 2), (5, 9, 9)  # of latents; of spatiotemporal attention
+TILE, TILES = (4, 4, 4), (3, 3, 3)  # of block-sparse attention: tokens, and the window
 
 
 @dataclass
@@ -179,11 +183,20 @@ def attention_works(batch: Batch) -> Iterator[Work]:
     def attend_within(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return spatiotemporal_attention(q, k, v, layout, window=WINDOW)
 
+    blocks = TokenBlocks.tiles(layout, TILE)
+    mask = BlockMask.sliding(blocks, TILES)
+
+    def attend_by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return block_sparse_attention(q, k, v, mask)
+
     everywhere = heads * sum(length * length for length in layout.seqlens)
     within = heads * sum(t * h * w * min(t, WINDOW[0]) * min(h, WINDOW[1]) * min(w, WINDOW[2]) for t, h, w in batch.grids)
+    sizes, (offsets, indices) = blocks.cu_blocks.cpu().diff(), (x.cpu() for x in mask.lists)
+    by_blocks = heads * int((sizes.repeat_interleave(offsets.diff()) * sizes[indices[: offsets[-1]]]).sum())
     for op, function, pairs in (
         ("attention", attend, everywhere),
         ("spatiotemporal_attention", attend_within, within),
+        ("block_sparse_attention", attend_by_blocks, by_blocks),
     ):
         forward, backward = Cost(4 * size, 4 * d * pairs), Cost(8 * size, 10 * d * pairs)
         yield from passes(op, pairs, forward, backward, function, qkv, "query and key")

@@ -32,6 +32,8 @@ _PUBLIC = {
             "flash_attn_varlen_kvpacked_func",
             "flash_attn_varlen_qkvpacked_func",
         ),
+        "block_mask": ("BlockMask",),
+        "block_sparse_attention": ("block_sparse_attention",),
         "backends": ("forced_backend", "record", "use_backend"),
         "bias_gelu": ("bias_gelu",),
         "kv_cache": ("flash_attn_with_kvcache",),
@@ -41,6 +43,7 @@ _PUBLIC = {
         "patch_embed": ("patch_embed_3d", "patchify_3d", "unpatchify_3d"),
         "rope": ("default_axes_dim", "qk_norm_rope_3d", "rope_3d"),
         "spatiotemporal_attention": ("spatiotemporal_attention",),
+        "token_blocks": ("TokenBlocks",),
         "torch_attention": ("scaled_dot_product_attention", "varlen_attn"),
     }.items()
     for name in names
@@ -62,6 +65,8 @@ if TYPE_CHECKING:
     from .backends import record as record
     from .backends import use_backend as use_backend
     from .bias_gelu import bias_gelu as bias_gelu
+    from .block_mask import BlockMask as BlockMask
+    from .block_sparse_attention import block_sparse_attention as block_sparse_attention
     from .kv_cache import flash_attn_with_kvcache as flash_attn_with_kvcache
     from .layout import PackedLayout as PackedLayout
     from .layout import Span as Span
@@ -77,6 +82,7 @@ if TYPE_CHECKING:
     from .rope import qk_norm_rope_3d as qk_norm_rope_3d
     from .rope import rope_3d as rope_3d
     from .spatiotemporal_attention import spatiotemporal_attention as spatiotemporal_attention
+    from .token_blocks import TokenBlocks as TokenBlocks
     from .torch_attention import scaled_dot_product_attention as scaled_dot_product_attention
     from .torch_attention import varlen_attn as varlen_attn
 
@@ -94,7 +100,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Three functions have the names of their modules, which the import system would put in their place."""
+    """Four functions have the names of their modules, which the import system would put in their place."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _PUBLIC and isinstance(value, ModuleType)):

@@ -68,6 +68,11 @@ class Span:
         """Latent frames: T, or none where they hold no tokens."""
         return self.grid[0] if self.num_tokens else 0
 
+    @property
+    def is_text(self) -> bool:
+        """Whether all tokens share one position."""
+        return self.step == (0.0, 0.0, 0.0)
+
     @staticmethod
     def text(length: int, origin: Position = (0.0, 0.0, 0.0)) -> Span:
         """`length` tokens that all sit at `origin`: text next to video in a joint sequence."""
@@ -283,7 +288,7 @@ define("layout_tables(SymInt[] seqlens, SymInt[] sizes) -> (Tensor, Tensor, Tens
 
 
 def _describe(span: Span) -> str:
-    if span.step == (0.0, 0.0, 0.0):
+    if span.is_text:
         return f"{span.num_tokens} at {_short(span.origin)}" if any(span.origin) else f"text {span.num_tokens}"
     text = "x".join(str(n) for n in span.grid)
     if any(span.origin):

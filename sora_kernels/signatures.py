@@ -44,6 +44,7 @@ def _names(texts: list[str]) -> tuple[str, ...]:
 _TABLES = "cu_spans, grid, origin, step, theta, axes_dim, interleaved"
 _WINDOWS = "cu_seqlens, cu_spans, grid, step, window, causal, scale"
 _SCORES = "cu_q?, cu_k?, bias?, alibi?, scale, left, right, softcap"
+_BLOCKS = "cu_blocks_q, cu_blocks_k, cu_samples_q, cu_samples_k, offsets, indices"
 _NORM = "cu_rows?, rms, weight?, bias?"
 
 SIGNATURES = dict(
@@ -54,6 +55,9 @@ SIGNATURES = dict(
             f"attention_backward(dout, dlse?, q, k, v, out, statistics, {_SCORES}) -> dq, dk, dv",
             f"spatiotemporal_attention_forward(q, k, v, {_WINDOWS}) -> out, statistics",
             f"spatiotemporal_attention_backward(dout, q, k, v, out, statistics, {_WINDOWS}) -> dq, dk, dv",
+            f"block_sparse_attention_forward(q, k, v, {_BLOCKS}, block_q, block_k, scale) -> out, lse, statistics",
+            f"block_sparse_attention_backward(dout, dlse?, q, k, v, out, statistics, {_BLOCKS}, key_offsets, key_indices, block_q,"
+            " block_k, scale) -> dq, dk, dv",
             f"rope_3d(x, {_TABLES}, inverse) -> out",
             f"qk_norm_rope_3d_forward(q, k, q_weight?, k_weight?, {_TABLES}, across_heads, eps) -> q_out, k_out, q_rstd, k_rstd",
             f"qk_norm_rope_3d_backward(dq_out, dk_out, q, k, q_weight?, k_weight?, q_rstd, k_rstd, {_TABLES}, across_heads)"

@@ -31,10 +31,13 @@ from sora_kernels.attention import (
     spatiotemporal_attention,
 )
 from sora_kernels.bias_gelu import bias_gelu
+from sora_kernels.block_mask import BlockMask
+from sora_kernels.block_sparse_attention import block_sparse_attention
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.norm_rope import apply_rope, norm_rope
 from sora_kernels.patch_embed import patch_embed_3d, patchify_3d, unpatchify_3d
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
+from sora_kernels.token_blocks import TokenBlocks
 
 LIMIT = 10  # seconds of one call
 REFUSALS = (ValueError, TypeError, MemoryError, OverflowError)
@@ -97,6 +100,10 @@ def workload(dtype: torch.dtype) -> None:
     mask = torch.randn(1, 1, n, n)
     backward(scaled_dot_product_attention(*(t[None].transpose(1, 2) for t in (q, k, v)), attn_mask=mask, enable_gqa=True))
     backward(spatiotemporal_attention(q, k, v, layout, window=(1, 3, 3), causal=(True, False, False)))
+    blocks = TokenBlocks.tiles(layout, (2, 2, 2))
+    for heads in (1, 4):
+        seen = [torch.rand(heads, n, n) < 0.5 for n in blocks.num_blocks]
+        backward(block_sparse_attention(q, k, v, BlockMask.from_dense(seen, blocks), return_lse=True))
 
     videos = [randn(3, 2, 4, 6), randn(3, 1, 6, 4)]
     weight = randn(20, 3, 1, 2, 2)

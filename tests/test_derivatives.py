@@ -17,12 +17,16 @@ from sora_kernels import backends
 from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from sora_kernels.attention import flash_attn_func, flash_attn_varlen_func, scaled_dot_product_attention, spatiotemporal_attention
 from sora_kernels.bias_gelu import bias_gelu
+from sora_kernels.block_mask import BlockMask
+from sora_kernels.block_sparse_attention import block_sparse_attention
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.norm_rope import apply_rope, norm_rope
 from sora_kernels.patch_embed import patch_embed_3d, patchify_3d, unpatchify_3d
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
+from sora_kernels.token_blocks import TokenBlocks
 
 LAYOUT = PackedLayout([[Span((1, 2, 2)), Span.text(1)], [], [Span((2, 1, 1))]])
+MASK = BlockMask.sliding(TokenBlocks.tiles(LAYOUT, (1, 1, 2)), (1, 1, 1))
 N = LAYOUT.num_tokens
 CU = LAYOUT.cu_seqlens
 HEADS, ROWS = (N, 2, 4), (CU.numel() - 1, 3)
@@ -40,6 +44,10 @@ CASES: dict[str, tuple[Callable, list[tuple[int, ...]]]] = {
     "scaled_dot_product_attention": (scaled_dot_product_attention, [(1, 2, 3, 4)] * 3),
     "attn_mask": (scaled_dot_product_attention, [(1, 2, 3, 4), (1, 2, 2, 4), (1, 2, 2, 4), (2, 1, 2)]),
     "spatiotemporal_attention": (lambda q, k, v: spatiotemporal_attention(q, k, v, LAYOUT, window=(1, 1, 2)), [HEADS] * 3),
+    "block_sparse_attention": (
+        lambda q, k, v: block_sparse_attention(q, k, v, MASK, return_lse=True),
+        [HEADS] * 3,
+    ),
     "rope_3d": (lambda x: rope_3d(x, LAYOUT, axes_dim=(0, 2, 2)), [HEADS]),
     "qk_norm_rope_3d": (lambda q, k, a, b: qk_norm_rope_3d(q, k, a, b, LAYOUT, axes_dim=(0, 2, 2)), [HEADS, HEADS, (4,), (4,)]),
     "apply_rope": (apply_rope, [HEADS, (N, 1), (N, 1)]),

@@ -188,7 +188,8 @@ def test_tiers_leak_no_shared_symbols(tier, width, flags, source, tmp_path):
     symbols = subprocess.run(["nm", "-C", str(output)], capture_output=True, text=True, check=True).stdout.splitlines()
     weak = [line.split(maxsplit=2)[2] for line in symbols if line[17:18] in "WVu"]
     assert weak or source != "attention", "expected the tier's own templates: is nm's output read right?"
-    assert not [name for name in weak if f"sora::{tier}::" not in name and not name.startswith("DW.ref.")]
+    own = f"sora::{tier}::", f"4sora{len(tier)}{tier}"  # nm leaves long names as the compiler writes them
+    assert not [name for name in weak if not any(place in name for place in own) and not name.startswith("DW.ref.")]
 
 
 def private_torch(path: Path) -> list[str]:

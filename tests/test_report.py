@@ -26,6 +26,9 @@ SPILLED: dict[str, dict[tuple[str, int, str], int]] = {
     "3.6": {
         ("sm80", 64, "attention.dkdv_kernel"): 8,
         ("sm80", 64, "spatiotemporal_attention.dq_kernel"): 8,
+        ("sm90", 128, "block_sparse_attention.dq_kernel"): 16,
+        ("sm90", 128, "block_sparse_attention.dkdv_kernel"): 16,
+        ("gfx1100", 128, "block_sparse_attention.dkdv_kernel"): 480,
         ("sm90", 96, "spatiotemporal_attention.dkdv_kernel"): 80,
         ("sm90", 128, "spatiotemporal_attention.dkdv_kernel"): 80,
         ("sm90", 256, "attention.forward_kernel"): 96,
@@ -51,6 +54,8 @@ SPILLED: dict[str, dict[tuple[str, int, str], int]] = {
     },
     "3.9": {
         ("sm80", 64, "attention.dkdv_kernel"): 8,
+        ("sm80", 128, "block_sparse_attention.forward_kernel"): 16,
+        ("gfx1100", 128, "block_sparse_attention.dkdv_kernel"): 180,
         ("sm90", 256, "attention.forward_kernel"): 48,
         ("sm90", 256, "attention.dq_kernel"): 216,
         ("sm90", 256, "attention.dkdv_kernel"): 368,

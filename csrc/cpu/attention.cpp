@@ -92,7 +92,8 @@ class Forward {
   }
 
   void add_block(int i, Visible visible, int64_t block, int num_keys, typename M::Left k, typename M::Left v) {
-    room_.panel[i].add(0, count(i), num_keys, d_, k, v, terms_.log2_scale, room_.block, [&](float* scores) {
+    const KeyPart<M> keys{k, v, num_keys};
+    room_.panel[i].add(0, count(i), d_, &keys, 1, terms_.log2_scale, room_.block, [&](float* scores) {
       if (terms_.any) terms_.apply(scores, kPanel, query(i), count(i), block, num_keys, nullptr);
       if (visible == Visible::kSome) mask_[i].apply(scores, kPanel, block, num_keys);
     });
@@ -108,25 +109,15 @@ class Forward {
           [&](int c, float m, float l) {
             const int64_t n = query(i) + c;
             maximum[n] = m, sum[n] = l;
-            if (lse != nullptr) lse[n] = static_cast<float>(m * terms_.unit + __builtin_log(l));  // -inf if nothing was seen
+            if (lse != nullptr) lse[n] = log_sum(m, l, terms_.unit);
           });
   }
 };
 
-// Of a number per query [H, N], those past the last boundary.
-void fill_slack(const Tensor& x, int64_t used, float value) {
-  if (x.ndim != 2) return;
-  for (int64_t h = 0; h < x.size[0]; ++h)
-    for (int64_t n = used; n < x.size[1]; ++n) static_cast<float*>(x.data)[h * x.stride[0] + n] = value;
-}
-
 template <class T>
 void forward(const Attention& a) {
   parallel_for(a.num_items, [&](int64_t i) { Forward<T>(a, a.items[i]).run(); });
-  zero_slack<T>(a.out, a.q_used);
-  fill_slack(a.maximum, a.q_used, -__builtin_inff());
-  fill_slack(a.sum, a.q_used, 0);
-  if (a.lse) fill_slack(a.lse, a.q_used, -__builtin_inff());
+  zero_query_slack<T>(a);
 }
 
 }  // namespace

@@ -45,6 +45,9 @@ struct QueryStatistics {
   }
 };
 
+// lse of a query's maximum and sum; -inf if it sees nothing. `unit` is ScoreTerms'.
+inline float log_sum(float maximum, float sum, double unit) { return static_cast<float>(maximum * unit + __builtin_log(sum)); }
+
 inline int heads(const Tensor& x) { return static_cast<int>(x.size[x.ndim - 2]); }
 inline int head_dim(const Tensor& x) { return static_cast<int>(x.size[x.ndim - 1]); }
 
@@ -132,6 +135,22 @@ void zero_slack(const Tensor& x, int64_t used) {
   if (x.ndim == 4 || x.size[1] == 0) return;  // without heads there may be any number of tokens
   for (int64_t n = used; n < x.size[0]; ++n)
     for (int64_t h = 0; h < x.size[1]; ++h) memset(Rows<T>(x, 0, n, h).data, 0, x.size[2] * sizeof(T));
+}
+
+// Of a number per query [H, N], those past the last boundary.
+inline void fill_slack(const Tensor& x, int64_t used, float value) {
+  if (x.ndim != 2) return;
+  for (int64_t h = 0; h < x.size[0]; ++h)
+    for (int64_t n = used; n < x.size[1]; ++n) static_cast<float*>(x.data)[h * x.stride[0] + n] = value;
+}
+
+// The results of queries that see nothing, for those past the last boundary.
+template <class T>
+void zero_query_slack(const Attention& a) {
+  zero_slack<T>(a.out, a.q_used);
+  fill_slack(a.maximum, a.q_used, -__builtin_inff());
+  fill_slack(a.sum, a.q_used, 0);
+  if (a.lse) fill_slack(a.lse, a.q_used, -__builtin_inff());
 }
 
 }  // namespace sora::SORA_TIER

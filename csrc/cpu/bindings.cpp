@@ -23,6 +23,7 @@
 #include "../bindings/adaln.h"
 #include "../bindings/attention.h"
 #include "../bindings/bias_gelu.h"
+#include "../bindings/block_sparse_attention.h"
 #include "../bindings/norm_rope.h"
 #include "../bindings/patch_embed.h"
 #include "../bindings/patchify.h"
@@ -163,6 +164,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("empty_cache", [] { Pool::instance().shrink(0); }, "Gives back the memory kept for reuse.");
   bind_attention(m, kernels);
   bind_spatiotemporal_attention(m, kernels);
+  bind_block_sparse_attention(m, kernels);
   bind_rope(m, kernels);
   bind_norm_rope(m, kernels);
   bind_adaln(m, kernels);

@@ -24,6 +24,13 @@ struct Matrix {  // an operand: element (i, j) is data[i * row + j * column]
   int64_t row, column = 1;
 };
 
+// A of a product, or some of its depth: parts but the last have multiples of Multiplier's kDepth.
+template <class Left>
+struct DepthPart {
+  Left a;
+  int depth;
+};
+
 struct MultiplyAdd {
   SORA_INLINE static vf add(vf sum, vf a, vf b) { return sum + a * b; }
 };

@@ -31,6 +31,10 @@ struct Sample {
   int64_t q_size, k_size;
 };
 
+// Items of some kinds of attention are stacks of panels: cpu/stack.h.
+constexpr int kStackPanel = 64;   // tokens of a panel, at most
+constexpr int kStackPanels = 32;  // of a stack, at most
+
 // A piece of attention on one sample. Forward, some consecutive queries of a head. Backward, some queries and some keys of a key
 // head and its query heads: for dQ of the queries, for dK and dV of the keys, or for both.
 struct AttentionItem {
@@ -78,7 +82,6 @@ struct SpanGrid {
   int32_t edge[3];  // of a panel
   int32_t planes;   // indices of the first axis that are walked together
 };
-constexpr int kWindowPanel = 64;                    // tokens of a panel, at most
 constexpr int kOuterPanels = 4, kMiddlePanels = 8;  // of an item, at most
 
 // A piece of windowed attention: a box of a span's grid. It is of the queries of a head, forward and for dQ, or of the keys of a
@@ -98,8 +101,35 @@ struct SpatiotemporalAttention {
   int64_t num_items;
 };
 
+// The numbers of blocks that each block sees, of all blocks of a head after those of the one before: those of block n of head h are
+// indices[offsets[h * blocks + n]] to indices[offsets[h * blocks + n + 1]], and rise.
+struct BlockLists {
+  const int32_t *offsets, *indices;
+  bool shared;  // one head's lists hold for all
+};
+
+// A piece of block-sparse attention: panels of the blocks of a sample, from the one that begins at a token of a block on.
+struct BlockItem {
+  int32_t head, block, panels;
+  bool keys;
+  int64_t token;
+  double pairs;
+  double work() const { return pairs; }
+};
+
+struct BlockSparseAttention {
+  Attention attention;         // without items; the packed batch is one sample to it
+  const int32_t *cu_q, *cu_k;  // tokens of blocks
+  int32_t blocks_q, blocks_k;
+  BlockLists of_queries, of_keys;
+  const BlockItem* items;
+  int64_t num_items;
+};
+
 // Entry points as lists; see csrc/kernels.h. The first list is of the ops that multiply matrices: tier amx has these alone.
 #define SORA_PRODUCT_KERNELS(X)                                                \
+  X(void, block_sparse_attention_forward, (const BlockSparseAttention&))       \
+  X(void, block_sparse_attention_backward, (const BlockSparseAttention&))      \
   X(void, attention_forward, (const Attention&))                               \
   X(void, attention_backward, (const Attention&))                              \
   X(void, spatiotemporal_attention_forward, (const SpatiotemporalAttention&))  \

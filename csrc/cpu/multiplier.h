@@ -93,6 +93,11 @@ struct Multiplier {
   static void multiply(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
     gemm<MultiplyAdd>(rows, columns, depth, a, b.data, b.row, ToMatrix<init>{c, ldc});
   }
+  // C += A B of an A in parts along the depth.
+  static void add_parts(int rows, int columns, const DepthPart<Left>* parts, int count, Right b, float* c, int64_t ldc) {
+    for (; count > 0; --count, b.data += parts++->depth * b.row)
+      multiply<Init::kAdd>(rows, columns, parts->depth, parts->a, b, c, ldc);
+  }
   // A B to an `Out` as gemm.h has it; tiles need room for as many floats on the way, rows and columns rounded up to 16.
   template <class Out>
   static void multiply_to(Out out, int rows, int columns, int depth, Left a, Right b, float*) {

@@ -86,6 +86,10 @@ struct Multiplier<bfloat16> {
   static void multiply(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
     gemm<MultiplyAddPairs>(rows, columns, words(depth), a, b.data, b.row, ToMatrix<init>{c, ldc});
   }
+  static void add_parts(int rows, int columns, const DepthPart<Left>* parts, int count, Right b, float* c, int64_t ldc) {
+    for (; count > 0; --count, b.data += words(parts++->depth) * b.row)
+      multiply<Init::kAdd>(rows, columns, parts->depth, parts->a, b, c, ldc);
+  }
   template <class Out>
   static void multiply_to(Out out, int rows, int columns, int depth, Left a, Right b, float*) {
     gemm<MultiplyAddPairs>(rows, columns, words(depth), a, b.data, b.row, out);

@@ -9,7 +9,7 @@
 // c m alone would pass 2^127 for scores of 1e10, such as masks have.
 #pragma once
 
-#include "attention.h"
+#include "stack.h"
 
 namespace sora::SORA_TIER {
 
@@ -74,6 +74,13 @@ bool online_softmax_columns(int columns, float* s, int num_keys, float log2_scal
   return changed;
 }
 
+// Keys of a block of scores: those of an operand, or some of them. Parts but the last have multiples of kDepth keys.
+template <class M>
+struct KeyPart {
+  typename M::Left k, v;
+  int count;
+};
+
 // A thread's memory for one block of scores.
 template <class M>
 struct ScoreRoom {
@@ -105,15 +112,21 @@ struct QueryPanel {
 
   // Adds a block of keys for the queries on columns [begin, end), in whole vectors; `masked(scores)` makes scores of products.
   template <class Masked>
-  void add(int begin, int end, int num_keys, int d, typename M::Left k, typename M::Left v, float log2_scale,
-           const ScoreRoom<M>& room, Masked masked) {
-    M::template multiply<Init::kZero>(num_keys, end - begin, d, k, M::from_column(q, begin), room.scores + begin, kPanel);
+  void add(int begin, int end, int d, const KeyPart<M>* parts, int num_parts, float log2_scale, const ScoreRoom<M>& room,
+           Masked masked) {
+    DepthPart<typename M::Left> v[kMaxParts];
+    int num_keys = 0;
+    for (int i = 0; i < num_parts; num_keys += parts[i++].count) {
+      M::template multiply<Init::kZero>(parts[i].count, end - begin, d, parts[i].k, M::from_column(q, begin),
+                                        room.scores + num_keys * kPanel + begin, kPanel);
+      v[i] = {parts[i].v, parts[i].count};
+    }
     masked(room.scores);
     const typename M::Right p = M::right_room(room.probabilities, num_keys, kPanel);
     if (online_softmax_columns<M>(end, room.scores, num_keys, log2_scale, m, l, room.correction, p, begin))
       for (int i = 0; i < d; ++i)
         for (int c = begin; c < end; c += W) store(out + i * kPanel + c, load(out + i * kPanel + c) * load(room.correction + c));
-    M::template multiply<Init::kAdd>(d, end - begin, num_keys, v, M::from_column(p, begin), out + begin, kPanel);
+    M::add_parts(d, end - begin, v, num_parts, M::from_column(p, begin), out + begin, kPanel);
   }
 
   // The results: query c's output to row(c), and statistics(c, maximum, sum).

@@ -134,14 +134,11 @@ class Multiplier {
   // C [rows, columns] (op)= A B. C is read and written up to whole tiles.
   template <Init init>
   static void multiply(int rows, int columns, int depth, Left a, Right b, float* c, int64_t ldc) {
-    for (int i = 0; i < rows; i += 32)
-      for (int j = 0; j < columns; j += 32) {
-        const bool tall = i + 16 < rows, wide = j + 16 < columns;
-        const auto block = tall   ? wide ? multiply_block<init, true, true> : multiply_block<init, true, false>
-                           : wide ? multiply_block<init, false, true>
-                                  : multiply_block<init, false, false>;
-        block(steps(depth), a.tiles + i / 16 * a.next, a.next, b.tiles + j / 16 * b.next, b.next, c + i * ldc + j, ldc);
-      }
+    const DepthPart<Left> part{a, depth};
+    multiply_parts<init>(rows, columns, &part, 1, b, c, ldc);
+  }
+  static void add_parts(int rows, int columns, const DepthPart<Left>* parts, int count, Right b, float* c, int64_t ldc) {
+    multiply_parts<Init::kAdd>(rows, columns, parts, count, b, c, ldc);
   }
   template <class Out>
   static void multiply_to(Out out, int rows, int columns, int depth, Left a, Right b, float* room) {
@@ -155,9 +152,22 @@ class Multiplier {
   }
 
  private:
-  // 2 x 2 tiles of C (fewer unless tall, wide) in tiles 0-3; tiles 4-5 hold A, 6-7 B.
+  template <Init init>
+  static void multiply_parts(int rows, int columns, const DepthPart<Left>* parts, int count, Right b, float* c, int64_t ldc) {
+    for (int i = 0; i < rows; i += 32)
+      for (int j = 0; j < columns; j += 32) {
+        const bool tall = i + 16 < rows, wide = j + 16 < columns;
+        const auto block = tall   ? wide ? multiply_block<init, true, true> : multiply_block<init, true, false>
+                           : wide ? multiply_block<init, false, true>
+                                  : multiply_block<init, false, false>;
+        block(parts, count, i / 16, b.tiles + j / 16 * b.next, b.next, c + i * ldc + j, ldc);
+      }
+  }
+
+  // 2 x 2 tiles of C (fewer unless tall, wide), from A's row of tiles `i` on, in tiles 0-3; tiles 4-5 hold A, 6-7 B.
   template <Init init, bool tall, bool wide>
-  static void multiply_block(int steps, const float* a, int64_t a_next, const float* b, int64_t b_next, float* c, int64_t ldc) {
+  static void multiply_block(const DepthPart<Left>* parts, int count, int i, const float* b, int64_t b_next, float* c,
+                             int64_t ldc) {
     float* const c_next = c + 16 * ldc;
     if (init == Init::kZero) {
       tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
@@ -167,7 +177,12 @@ class Multiplier {
       if (tall) tile_load<2>(c_next, ldc);
       if (tall && wide) tile_load<3>(c_next + 16, ldc);
     }
-    for (; steps > 0; --steps, a += P * kTileFloats, b += P * kTileFloats) multiply_pieces<tall, wide, 0>(a, a_next, b, b_next);
+    for (; count > 0; --count, ++parts) {
+      const int64_t a_next = parts->a.next;
+      const float* a = parts->a.tiles + i * a_next;
+      for (int n = steps(parts->depth); n > 0; --n, a += P * kTileFloats, b += P * kTileFloats)
+        multiply_pieces<tall, wide, 0>(a, a_next, b, b_next);
+    }
     tile_store<0>(c, ldc);
     if (wide) tile_store<1>(c + 16, ldc);
     if (tall) tile_store<2>(c_next, ldc);
@@ -223,6 +238,40 @@ class Multiplier {
     return columns - j >= W ? load(p) : load(p, columns - j);
   }
 
+  // Of two vectors of `size` bytes' numbers, in each lane of 16 bytes: the lower halves, or the upper ones, number by number.
+  template <int size, bool upper>
+  SORA_INLINE static vf interleave(vf a, vf b) {
+    typedef uint16_t vs __attribute__((vector_size(64)));
+    constexpr int n = size / 2, lane = 8;
+    vs order;
+    for (int i = 0; i < 32; ++i) {
+      const int in_lane = i % lane / (2 * n) * n + (upper ? lane / 2 : 0) + i % n;
+      order[i] = i / lane * lane + in_lane + (i / n % 2 == 1 ? 32 : 0);
+    }
+    return bits<vf>(__builtin_shuffle(bits<vs>(a), bits<vs>(b), order));
+  }
+
+  // A tile of the transpose of 32 rows of 16 numbers of 16 bits. Lane l of a vector takes 8 numbers of row 8 l + r, so that only
+  // blocks of 8 x 8 are left to transpose, within lanes: half the shuffles of a transpose of 16 x 16 words.
+  template <class S>
+  static void transpose_halves(const S* x, int64_t stride, float* to) {
+    for (int j = 0; j < 16; j += 8) {
+      vf a[8], b[8];
+      for (int r = 0; r < 8; ++r)
+        for (int l = 0; l < 4; ++l) memcpy(reinterpret_cast<char*>(&a[r]) + 16 * l, x + (8 * l + r) * stride + j, 16);
+      for (int r = 0; r < 8; r += 2) b[r] = interleave<2, false>(a[r], a[r + 1]), b[r + 1] = interleave<2, true>(a[r], a[r + 1]);
+      for (int r = 0; r < 8; r += 4)
+        for (int n = 0; n < 2; ++n) {
+          a[r + 2 * n] = interleave<4, false>(b[r + n], b[r + 2 + n]);
+          a[r + 2 * n + 1] = interleave<4, true>(b[r + n], b[r + 2 + n]);
+        }
+      for (int n = 0; n < 4; ++n) {
+        store(to + (j + 2 * n) * W, interleave<8, false>(a[n], a[n + 4]));
+        store(to + (j + 2 * n + 1) * W, interleave<8, true>(a[n], a[n + 4]));
+      }
+    }
+  }
+
   // P tiles of 16 rows x 32 columns at (i, j), [row][pair of columns] or its transpose.
   template <bool transposed, class S>
   static void neighbours(const S* x, int64_t stride, int rows, int columns, int i, int j, float* to) {
@@ -255,6 +304,7 @@ class Multiplier {
   }
   template <bool transposed, bool full, class S>
   static void stacked(const S* x, int64_t stride, int rows, int columns, int i, int j, float* to) {
+    if constexpr (transposed && full && sizeof(S) == 2 && P == 1) return transpose_halves(x + i * stride + j, stride, to);
     vf words[P][W];
     for (int n = 0; n < W; ++n) {
       vf even = element<full>(x, stride, rows, columns, i + 2 * n, j),

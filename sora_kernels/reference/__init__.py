@@ -23,6 +23,7 @@ from .attention import (
     spatiotemporal_attention_forward,
 )
 from .bias_gelu import bias_gelu_backward, bias_gelu_forward
+from .block_sparse_attention import block_sparse_attention_backward, block_sparse_attention_forward
 from .common import collecting
 from .norm_rope import apply_rope, norm_rope_backward, norm_rope_forward
 from .patch_embed import (
@@ -44,6 +45,8 @@ __all__ = [
     "bias_gelu_backward",
     "bias_gelu_forward",
     "bias_gradient",
+    "block_sparse_attention_backward",
+    "block_sparse_attention_forward",
     "collecting",
     "gate_residual_backward",
     "gate_residual_forward",

@@ -15,6 +15,7 @@ from .adaln import (
 )
 from .attention import attention_backward, attention_forward
 from .bias_gelu import bias_gelu_backward, bias_gelu_forward
+from .block_sparse_attention import block_sparse_attention_backward, block_sparse_attention_forward
 from .configs import unavailable
 from .norm_rope import apply_rope, norm_rope_backward, norm_rope_forward
 from .patch_embed import patch_embed_3d_backward, patch_embed_3d_forward, patchify_3d, unpatchify_3d
@@ -27,6 +28,8 @@ __all__ = [
     "attention_forward",
     "bias_gelu_backward",
     "bias_gelu_forward",
+    "block_sparse_attention_backward",
+    "block_sparse_attention_forward",
     "gate_residual_backward",
     "gate_residual_forward",
     "gate_residual_layer_norm_modulate_backward",

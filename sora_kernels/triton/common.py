@@ -249,6 +249,17 @@ def store_softmax(statistics, row, inside, state):
 
 
 @triton.jit
+def scores_of(products, seen, scale, PLAIN: tl.constexpr):
+    """Scores, -inf where a query does not see a key; a positive scale alone (PLAIN) is left to `exponent_factor`."""
+    return tl.where(seen, products if PLAIN else products * scale, float("-inf"))
+
+
+@triton.jit
+def exponent_factor(scale, PLAIN: tl.constexpr):
+    return scale * LOG2E if PLAIN else LOG2E
+
+
+@triton.jit
 def probabilities(s, factor, maximum, inverse):
     return tl.exp2((s - maximum) * factor) * inverse
 

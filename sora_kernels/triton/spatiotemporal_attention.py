@@ -20,14 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    LOG2E,
     Axes,
     Statistics,
     dscores,
+    exponent_factor,
     head_constants,
     head_tensors,
     load_softmax,
     probabilities,
+    scores_of,
     softmax_step,
     start_softmax,
     store_softmax,
@@ -227,17 +228,6 @@ def scatter(x, head, token, num_tokens, value, D: tl.constexpr):
     tl.store(p_block, value.to(x.pointer.dtype.element_ty), mask=(token < num_tokens)[:, None] & (cols < D)[None, :])
 
 
-@triton.jit
-def scores_of(products, together, scale, PLAIN: tl.constexpr):
-    """Scores, -inf where tokens do not belong together; a positive scale alone (PLAIN) is left to `score_factor`."""
-    return tl.where(together, products if PLAIN else products * scale, float("-inf"))
-
-
-@triton.jit
-def score_factor(scale, PLAIN: tl.constexpr):
-    return scale * LOG2E if PLAIN else LOG2E
-
-
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, out, p_statistics, layout, p_list, window, causal, scale, num_spans, num_tokens, num_heads,
@@ -256,7 +246,7 @@ def forward_kernel(
             keys = gather(k, head // GROUP, other, num_tokens, D, BLOCK_D)
             values = gather(v, head // GROUP, other, num_tokens, D, BLOCK_D)
             scores = scores_of(tl.dot(block, tl.trans(keys), input_precision=PRECISION), together, scale, PLAIN)
-            state = softmax_step(state, scores, score_factor(scale, PLAIN), values, True, PRECISION)
+            state = softmax_step(state, scores, exponent_factor(scale, PLAIN), values, True, PRECISION)
         divisors = tl.where(state.total == 0, 1.0, state.total)
         scatter(out, head, token, num_tokens, state.acc / divisors[:, None], D)
         num_rows = tl.cast(num_heads, tl.int64) * num_tokens
@@ -293,7 +283,7 @@ def dq_kernel(
             keys = gather(k, head // GROUP, other, num_tokens, D, BLOCK_D)
             values = gather(v, head // GROUP, other, num_tokens, D, BLOCK_D)
             scores = scores_of(tl.dot(block, tl.trans(keys), input_precision=PRECISION), together, scale, PLAIN)
-            p = probabilities(scores, score_factor(scale, PLAIN), maximum[:, None], inverse[:, None])
+            p = probabilities(scores, exponent_factor(scale, PLAIN), maximum[:, None], inverse[:, None])
             dp = tl.dot(dout_block, tl.trans(values), input_precision=PRECISION)
             if EXACT:  # one block holds all keys: see attention.py
                 delta = tl.where(count <= BLOCK_N, tl.sum(p * dp, axis=1), delta)
@@ -329,7 +319,7 @@ def dkdv_kernel(
                 maximum, inverse = load_softmax(statistics, other, other < num_tokens)
                 delta = tl.load(p_delta + offset + other, mask=other < num_tokens, other=0.0)
                 scores = scores_of(tl.dot(keys, tl.trans(queries), input_precision=PRECISION), together, scale, PLAIN)
-                p = probabilities(scores, score_factor(scale, PLAIN), maximum[None, :], inverse[None, :])
+                p = probabilities(scores, exponent_factor(scale, PLAIN), maximum[None, :], inverse[None, :])
                 acc_v = tl.dot(p.to(douts.dtype), douts, acc_v, input_precision=PRECISION)
                 dp = tl.dot(values, tl.trans(douts), input_precision=PRECISION)
                 ds = dscores(p, dp, delta[None, :], scores, False)

@@ -1,6 +1,6 @@
 // Attention through windows: how a span's grid is cut into panels, and panels are stacked into items for threads.
 //
-// A panel is a box of at most kWindowPanel tokens, on the lanes of vectors. An item is a stack of panels of one head: up to
+// A panel is a box of at most kStackPanel tokens, on the lanes of vectors. An item is a stack of panels of one head: up to
 // kOuterPanels along the outer axis and kMiddlePanels along the middle one. The box of tokens that they meet is gathered once for
 // all of them. Tokens of other spans cost every panel the same, so they are left out.
 //
@@ -65,9 +65,9 @@ inline void choose_panel(SpanGrid& grid) {
   SpanGrid best = grid;
   double least = span_cost(best);
   auto& [x, y, z] = grid.edge;
-  for (x = 1; x <= kWindowPanel && x / 2 < grid.axis[0].size; x *= 2)
-    for (y = 1; x * y <= kWindowPanel && y / 2 < grid.axis[1].size; y *= 2)
-      for (z = 1; x * y * z <= kWindowPanel && z / 2 < grid.axis[2].size; z *= 2)
+  for (x = 1; x <= kStackPanel && x / 2 < grid.axis[0].size; x *= 2)
+    for (y = 1; x * y <= kStackPanel && y / 2 < grid.axis[1].size; y *= 2)
+      for (z = 1; x * y * z <= kStackPanel && z / 2 < grid.axis[2].size; z *= 2)
         if (const double cost = span_cost(grid); cost < least) best = grid, least = cost;
   grid = best;
   grid.planes = planes_per_block(grid);
