@@ -34,7 +34,7 @@ _PUBLIC = {
         ),
         "block_mask": ("BlockMask",),
         "block_sparse_attention": ("block_sparse_attention",),
-        "backends": ("forced_backend", "record", "use_backend"),
+        "backends": ("forced_backend", "prefer", "record", "use_backend"),
         "bias_gelu": ("bias_gelu",),
         "kv_cache": ("flash_attn_with_kvcache",),
         "layout": ("PackedLayout", "Span"),
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from .attention import flash_attn_varlen_kvpacked_func as flash_attn_varlen_kvpacked_func
     from .attention import flash_attn_varlen_qkvpacked_func as flash_attn_varlen_qkvpacked_func
     from .backends import forced_backend as forced_backend
+    from .backends import prefer as prefer
     from .backends import record as record
     from .backends import use_backend as use_backend
     from .bias_gelu import bias_gelu as bias_gelu

@@ -5,6 +5,8 @@ into outputs the caller allocated. The first backend in the list of the tensor's
 falls back in silence: `python -m sora_kernels.info` prints the list, `record()` tells which backend ran, and a forced backend that
 cannot run raises with the reason.
 
+Backends that were not measured on a GPU yet are in no list until `prefer("fastest")` puts them first.
+
 Force one with the environment variable `SORA_KERNELS_BACKEND` or `with use_backend("reference"):`. Both hold for the whole
 process, so that autograd's own threads, which run the backward passes, obey too. Derivatives that no kernel computes
 (derivatives.py) are the reference's all the same: there is no other.
@@ -29,7 +31,7 @@ from torch import Tensor
 from .checks import check_choice
 from .signatures import SIGNATURES
 
-__all__ = ["forced_backend", "record", "use_backend"]  # what users call
+__all__ = ["forced_backend", "prefer", "record", "use_backend"]  # what users call
 
 _STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,7 +42,8 @@ FUNCTIONS = tuple(SIGNATURES)
 class Backend:
     """One implementation: where its functions live and what it can take.
 
-    Its module may have a function `unavailable()` that says why nothing of it can run on this machine, or None.
+    Its module may have a function `unavailable()` that says why nothing of it can run on this machine, or None, and another one,
+    `refuses(function, arguments)`, that says why it cannot do a call, or None.
     """
 
     name: str
@@ -91,35 +94,57 @@ class Registry(UserDict[str, Entry]):
 
 
 class Selected(NamedTuple):
-    """A backend function, and the backend's name."""
+    """A backend function, the backend's name, and what says of a call why it cannot do it, if anything does."""
 
     backend: str
     run: Callable[..., None]
+    refuses: Callable[[str, dict], str | None] | None
 
     @classmethod
     def of(cls, backend: str, function: str) -> Selected:
-        return cls(backend, getattr(BACKENDS[backend].load(), function))
+        module = BACKENDS[backend].load()
+        return cls(backend, getattr(module, function), getattr(module, "refuses", None))
 
 
 @functools.cache
-def _select(function: str, on: torch.device, dtype: torch.dtype, width: int, forced: str | None) -> Selected:
+def _select(
+    function: str, on: torch.device, dtype: torch.dtype, width: int, forced: str | None, preferred: str
+) -> tuple[Selected, ...]:
+    """The backends that can serve such tensors, up to the first one that can do any call of them."""
     device = on.type
     if forced is not None:
         reason = BACKENDS[forced].unavailable(function, device, dtype, width)
         if reason is not None:
             raise ValueError(f"{function}: backend {forced!r} was forced but {reason}")
-        return Selected.of(forced, function)
+        return (Selected.of(forced, function),)
     asked = candidates(function, device, dtype, width)
+    able: list[Selected] = []
     for name, reason in asked:
         if reason is None:
-            return Selected.of(name, function)
-    raise ValueError(f"{function}: no backend can run: " + "; ".join(f"{name} {reason}" for name, reason in asked))
+            able.append(Selected.of(name, function))
+            if able[-1].refuses is None:
+                break
+    if not able:
+        raise ValueError(f"{function}: no backend can run: " + "; ".join(f"{name} {reason}" for name, reason in asked))
+    return tuple(able)
+
+
+def _choose(able: tuple[Selected, ...], function: str, arguments: dict) -> Selected:
+    """The first that can do this call."""
+    reasons = []
+    for selected in able:
+        reason = None if selected.refuses is None else selected.refuses(function, arguments)
+        if reason is None:
+            return selected
+        reasons.append(f"{selected.backend} {reason}")
+    raise ValueError(f"{function}: no backend can do this call: " + "; ".join(reasons))
 
 
 BACKENDS: Registry[Backend] = Registry()
 for _backend in (
     Backend("cpu", "._cpu", ("cpu",), _STORAGE),
     Backend("cuda", "._cuda", ("cuda",), _STORAGE, dict.fromkeys(_ROPE, 512)),
+    Backend("hopper", ".triton.hopper", ("cuda",), (torch.bfloat16, torch.float16), dict.fromkeys(_ATTENTION, 128)),
     Backend("triton", ".triton", ("cuda", "cpu") if INTERPRETED else ("cuda",), _STORAGE, dict.fromkeys(_ATTENTION, 256)),
     Backend("reference", ".reference", None, None),
 ):
@@ -129,6 +154,10 @@ ORDER: Registry[tuple[str, ...]] = Registry(
     cpu=("cpu", "triton", "reference") if INTERPRETED else ("cpu", "reference"),
     cuda=("cuda", "triton", "reference"),
 )
+
+
+# What is asked before, by what is preferred: not measured on a GPU yet.
+PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {"default": {}, "fastest": {"cuda": ("hopper",)}}
 
 
 class _Here(threading.local):
@@ -142,11 +171,12 @@ _lock = threading.Lock()
 _forced: str | None = None  # the last of _uses, or else the environment's
 _uses: list[list[str]] = []  # a list of one name per `use_backend` that is open, in any thread
 _records: list[list[tuple[str, str]]] = []
+_preferred = "default"
 
 
 def candidates(function: str, device: str, dtype: torch.dtype, width: int = 0) -> list[tuple[str, str | None]]:
     """(backend, why it cannot run or None), in the order in which they are asked."""
-    order = ORDER.get(device, ("reference",))
+    order = PREFERRED[_preferred].get(device, ()) + ORDER.get(device, ("reference",))
     return [(name, BACKENDS[name].unavailable(function, device, dtype, width)) for name in order]
 
 
@@ -158,7 +188,8 @@ def call(function: str, like: Tensor, /, **arguments: object) -> None:
     if like.is_cuda and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):  # before a backend is asked, too, as it answers for the present GPU
             return call(function, like, **arguments)
-    backend, run = _select(function, like.device, like.dtype, like.shape[-1], _here.forced or _forced)
+    able = _select(function, like.device, like.dtype, like.shape[-1], _here.forced or _forced, _preferred)
+    backend, run, _ = able[0] if able[0].refuses is None else _choose(able, function, arguments)
     for record_ in list(_records):
         record_.append((function, backend))
     if backend == "reference":
@@ -220,6 +251,28 @@ def only_here(name: str) -> Iterator[None]:
         yield
     finally:
         _here.forced = before
+
+
+def prefer(what: str) -> None:
+    """Says in which order backends are asked from now on, in the whole process.
+
+    >>> prefer("fastest")                   # asks the kernels for Hopper GPUs first, whose speed no one has measured yet
+    >>> prefer("default")
+
+    Args:
+        what: "default", or "fastest", which puts first what should be faster on the GPU at hand and was not measured.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    global _preferred
+    check_choice("prefer", "what", what, tuple(PREFERRED))
+    _preferred = what
+
+
+def preferred() -> str:
+    """What `prefer` said last."""
+    return _preferred
 
 
 def forced_backend() -> str | None:

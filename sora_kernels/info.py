@@ -70,6 +70,7 @@ def report() -> str:
     lines += _cpu_lines() + _gpu_lines()
     forced = os.environ.get("SORA_KERNELS_BACKEND")
     lines.append(f"backend: forced by SORA_KERNELS_BACKEND={forced}" if forced else "backend: the first in each list that can run")
+    lines.append(f"preferred: {backends.preferred()} (sora_kernels.prefer)")
     for device in ("cpu", "cuda"):
         absent = " (this machine has none)" if device == "cuda" and not torch.cuda.is_available() else ""
         lines += ["", f"backends for {device} tensors{absent}, in the order in which they are asked:", *_op_lines(device)]

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -40,6 +42,41 @@ def test_every_function_is_in_the_backend(name):
 def test_cuda_tensors_have_backends_of_their_own():
     for function in backends.FUNCTIONS:
         assert [name for name, _ in backends.candidates(function, "cuda", torch.bfloat16)] == ["cuda", "triton", "reference"]
+
+
+def test_what_is_preferred_is_asked_first():
+    asked = partial(backends.candidates, "attention_forward", "cuda", torch.bfloat16)
+    try:
+        backends.prefer("fastest")
+        assert [name for name, _ in asked()] == ["hopper", "cuda", "triton", "reference"]
+        assert "preferred: fastest" in report()
+    finally:
+        backends.prefer("default")
+    assert [name for name, _ in asked()] == ["cuda", "triton", "reference"]
+    with pytest.raises(ValueError, match="prefer: what: expected one of 'default', 'fastest', got 'best'"):
+        backends.prefer("best")
+
+
+class Choosy(backends.Backend):
+    """Refuses long rows."""
+
+    def load(self):
+        def refuses(function, arguments):
+            return "is for short rows" if arguments["x"].shape[0] > 4 else None
+
+        return SimpleNamespace(bias_gelu_forward=backends.BACKENDS["reference"].load().bias_gelu_forward, refuses=refuses)
+
+
+def test_a_call_that_is_refused_goes_to_the_next_backend(monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "choosy", Choosy("choosy", "", ("cpu",), (torch.float32,)))
+    monkeypatch.setitem(backends.ORDER, "cpu", ("choosy", "reference"))
+    with record() as calls:
+        bias_gelu(torch.ones(4, 8))
+        bias_gelu(torch.ones(5, 8))
+    assert calls == [("bias_gelu_forward", "choosy"), ("bias_gelu_forward", "reference")]
+    message = "bias_gelu_forward: no backend can do this call: choosy is for short rows"
+    with use_backend("choosy"), pytest.raises(ValueError, match=message):
+        bias_gelu(torch.ones(5, 8))
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="the CUDA kernels are built where there is an nvcc")
@@ -95,7 +132,9 @@ def test_forcing_is_undone_after_an_error():
 
 def test_unknown_backend():
     with (
-        pytest.raises(ValueError, match=r"use_backend: name: expected one of 'cpu', 'cuda', 'triton', 'reference'.*, got 'fast'"),
+        pytest.raises(
+            ValueError, match=r"use_backend: name: expected one of 'cpu', 'cuda', 'hopper', 'triton', 'reference'.*, got 'fast'"
+        ),
         use_backend("fast"),
     ):
         pass
@@ -105,7 +144,7 @@ def test_environment_forces_a_backend():
     code = "from tests.test_backends import *\nwith record() as calls: rotate()\nprint(calls)"
     assert run(code, SORA_KERNELS_BACKEND="reference").stdout == "[('rope_3d', 'reference')]\n"
     failed = run("import sora_kernels.rope", SORA_KERNELS_BACKEND="fast")
-    assert "SORA_KERNELS_BACKEND: expected one of 'cpu', 'cuda', 'triton', 'reference', got 'fast'" in failed.stderr
+    assert "SORA_KERNELS_BACKEND: expected one of 'cpu', 'cuda', 'hopper', 'triton', 'reference', got 'fast'" in failed.stderr
 
 
 def test_unavailable_backend_says_why(monkeypatch):

@@ -133,7 +133,7 @@ def test_every_kernel_is_compiled(report, arch):
     expected = {
         f"{module.__name__.rpartition('.')[2]}.{name}" for module in modules for name in vars(module) if name.endswith("_kernel")
     }
-    assert {row["name"] for row in triton_rows(report, arch)} == expected
+    assert {row["name"] for row in triton_rows(report, arch)} == expected - {"hopper.forward_kernel"}  # test_hopper.py's
 
 
 @pytest.mark.parametrize("arch", ARCHS)

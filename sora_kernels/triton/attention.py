@@ -286,7 +286,7 @@ def head_statistics(x: Tensor | None) -> tuple | None:
     return None if x is None else (x, 0, x.stride(1), x.stride(0)) if x.ndim == 2 else (x, x.stride(0), x.stride(2), x.stride(1))
 
 
-class _Call:
+class Call:
     """What the launches of one call share."""
 
     def __init__(self, tensors, cu_q, cu_k, bias, alibi, scale, left, right, softcap) -> None:
@@ -336,7 +336,7 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, bias: Tensor | None, alibi: Tensor | None,
     scale: float, left: int, right: int, softcap: float, out: Tensor, lse: Tensor, statistics: Tensor,
 ) -> None:  # fmt: skip
-    call = _Call((q, k, v, out), cu_q, cu_k, bias, alibi, scale, left, right, softcap)
+    call = Call((q, k, v, out), cu_q, cu_k, bias, alibi, scale, left, right, softcap)
     heads = head_tensors(call.unit, q=q, k=k, v=v, out=out)
     call.launch("forward", forward_kernel, {"p_lse": lse, "p_statistics": statistics, **heads})
 
@@ -346,7 +346,7 @@ def attention_backward(
     cu_k: Tensor | None, bias: Tensor | None, alibi: Tensor | None, scale: float, left: int, right: int, softcap: float,
     dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    call = _Call((q, k, v, out, dout), cu_q, cu_k, bias, alibi, scale, left, right, softcap)
+    call = Call((q, k, v, out, dout), cu_q, cu_k, bias, alibi, scale, left, right, softcap)
     delta = torch.empty_like(statistics[0])
     inputs = {"p_statistics": statistics, "p_delta": delta, **head_tensors(call.unit, dout=dout, q=q, k=k, v=v)}
     call.launch("dq", dq_kernel, {"dlse": head_statistics(dlse), **inputs, **head_tensors(call.unit, out=out, dq=dq)})
