@@ -183,8 +183,9 @@ class BlockMask:
             return self._transposed
         lists = self._transpose()
         # Numbers are kept, and not what stands for them while a call is traced or transformed.
-        is_plain = type(lists.offsets) is Tensor and not lists.offsets.is_inference() and not transforms_active()
-        if is_plain and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or transforms_active():
+            return lists
+        if type(lists.offsets) is Tensor and not lists.offsets.is_inference():
             self._transposed = lists
         return lists
 
