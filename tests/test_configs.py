@@ -120,7 +120,7 @@ def test_a_gpu_that_is_refused_is_served_by_the_reference_and_info_says_why(pres
     assert f"triton {reason}" in info.report()
     select = backends._select.__wrapped__
     with pytest.raises(ValueError, match=f"attention_forward: backend 'triton' was forced but {reason}"):
-        select("attention_forward", torch.device("cuda", 0), torch.float16, 64, "triton")
+        select("attention_forward", torch.device("cuda", 0), torch.float16, 64, "triton", "default")
     with pytest.raises(RuntimeError, match=f"no blocks of attention for GPU 0: Triton backend {reason}"):
         configs.architecture(torch.device("cuda", 0))
     with configs.use_architecture("sm80"):

@@ -6,10 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, noop_mask
 
 import sora_kernels
 
 LAYOUT = sora_kernels.PackedLayout.from_grids([(1, 2, 2)])
+BLOCKS = sora_kernels.TokenBlocks.runs(LAYOUT, 64)
+MASK = sora_kernels.BlockMask.from_dense([torch.ones(1, 1, dtype=torch.bool)], BLOCKS)
+# Whose methods are called.
+INSTANCES = {type(instance): instance for instance in (LAYOUT, BLOCKS, MASK, sora_kernels.Span((1, 2, 2)))}
 X, HEADS, DENSE = torch.zeros(4, 8), torch.zeros(4, 2, 8), torch.zeros(1, 2, 4, 8)
 ROW, VIDEO = torch.zeros(1, 8), torch.zeros(1, 2, 2, 2)
 # A right value of every argument by its name; some functions give a name another meaning.
@@ -38,6 +43,12 @@ RIGHT: dict[str, Any] = {
     "head_dim": 64,
     "name": "reference",
     "device": "cpu",
+    **dict.fromkeys(("blocks", "queries", "keys"), BLOCKS),
+    "mask": MASK,
+    "indices": [torch.zeros(1, 1, dtype=torch.int32)],
+    "counts": [torch.ones(1, dtype=torch.int32)],
+    "window": (1, 1, 1),
+    "what": "default",
 }
 OTHERWISE: dict[str, dict[str, Any]] = {
     "flash_attn_func": {"q": DENSE, "k": DENSE, "v": DENSE},
@@ -50,6 +61,9 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "norm_rope": {"x": HEADS},
     "patch_embed_3d": {"weight": torch.zeros(8, 1, 1, 2, 2)},
     "PackedLayout.pack": {"samples": [X]},
+    "BlockMask.from_dense": {"mask": [torch.ones(1, 1, dtype=torch.bool)]},
+    "BlockMask.from_flex": {"mask": create_block_mask(noop_mask, None, None, 4, 4, device="cpu", BLOCK_SIZE=64)},
+    "BlockMask.sliding": {"blocks": sora_kernels.TokenBlocks.tiles(LAYOUT)},
 }
 # Taken for compatibility with flash_attn and torch, and read by nobody.
 IGNORED = {"deterministic", "max_seqlen", "max_seqlen_q", "max_seqlen_k", "max_q", "max_k"}
@@ -79,12 +93,13 @@ def functions() -> Iterator[tuple[str, Callable]]:
     """Every exported function, constructor and method, by the name that its complaints begin with."""
     for name in sora_kernels.__all__:
         value = getattr(sora_kernels, name)
-        yield name, value
+        if value not in (sora_kernels.TokenBlocks, sora_kernels.BlockMask):  # which their class methods construct
+            yield name, value
         if inspect.isclass(value):
             for attribute, member in inspect.getmembers(value, callable):
                 if not attribute.startswith("_"):
                     own = not isinstance(inspect.getattr_static(value, attribute), classmethod | staticmethod)
-                    yield f"{name}.{attribute}", getattr(LAYOUT, attribute) if own else member
+                    yield f"{name}.{attribute}", getattr(INSTANCES[value], attribute) if own else member
 
 
 FUNCTIONS = dict(functions())

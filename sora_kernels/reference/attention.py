@@ -37,13 +37,14 @@ def attend(
         visible = visible & (added > -torch.inf)
     scores = scores.masked_fill(~visible, -torch.inf)
     maximum = pad(scores.detach(), (0, 1), value=-torch.inf).amax(dim=-1)  # with a key that nobody sees, as there may be no other
+    blind = maximum == -torch.inf
     # exp(-inf - 0) is 0 where exp(-inf - (-inf)) would be NaN
-    weights = torch.exp(scores - maximum.masked_fill(maximum == -torch.inf, 0.0)[..., None])
-    total = weights.sum(dim=-1)
-    blind = total == 0
-    divisor = total.masked_fill(blind, 1.0)
-    lse = (maximum + torch.log(divisor)).masked_fill(blind, -torch.inf)
-    return einsum(weights / divisor[..., None], v, "h i j, j h d -> i h d"), lse, maximum, total
+    total = torch.exp(scores.detach() - maximum.masked_fill(blind, 0.0)[..., None]).sum(dim=-1)
+    scores = scores.masked_fill(blind[..., None], 0.0)
+    # Not exp(s - m) / l: in the gradient of that, errors of the division do not cancel where one key has nearly all the weight.
+    weights = torch.softmax(scores, dim=-1).masked_fill(blind[..., None], 0.0)
+    lse = torch.logsumexp(scores, dim=-1).masked_fill(blind, -torch.inf)
+    return einsum(weights, v, "h i j, j h d -> i h d"), lse, maximum, total
 
 
 def attention(
