@@ -1,6 +1,7 @@
 """The private parts of torch that we use: each saves microseconds of every call, and has a public way beside it.
 
 The public way is taken where torch has the private name no more, or where `SORA_KERNELS_TORCH=public` says so (read at import).
+Torch's kernels of attention for packed batches have no public way; they are backends that are asked only when wanted.
 """
 
 from __future__ import annotations
@@ -101,3 +102,8 @@ if _ways is PUBLIC:
     torch.compiler.assume_constant_result(transforms_active_publicly)
     torch.compiler.assume_constant_result(is_dual_level_open_publicly)
 transforms_active, is_dual_level_open, below_autograd, past_autograd = _ways
+
+
+def attention_kernel(name: str) -> Callable[..., Any]:
+    """One of torch's own, such as `_flash_attention_forward`."""
+    return getattr(torch.ops.aten, name)

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from .attention_arguments import attend, check_unpaged
+from .attention_op import Longest
 from .checks import AttentionNames, check_tensor
 from .kv_cache import flash_attn_with_kvcache as flash_attn_with_kvcache
 from .spatiotemporal_attention import spatiotemporal_attention as spatiotemporal_attention
@@ -150,7 +151,8 @@ def flash_attn_varlen_func(
         q: [Nq, H, d].
         k, v: [Nk, Hk, d]; v may have another head dim, as in `flash_attn_func`.
         cu_seqlens_q, cu_seqlens_k: int32 [B+1], from 0, never falling, at most Nq and Nk.
-        max_seqlen_q, max_seqlen_k: taken for compatibility; the boundaries alone decide.
+        max_seqlen_q, max_seqlen_k: tokens of the longest sample, or more. This package's kernels do not need them. Those of others
+            do, and are left out where these are not numbers; see `sora_kernels.backends.prefer`.
         block_table: must be None: there is no paged cache here.
         seqused_k: int32 [B]: sample b has only its first seqused_k[b] keys, as in FlashAttention-3. Causal masks, windows and ALiBi
             are aligned to their end, and the other keys get zero gradients. On the CPU a number that is negative or more than the
@@ -166,7 +168,7 @@ def flash_attn_varlen_func(
     check_unpaged(op, block_table)
     return attend(
         op, q, k, v, (cu_seqlens_q, cu_seqlens_k), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        return_attn_probs, seqused_k=seqused_k,
+        return_attn_probs, seqused_k=seqused_k, longest=Longest.of(max_seqlen_q, max_seqlen_k),
     )  # fmt: skip
 
 
@@ -189,7 +191,7 @@ def flash_attn_varlen_qkvpacked_func(
     q, k, v = qkv.unbind(1)
     return attend(
         op, q, k, v, (cu_seqlens, cu_seqlens), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        return_attn_probs, AttentionNames(cu_q="cu_seqlens", cu_k="cu_seqlens"),
+        return_attn_probs, AttentionNames(cu_q="cu_seqlens", cu_k="cu_seqlens"), longest=Longest.of(max_seqlen, max_seqlen),
     )  # fmt: skip
 
 
@@ -215,5 +217,5 @@ def flash_attn_varlen_kvpacked_func(
     k, v = kv.unbind(1)
     return attend(
         op, q, k, v, (cu_seqlens_q, cu_seqlens_k), dropout_p, softmax_scale, causal, window_size, softcap,
-        alibi_slopes, return_attn_probs,
+        alibi_slopes, return_attn_probs, longest=Longest.of(max_seqlen_q, max_seqlen_k),
     )  # fmt: skip

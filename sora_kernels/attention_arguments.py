@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .attention_op import attention_forward
+from .attention_op import Longest, attention_forward
 from .checks import (
     UNBOUNDED,
     AttentionNames,
@@ -46,6 +46,7 @@ def attend(
     return_attn_probs: bool,
     names: AttentionNames = AttentionNames(),  # noqa: B008
     seqused_k: Tensor | None = None,
+    longest: Longest = Longest(),  # noqa: B008
 ) -> Any:
     """Attention of a dense batch, or of a packed one with its `boundaries` (of queries, of keys), in flash_attn's terms.
 
@@ -69,7 +70,7 @@ def attend(
             check_tensor(op, "seqused_k", seqused_k, (batch,), dtype=torch.int32, like=q)
             cu_q, cu_k, _ = used_keys(op, "seqused_k", cu_q, cu_k, seqused_k, (q.shape[0], k.shape[0]))
             options = options.of_used_keys()
-        out, lse = run(q, k, v, cu_q, cu_k, options)
+        out, lse = run(q, k, v, cu_q, cu_k, options, longest)
     except ValueError as error:  # the registered op checks the values of boundaries, and has names of its own for them
         message = str(error)
         for own, name in (("cu_seqlens_q", names.cu_q), ("cu_seqlens_k", names.cu_k)):
@@ -124,12 +125,20 @@ def check_options(
     return Options(alibi, scale, left, right, softcap)
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    options: Options,
+    longest: Longest = Longest(),  # noqa: B008
+) -> tuple[Tensor, Tensor]:
     """out and lse of checked arguments."""
     width = v.shape[-1]
     if width != q.shape[-1]:
         q, k, v = of_one_head_dim(q, k, v)
-    out, lse, _ = attention_forward(q, k, v, cu_q, cu_k, None, *options)
+    out, lse, _ = attention_forward(q, k, v, cu_q, cu_k, None, *options, *longest)
     return first_channels(out, width), lse
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,18 @@ from . import backends
 from .checks import check_boundaries, fail
 from .library import Context, Grads, cotangent, register, rows
 from .memory import empty_like
+
+
+class Longest(NamedTuple):
+    """Queries and keys of the longest sample of a packed batch, as the host knows them. They only say what a kernel may use."""
+
+    q: int | None = None
+    k: int | None = None
+
+    @classmethod
+    def of(cls, q: object, k: object) -> Longest:
+        """Of what was passed: a tensor, which reading would wait for, or a wrong number is not known."""
+        return cls(*(n if isinstance(n, int) and not isinstance(n, bool) and n > 0 else None for n in (q, k)))
 
 
 def lse_like(q: Tensor, *leading: int) -> Tensor:
@@ -26,6 +40,20 @@ def statistics_like(q: Tensor) -> Tensor:
     return lse_like(q, 2)
 
 
+def statistics_of_lse(lse: Tensor, scale: float, is_plain: bool = True) -> Tensor:
+    """The statistics of softmaxes that only their lse is known of: that as the maximum, and the sum 1; 0 for a query without keys.
+
+    is_plain: scores are products times the scale and nothing else.
+    """
+    return torch.stack([lse / scale if is_plain and scale > 0 else lse, (lse > float("-inf")).to(lse.dtype)])
+
+
+def lse_of_statistics(statistics: Tensor, scale: float, is_plain: bool = True) -> Tensor:
+    """-inf for a query without keys."""
+    maximum, total = statistics
+    return (maximum * scale if is_plain and scale > 0 else maximum) + total.log()
+
+
 def _run(
     q: Tensor,
     k: Tensor,
@@ -38,6 +66,8 @@ def _run(
     left: int,
     right: int,
     softcap: float,
+    max_q: int | None,
+    max_k: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if cu_q is not None and cu_k is not None:
         check_boundaries("attention", "cu_seqlens_q", cu_q, q.shape[0])
@@ -58,6 +88,8 @@ def _run(
         left=left,
         right=right,
         softcap=softcap,
+        max_q=max_q,
+        max_k=max_k,
         out=out,
         lse=lse,
         statistics=statistics,
@@ -90,6 +122,8 @@ def _run_backward(
     left: int,
     right: int,
     softcap: float,
+    max_q: int | None,
+    max_k: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (dout, q, k, v), (dlse, cu_q, cu_k), bias = rows(dout, q, k, v), rows(dlse, cu_q, cu_k), _of_all_scores(bias, q, k)
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
@@ -111,6 +145,8 @@ def _run_backward(
         left=left,
         right=right,
         softcap=softcap,
+        max_q=max_q,
+        max_k=max_k,
         dq=dq,
         dk=dk,
         dv=dv,
@@ -119,7 +155,7 @@ def _run_backward(
 
 
 def _save(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    q, k, v, cu_q, cu_k, bias, alibi, *ctx.scalars = inputs
+    q, k, v, cu_q, cu_k, bias, alibi, *ctx.scores, ctx.max_q, ctx.max_k = inputs
     out, _, statistics = output
     ctx.wants_bias = bias is not None and bias.requires_grad
     if ctx.wants_bias and cu_q is not None:
@@ -131,18 +167,21 @@ def _save(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def _grad(ctx: Context, dout: Tensor | None, dlse: Tensor | None, _: None) -> Grads:
     if dout is None and dlse is None:
-        return (None,) * 11
+        return (None,) * 13
     q, k, v, out, statistics, cu_q, cu_k, bias, alibi = ctx.saved_tensors
     dout = cotangent(dout, q)
-    grads = attention_backward(dout, dlse, q, k, v, out, statistics, cu_q, cu_k, bias, alibi, *ctx.scalars)
+    grads = attention_backward(dout, dlse, q, k, v, out, statistics, cu_q, cu_k, bias, alibi, *ctx.scores, ctx.max_q, ctx.max_k)
     dbias = None
     if ctx.wants_bias:  # which no kernel computes
         with backends.without_autocast(q.device.type):
-            dbias = backends.BACKENDS["reference"].load().bias_gradient(dout, dlse, q, k, v, bias, alibi, *ctx.scalars)
-    return *grads, None, None, dbias, *(None,) * 5
+            dbias = backends.BACKENDS["reference"].load().bias_gradient(dout, dlse, q, k, v, bias, alibi, *ctx.scores)
+    return *grads, None, None, dbias, *(None,) * 7
 
 
-_ARGUMENTS = "Tensor? cu_q, Tensor? cu_k, Tensor? bias, Tensor? alibi, float scale, SymInt left, SymInt right, float softcap"
+_ARGUMENTS = (
+    "Tensor? cu_q, Tensor? cu_k, Tensor? bias, Tensor? alibi, float scale, SymInt left, SymInt right, float softcap, "
+    "SymInt? max_q, SymInt? max_k"
+)
 attention_backward = register(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, "
     f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",

@@ -5,7 +5,8 @@ into outputs the caller allocated. The first backend in the list of the tensor's
 falls back in silence: `python -m sora_kernels.info` prints the list, `record()` tells which backend ran, and a forced backend that
 cannot run raises with the reason.
 
-Backends that were not measured on a GPU yet are in no list until `prefer("fastest")` puts them first.
+Attention has more backends: kernels that others wrote (`sora_kernels.flash`), and those for Hopper. They are asked only after
+`prefer("fastest")`, as no one has measured here whether they keep what this package promises.
 
 Force one with the environment variable `SORA_KERNELS_BACKEND` or `with use_backend("reference"):`. Both hold for the whole
 process, so that autograd's own threads, which run the backward passes, obey too. Derivatives that no kernel computes
@@ -28,12 +29,14 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from . import flash
 from .checks import check_choice
 from .signatures import SIGNATURES
 
 __all__ = ["forced_backend", "prefer", "record", "use_backend"]  # what users call
 
-_STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+_STORAGE = (torch.float32, *_HALF)
 
 FUNCTIONS = tuple(SIGNATURES)
 
@@ -43,7 +46,8 @@ class Backend:
     """One implementation: where its functions live and what it can take.
 
     Its module may have a function `unavailable()` that says why nothing of it can run on this machine, or None, and another one,
-    `refuses(function, arguments)`, that says why it cannot do a call, or None.
+    `refuses(function, arguments)`, that says why it cannot do a call, or None. If its `TAKES_HINTS` is True, its functions take the
+    hints of their signatures, too.
     """
 
     name: str
@@ -94,16 +98,18 @@ class Registry(UserDict[str, Entry]):
 
 
 class Selected(NamedTuple):
-    """A backend function, the backend's name, and what says of a call why it cannot do it, if anything does."""
+    """A backend's name, its function, what says why it cannot do a call, if anything does, and the hints that it does not take."""
 
     backend: str
     run: Callable[..., None]
     refuses: Callable[[str, dict], str | None] | None
+    unwanted: tuple[str, ...]
 
     @classmethod
     def of(cls, backend: str, function: str) -> Selected:
         module = BACKENDS[backend].load()
-        return cls(backend, getattr(module, function), getattr(module, "refuses", None))
+        unwanted = () if getattr(module, "TAKES_HINTS", False) else SIGNATURES[function].hints
+        return cls(backend, getattr(module, function), getattr(module, "refuses", None), unwanted)
 
 
 @functools.cache
@@ -144,7 +150,8 @@ BACKENDS: Registry[Backend] = Registry()
 for _backend in (
     Backend("cpu", "._cpu", ("cpu",), _STORAGE),
     Backend("cuda", "._cuda", ("cuda",), _STORAGE, dict.fromkeys(_ROPE, 512)),
-    Backend("hopper", ".triton.hopper", ("cuda",), (torch.bfloat16, torch.float16), dict.fromkeys(_ATTENTION, 128)),
+    *(Backend(name, f".flash.{name}", ("cuda",), _HALF, dict.fromkeys(_ATTENTION, 256)) for name in flash.FOREIGN),
+    Backend("hopper", ".triton.hopper", ("cuda",), _HALF, dict.fromkeys(_ATTENTION, 128)),
     Backend("triton", ".triton", ("cuda", "cpu") if INTERPRETED else ("cuda",), _STORAGE, dict.fromkeys(_ATTENTION, 256)),
     Backend("reference", ".reference", None, None),
 ):
@@ -155,9 +162,7 @@ ORDER: Registry[tuple[str, ...]] = Registry(
     cuda=("cuda", "triton", "reference"),
 )
 
-
-# What is asked before, by what is preferred: not measured on a GPU yet.
-PREFERRED: dict[str, dict[str, tuple[str, ...]]] = {"default": {}, "fastest": {"cuda": ("hopper",)}}
+PREFERENCES = ("default", "fastest")
 
 
 class _Here(threading.local):
@@ -174,9 +179,13 @@ _records: list[list[tuple[str, str]]] = []
 _preferred = "default"
 
 
-def candidates(function: str, device: str, dtype: torch.dtype, width: int = 0) -> list[tuple[str, str | None]]:
-    """(backend, why it cannot run or None), in the order in which they are asked."""
-    order = PREFERRED[_preferred].get(device, ()) + ORDER.get(device, ("reference",))
+def candidates(
+    function: str, device: str, dtype: torch.dtype, width: int = 0, preference: str | None = None
+) -> list[tuple[str, str | None]]:
+    """(backend, why it cannot run or None), in the order in which they are asked; `preference` instead of what `prefer` said."""
+    order = ORDER.get(device, ("reference",))
+    if (preference or _preferred) == "fastest" and device == "cuda":
+        order = flash.fastest() + order
     return [(name, BACKENDS[name].unavailable(function, device, dtype, width)) for name in order]
 
 
@@ -189,7 +198,9 @@ def call(function: str, like: Tensor, /, **arguments: object) -> None:
         with torch.cuda.device(like.device):  # before a backend is asked, too, as it answers for the present GPU
             return call(function, like, **arguments)
     able = _select(function, like.device, like.dtype, like.shape[-1], _here.forced or _forced, _preferred)
-    backend, run, _ = able[0] if able[0].refuses is None else _choose(able, function, arguments)
+    backend, run, _, unwanted = able[0] if able[0].refuses is None else _choose(able, function, arguments)
+    for name in unwanted:
+        del arguments[name]
     for record_ in list(_records):
         record_.append((function, backend))
     if backend == "reference":
@@ -256,17 +267,19 @@ def only_here(name: str) -> Iterator[None]:
 def prefer(what: str) -> None:
     """Says in which order backends are asked from now on, in the whole process.
 
-    >>> prefer("fastest")                   # asks the kernels for Hopper GPUs first, whose speed no one has measured yet
+    >>> prefer("fastest")                   # attention by FlashAttention, cuDNN or the kernels for Hopper GPUs, where they can
     >>> prefer("default")
 
     Args:
-        what: "default", or "fastest", which puts first what should be faster on the GPU at hand and was not measured.
+        what: "default": the kernels that keep this package's promises: packed samples get what they get alone, bit for bit, results
+            do not vary from run to run, NaNs stay in their sample. "fastest": first what should be fastest on the present GPU, by
+            `sora_kernels.flash`'s table, whether it keeps them or not. On the CPU both are the same.
 
     Raises:
         ValueError: if it is neither.
     """
     global _preferred
-    check_choice("prefer", "what", what, tuple(PREFERRED))
+    check_choice("prefer", "what", what, PREFERENCES)
     _preferred = what
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,13 +45,15 @@ def _gpu_lines() -> list[str]:
     return [f"GPU {i}: {p.name}, compute capability {p.major}.{p.minor}" for i, p in enumerate(names)]
 
 
-def _op_lines(device: str) -> list[str]:
+def _op_lines(
+    device: str, functions: Iterable[str] = backends.FUNCTIONS, dtype: torch.dtype = torch.float32, preference: str | None = None
+) -> list[str]:
     """A line per function, then the reasons that the lines refer to by number."""
     lines: list[str] = []
     reasons: list[str] = []
-    for function in backends.FUNCTIONS:
+    for function in functions:
         parts = []
-        for name, reason in backends.candidates(function, device, torch.float32):
+        for name, reason in backends.candidates(function, device, dtype, preference=preference):
             if reason is not None:
                 reason = f"{name} {reason}".replace(f"has no {function}", "does not have this function")
                 if reason not in reasons:
@@ -74,6 +77,10 @@ def report() -> str:
     for device in ("cpu", "cuda"):
         absent = " (this machine has none)" if device == "cuda" and not torch.cuda.is_available() else ""
         lines += ["", f"backends for {device} tensors{absent}, in the order in which they are asked:", *_op_lines(device)]
+    gpu = "the GPU" if torch.cuda.is_available() else "a Hopper GPU"
+    attention = ("attention_forward", "attention_backward")
+    lines += ["", f"after sora_kernels.prefer('fastest'), for 16-bit tensors on {gpu}, where each may still refuse a call:"]
+    lines += _op_lines("cuda", attention, torch.bfloat16, "fastest")
     lines += ["", "float64 is served by the reference everywhere."]
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """What every backend function takes: the one declaration of names and order that all backends are held to.
 
     function(inputs) -> outputs           a "?" behind a name: may be None
+    function(inputs; hints) -> outputs    hints are for backends that ask for them, and change no result
 
 The caller allocates the outputs, and the function writes into them: they are its last arguments. An output of None is not wanted.
 """
@@ -17,6 +18,7 @@ class Signature(NamedTuple):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     optional: frozenset[str]
+    hints: tuple[str, ...] = ()
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -27,14 +29,14 @@ def parse(text: str) -> tuple[str, Signature]:
     """Name and signature of a declaration.
 
     >>> parse("bias_gelu_forward(x, bias?) -> out")
-    ('bias_gelu_forward', Signature(inputs=('x', 'bias'), outputs=('out',), optional=frozenset({'bias'})))
+    ('bias_gelu_forward', Signature(inputs=('x', 'bias'), outputs=('out',), optional=frozenset({'bias'}), hints=()))
     """
-    found = re.fullmatch(r"(\w+)\(([\w?, ]+)\) -> ([\w?, ]+)", text)
+    found = re.fullmatch(r"(\w+)\(([\w?, ]+)(?:; ([\w?, ]+))?\) -> ([\w?, ]+)", text)
     if found is None:
         raise ValueError(f"signatures: text: expected 'function(inputs) -> outputs', got {text!r}")
-    inputs, outputs = (found[group].split(", ") for group in (2, 3))
+    inputs, outputs, hints = ((found[group] or "").split(", ") for group in (2, 4, 3))
     optional = frozenset(name.rstrip("?") for name in inputs + outputs if name.endswith("?"))
-    return found[1], Signature(_names(inputs), _names(outputs), optional)
+    return found[1], Signature(_names(inputs), _names(outputs), optional, _names(hints) if found[3] else ())
 
 
 def _names(texts: list[str]) -> tuple[str, ...]:
@@ -51,8 +53,8 @@ SIGNATURES = dict(
     map(
         parse,
         (
-            f"attention_forward(q, k, v, {_SCORES}) -> out, lse, statistics",
-            f"attention_backward(dout, dlse?, q, k, v, out, statistics, {_SCORES}) -> dq, dk, dv",
+            f"attention_forward(q, k, v, {_SCORES}; max_q?, max_k?) -> out, lse, statistics",
+            f"attention_backward(dout, dlse?, q, k, v, out, statistics, {_SCORES}; max_q?, max_k?) -> dq, dk, dv",
             f"spatiotemporal_attention_forward(q, k, v, {_WINDOWS}) -> out, statistics",
             f"spatiotemporal_attention_backward(dout, q, k, v, out, statistics, {_WINDOWS}) -> dq, dk, dv",
             f"block_sparse_attention_forward(q, k, v, {_BLOCKS}, block_q, block_k, scale) -> out, lse, statistics",

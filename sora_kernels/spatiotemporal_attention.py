@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import backends
 from .attention_arguments import first_channels, of_one_head_dim
-from .attention_op import attention_forward, statistics_like
+from .attention_op import Longest, attention_forward, statistics_like
 from .checks import UNBOUNDED, check_cu_seqlens, check_qkv, check_tables, check_tensor, fail, side, triple
 from .layout import PackedLayout
 from .library import Context, Grads, autocast, cotangent, register, rows
@@ -73,8 +73,9 @@ def spatiotemporal_attention(
     sizes = [0 if w is None else side(w if isinstance(w, int) else int(w)) for w in axes]
     causal_axes = triple(op, "causal", causal, bool)
     if not any(sizes) and not any(causal_axes):
-        boundaries = layout.cu_seqlens, layout.cu_seqlens
-        return first_channels(attention_forward(q, k, v, *boundaries, None, None, scale, UNBOUNDED, UNBOUNDED, 0.0)[0], width)
+        cu, longest = layout.cu_seqlens, Longest.of(layout.max_seqlen, layout.max_seqlen)
+        out, *_ = attention_forward(q, k, v, cu, cu, None, None, scale, UNBOUNDED, UNBOUNDED, 0.0, *longest)
+        return first_channels(out, width)
     tables = layout.cu_seqlens, layout.cu_spans, layout.grid, layout.step
     return first_channels(_forward(q, k, v, *tables, sizes, causal_axes, scale)[0], width)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention_arguments import attend, check_unpaged, first_channels, of_one_head_dim
-from .attention_op import attention_forward
+from .attention_op import Longest, attention_forward
 from .checks import FLOATS, UNBOUNDED, AttentionNames, check_bool, check_qkv, check_tensor, fail
 from .library import autocast
 
@@ -38,7 +38,7 @@ def varlen_attn(
         query: [Nq, H, d].
         key, value: [Nk, Hk, d]; Hk may differ from H only with `enable_gqa`. value may have another head dim.
         cu_seq_q, cu_seq_k: int32 [B+1]; None for the keys means the same as the queries.
-        max_q, max_k: taken for compatibility; the boundaries alone decide.
+        max_q, max_k: of the longest sample, as `flash_attn_varlen_func` takes them.
         return_aux: torch's `AuxRequest`; with `lse=True` returns (out, lse), lse float32 [H, Nq].
         window_size: (-1, 0) is causal, (L, R) a window, as in `flash_attn_func`.
         seqused_k: int32 [B]: sample b has only its first seqused_k[b] keys, as in `flash_attn_varlen_func`. Differentiable here.
@@ -60,8 +60,9 @@ def varlen_attn(
     check_unpaged(op, block_table, num_splits)
     names = AttentionNames("query", "key", "value", "scale", "cu_seq_q", "cu_seq_k")
     result = attend(
-        op, query, key, value, (cu_seq_q, cu_seq_k), 0.0, scale, False, window_size, 0.0, None, want_lse, names, seqused_k
-    )
+        op, query, key, value, (cu_seq_q, cu_seq_k), 0.0, scale, False, window_size, 0.0, None, want_lse, names, seqused_k,
+        Longest.of(max_q, max_k),
+    )  # fmt: skip
     return result[:2] if want_lse else result
 
 
@@ -133,7 +134,7 @@ def scaled_dot_product_attention(
             bias = _bias(op, attn_mask, (*lead, query.shape[-3], *sizes), q)
     width = v.shape[-1]
     q, k, v = of_one_head_dim(q, k, v)
-    out, *_ = attention_forward(q, k, v, None, None, bias, None, scale, UNBOUNDED, right, 0.0)
+    out, *_ = attention_forward(q, k, v, None, None, bias, None, scale, UNBOUNDED, right, 0.0, *Longest())
     out = first_channels(out, width).transpose(1, 2)
     return out.reshape(*(lead if rank > 2 else ()), *out.shape[1 if rank > 2 else 2 :])
 

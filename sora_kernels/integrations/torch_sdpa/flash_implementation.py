@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.library import Library
 
 from ...attention_arguments import Options, check_options, check_unpaged, run
-from ...attention_op import attention_backward
+from ...attention_op import Longest, attention_backward, statistics_of_lse
 from ...checks import AttentionNames, check_cu_seqlens, check_tensor, fail
 from ...library import rows
 from ...used_keys import used_keys
@@ -323,17 +323,9 @@ def _backward(
     cu_q, cu_k = boundaries or (None, None)
     with torch.no_grad():
         (out,) = rows(out)
-        statistics = _statistics(lse, scale)
-        grads = attention_backward(dout, None, q, k, v, out, statistics, cu_q, cu_k, None, alibi, scale, *rest)
+        statistics = statistics_of_lse(lse, scale)
+        grads = attention_backward(dout, None, q, k, v, out, statistics, cu_q, cu_k, None, alibi, scale, *rest, *Longest())
         return tuple(_in_layout_of(x, grad) for x, grad in zip((q, k, v), grads, strict=True))
-
-
-def _statistics(lse: Tensor, scale: float) -> Tensor:
-    """[2, ...], as `attention_op.statistics_like` has them: a maximum, of products before a positive scale, and the sum beside it.
-
-    A query without keys, whose lse is -inf, has the sum 0.
-    """
-    return torch.stack([lse / scale if scale > 0 else lse, (lse > float("-inf")).to(lse.dtype)])
 
 
 def _no_dropout(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,188 @@
+"""What kernels of others are asked and told, and what this package promises around them.
+
+Rows of no sample are zeros, and their lse is -inf; so are those of queries that see no key. Gradients are zero there, too. The
+statistics are those of every backend, so that any backward can follow any forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from .. import backends
+from ..attention_op import lse_of_statistics, statistics_of_lse
+from ..checks import UNBOUNDED
+
+# A call's arguments by the names of signatures.py.
+Call = dict[str, Any]
+_MOST_ELEMENTS = 2**31 - 1  # whose offsets fit 32 bits, which some of these kernels count in
+
+
+class Limits(NamedTuple):
+    """What a kernel can do beyond plain attention."""
+
+    head_dim: int  # at most; all want a multiple of 8
+    window: bool = True
+    softcap: bool = False
+    alibi: bool = False
+    grouped: bool = True  # fewer key heads than query heads
+    dlse: bool = False  # a gradient of lse in the backward
+    # Packed batches and causal masks only where each sample has as many keys as queries.
+    equal_lengths: bool = False
+    contiguous: bool = False
+
+
+def missing(module: str, package: str, at_least: str, majors: tuple[int, ...]) -> str | None:
+    """Why a package's kernels cannot run on this machine, or None.
+
+    majors: of the compute capabilities that its kernels are for.
+    """
+    if torch.cuda.is_available():
+        if torch.version.hip is not None:
+            return "is for NVIDIA GPUs"
+        capability = torch.cuda.get_device_capability()
+        if capability[0] not in majors:
+            kinds = " and ".join(f"{major}.x" for major in majors)
+            return f"is for compute capability {kinds}; this GPU has {'.'.join(map(str, capability))}"
+    try:
+        found = loaded(module)
+    except Exception as error:  # a binary of another torch fails in more ways than ImportError
+        return f"needs {package}, which cannot be imported: {type(error).__name__}: {error}"
+    try:
+        version = getattr(found, "__version__", None) or importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # built in place, with the functions that the backend asks for
+    if version.endswith("+sora"):
+        return f"needs {package} itself, not the stand-in for it that is installed"
+    return None if TorchVersion(version) >= at_least else f"needs {package} {at_least} or above, not {version}"
+
+
+def limited(call: Call, limits: Limits) -> str | None:
+    """Why a kernel of these limits cannot do a call, or None."""
+    q, k = call["q"], call["k"]
+    left, right = window(call)
+    if call["bias"] is not None:
+        return "has no mask"
+    if call["alibi"] is not None and not limits.alibi:
+        return "has no ALiBi"
+    if call["softcap"] > 0 and not limits.softcap:
+        return "has no softcap"
+    if (left, right) not in ((-1, -1), (-1, 0)) and not limits.window:
+        return "has no window"
+    if limits.equal_lengths and (call["cu_q"] is not None or right == 0) and not _has_equal_lengths(call):
+        return "needs as many keys as queries in each sample that is packed or causal"
+    if call["scale"] <= 0:
+        return "needs a positive softmax_scale"
+    if call.get("dlse") is not None and not limits.dlse:
+        return "has no gradient of lse"
+    if q.shape[-1] > limits.head_dim or q.shape[-1] % 8:
+        return f"needs a head dim of at most {limits.head_dim} that 8 divides, not {q.shape[-1]}"
+    if k.shape[-2] != q.shape[-2] and not limits.grouped:
+        return f"needs as many key heads as query heads, not {k.shape[-2]} and {q.shape[-2]}"
+    if call["cu_q"] is not None and None in (call["max_q"], call["max_k"]):
+        return "needs max_seqlen_q and max_seqlen_k as numbers on the host"
+    for name in ("q", "k", "v", "dout"):
+        if name in call and (reason := _unreadable(name, call[name], limits.contiguous)):
+            return reason
+    return None
+
+
+def _has_equal_lengths(call: Call) -> bool:
+    """Whether each sample surely has as many keys as queries: boundaries are not read."""
+    cu_q, cu_k = call["cu_q"], call["cu_k"]
+    if cu_q is None:
+        return call["q"].shape[1] == call["k"].shape[1]
+    return cu_q.data_ptr() == cu_k.data_ptr() and cu_q.shape == cu_k.shape
+
+
+def _unreadable(name: str, x: Tensor, contiguous: bool) -> str | None:
+    """Why a kernel cannot read x in units of 16 bytes, or None."""
+    if x.numel() == 0:
+        return f"needs queries and keys; {name} has shape {list(x.shape)}"
+    if x.numel() > _MOST_ELEMENTS:
+        return f"counts in 32 bits; {name} has {x.numel()} elements"
+    if contiguous and not x.is_contiguous():
+        return f"needs {name} contiguous, not with strides {list(x.stride())}"
+    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    if x.data_ptr() % 16 or any(stride % 8 for stride in strides):
+        return f"needs rows of {name} at multiples of 16 bytes, not strides {list(x.stride())} from address {x.data_ptr()}"
+    return None
+
+
+def window(call: Call) -> tuple[int, int]:
+    """(left, right), where -1 is without an end, as flash_attn has it."""
+    left, right = call["left"], call["right"]
+    return -1 if left >= UNBOUNDED else left, -1 if right >= UNBOUNDED else right
+
+
+def longest(call: Call) -> tuple[int, int]:
+    """Queries and keys of the longest sample."""
+    return (call["q"].shape[1], call["k"].shape[1]) if call["cu_q"] is None else (call["max_q"], call["max_k"])
+
+
+def wants_determinism() -> bool:
+    """Whether a backward has to add in a fixed order, which costs time."""
+    return backends.preferred() != "fastest" or torch.are_deterministic_algorithms_enabled()
+
+
+@functools.cache
+def parameters(function: Callable) -> frozenset[str]:
+    """The names that a function takes, which differ between versions; torch hides those of its custom operators."""
+    return frozenset(inspect.signature(getattr(function, "_init_fn", function)).parameters)
+
+
+def loaded(module: str) -> ModuleType:
+    return importlib.import_module(module)
+
+
+def store(call: Call, found: Tensor, found_lse: Tensor) -> None:
+    """Writes what a forward found into the outputs of the call.
+
+    found: as out; anything in rows of no sample. found_lse: as lse; an infinity for queries without keys.
+    """
+    blind = found_lse.isinf()
+    if call["cu_q"] is not None:
+        blind = blind | _slack(call["cu_q"], len(found))
+    lse = call["lse"].copy_(found_lse.masked_fill(blind, -torch.inf))
+    torch.where(blind.mT[..., None], found.new_zeros(()), found, out=call["out"])
+    call["statistics"].copy_(statistics_of_lse(lse, call["scale"], _is_plain(call)))
+
+
+def stored_lse(call: Call, of_blind: float) -> Tensor:
+    """The lse of a backward's call, float32, with `of_blind` for queries without keys, as each of these kernels has its own."""
+    lse = lse_of_statistics(call["statistics"], call["scale"], _is_plain(call))
+    return lse.masked_fill(lse == -torch.inf, of_blind)
+
+
+def _is_plain(call: Call) -> bool:
+    return call["alibi"] is None and call["softcap"] <= 0
+
+
+def clear(call: Call) -> None:
+    """Zeros in the gradients of a packed batch, as kernels leave the rows alone that belong to no sample."""
+    if call["cu_q"] is not None:
+        for name in ("dq", "dk", "dv"):
+            call[name].zero_()
+
+
+def store_gradients(call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Writes them into the outputs of the call, with zeros in rows of no sample."""
+    for name, found, cu in (("dq", dq, call["cu_q"]), ("dk", dk, call["cu_k"]), ("dv", dv, call["cu_k"])):
+        if cu is None:
+            call[name].copy_(found)
+        else:
+            torch.where(_slack(cu, len(found))[:, None, None], found.new_zeros(()), found, out=call[name])
+
+
+def _slack(cu: Tensor, rows: int) -> Tensor:
+    """Which rows come after the last sample, without reading where that ends."""
+    return torch.arange(rows, device=cu.device) >= cu[-1]
