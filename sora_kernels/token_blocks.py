@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -38,14 +38,14 @@ class TokenBlocks:
     _inverse: Tensor | None
 
     def __init__(
-        self, layout: PackedLayout, grids: Iterable[Iterable[Grid]], sizes: np.ndarray, order: np.ndarray | None = None
+        self, layout: PackedLayout, grids: Iterable[Iterable[Grid]], sizes: Sequence[int], order: np.ndarray | None = None
     ) -> None:
         self.layout = layout
         self.grids = tuple(tuple(sample) for sample in grids)
         self.num_blocks = tuple(sum(t * h * w for t, h, w in sample) for sample in self.grids)
-        self.max_size = int(sizes.max(initial=0))
-        self.cu_blocks = torch.from_numpy(np.concatenate([[0], sizes.cumsum()]).astype(np.int32))
-        self.cu_samples = torch.from_numpy(np.array([0, *itertools.accumulate(self.num_blocks)], np.int32))
+        self.max_size = max(sizes) if sizes else 0  # torch.compile takes no default
+        self.cu_blocks = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+        self.cu_samples = torch.tensor([0, *itertools.accumulate(self.num_blocks)], dtype=torch.int32)
         self.order = self._inverse = None
         if order is not None:
             self.order = torch.from_numpy(order)
@@ -59,8 +59,8 @@ class TokenBlocks:
         _check_layout("TokenBlocks.runs", layout)
         size = check_int("TokenBlocks.runs", "size", size, at_least=1)
         grids = [[(1, 1, -(-span.num_tokens // size)) for span in sample] for sample in layout.spans]
-        sizes = [_run_sizes(span.num_tokens, size) for sample in layout.spans for span in sample]
-        return cls(layout, grids, np.concatenate([np.zeros(0, np.int64), *sizes]))
+        sizes = [n for sample in layout.spans for span in sample for n in _run_sizes(span.num_tokens, size)]
+        return cls(layout, grids, sizes)
 
     @classmethod
     def tiles(cls, layout: PackedLayout, tile: tuple[int, int, int] = (4, 4, 4)) -> TokenBlocks:
@@ -74,24 +74,25 @@ class TokenBlocks:
         if min(tile) < 1:
             fail(op, "tile", "sizes >= 1", repr(tile))
         grids: list[list[Grid]] = []
-        sizes, order, first = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+        sizes: list[int] = []
+        order, first = [np.zeros(0, np.int64)], 0
         for sample in layout.spans:
             grids.append([])
             for span in sample:
                 if span.is_text or span.num_tokens == 0:
                     volume = tile[0] * tile[1] * tile[2]
                     grids[-1].append((1, 1, -(-span.num_tokens // volume)))
-                    sizes.append(_run_sizes(span.num_tokens, volume))
+                    sizes += _run_sizes(span.num_tokens, volume)
                     order.append(np.arange(span.num_tokens))
                 else:
                     t, h, w = (-(-n // m) for n, m in zip(span.grid, tile, strict=True))
                     grids[-1].append((t, h, w))
                     of_tile = _tile_of_token(span.grid, tile)
-                    sizes.append(np.bincount(of_tile))
+                    sizes += np.bincount(of_tile).tolist()
                     order.append(of_tile.argsort(kind="stable"))
                 order[-1] = order[-1] + first
                 first += span.num_tokens
-        return cls(layout, grids, np.concatenate(sizes), np.concatenate(order))
+        return cls(layout, grids, sizes, np.concatenate(order))
 
     @property
     def device(self) -> torch.device:
@@ -139,8 +140,8 @@ def _check_layout(op: str, layout: object) -> None:
         fail(op, "layout", "a PackedLayout", type(layout).__name__, TypeError)
 
 
-def _run_sizes(num_tokens: int, size: int) -> np.ndarray:
-    return np.diff(np.append(np.arange(0, num_tokens, size), num_tokens))
+def _run_sizes(num_tokens: int, size: int) -> list[int]:
+    return [min(size, num_tokens - first) for first in range(0, num_tokens, size)]
 
 
 def _tile_of_token(grid: Grid, tile: tuple[int, ...]) -> np.ndarray:

@@ -39,8 +39,8 @@ FA4 = (
     f"q, k, v, qv=None, {CU_NONE.format('seqused_q=None, seqused_k=None, ')}, min_seqlen_k=None, page_table=None, "
     f"softmax_scale=None, causal=False, softcap=None, {FA4_SIDES}, learnable_sink=None, tile_mn=None, mma_pv_is_rs=None, "
     "intra_wg_overlap=None, num_threads=384, num_splits=1, pack_gqa=None, _arch=None, score_mod=None, mask_mod=None, "
-    "block_sparse_tensors=None, return_lse=False, out=None, lse=None, aux_tensors=None, aux_scalars=None, q_descale=None, k_descale=None, v_descale=None, "
-    "gather_kv_indices=None"
+    "block_sparse_tensors=None, return_lse=False, out=None, lse=None, aux_tensors=None, aux_scalars=None, q_descale=None, "
+    "k_descale=None, v_descale=None, gather_kv_indices=None"
 )
 FA4_BACKWARD = (
     f"q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, {FA4_SIDES}, m_block_size=64, n_block_size=128, "

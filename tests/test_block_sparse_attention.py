@@ -161,10 +161,10 @@ OPS = {"block_sparse": case}
 
 
 def test_masks_are_made_in_the_graph() -> None:
-    """A mask that a model makes as it runs: one graph, and the bits of the eager run."""
-    blocks = TokenBlocks.runs(PackedLayout.from_grids([(1, 16, 16), (1, 8, 8)]), 32)
+    """A mask that a model makes as it runs, and its blocks: one graph, and the bits of the eager run."""
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        blocks = TokenBlocks.runs(PackedLayout.from_grids([(1, 16, 16), (1, 8, 8)]), 32)
         means = [torch.stack([x.mean(0) for x in sample.split(32)], 1) for sample in blocks.layout.unpack(q)]
         best = [torch.topk(m @ m.mT, min(2, m.shape[1])).indices for m in means]
         return block_sparse_attention(q, k, v, BlockMask.from_indices(best, blocks))

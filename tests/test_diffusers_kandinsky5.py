@@ -10,6 +10,7 @@ from diffusers import Kandinsky5Transformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers_contract import FamilyContract, Inputs, Variant, check_close, given, made, outputs, results
 
+from sora_kernels import record
 from sora_kernels.integrations.diffusers import apply
 
 CONFIG = {
@@ -127,8 +128,9 @@ def _flex(query, key, value, attn_mask, **_options) -> torch.Tensor:
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), mask).transpose(1, 2)
 
 
-def test_sparse_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NABLA's masks of blocks go to flex_attention, whose name nobody has to set; cross-attention does not."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sparse_attention(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    """NABLA's masks of blocks, which flex_attention takes in diffusers, are block-sparse attention's; cross-attention is dense."""
     flex = AttentionBackendName("flex")
     monkeypatch.setitem(_AttentionBackendRegistry._backends, flex, _flex)
     sparse = variant(build(attention_type="nabla"), partial(inputs, grid=(3, 16, 32)))
@@ -142,6 +144,10 @@ def test_sparse_attention(monkeypatch: pytest.MonkeyPatch) -> None:
             block.self_attention.processor._attention_backend = flex
         want = outputs(model, given_)
         apply(model)
-        got = outputs(model, given_)
+        if compiled:
+            model.compile(backend="aot_eager", fullgraph=True)
+        with record() as calls:
+            got = outputs(model, given_)
     assert (want[0] - dense[0]).abs().max() > 1e-2
+    assert [name for name, _ in calls].count("block_sparse_attention_forward") == len(model.visual_transformer_blocks)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,10 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.models.transformers import transformer_kandinsky
 from torch import Tensor, nn
 
+from ...block_mask import BlockMask
+from ...block_sparse_attention import block_sparse_attention
+from ...layout import PackedLayout
+from ...token_blocks import TokenBlocks
 from .attention_backend import BACKENDS
 from .parts import Processor, attend, for_each_sample, fuses_norms, gate, gate_norm_modulate, norm_modulate, qk_norm_rope
 from .patching import Family
@@ -33,9 +38,27 @@ class Kandinsky5Processor(Processor):
             return attn.out_layer(attend(self, query, key, value, parallel_config=self._parallel_config))
         # Which blocks of 64 tokens attend to which: a mask that flex_attention knows.
         mask = transformer_kandinsky.nablaT_v2(query, key, sparse_params["sta_mask"], thr=sparse_params["P"])
-        backend = AttentionBackendName("flex") if self._attention_backend in BACKENDS else self._attention_backend
-        out = dispatch_attention_fn(query, key, value, mask, backend=backend, parallel_config=self._parallel_config)
+        if self._attention_backend in BACKENDS and self._parallel_config is None:
+            out = _sparse_attention(query, key, value, mask)
+        else:
+            backend = AttentionBackendName("flex") if self._attention_backend in BACKENDS else self._attention_backend
+            out = dispatch_attention_fn(query, key, value, mask, backend=backend, parallel_config=self._parallel_config)
         return attn.out_layer(out.flatten(2))
+
+
+def _runs(batch: int, num_tokens: int, device: torch.device) -> TokenBlocks:
+    return TokenBlocks.runs(PackedLayout.from_grids([(1, 1, num_tokens)] * batch).to(device), 64)
+
+
+_cached_runs = functools.lru_cache(maxsize=8)(_runs)  # all layers have the same
+
+
+def _sparse_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+    """[B, S, H, d], each sample cut into runs of 64 tokens."""
+    runs = _runs if torch.compiler.is_compiling() else _cached_runs
+    blocks = runs(*query.shape[:2], query.device)
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+    return block_sparse_attention(q, k, v, BlockMask.from_flex(mask, blocks)).unflatten(0, query.shape[:2])
 
 
 def _rotated(norm: nn.Module, x: Tensor, rotary_emb: Tensor | None) -> Tensor:
