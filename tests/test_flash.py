@@ -149,6 +149,7 @@ def test_keys_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 REASONS = {
+    "takes a negative side of a window for one without an end": {"keys": 9, "right": -2},
     "has no mask": {"bias": torch.zeros(1)},
     "needs a positive softmax_scale": {"scale": -0.3},
     "needs max_seqlen_q and max_seqlen_k as numbers on the host": {"cu": (SELF, SELF), "max_q": None},

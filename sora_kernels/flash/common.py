@@ -76,6 +76,8 @@ def limited(call: Call, limits: Limits) -> str | None:
         return "has no ALiBi"
     if call["softcap"] > 0 and not limits.softcap:
         return "has no softcap"
+    if call["left"] < 0 or call["right"] < 0:
+        return "takes a negative side of a window for one without an end"
     if (left, right) not in ((-1, -1), (-1, 0)) and not limits.window:
         return "has no window"
     if limits.equal_lengths and (call["cu_q"] is not None or right == 0) and not _has_equal_lengths(call):

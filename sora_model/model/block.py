@@ -118,12 +118,13 @@ class CrossAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         if text.log_padding is None:
-            y = flash_attn_varlen_func(q, k, v, layout.cu_seqlens, text.cu_seqlens)
+            y = flash_attn_varlen_func(q, k, v, layout.cu_seqlens, text.cu_seqlens, layout.max_seqlen, len(k))
         else:
             y = padded_attention(q, k, v, layout.cu_seqlens, text.cu_seqlens, text.log_padding)
         if text.images is not None and self.image_kv is not None and self.image_k_norm is not None:
             k, v = self.image_kv(text.images.tokens).unflatten(1, (2, self.num_heads, -1)).unbind(1)
-            y = y + flash_attn_varlen_func(q, self._normed(k, self.image_k_norm), v, layout.cu_seqlens, text.images.cu_seqlens)
+            k, cu = self._normed(k, self.image_k_norm), text.images.cu_seqlens
+            y = y + flash_attn_varlen_func(q, k, v, layout.cu_seqlens, cu, layout.max_seqlen, len(k))
         return self.out(y.flatten(1))
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:

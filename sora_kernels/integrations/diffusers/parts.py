@@ -204,7 +204,8 @@ def attend(
     """
     skipped = _scores_are_skipped(query)
     if cu_seqlens is not None:
-        return (value if skipped else flash_attn_varlen_func(query, key, value, *cu_seqlens)).flatten(-2)
+        longest = len(query), len(key)  # no sample is longer
+        return (value if skipped else flash_attn_varlen_func(query, key, value, *cu_seqlens, *longest)).flatten(-2)
     backend = NATIVE if skipped else processor._attention_backend
     if mask is not None and backend not in BACKENDS:
         mask = mask[:, None, None] if mask.ndim == 2 else mask
