@@ -13,11 +13,14 @@ from benchmarks import bench_attention, measure
 from benchmarks.gpu.child import Item, measured
 from benchmarks.race import BACKWARD, DEVICE, FORWARD, MAIN, OURS, REHEARSED, Race
 from benchmarks.tune import blocks, named
+from sora_kernels import flash, use_backend
 
 NEEDS_TRITON = True
 
 BATCHES = ["16k", "mixed, 4 of each, d 128", "16k, d 64", "mixed, 16 of each"]
 PEERS = ["torch varlen_attn", "torch varlen_attn, cuDNN", "SDPA per sample, cuDNN"]
+# The kernels that `prefer("fastest")` asks, behind this package's function: what its table of speeds is made of.
+FASTEST = {} if REHEARSED else {f"{name}, forced": name for name in ("hopper", *flash.FOREIGN)}
 
 
 def ceilings() -> Iterator[dict[str, Any]]:
@@ -40,8 +43,10 @@ def ceiling(name: str, unit: str, work: float, function: Any) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def race(batch: str, which: str) -> Race:
-    """With a row for each of the named candidates for the forward's blocks: (queries, keys, warps, stages)."""
+    """With rows of FASTEST, and of the named candidates for the forward's blocks: (queries, keys, warps, stages)."""
     made = bench_attention.attention(MAIN, which, batch=batch)
+    for title, name in FASTEST.items():
+        made.implementations[title] = replace(made.implementations[OURS], context=partial(use_backend, name))
     if which == FORWARD:
         head_dim = bench_attention.BATCHES[batch][2]
         for candidate in named("forward", head_dim, MAIN):
@@ -59,6 +64,6 @@ def items() -> list[Item]:
     for batch in BATCHES:
         head_dim = bench_attention.BATCHES[batch][2]
         candidates = [f"{OURS} {candidate}" for candidate in named("forward", head_dim, MAIN)]
-        for which, names in ((FORWARD, [OURS, *candidates, *PEERS]), (BACKWARD, [OURS, *PEERS])):
+        for which, names in ((FORWARD, [OURS, *candidates, *PEERS, *FASTEST]), (BACKWARD, [OURS, *PEERS, *FASTEST])):
             found += [Item(f"{batch}, {which}, {name}", partial(measure_row, batch, which, name)) for name in names]
     return found

@@ -27,7 +27,7 @@ HEADER = """\
 
 
 def kept(out: Path, folder: Path) -> Path:
-    """The file that has a run's measurements: rows of ceilings, races, blocks and checks, and the machine."""
+    """The file that has a run's measurements: rows of ceilings, races, blocks, checks and promises, and the machine."""
     path = out / "rows.jsonl"
     rows = []
     for line in path.read_text(errors="replace").splitlines():
@@ -39,7 +39,9 @@ def kept(out: Path, folder: Path) -> Path:
     if "device" not in machine or device == NAME:
         raise ValueError(f"{path}: expected rows of a GPU, got those of {device}")
     date = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).date().isoformat()
-    wanted = [row for row in rows if any(key in row for key in ("ceiling", "implementation", "blocks", "check", "result"))]
+    wanted = [
+        row for row in rows if any(key in row for key in ("ceiling", "implementation", "blocks", "check", "result", "promise"))
+    ]
     name = re.sub(r"[^a-z0-9]+", "-", str(device).lower()).strip("-") or "gpu"
     results = {"machine": machine, "date": date, "rows": wanted}
     try:

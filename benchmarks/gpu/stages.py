@@ -86,6 +86,7 @@ def stages(prepared: str = "") -> list[Stage]:
         Stage("capture", 20, "checks.log", [Task("capture", tests(*files("gpu", "boundaries")), 20)]),
         Stage("attention", 75, "speed.log", [Task("attention", child("attention"), 75, item_seconds=20)]),
         Stage("memory", 50, "speed.log", [Task("memory", child("memory"), 50, item_seconds=15)]),
+        Stage("promises", 40, "checks.log", [Task("promises", child("promises"), 40, item_seconds=20)]),
         Stage("tests", 70, "tests.log", tasks_of_tests(f"{usual} and (bfloat16 or not float16)", 70)),
         Stage("sanitizer", 45, "sanitizer.log", sanitizers),
         Stage("tuning", 80, "tuning.log", [Task("tuning", child("tuning"), 80, item_seconds=20)]),
