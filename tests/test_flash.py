@@ -11,6 +11,7 @@ from typing import Any
 import foreign
 import pytest
 import torch
+from test_dit import small
 from torch import Tensor
 
 from sora_kernels import backends, flash, reference
@@ -19,6 +20,8 @@ from sora_kernels.checks import UNBOUNDED
 from sora_kernels.layout import PackedLayout
 from sora_kernels.signatures import SIGNATURES
 from sora_kernels.spatiotemporal_attention import spatiotemporal_attention
+from sora_model.model.dit import DiT
+from sora_model.text.words import WordEncoder
 
 VERSIONS = [*foreign.SIGNATURES, *((name, version) for name in ("torch_flash", "torch_cudnn") for version in ("2.11", "present"))]
 SELF = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
@@ -234,14 +237,16 @@ def test_gpus_without_kernels(monkeypatch: pytest.MonkeyPatch, name: str, capabi
     assert reason.endswith(f"this GPU has {capability[0]}.{capability[1]}")
 
 
-def test_the_longest_sample_reaches_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From flash_attn's arguments and from layouts, in both passes; not to backends that have no use for it."""
-    seen = []
+@pytest.fixture
+def hints(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None, int | None]]:
+    """What each call of attention on the CPU is told of the longest sample."""
+    loaded = backends.BACKENDS["cpu"].load()
+    seen: list[tuple[str, int | None, int | None]] = []
 
     class Asking(backends.Backend):
         def load(self) -> Any:
             module = ModuleType("asking")
-            module.TAKES_HINTS = True
+            module.__dict__.update(vars(loaded), TAKES_HINTS=True)
             for function in ("attention_forward", "attention_backward"):
 
                 def ask(function: str = function, **call: Any) -> None:
@@ -251,18 +256,28 @@ def test_the_longest_sample_reaches_the_backend(monkeypatch: pytest.MonkeyPatch)
                 setattr(module, function, ask)
             return module
 
-    monkeypatch.setitem(backends.BACKENDS.data, "cpu", Asking("cpu", "", ("cpu",), None))
-    backends._select.cache_clear()
-    try:
-        q, k, v = (x.requires_grad_() for x in torch.randn(3, 12, 2, 16))
-        flash_attn_varlen_func(q, k, v, SELF, SELF, 8, 9).sum().backward()
-        flash_attn_varlen_func(q, k, v, SELF, SELF).sum().backward()
-        flash_attn_varlen_func(q, k, v, SELF, SELF, torch.tensor(7), -1)
-        spatiotemporal_attention(q, k, v, PackedLayout.from_grids([(1, 2, 2), (1, 2, 4)])).sum().backward()
-    finally:
-        backends._select.cache_clear()
+    monkeypatch.setitem(backends.BACKENDS, "cpu", Asking("cpu", "", ("cpu",), None))
+    return seen
+
+
+def test_the_longest_sample_reaches_the_backend(hints: list) -> None:
+    """From flash_attn's arguments and from layouts, in both passes; not to backends that have no use for it."""
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 12, 2, 16))
+    flash_attn_varlen_func(q, k, v, SELF, SELF, 8, 9).sum().backward()
+    flash_attn_varlen_func(q, k, v, SELF, SELF).sum().backward()
+    flash_attn_varlen_func(q, k, v, SELF, SELF, torch.tensor(7), -1)
+    spatiotemporal_attention(q, k, v, PackedLayout.from_grids([(1, 2, 2), (1, 2, 4)])).sum().backward()
     names = ("attention_forward", "attention_backward")
-    assert seen == [(f, *n) for n in ((8, 9), (None, None)) for f in names] + [(names[0], None, None)] + [(f, 8, 8) for f in names]
+    assert hints == [(f, *n) for n in ((8, 9), (None, None)) for f in names] + [(names[0], None, None)] + [(f, 8, 8) for f in names]
+
+
+def test_the_dit_says_how_long_samples_are(hints: list) -> None:
+    """In self-attention and in attention to text."""
+    text = WordEncoder(32)(["a red circle", ""])
+    hints.clear()
+    DiT(small())([torch.randn(4, 2, 4, 4), torch.randn(4, 1, 8, 8)], torch.tensor([1.0, 2.0]), text)
+    assert len(hints) == 2 * 3
+    assert {(q, k) for _, q, k in hints} == {(16, 16), (16, 4)}
 
 
 def test_tables_are_in_order() -> None:

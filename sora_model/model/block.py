@@ -140,9 +140,9 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
     s_last is the last key's score, and lse the logarithm of the other scores' sum of exponentials.
     """
     last = len(k) - 1
-    out, lse, _ = flash_attn_varlen_func(q, k[:last], v[:last], cu_q, cu_k, return_attn_probs=True)
+    out, lse, _ = flash_attn_varlen_func(q, k[:last], v[:last], cu_q, cu_k, len(q), last, return_attn_probs=True)
     cu_one = torch.arange(2, dtype=torch.int32, device=q.device)  # [0, 1], without a copy that the device waits for
-    _, score, _ = flash_attn_varlen_func(q, k[last:], v[last:], cu_one * len(q), cu_one, return_attn_probs=True)
+    _, score, _ = flash_attn_varlen_func(q, k[last:], v[last:], cu_one * len(q), cu_one, len(q), 1, return_attn_probs=True)
     weight = torch.sigmoid((score - lse).mT + log_padding)  # [N, H]
     return torch.lerp(out, v[last].expand_as(out), weight[..., None].to(out.dtype))
 
