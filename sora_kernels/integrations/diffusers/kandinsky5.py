@@ -56,7 +56,8 @@ _cached_runs = functools.lru_cache(maxsize=8)(_runs)  # all layers have the same
 def _sparse_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
     """[B, S, H, d], each sample cut into runs of 64 tokens."""
     runs = _runs if torch.compiler.is_compiling() else _cached_runs
-    blocks = runs(*query.shape[:2], query.device)
+    batch, num_tokens = query.shape[:2]
+    blocks = runs(batch, num_tokens, query.device)
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))
     return block_sparse_attention(q, k, v, BlockMask.from_flex(mask, blocks)).unflatten(0, query.shape[:2])
 
