@@ -24,6 +24,7 @@ from benchmarks.race import DEVICE, ON_GPU, REHEARSED
 from benchmarks.works import TYPICAL
 from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attention
 from sora_kernels.backends import use_backend
+from sora_kernels.int8_attention import KEYS, QUERIES, int8_attention
 from sora_kernels.layout import PackedLayout
 from sora_kernels.triton import configs
 from sora_kernels.triton.configs import Config
@@ -65,6 +66,8 @@ def candidates(kernel: str, head_dim: int, dtype: torch.dtype, count: int) -> li
         return sum(abs(math.log2(a / b)) for a, b in zip(config, present, strict=True))
 
     every = itertools.product(BLOCKS, BLOCKS, WARPS, STAGES)
+    if kernel.startswith("int8"):  # blocks may not be larger than what shares a scale
+        every = (c for c in every if c[0] <= QUERIES and c[1] <= KEYS)
     likely = sorted((c for c in every if 1024 <= c[0] * c[1] / c[2] <= 4096), key=distance)
     return list(dict.fromkeys([present, *named(kernel, head_dim, dtype), *likely]))[:count]
 
@@ -84,6 +87,9 @@ def run_of(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[Callable[[],
     def forward() -> Tensor:
         if kernel.startswith("window"):
             return spatiotemporal_attention(q, k, v, layout, window=WINDOW)
+        if kernel.startswith("int8"):
+            with torch.no_grad():
+                return int8_attention(q, k, v, layout.cu_seqlens, layout.cu_seqlens)
         return flash_attn_varlen_func(q, k, v, layout.cu_seqlens, layout.cu_seqlens)
 
     out = forward()

@@ -14,6 +14,7 @@ from sora_kernels.attention import flash_attn_varlen_func, spatiotemporal_attent
 from sora_kernels.bias_gelu import bias_gelu
 from sora_kernels.block_mask import BlockMask
 from sora_kernels.block_sparse_attention import block_sparse_attention
+from sora_kernels.int8_attention import int8_attention
 from sora_kernels.layout import PackedLayout
 from sora_kernels.norm_rope import apply_rope, norm_rope
 from sora_kernels.patch_embed import patch_embed_3d, patchify_3d, unpatchify_3d
@@ -189,6 +190,10 @@ def attention_works(batch: Batch) -> Iterator[Work]:
     def attend_by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return block_sparse_attention(q, k, v, mask)
 
+    @torch.no_grad()
+    def attend_in_int8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return int8_attention(q, k, v, layout.cu_seqlens, layout.cu_seqlens)
+
     everywhere = heads * sum(length * length for length in layout.seqlens)
     within = heads * sum(t * h * w * min(t, WINDOW[0]) * min(h, WINDOW[1]) * min(w, WINDOW[2]) for t, h, w in batch.grids)
     sizes, (offsets, indices) = blocks.cu_blocks.cpu().diff(), (x.cpu() for x in mask.lists)
@@ -200,6 +205,9 @@ def attention_works(batch: Batch) -> Iterator[Work]:
     ):
         forward, backward = Cost(4 * size, 4 * d * pairs), Cost(8 * size, 10 * d * pairs)
         yield from passes(op, pairs, forward, backward, function, qkv, "query and key")
+    # Operations on int8 count half, as matrix units do twice as many of them.
+    teraflops = 3 * d * everywhere / 1e12
+    yield Work("int8_attention", "query and key", everywhere, 4 * size / 1e9, teraflops, attend_in_int8, qkv)
 
 
 def patch_works(batch: Batch) -> Iterator[Work]:

@@ -36,6 +36,7 @@ _PUBLIC = {
         "block_sparse_attention": ("block_sparse_attention",),
         "backends": ("forced_backend", "prefer", "record", "use_backend"),
         "bias_gelu": ("bias_gelu",),
+        "int8_attention": ("int8_attention",),
         "kv_cache": ("flash_attn_with_kvcache",),
         "layout": ("PackedLayout", "Span"),
         "memory": ("cache_limit", "cached_bytes", "empty_cache"),
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from .bias_gelu import bias_gelu as bias_gelu
     from .block_mask import BlockMask as BlockMask
     from .block_sparse_attention import block_sparse_attention as block_sparse_attention
+    from .int8_attention import int8_attention as int8_attention
     from .kv_cache import flash_attn_with_kvcache as flash_attn_with_kvcache
     from .layout import PackedLayout as PackedLayout
     from .layout import Span as Span
@@ -101,7 +103,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Four functions have the names of their modules, which the import system would put in their place."""
+    """Five functions have the names of their modules, which the import system would put in their place."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _PUBLIC and isinstance(value, ModuleType)):

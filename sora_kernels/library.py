@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._torch_private import below_autograd, past_autograd, transforms_active
+from .checks import fail
 from .derivatives import carry_tangents, composed, flat, has_place, put_together, take_apart, through
 
 Context = Any  # of an autograd.Function: torch's own class knows no attributes of ours
@@ -39,6 +40,23 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
     _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sora_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.sora_kernels, name).default
+
+
+def register_inference(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Defines torch.ops.sora_kernels.<name>, for inference, and returns it: where a derivative is needed it raises ValueError."""
+    op = define(schema, run, fake)
+    name = schema.partition("(")[0].removesuffix("_forward")
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        if carry_tangents(args):
+            fail(name, "inputs", "tensors without tangents (it has no derivatives)", "forward-mode differentiation")
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            fail(name, "inputs", "tensors that need no gradient (it has none), or torch.no_grad()", "requires_grad=True")
+        with below_autograd():
+            return op.redispatch(past_autograd(keyset), *args)
+
+    _LIBRARY.impl(op, autograd, "Autograd", with_keyset=True)
+    return op
 
 
 def register(

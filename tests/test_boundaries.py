@@ -62,6 +62,15 @@ def test_attention(boundaries: list[int]) -> None:
     check(out, dq, dk, dv)
 
 
+def test_int8_attention(boundaries: list[int]) -> None:
+    q, _ = inside(torch.nan, N, H, D)
+    q.normal_()
+    cu = torch.tensor(boundaries, device=DEVICE, dtype=torch.int32)
+    out, lse = inside(3.0, N, H, D), torch.zeros(H, N, device=DEVICE)
+    kernels("triton").int8_attention_forward(q, q, q, cu, cu, 0.25, 2**30, 2**30, 128, 64, out[0], lse)
+    check(out)
+
+
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_adaln(boundaries: list[int], backend: str) -> None:
     run = kernels(backend)

@@ -25,6 +25,8 @@ ROUNDINGS = 2.0
 # Cotangents that the errors of gradients are taken over: of one, plain PyTorch's error can be small by luck.
 DRAWS = 16
 DRAWS_EMULATED = 2  # of the kernels' own gradients; plain PyTorch's are drawn as often as ever
+# What the CPU has no kernel for, as none would be faster: docs/performance.md. There the reference computes it.
+WITHOUT_CPU_KERNEL = ("int8_attention_forward",)
 # GPU kernels that run on the CPU, one operation or one thread at a time, a thousand times slower.
 EMULATED = ("simt", "triton") if backends.INTERPRETED else ("simt",)
 # Two ways to write a formula agree to this in float64, relative to the largest element.

@@ -66,29 +66,38 @@ def attention(
     lse [H,N]. bias [B,H,Sq,Sk] is added after the softcap, alibi [B,H] subtracts alibi·|i+Sk-Sq-j|.
     The third result is the maximum and the sum of each softmax: see `statistics`.
     """
-    if cu_q is None or cu_k is None:
-        samples = list(zip(q, k, v, strict=True))
-    else:
-        samples = list(zip(*(cut(x, cu) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))), strict=True))
-
     results = []
-    for b, (q_b, k_b, v_b) in enumerate(samples):
-        i, j = torch.arange(len(q_b), device=q.device)[:, None], torch.arange(len(k_b), device=q.device)
-        distance = i + len(k_b) - len(q_b) - j
+    for b, (q_b, k_b, v_b) in enumerate(samples(q, k, v, cu_q, cu_k)):
+        distance = distances(q_b, k_b)
         added = None if bias is None else widen(bias[b])
         if alibi is not None:
             slope = -widen(alibi[b]).to(widen(q_b[:0]).dtype)[:, None, None] * distance.abs()
             added = slope if added is None else added + slope
         results.append(attend(q_b, k_b, v_b, (distance <= left) & (distance >= -right), scale, softcap, added))
+    out, lse, maximum, total = join_samples(results, q)
+    return out, lse, statistics(maximum, total, scale, is_plain=bias is None and alibi is None and not softcap > 0)
 
-    is_plain = bias is None and alibi is None and not softcap > 0
-    if cu_q is None:
-        batch, length = q.shape[:2]
-        out, *of_queries = join(results, rearrange(q, "b i h d -> (b i) h d"))
-        lse, maximum, total = (rearrange(x, "h (b i) -> b h i", b=batch, i=length) for x in of_queries)
-        return out.reshape(q.shape), lse, statistics(maximum, total, scale, is_plain)
-    out, lse, maximum, total = join(results, q)
-    return out, lse, statistics(maximum, total, scale, is_plain)
+
+def samples(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> list[tuple[Tensor, ...]]:
+    """(q [i,H,d], k [j,Hk,d], v) of each sample of a dense (`cu_q` None) or packed batch, as views."""
+    if cu_q is None or cu_k is None:
+        return list(zip(q, k, v, strict=True))
+    return list(zip(cut(q, cu_q), cut(k, cu_k), cut(v, cu_k), strict=True))
+
+
+def distances(q: Tensor, k: Tensor) -> Tensor:
+    """i+Sk-Sq-j [i,j] of a sample's queries and keys."""
+    i, j = torch.arange(len(q), device=q.device)[:, None], torch.arange(len(k), device=q.device)
+    return i + len(k) - len(q) - j
+
+
+def join_samples(results: Sequence[tuple[Tensor, ...]], q: Tensor) -> tuple[Tensor, ...]:
+    """out as q; lse, maximum and sum [B,H,S] dense, [H,N] packed."""
+    if q.ndim == 3:
+        return join(results, q)
+    batch, length = q.shape[:2]
+    out, *of_queries = join(results, rearrange(q, "b i h d -> (b i) h d"))
+    return out.reshape(q.shape), *(rearrange(x, "h (b i) -> b h i", b=batch, i=length) for x in of_queries)
 
 
 def bias_gradient(

@@ -17,6 +17,7 @@ from .attention import attention_backward, attention_forward
 from .bias_gelu import bias_gelu_backward, bias_gelu_forward
 from .block_sparse_attention import block_sparse_attention_backward, block_sparse_attention_forward
 from .configs import unavailable
+from .int8_attention import int8_attention_forward
 from .norm_rope import apply_rope, norm_rope_backward, norm_rope_forward
 from .patch_embed import patch_embed_3d_backward, patch_embed_3d_forward, patchify_3d, unpatchify_3d
 from .rope import qk_norm_rope_3d_backward, qk_norm_rope_3d_forward, rope_3d
@@ -34,6 +35,7 @@ __all__ = [
     "gate_residual_forward",
     "gate_residual_layer_norm_modulate_backward",
     "gate_residual_layer_norm_modulate_forward",
+    "int8_attention_forward",
     "layer_norm_modulate_backward",
     "layer_norm_modulate_forward",
     "norm_gate_residual_backward",

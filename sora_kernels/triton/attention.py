@@ -57,9 +57,19 @@ UNBOUNDED = 2**30  # as checks.side has it
 SIZES = ["total_q", "total_k", "num_samples", "num_heads"]
 
 
+class Int8Scales(NamedTuple):
+    """Of the int8 queries of a program, and of its keys: the first block's, and the stride to the next block's."""
+
+    of_queries: Any
+    pointer: Any
+    stride: Any
+    block: Any  # keys that share a scale: a multiple of BLOCK_N
+
+
 class Keys(NamedTuple):
     k: HeadRows
     v: HeadRows
+    scales: Any  # Int8Scales if q and k are int8, or None
 
 
 class Queries(NamedTuple):
@@ -82,6 +92,16 @@ class QueryBlock(NamedTuple):
 
 
 @triton.jit
+def products(q, k, scales, first, PRECISION: tl.constexpr):
+    """q.k in float32, for keys `first` and after."""
+    if scales is None:
+        return tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    else:
+        scale = scales.of_queries * tl.load(scales.pointer + first // scales.block * scales.stride)
+        return tl.dot(q, tl.trans(k)).to(tl.float32) * scale
+
+
+@triton.jit
 def attend(
     state, q, i, keys, scores, begin, end,
     D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr,
@@ -91,7 +111,7 @@ def attend(
     for first in tl.range(begin, end, BLOCK_N, num_stages=1 if MASKED and not FEATURES.left else None):
         k = load_rows(keys.k, first, scores.num_k, BLOCK_N, D, BLOCK_D, MASKED)
         v = load_rows(keys.v, first, scores.num_k, BLOCK_N, D, BLOCK_D, MASKED)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = products(q, k, keys.scales, first, PRECISION)
         j = first + tl.arange(0, BLOCK_N)[None, :]
         s, _ = finish_scores(s, i, j, scores, MASKED, FEATURES)
         factor = score_factor(scores.score_mod, FEATURES)
@@ -113,7 +133,7 @@ def forward_kernel(
     begin_k, num_k = other_side(cu_k, work, sample, total_k, num_samples)
     k = head_rows(strided(k, UNIT), sample, begin_k, head // GROUP)
     v = head_rows(strided(v, UNIT), sample, begin_k, head // GROUP)
-    keys = Keys(k, v)
+    keys = Keys(k, v, None)
     scores = Scores(num_q, num_k, sample, head, bias, alibi, score_mod)
     block = load_rows(head_rows(strided(q, UNIT), sample, begin_q, head), first, num_q, BLOCK_M, D, BLOCK_D, True)
     row = first + tl.arange(0, BLOCK_M)
@@ -177,7 +197,7 @@ def dq_kernel(
     begin_k, num_k = other_side(cu_k, work, sample, total_k, num_samples)
     k = head_rows(strided(k, UNIT), sample, begin_k, head // GROUP)
     v = head_rows(strided(v, UNIT), sample, begin_k, head // GROUP)
-    keys = Keys(k, v)
+    keys = Keys(k, v, None)
     scores = Scores(num_q, num_k, sample, head, bias, alibi, score_mod)
     q_block = load_rows(head_rows(strided(q, UNIT), sample, begin_q, head), first, num_q, BLOCK_M, D, BLOCK_D, True)
     dout_block = load_rows(head_rows(strided(dout, UNIT), sample, begin_q, head), first, num_q, BLOCK_M, D, BLOCK_D, True)

@@ -156,6 +156,11 @@ CONFIGS: dict[str, dict[str, Table]] = {
         },
     },
 }  # fmt: skip
+# int8 queries and keys: at most as many keys as share a scale. Not tuned either.
+CONFIGS["int8_forward"] = {
+    arch: {key: (queries, min(keys, 64), warps, stages) for key, (queries, keys, warps, stages) in table.items()}
+    for arch, table in CONFIGS["forward"].items()
+}
 
 # What to measure first on a GPU, before the candidates that `benchmarks.tune` makes up. All keep the matrix units of their
 # architecture. Registers, bytes spilled and KiB of shared memory, bfloat16, on Triton 3.6 and 3.9:

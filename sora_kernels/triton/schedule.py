@@ -90,6 +90,14 @@ def other_side(cu, p_list, b, num_tokens, num_samples):
     return begin, length
 
 
+@triton.jit
+def block_slot(p_list, sample, begin, length, first, BLOCK: tl.constexpr):
+    """Where what belongs to the block of BLOCK rows from `first` on is kept, of num_slots places: see find_slot."""
+    if p_list is None:
+        begin = sample * length
+    return begin // BLOCK + sample + first // BLOCK
+
+
 def work_list(cu: Tensor, other: Tensor, num_tokens: int, num_other: int, block: int) -> tuple[Tensor, int]:
     """(list, its number of entries)."""
     samples = cu.shape[0] - 1
