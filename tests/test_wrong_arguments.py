@@ -56,6 +56,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "flash_attn_kvpacked_func": {"q": DENSE, "kv": torch.zeros(1, 2, 2, 4, 8)},
     "flash_attn_with_kvcache": {"q": DENSE},
     "scaled_dot_product_attention": {"query": DENSE, "key": DENSE, "value": DENSE},
+    "int8_attention": dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), LAYOUT.cu_seqlens),
     "rope_3d": {"x": HEADS},
     "apply_rope": {"x": HEADS},
     "norm_rope": {"x": HEADS},
@@ -113,7 +114,8 @@ ARGUMENTS = [
 
 def right(name: str) -> dict[str, Any]:
     parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
-    return {p.name: {**RIGHT, **OTHERWISE.get(name, {})}[p.name] for p in parameters if p.default is p.empty}
+    special = OTHERWISE.get(name, {})
+    return {p.name: {**RIGHT, **special}[p.name] for p in parameters if p.default is p.empty or p.name in special}
 
 
 def call(name: str, arguments: dict[str, Any]) -> None:

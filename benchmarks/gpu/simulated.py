@@ -201,8 +201,11 @@ def _launched_and_computed(launch: Callable[..., None], compute: Callable[..., N
 
 
 def _set_backends() -> None:
-    """Triton's functions launch their kernels and compute on the CPU; those of module _cuda, where it is built, only compute."""
-    cpu = backends.BACKENDS["cpu"].load()
+    """Triton's functions launch their kernels and compute on the CPU; those of module _cuda, where it is built, only compute.
+
+    What the CPU has no kernel of, the reference computes.
+    """
+    cpu, reference = (backends.BACKENDS[name].load() for name in ("cpu", "reference"))
     for name in ("triton", "cuda"):
         backend = backends.BACKENDS[name]
         try:
@@ -212,7 +215,7 @@ def _set_backends() -> None:
         stand_in = ModuleType(name)
         for function in backends.FUNCTIONS:
             if hasattr(module, function):
-                launch, compute = getattr(module, function), getattr(cpu, function)
+                launch, compute = getattr(module, function), getattr(cpu, function, None) or getattr(reference, function)
                 both = functools.partial(_launched_and_computed, launch, compute)
                 setattr(stand_in, function, compute if name == "cuda" else both)
         devices = ("cuda", "cpu")
