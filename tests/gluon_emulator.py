@@ -24,7 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from sora_kernels.triton import hopper
+from sora_kernels.triton import hopper, hopper_common
 
 TIMEOUT = 60  # seconds
 _changed = threading.Condition()  # any barrier did
@@ -241,7 +241,9 @@ MBARRIER = SimpleNamespace(
     MBarrierLayout=lambda: None, init=initialise, arrive=lambda barrier: barrier.change(1), wait=Barrier.wait,
     expect=lambda barrier, num_bytes: barrier.change(1, num_bytes),
 )  # fmt: skip
-REPLACED = [(tl, LANGUAGE), (gl, LANGUAGE), (hopper.hopper, HOPPER), (hopper.mbarrier, MBARRIER), (hopper.copy_block, copy_block)]
+REPLACED = [
+    (tl, LANGUAGE), (gl, LANGUAGE), (hopper.hopper, HOPPER), (hopper.mbarrier, MBARRIER), (hopper_common.copy_block, copy_block)
+]  # fmt: skip
 
 
 def lowered(x: Any, known: dict[int, Any]) -> Any:
@@ -263,7 +265,7 @@ def lowered(x: Any, known: dict[int, Any]) -> Any:
 def argument(x: Any) -> Any:
     if isinstance(x, torch.Tensor):
         return Pointer.to(x)
-    if isinstance(x, hopper.TensorDescriptor):
+    if isinstance(x, hopper_common.TensorDescriptor):
         return Descriptor(x)
     if type(x) is tuple:
         return tuple(argument(field) for field in x)

@@ -15,7 +15,7 @@ from sora_kernels.triton.attention import UNBOUNDED, Call, forward_kernel
 from sora_kernels.triton.common import head_tensors, num_slots
 from sora_kernels.triton.schedule import work_list_kernel
 
-CONSUMERS, BLOCK_M = hopper.CONSUMERS.value, hopper.BLOCK_M.value
+CONSUMERS, BLOCK = hopper.CONSUMERS.value, hopper.BLOCK.value
 NAN = float("nan")
 
 
@@ -57,11 +57,11 @@ def call_of(q, k, v, cu_q=None, cu_k=None, *, right=UNBOUNDED, scale=0.11, softc
 
 def emulated_work_list(call: Call) -> tuple[torch.Tensor | None, int]:
     if call.cu_q is None:
-        return call.schedule(False, BLOCK_M)
-    capacity = num_slots(call.num_q, call.batch, BLOCK_M)
+        return call.schedule(False, BLOCK)
+    capacity = num_slots(call.num_q, call.batch, BLOCK)
     entries = torch.empty(call.batch + 1 + capacity, dtype=torch.int32)
     gluon_emulator.launch(
-        work_list_kernel, call.batch + 2, constants={"BLOCK": BLOCK_M, "SAMPLES": 256}, p_cu=call.cu_q, p_cost=call.cu_k,
+        work_list_kernel, call.batch + 2, constants={"BLOCK": BLOCK, "SAMPLES": 256}, p_cu=call.cu_q, p_cost=call.cu_k,
         p_list=entries, num_samples=call.batch, num_tokens=call.num_q, num_other=call.num_k, capacity=capacity,
     )  # fmt: skip
     return entries, capacity
@@ -80,7 +80,7 @@ def attention(call: Call, q, k, v, *, plain: bool, config: hopper.Config) -> tup
     if plain:
         kernel, d = forward_kernel, q.shape[-1]
         arguments |= {"bias": None, "alibi": None, **head_tensors(1, q=q, k=k, v=v)}
-        constants |= {"UNIT": 1, "D": d, "BLOCK_D": d, "BLOCK_M": BLOCK_M, "BLOCK_N": config.block_n, "PRECISION": "ieee"}
+        constants |= {"UNIT": 1, "D": d, "BLOCK_D": d, "BLOCK_M": BLOCK, "BLOCK_N": config.block_n, "PRECISION": "ieee"}
     else:
         kernel = hopper.forward_kernel
         arguments |= hopper.descriptors(q, k, v, config)

@@ -1,6 +1,6 @@
 """Attention's forward on Hopper, in Gluon: copies by TMA, products by `wgmma`, each in warps of their own.
 
-A program owns BLOCK_M = 128 queries of one head. Three groups of warps share it:
+A program owns BLOCK = 128 queries of one head. Three groups of warps share it:
   - the producer, one warp, copies the queries once and then block after block of keys and values into a ring of STAGES stages;
   - two consumers of 4 warps own 64 queries each. Scores, maximum, sum and output stay in registers in float32.
 
@@ -26,27 +26,30 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .attention import UNBOUNDED, Call
+from .attention import SIZES, UNBOUNDED, Call
 from .common import HeadTensor, head_tensors
 from .configs import OPTIONS, architecture
 from .configs import unavailable as no_triton
+from .hopper_common import (
+    BLOCK,
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    PRODUCER_REGISTERS,
+    ROWS,
+    clear_rows,
+    copy_block,
+    descriptor,
+    matrix,
+    operand,
+    store_rows,
+    strides,
+)
 from .schedule import locate, other_side
 from .scores import ScoreMod, Scores, finish_scores, head_rows, key_range, num_statistics, score_factor, statistics_offset
 
-# Triton 3.6 has another name for it; the arguments are the same.
-copy_block = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 TRITON_VERSIONS = ("3.6", "3.9")  # that this was compiled with
-# As attention.py has it: a batch of another size must not compile anew.
-SIZES = ["total_q", "total_k", "num_samples", "num_heads"]
-ROWS: gl.constexpr = gl.constexpr(64)  # queries of a consumer: what one `wgmma` computes
-CONSUMERS: gl.constexpr = gl.constexpr(2)
-BLOCK_M: gl.constexpr = gl.constexpr(128)
-# Per thread: 504 for the three groups of 4 warps to which the hardware gives registers.
-CONSUMER_REGISTERS: gl.constexpr = gl.constexpr(240)
-PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 
 
 class Config(NamedTuple):
@@ -131,12 +134,6 @@ def produce(q_desc, k_desc, v_desc, ring, block, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def matrix(x):
-    """The block [1, 1, rows, d] of a descriptor in shared memory as [rows, d]."""
-    return x.reshape([x.shape[2], x.shape[3]])
-
-
-@gluon.jit
 def start_scores(q, ring, n, STAGES: gl.constexpr, LAYOUT: gl.constexpr):
     """Products of the queries with block n of the keys, on their way."""
     stage = n % STAGES
@@ -188,12 +185,6 @@ def exponentials(s, i, n, maximum, total, scores, MASKED: gl.constexpr, FEATURES
 
 
 @gluon.jit
-def operand(p, dtype: gl.constexpr, LAYOUT: gl.constexpr):
-    """Probabilities as the left operand of a product with values; they stay in the registers in which they are."""
-    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, LAYOUT, 2))
-
-
-@gluon.jit
 def attend(
     state, q, i, ring, scores, begin, end,
     HALF: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, MASKED: gl.constexpr, FEATURES: gl.constexpr,
@@ -216,21 +207,6 @@ def attend(
         mbarrier.arrive(ring.v_free.index((n - 1) % STAGES))
         state = State(maximum, total, acc, correction, operand(p, q.dtype, O_LAYOUT))
     return state
-
-
-@gluon.jit
-def clear_rows(v, valid):
-    """Zeros in the rows from `valid` on. Both consumers write the same, so that neither waits for the other."""
-    CHUNK: gl.constexpr = 16  # few registers are free
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // v.shape[1], v.shape[1] // 8], [4, 1], [1, 0])
-    row = gl.arange(0, CHUNK, gl.SliceLayout(1, layout))[:, None]
-    BLOCK_N: gl.constexpr = v.shape[0]
-    for first in gl.static_range(0, BLOCK_N, CHUNK):
-        if valid < first + CHUNK:
-            rows = v.slice(first, CHUNK)
-            x = rows.load(layout)
-            rows.store(gl.where(first + row < valid, x, gl.zeros_like(x)))
-    hopper.fence_async_shared()
 
 
 @gluon.jit
@@ -273,12 +249,7 @@ def consume(
     empty = state.total == 0
     divisor = gl.where(empty, 1.0, state.total)
     acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, O_LAYOUT))[:, None]
-    q.store(acc.to(q.dtype))  # for stores to memory of whole rows
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    out_row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    p_rows = target.out.pointer + out_row.to(gl.int64)[:, None] * target.out.stride
-    p_out = p_rows + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
-    gl.store(p_out, q.load(layout), mask=(out_row < scores.num_q)[:, None])
+    store_rows(target.out, first, scores.num_q, acc, q)
     unit = scores.score_mod.softmax_scale if FEATURES.scale_last else 1.0
     row_lse = state.maximum.to(gl.float64) * unit + gl.log(divisor.to(gl.float64))
     gl.store(target.p_lse + row, gl.where(empty, float("-inf"), row_lse).to(gl.float32), mask=inside)
@@ -294,12 +265,12 @@ def forward_kernel(
     BLOCK_N: gl.constexpr = k_desc.block_shape[2]
     D: gl.constexpr = k_desc.block_shape[3]
     score_mod = ScoreMod(*score_mod)
-    sample, head, first, begin_q, num_q = locate(cu_q, work, total_q, num_samples, num_heads, BLOCK_M, FEATURES.right)
+    sample, head, first, begin_q, num_q = locate(cu_q, work, total_q, num_samples, num_heads, BLOCK, FEATURES.right)
     if sample < 0:
         return
     begin_k, num_k = other_side(cu_k, work, sample, total_k, num_samples)
     scores = Scores(num_q, num_k, sample, head, None, None, score_mod)
-    _, full_end, end = key_range(first, scores, BLOCK_M, BLOCK_N, FEATURES)
+    _, full_end, end = key_range(first, scores, BLOCK, BLOCK_N, FEATURES)
     batch = sample if work is None else sample * 0
     num_blocks = gl.maximum(gl.cdiv(end, BLOCK_N), 1)
     block = Block(batch, head, head // GROUP, begin_q + first, begin_k, first, end, full_end // BLOCK_N, num_blocks)
@@ -367,27 +338,13 @@ def refuses(function: str, arguments: dict[str, Any]) -> str | None:
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.numel() == 0:
             return f"needs queries and keys; {name} has shape {list(x.shape)}"
-        if x.data_ptr() % 16 or any(n % 8 or n == 0 for n in _strides(x)):
+        if x.data_ptr() % 16 or any(n % 8 or n == 0 for n in strides(x)):
             return f"needs rows of {name} at their own multiples of 16 bytes, not strides {x.stride()} from address {x.data_ptr()}"
     return None
 
 
-def _strides(x: Tensor) -> list[int]:
-    """Of batch, head and token. PyTorch's may be anything in a dimension of one element."""
-    batch, token, head = x.stride()[:-1] if x.ndim == 4 else (0, *x.stride()[:-1])
-    samples, (tokens, heads, d) = len(x) if x.ndim == 4 else 1, x.shape[-3:]
-    return [stride if size > 1 else d for size, stride in ((samples, batch), (heads, head), (tokens, token))]
-
-
-def descriptors(q: Tensor, k: Tensor, v: Tensor, config: Config) -> dict[str, TensorDescriptor]:
-    """Of blocks of rows of [B, H, S, d]; packed tensors count as one sample."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    found = {}
-    for name, x, rows in (("q_desc", q, ROWS.value), ("k_desc", k, config.block_n), ("v_desc", v, config.block_n)):
-        tokens, heads, d = x.shape[-3:]
-        shape = [len(x) if x.ndim == 4 else 1, heads, tokens, d]
-        found[name] = TensorDescriptor(x, shape, [*_strides(x), 1], [1, 1, rows, d], layout)
-    return found
+def descriptors(q: Tensor, k: Tensor, v: Tensor, config: Config) -> dict[str, Any]:
+    return {"q_desc": descriptor(q, ROWS.value), "k_desc": descriptor(k, config.block_n), "v_desc": descriptor(v, config.block_n)}
 
 
 def attention_forward(
@@ -396,7 +353,7 @@ def attention_forward(
 ) -> None:  # fmt: skip
     call = Call((q, k, v, out), cu_q, cu_k, bias, alibi, scale, left, right, softcap)
     config = CONFIGS[q.shape[-1]]
-    work, blocks = call.schedule(False, BLOCK_M.value)
+    work, blocks = call.schedule(False, BLOCK.value)
     arguments = {name: call.arguments[name] for name in ("cu_q", "cu_k", "score_mod", "GROUP", "FEATURES", *SIZES[:3])}
     forward_kernel[(blocks * call.heads,)](
         **descriptors(q, k, v, config), **head_tensors(1, out=out), p_lse=lse, p_statistics=statistics, work=work,
