@@ -1,6 +1,7 @@
-"""hopper.py's kernel, compiled for sm90 in typical launches; run as a program where Triton does not interpret.
+"""hopper.py's and hopper_backward.py's kernels, compiled for sm90 in typical launches; run as a program where Triton does not
+interpret.
 
-Prints JSON: {name: [the kernel's resources, exponentials in it, and how many of them run while products are in flight]}.
+Prints JSON: {"kernel, launch": the kernel's resources, exponentials in it, and how many of them run while products are in flight}.
 """
 
 from __future__ import annotations
@@ -30,17 +31,23 @@ LAUNCHES = {
 
 
 def launch(d: int, causal: bool, packed: bool) -> None:
-    """Two samples, with two query heads to a key head."""
+    """Two samples, with two query heads to a key head. The causal ones have a gradient of lse."""
     shape = (1000,) if packed else (2, 500)
     q, k, v = (torch.empty(*shape, heads, d, dtype=torch.bfloat16) for heads in (4, 2, 2))
     cu = torch.tensor([0, 600, 1000], dtype=torch.int32) if packed else None
     lse = torch.empty((4, 1000) if packed else (2, 4, 500))
-    arguments = {"q": q, "k": k, "v": v, "cu_q": cu, "cu_k": cu, "bias": None, "alibi": None, "scale": d**-0.5}
-    arguments |= {"left": UNBOUNDED, "right": 0 if causal else UNBOUNDED, "softcap": 0.0}
-    reason = hopper.refuses("attention_forward", arguments)
-    if reason is not None:
-        raise RuntimeError(reason)
-    hopper.attention_forward(**arguments, out=torch.empty_like(q), lse=lse, statistics=torch.empty(2, *lse.shape))
+    shared = {"q": q, "k": k, "v": v, "cu_q": cu, "cu_k": cu, "bias": None, "alibi": None, "scale": d**-0.5}
+    shared |= {"left": UNBOUNDED, "right": 0 if causal else UNBOUNDED, "softcap": 0.0}
+    shared |= {"out": torch.empty_like(q), "statistics": torch.empty(2, *lse.shape)}
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    for name, arguments in {
+        "attention_forward": {"lse": lse},
+        "attention_backward": {"dout": torch.empty_like(q), "dlse": lse if causal else None, "dq": dq, "dk": dk, "dv": dv},
+    }.items():
+        reason = hopper.refuses(name, shared | arguments)
+        if reason is not None:
+            raise RuntimeError(reason)
+        getattr(hopper, name)(**shared, **arguments)
 
 
 def exponentials(compiled: Compiled) -> tuple[int, int]:
@@ -63,9 +70,10 @@ def main() -> None:
     for name, arguments in LAUNCHES.items():
         with compilations("sm90") as found:
             launch(*arguments)
-        (compiled,) = (one for one in found if one.name == "hopper.forward_kernel")
-        total, overlapped = exponentials(compiled)
-        rows[name] = {**asdict(measured(compiled, "sm90")), "exponentials": total, "overlapped": overlapped}
+        for compiled in (one for one in found if one.name.startswith("hopper")):
+            total, overlapped = exponentials(compiled)
+            row = {**asdict(measured(compiled, "sm90")), "exponentials": total, "overlapped": overlapped}
+            rows[f"{compiled.name.rpartition('.')[2]}, {name}"] = row
     print(json.dumps(rows, default=str))
 
 

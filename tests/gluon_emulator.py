@@ -232,7 +232,10 @@ LANGUAGE = SimpleNamespace(
     range=lambda begin, end, step=1, num_stages=None: range(begin, end, step), static_range=range,
     load=load, store=store, program_id=lambda axis: None, convert_layout=lambda x, layout: x,
     allocate_shared_memory=allocate, warp_specialize=warp_specialize,
-    **dict.fromkeys(("SliceLayout", "BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout"), lambda *_: None),
+    fma=lambda x, y, z: value((value(x).double() * value(y).double() + z).float()),
+    **dict.fromkeys(
+        ("SliceLayout", "BlockedLayout", "DotOperandLayout", "NVMMADistributedLayout", "SwizzledSharedLayout"), lambda *_: None
+    ),
 )  # fmt: skip
 HOPPER = SimpleNamespace(
     warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait, fence_async_shared=lambda: None

@@ -136,11 +136,13 @@ def triton_rows(report, arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_is_compiled(report, arch):
-    modules = [importlib.import_module(f"{room.__name__}.{module.name}") for module in pkgutil.iter_modules(room.__path__)]
+    """But test_hopper.py's."""
+    names = [module.name for module in pkgutil.iter_modules(room.__path__) if not module.name.startswith("hopper")]
+    modules = [importlib.import_module(f"{room.__name__}.{name}") for name in names]
     expected = {
         f"{module.__name__.rpartition('.')[2]}.{name}" for module in modules for name in vars(module) if name.endswith("_kernel")
     }
-    assert {row["name"] for row in triton_rows(report, arch)} == expected - {"hopper.forward_kernel"}  # test_hopper.py's
+    assert {row["name"] for row in triton_rows(report, arch)} == expected
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -14,6 +14,8 @@ Blocks, their order and the softmax are those of attention.forward_kernel with b
 
 The grid has a program for each entry of the work list, longest first, and the hardware starts one as another ends. A persistent
 grid would have to count finished programs in memory to balance the load as well.
+
+hopper_backward.py has the backward, and hopper_common.py what both share.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from .attention import SIZES, UNBOUNDED, Call
 from .common import HeadTensor, head_tensors
 from .configs import OPTIONS, architecture
 from .configs import unavailable as no_triton
+from .hopper_backward import attention_backward
 from .hopper_common import (
     BLOCK,
     CONSUMER_REGISTERS,
@@ -48,6 +51,8 @@ from .hopper_common import (
 )
 from .schedule import locate, other_side
 from .scores import ScoreMod, Scores, finish_scores, head_rows, key_range, num_statistics, score_factor, statistics_offset
+
+__all__ = ["attention_backward", "attention_forward", "refuses", "unavailable"]  # what backends.py asks for
 
 TRITON_VERSIONS = ("3.6", "3.9")  # that this was compiled with
 
@@ -327,6 +332,7 @@ def unavailable() -> str | None:
 def refuses(function: str, arguments: dict[str, Any]) -> str | None:
     """Why it cannot compute a call, or None."""
     q, k, v = (arguments[name] for name in "qkv")
+    copied = {"q": q, "k": k, "v": v} | ({"dout": arguments["dout"]} if function == "attention_backward" else {})
     if arguments["bias"] is not None or arguments["alibi"] is not None or arguments["softcap"] > 0:
         return "has no mask, ALiBi or softcap"
     if arguments["left"] < UNBOUNDED:
@@ -335,7 +341,7 @@ def refuses(function: str, arguments: dict[str, Any]) -> str | None:
         return "needs a positive softmax_scale"
     if q.shape[-1] not in CONFIGS:
         return f"needs a head dim of {' or '.join(map(str, CONFIGS))}, not {q.shape[-1]}"
-    for name, x in {"q": q, "k": k, "v": v}.items():
+    for name, x in copied.items():
         if x.numel() == 0:
             return f"needs queries and keys; {name} has shape {list(x.shape)}"
         if x.data_ptr() % 16 or any(n % 8 or n == 0 for n in strides(x)):
