@@ -1,8 +1,9 @@
 """Errors of int8 attention and of attention by blocks on what a model sees: python -m benchmarks.attention_errors [--count 96]
 
 The checkpoint in the package makes text to video. Each of its attentions is computed in float64, as it is and by each way: queries
-and keys in bfloat16; int8; int8 without taking the keys' mean off; and for self-attention a quarter of the blocks, those whose means
-of queries and keys have the largest products, and sliding tiles. Then the checkpoint makes videos by these, which `sora eval` judges.
+and keys in bfloat16; int8; int8 without taking the keys' mean off. Self-attention is also by a quarter of the blocks, those whose
+means of queries and keys have the largest products, and by sliding tiles. Then the checkpoint makes videos by these, which
+`sora eval` judges.
 """
 
 from __future__ import annotations

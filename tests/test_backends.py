@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -143,8 +144,10 @@ def test_unknown_backend():
 
 
 def test_environment_forces_a_backend():
-    code = "from tests.test_backends import *\nwith record() as calls: rotate()\nprint(calls)"
-    assert run(code, SORA_KERNELS_BACKEND="reference").stdout == "[('rope_3d', 'reference')]\n"
+    code = "from test_backends import *\nwith record() as calls: rotate()\nprint(calls)"
+    assert (
+        run(code, SORA_KERNELS_BACKEND="reference", PYTHONPATH=str(Path(__file__).parent)).stdout == "[('rope_3d', 'reference')]\n"
+    )
     failed = run("import sora_kernels.rope", SORA_KERNELS_BACKEND="fast")
     assert re.search(r"SORA_KERNELS_BACKEND: expected one of 'cpu', 'cuda', .*, 'triton', 'reference', got 'fast'", failed.stderr)
 
