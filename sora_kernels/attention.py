@@ -152,7 +152,8 @@ def flash_attn_varlen_func(
         k, v: [Nk, Hk, d]; v may have another head dim, as in `flash_attn_func`.
         cu_seqlens_q, cu_seqlens_k: int32 [B+1], from 0, never falling, at most Nq and Nk.
         max_seqlen_q, max_seqlen_k: tokens of the longest sample, or more. This package's kernels do not need them. Those of others
-            do, and are left out where these are not numbers; see `sora_kernels.backends.prefer`.
+            do, give wrong results where they are too small, as in flash_attn, and are left out where they are not numbers; see
+            `sora_kernels.backends.prefer`.
         block_table: must be None: there is no paged cache here.
         seqused_k: int32 [B]: sample b has only its first seqused_k[b] keys, as in FlashAttention-3. Causal masks, windows and ALiBi
             are aligned to their end, and the other keys get zero gradients. On the CPU a number that is negative or more than the

@@ -131,6 +131,16 @@ def longest(call: Call) -> tuple[int, int]:
     return (call["q"].shape[1], call["k"].shape[1]) if call["cu_q"] is None else (call["max_q"], call["max_k"])
 
 
+def samples(call: Call) -> dict[str, Any]:
+    """Where the samples of a packed batch are, by flash_attn's names; None for a dense one."""
+    return {
+        "cu_seqlens_q": call["cu_q"],
+        "cu_seqlens_k": call["cu_k"],
+        "max_seqlen_q": call["max_q"],
+        "max_seqlen_k": call["max_k"],
+    }
+
+
 def wants_determinism() -> bool:
     """Whether a backward has to add in a fixed order, which costs time."""
     return backends.preferred() != "fastest" or torch.are_deterministic_algorithms_enabled()

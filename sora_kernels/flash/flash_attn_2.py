@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .common import Call, Limits, clear, limited, loaded, missing, store, stored_lse, wants_determinism, window
+from .common import Call, Limits, clear, limited, loaded, missing, samples, store, stored_lse, wants_determinism, window
 
 TAKES_HINTS = True
 LIMITS = Limits(head_dim=256, softcap=True, alibi=True)
@@ -35,14 +35,8 @@ def _options(call: Call) -> dict:
 
 
 def _samples(call: Call) -> dict:
-    if call["cu_q"] is None:
-        return {}
-    return {
-        "cu_seqlens_q": call["cu_q"],
-        "cu_seqlens_k": call["cu_k"],
-        "max_seqlen_q": call["max_q"],
-        "max_seqlen_k": call["max_k"],
-    }
+    """The functions for dense batches are others, without these."""
+    return {} if call["cu_q"] is None else samples(call)
 
 
 def attention_forward(**call: Any) -> None:

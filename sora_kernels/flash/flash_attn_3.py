@@ -17,6 +17,7 @@ from .common import (
     loaded,
     missing,
     parameters,
+    samples,
     store,
     stored_lse,
     wants_determinism,
@@ -43,10 +44,7 @@ def _options(run: Callable, call: Call) -> dict:
         {"window_size_left": left, "window_size_right": right} if "window_size_left" in takes else {"window_size": (left, right)}
     )
     return {
-        "cu_seqlens_q": call["cu_q"],
-        "cu_seqlens_k": call["cu_k"],
-        "max_seqlen_q": call["max_q"],
-        "max_seqlen_k": call["max_k"],
+        **samples(call),
         "softmax_scale": call["scale"],
         "is_causal" if "is_causal" in takes else "causal": (left, right) == (-1, 0),
         "softcap": call["softcap"],

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .common import Call, Limits, clear, limited, loaded, missing, store, stored_lse, wants_determinism, window
+from .common import Call, Limits, clear, limited, loaded, missing, samples, store, stored_lse, wants_determinism, window
 
 TAKES_HINTS = True
 LIMITS = Limits(head_dim=128, dlse=True)
@@ -27,10 +27,7 @@ def _options(call: Call) -> dict:
     left, right = window(call)
     is_causal = (left, right) == (-1, 0)
     return {
-        "cu_seqlens_q": call["cu_q"],
-        "cu_seqlens_k": call["cu_k"],
-        "max_seqlen_q": call["max_q"],
-        "max_seqlen_k": call["max_k"],
+        **samples(call),
         "softmax_scale": call["scale"],
         "causal": is_causal,
         "window_size_left": None if left < 0 else left,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -46,18 +45,10 @@ class Kandinsky5Processor(Processor):
         return attn.out_layer(out.flatten(2))
 
 
-def _runs(batch: int, num_tokens: int, device: torch.device) -> TokenBlocks:
-    return TokenBlocks.runs(PackedLayout.from_grids([(1, 1, num_tokens)] * batch).to(device), 64)
-
-
-_cached_runs = functools.lru_cache(maxsize=8)(_runs)  # all layers have the same
-
-
 def _sparse_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
     """[B, S, H, d], each sample cut into runs of 64 tokens."""
-    runs = _runs if torch.compiler.is_compiling() else _cached_runs
     batch, num_tokens = query.shape[:2]
-    blocks = runs(batch, num_tokens, query.device)
+    blocks = TokenBlocks.runs(PackedLayout.from_grids([(1, 1, num_tokens)] * batch).to(query.device), 64)
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))
     return block_sparse_attention(q, k, v, BlockMask.from_flex(mask, blocks)).unflatten(0, query.shape[:2])
 
