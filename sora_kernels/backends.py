@@ -123,7 +123,7 @@ def _select(
         if reason is not None:
             raise ValueError(f"{function}: backend {forced!r} was forced but {reason}")
         return (Selected.of(forced, function),)
-    asked = candidates(function, device, dtype, width)
+    asked = candidates(function, device, dtype, width, preferred)
     able: list[Selected] = []
     for name, reason in asked:
         if reason is None:

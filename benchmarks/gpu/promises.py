@@ -43,7 +43,8 @@ def promises(backend: str, device: str = DEVICE, dtype: torch.dtype = MAIN) -> I
     with backends.use_backend(backend):
         found = attention(*tensors, LENGTHS)
         errors = [float((x.cpu().double() - y)[:total].norm() / y.norm()) for x, y in zip(found, right, strict=True)]
-        kept = {"right": max(errors) <= MOST_ERROR, "zeros in rows of no sample": not any(x[total:].any() for x in found)}
+        right_enough = all(error <= MOST_ERROR for error in errors)  # not their maximum, which may pass over a NaN
+        kept = {"right": right_enough, "zeros in rows of no sample": not any(x[total:].any() for x in found)}
         kept["the same from run to run"] = all(same(attention(*tensors, LENGTHS), found) for _ in range(5))
         first, alone = 0, []
         for length in LENGTHS:
