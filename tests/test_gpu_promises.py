@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.gpu import promises
+from benchmarks.gpu import promises, table
 from sora_kernels import backends
 
 
@@ -18,6 +18,12 @@ def kept(backend="cpu"):
 
 def test_ours_keeps_them():
     assert set(kept().values()) == {True}
+
+
+def test_a_run_ends_with_those_that_were_broken():
+    rows = [{"promise": "right", "kept": kept, "backend": name} for name, kept in (("triton", True), ("torch_cudnn", False))]
+    rows.append({"promise": "all", "kept": None, "backend": "flash_attn_3", "reason": "needs flash_attn_3"})
+    assert "promises not kept: 1 of 2\ntorch_cudnn: right\n" in table.summary(rows, [], 1.0) + "\n"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,11 @@ def failed(rows: Rows) -> list[str]:
     return [f"{row['test']}: {row.get('reason', '')}" for row in of_kind(rows, "test") if row.get("outcome") == "failed"]
 
 
+def not_kept(rows: Rows) -> list[str]:
+    """Kernels of others may break them: this says which must not run by default."""
+    return [f"{row['backend']}: {row['promise']}" for row in of_kind(rows, "promise") if row.get("kept") is False]
+
+
 def errors(rows: Rows) -> list[str]:
     return [f"{row.get('stage')}, {row.get('item')}: {row['error']}" for row in of_kind(rows, "error")]
 
@@ -40,6 +45,7 @@ def summary(rows: Rows, outcomes: list[str], seconds: float) -> str:
         lambda: head(rows, seconds),
         lambda: [cut(outcome, 200) for outcome in outcomes],
         lambda: counted("checks against float64 wrong", wrong(rows), len(list(of_kind(rows, "check")))),
+        lambda: counted("promises not kept", not_kept(rows), sum(row.get("kept") is not None for row in of_kind(rows, "promise"))),
         lambda: counted("tests failed", failed(rows), len(list(of_kind(rows, "test")))),
         lambda: counted("items failed", errors(rows), len(errors(rows))),
         lambda: tuned(rows),
