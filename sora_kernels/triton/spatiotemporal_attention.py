@@ -6,13 +6,14 @@ spans, BLOCK_N at a time, reading rows of d elements wherever they lie. So the c
 a program owns a tile of keys and loops over the queries that attend to them. Along an axis those are an interval too, so that the
 same code serves both ways.
 
-Tiles come from schedule.py's list. How many there are the host does not know, so programs take one after the other.
+windows.py has who attends to whom. Tiles come from schedule.py's list. How many there are the host does not know, so programs take
+one after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -28,189 +29,16 @@ from .common import (
     head_tensors,
     load_softmax,
     probabilities,
-    scores_of,
     softmax_step,
     start_softmax,
     store_softmax,
     strided,
 )
 from .configs import attention_config, num_multiprocessors
-from .schedule import Layout, entries_of, load_span, load_span_tiles, num_entries, tile_list
+from .schedule import Layout, num_entries, tile_list
+from .windows import locate_tile, other_tokens, window_scores
 
 SIZES = ["num_spans", "num_tokens", "num_heads"]  # a batch of another size must not compile anew
-
-
-class Interval(NamedTuple):
-    """begin .. end, or blocks of both."""
-
-    begin: Any
-    end: Any
-
-
-class Divisor(NamedTuple):
-    """A number n >= 1, and what `divide` needs of it."""
-
-    n: Any
-    reciprocal: Any
-
-
-class Box(NamedTuple):
-    """A box of a span's grid: its first position along each axis, and how many tokens a frame and a row of it have."""
-
-    t: Any
-    h: Any
-    w: Any
-    frame: Divisor
-    row: Divisor
-
-
-class Range(NamedTuple):
-    """The tokens on the other side of a tile's scores: first those of the sample's other spans, then a box of the tile's own span.
-
-    `before` of the others come before the span, which has span_size tokens in frames of h x w.
-    """
-
-    num_tokens: Any
-    num_others: Any
-    before: Any
-    span_size: Any
-    span_begin: Any
-    sample_begin: Any
-    h: Any
-    w: Any
-    box: Box
-
-
-class Tile(NamedTuple):
-    """What a program owns, one tile of a head: its tokens [BLOCK], num_tokens past the tile's end; their windows, Axes of
-    Intervals; and all tokens that at least one of them attends to, or that attend to it.
-    """
-
-    head: Any
-    token: Any
-    windows: Axes
-    others: Range
-
-
-@triton.jit
-def axis_window(i, length, size, causal, OF_KEYS: tl.constexpr):
-    """The keys of an axis that query i attends to; with OF_KEYS, the queries that attend to key i. Size 0 is the whole axis."""
-    size = tl.where(size == 0, length, tl.minimum(size, length))
-    if OF_KEYS:
-        begin = tl.where(i < size, 0, i - size + 1 + size // 2)
-        end = tl.where(i >= length - size, length, i + size // 2 + 1)
-        return Interval(tl.where(causal, i, begin), tl.where(causal, tl.minimum(i + size, length), end))
-    else:
-        begin = tl.maximum(tl.minimum(i - size // 2, length - size), 0)
-        return Interval(tl.where(causal, tl.maximum(i - size + 1, 0), begin), tl.where(causal, i + 1, begin + size))
-
-
-@triton.jit
-def tile_window(first, end, length, size, causal, OF_KEYS: tl.constexpr):
-    """The union of the windows of first .. end along an axis: (begin, how many)."""
-    begin = axis_window(first, length, size, causal, OF_KEYS).begin
-    return begin, axis_window(tl.minimum(end, length) - 1, length, size, causal, OF_KEYS).end - begin
-
-
-@triton.jit
-def divisor(n):
-    return Divisor(n, tl.full([], 0xFFFFFFFF, tl.uint32) // n.to(tl.uint32))
-
-
-@triton.jit
-def divide(x, by):
-    """(x // n, x % n) for 0 <= x < 2**31: the product with the reciprocal is at most one too small."""
-    quotient = tl.umulhi(x.to(tl.uint32), by.reciprocal).to(tl.int32)
-    rest = x - quotient * by.n
-    more = rest >= by.n
-    return tl.where(more, quotient + 1, quotient), tl.where(more, rest - by.n, rest)
-
-
-@triton.jit
-def locate_tile(
-    layout, p_list, program, window, causal, num_spans, num_tokens, num_heads, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr
-):
-    """The tile of program number `program`, of all tiles and heads: of queries, or OF_KEYS."""
-    s = tl.load(entries_of(p_list, num_spans) + program // num_heads)
-    span = load_span(layout, s, num_spans, num_tokens)
-    tiles = load_span_tiles(p_list, s)
-    tile_w = BLOCK // (tiles.tile_t * tiles.tile_h)
-    tiles_h = tl.cdiv(span.h, tiles.tile_h)
-    tiles_w = tl.cdiv(span.w, tile_w)
-    num_tiles = tl.cdiv(span.t, tiles.tile_t) * tiles_h * tiles_w
-    local = program - tiles.first_entry * num_heads
-    tile = local % num_tiles
-    t0 = tile // (tiles_h * tiles_w) * tiles.tile_t
-    h0 = tile // tiles_w % tiles_h * tiles.tile_h
-    w0 = tile % tiles_w * tile_w
-
-    lane = tl.arange(0, BLOCK)
-    i_t = t0 + lane // (tiles.tile_h * tile_w)
-    i_h = h0 + lane // tile_w % tiles.tile_h
-    i_w = w0 + lane % tile_w
-    inside = (i_t < span.t) & (i_h < span.h) & (i_w < span.w)
-    token = tl.where(inside, span.begin + (i_t * span.h + i_h) * span.w + i_w, num_tokens)
-
-    size_t = tl.where(span.windowed, window.t, 0)
-    size_h = tl.where(span.windowed, window.h, 0)
-    size_w = tl.where(span.windowed, window.w, 0)
-    causal_t = span.windowed & causal.t
-    causal_h = span.windowed & causal.h
-    causal_w = span.windowed & causal.w
-    windows = Axes(
-        axis_window(i_t, span.t, size_t, causal_t, OF_KEYS),
-        axis_window(i_h, span.h, size_h, causal_h, OF_KEYS),
-        axis_window(i_w, span.w, size_w, causal_w, OF_KEYS),
-    )
-    box_t, num_t = tile_window(t0, t0 + tiles.tile_t, span.t, size_t, causal_t, OF_KEYS)
-    box_h, num_h = tile_window(h0, h0 + tiles.tile_h, span.h, size_h, causal_h, OF_KEYS)
-    box_w, num_w = tile_window(w0, w0 + tile_w, span.w, size_w, causal_w, OF_KEYS)
-
-    # The slack attends to nothing: its sample's boundaries are 0.
-    size = span.t * span.h * span.w
-    num_hw = tl.maximum(num_h * num_w, 1)
-    num_others = tiles.sample_end - tiles.sample_begin - tl.where(s < num_spans, size, 0)
-    box_size = tl.where(s < num_spans, num_t * num_hw, 0)
-    box = Box(box_t, box_h, box_w, divisor(num_hw), divisor(tl.maximum(num_w, 1)))
-    others = Range(
-        num_tokens=num_others + box_size,
-        num_others=num_others,
-        before=span.begin - tiles.sample_begin,
-        span_size=size,
-        span_begin=span.begin,
-        sample_begin=tiles.sample_begin,
-        h=span.h,
-        w=span.w,
-        box=box,
-    )
-    return Tile(local // num_tiles, token, windows, others)
-
-
-@triton.jit
-def within(position, window):
-    """[owners, BLOCK]: which positions along an axis are in which owner's window."""
-    return (position[None, :] >= window.begin[:, None]) & (position[None, :] < window.end[:, None])
-
-
-@triton.jit
-def other_tokens(tile, first, num_tokens, BLOCK: tl.constexpr):
-    """Tokens first .. first + BLOCK of tile.others (num_tokens past its end), and [owners, BLOCK] which of them belong together."""
-    others = tile.others
-    index = first + tl.arange(0, BLOCK)
-    is_other = index < others.num_others
-    i_t, in_frame = divide(tl.maximum(index - others.num_others, 0), others.box.frame)
-    i_h, i_w = divide(in_frame, others.box.row)
-    i_t += others.box.t
-    i_h += others.box.h
-    i_w += others.box.w
-    token = tl.where(
-        is_other,
-        others.sample_begin + index + tl.where(index < others.before, 0, others.span_size),
-        others.span_begin + (i_t * others.h + i_h) * others.w + i_w,
-    )
-    inside = index < others.num_tokens
-    near = within(i_t, tile.windows.t) & within(i_h, tile.windows.h) & within(i_w, tile.windows.w)
-    return tl.where(inside, token, num_tokens), (is_other[None, :] | near) & inside[None, :]
 
 
 @triton.jit
@@ -242,10 +70,10 @@ def forward_kernel(
         block = gather(q, head, token, num_tokens, D, BLOCK_D)
         state = start_softmax(BLOCK_M, BLOCK_D)
         for first in range(0, tile.others.num_tokens, BLOCK_N):
-            other, together = other_tokens(tile, first, num_tokens, BLOCK_N)
-            keys = gather(k, head // GROUP, other, num_tokens, D, BLOCK_D)
-            values = gather(v, head // GROUP, other, num_tokens, D, BLOCK_D)
-            scores = scores_of(tl.dot(block, tl.trans(keys), input_precision=PRECISION), together, scale, PLAIN)
+            other = other_tokens(tile, first, num_tokens, BLOCK_N, False)
+            keys = gather(k, head // GROUP, other.token, num_tokens, D, BLOCK_D)
+            values = gather(v, head // GROUP, other.token, num_tokens, D, BLOCK_D)
+            scores = window_scores(tl.dot(block, tl.trans(keys), input_precision=PRECISION), tile, other, scale, PLAIN)
             state = softmax_step(state, scores, exponent_factor(scale, PLAIN), values, True, PRECISION)
         divisors = tl.where(state.total == 0, 1.0, state.total)
         scatter(out, head, token, num_tokens, state.acc / divisors[:, None], D)
@@ -279,10 +107,10 @@ def dq_kernel(
         count = tile.others.num_tokens
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for first in range(0, count, BLOCK_N):
-            other, together = other_tokens(tile, first, num_tokens, BLOCK_N)
-            keys = gather(k, head // GROUP, other, num_tokens, D, BLOCK_D)
-            values = gather(v, head // GROUP, other, num_tokens, D, BLOCK_D)
-            scores = scores_of(tl.dot(block, tl.trans(keys), input_precision=PRECISION), together, scale, PLAIN)
+            other = other_tokens(tile, first, num_tokens, BLOCK_N, False)
+            keys = gather(k, head // GROUP, other.token, num_tokens, D, BLOCK_D)
+            values = gather(v, head // GROUP, other.token, num_tokens, D, BLOCK_D)
+            scores = window_scores(tl.dot(block, tl.trans(keys), input_precision=PRECISION), tile, other, scale, PLAIN)
             p = probabilities(scores, exponent_factor(scale, PLAIN), maximum[:, None], inverse[:, None])
             dp = tl.dot(dout_block, tl.trans(values), input_precision=PRECISION)
             if EXACT:  # one block holds all keys: see attention.py
@@ -313,12 +141,12 @@ def dkdv_kernel(
             offset = head.to(tl.int64) * num_tokens
             statistics = Statistics(p_statistics + offset, tl.cast(num_heads, tl.int64) * GROUP * num_tokens)
             for first in range(0, tile.others.num_tokens, BLOCK_M):
-                other, together = other_tokens(tile, first, num_tokens, BLOCK_M)
-                queries = gather(q, head, other, num_tokens, D, BLOCK_D)
-                douts = gather(dout, head, other, num_tokens, D, BLOCK_D)
-                maximum, inverse = load_softmax(statistics, other, other < num_tokens)
-                delta = tl.load(p_delta + offset + other, mask=other < num_tokens, other=0.0)
-                scores = scores_of(tl.dot(keys, tl.trans(queries), input_precision=PRECISION), together, scale, PLAIN)
+                other = other_tokens(tile, first, num_tokens, BLOCK_M, True)
+                queries = gather(q, head, other.token, num_tokens, D, BLOCK_D)
+                douts = gather(dout, head, other.token, num_tokens, D, BLOCK_D)
+                maximum, inverse = load_softmax(statistics, other.token, other.token < num_tokens)
+                delta = tl.load(p_delta + offset + other.token, mask=other.token < num_tokens, other=0.0)
+                scores = window_scores(tl.dot(keys, tl.trans(queries), input_precision=PRECISION), tile, other, scale, PLAIN)
                 p = probabilities(scores, exponent_factor(scale, PLAIN), maximum[None, :], inverse[None, :])
                 acc_v = tl.dot(p.to(douts.dtype), douts, acc_v, input_precision=PRECISION)
                 dp = tl.dot(values, tl.trans(douts), input_precision=PRECISION)
