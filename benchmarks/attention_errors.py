@@ -25,7 +25,7 @@ from sora_kernels import BlockMask, PackedLayout, TokenBlocks, block_sparse_atte
 from sora_kernels.attention import flash_attn_varlen_func
 from sora_kernels.int8_attention import KEYS, QUERIES, int8_attention
 from sora_kernels.reference.attention import boundaries
-from sora_kernels.reference.int8_attention import in_steps, mean_of_keys
+from sora_kernels.reference.int8_attention import mean_of_keys, quantized
 from sora_model import SoraPipeline
 from sora_model.codec.codec import psnr
 from sora_model.model.block import CrossAttention, SelfAttention
@@ -85,10 +85,10 @@ def probabilities(q: Tensor, k: Tensor, visible: Tensor | None = None) -> Tensor
 def ways(sample: Sample) -> Iterator[tuple[str, Tensor]]:
     """Names, and probabilities [H, i, j]."""
     q, k, layout = sample
-    steps = in_steps(q, QUERIES)
+    steps = quantized(q, QUERIES)
     yield "bfloat16", probabilities(q.bfloat16(), k.bfloat16())
-    yield "int8", probabilities(steps, in_steps(k - mean_of_keys(k), KEYS))
-    yield "int8 without the mean", probabilities(steps, in_steps(k, KEYS))
+    yield "int8", probabilities(steps, quantized(k - mean_of_keys(k), KEYS))
+    yield "int8 without the mean", probabilities(steps, quantized(k, KEYS))
     if layout is not None:
         for name, choice in CHOICES.items():
             yield name, probabilities(q, k, seen(sample, choice))

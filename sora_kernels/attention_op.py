@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,15 +15,33 @@ from .memory import empty_like
 
 
 class Longest(NamedTuple):
-    """Queries and keys of the longest sample of a packed batch, as the host knows them. They only say what a kernel may use."""
+    """Queries and keys of the longest sample of a packed batch, as the host knows them.
+
+    Kernels of others, after `prefer("fastest")`, skip what comes behind them: then too small a number gives wrong results.
+    """
 
     q: int | None = None
     k: int | None = None
 
     @classmethod
     def of(cls, q: object, k: object) -> Longest:
-        """Of what was passed: a tensor, which reading would wait for, or a wrong number is not known."""
-        return cls(*(n if isinstance(n, int) and not isinstance(n, bool) and n > 0 else None for n in (q, k)))
+        """Of what was passed: a tensor, which reading would wait for, or a number that cannot be one is not known."""
+        return cls(_length(q), _length(k))
+
+
+_MOST = 2**31 - 1
+
+
+def _length(n: object) -> int | None:
+    if isinstance(n, np.integer):
+        n = int(n)
+    if not isinstance(n, int) or isinstance(n, bool):
+        return None
+    if torch.compiler.is_compiling():  # a number that depends on data cannot be asked, and is not known
+        from torch.fx.experimental.symbolic_shapes import guard_or_false as surely  # here, as it takes a second to import
+    else:
+        surely = bool
+    return n if surely(n > 0) and surely(n <= _MOST) else None
 
 
 def lse_like(q: Tensor, *leading: int) -> Tensor:
@@ -45,7 +64,7 @@ def statistics_of_lse(lse: Tensor, scale: float, is_plain: bool = True) -> Tenso
 
     is_plain: scores are products times the scale and nothing else.
     """
-    return torch.stack([lse / scale if is_plain and scale > 0 else lse, (lse > float("-inf")).to(lse.dtype)])
+    return torch.stack([lse / scale if is_plain and scale > 0 else lse, (lse != float("-inf")).to(lse.dtype)])
 
 
 def lse_of_statistics(statistics: Tensor, scale: float, is_plain: bool = True) -> Tensor:

@@ -69,7 +69,7 @@ class Backend:
             return f"takes a last axis of at most {self.max_width[function]}, not {width}"
         try:
             module = self.load()
-        except ImportError as error:
+        except (ImportError, AttributeError) as error:  # the second by a version that lacks what a module's top needs
             if "SORA_KERNELS_" in str(error):  # a wrong setting, which another backend must not hide
                 raise ValueError(str(error)) from None
             return f"cannot be imported: {error}"
@@ -183,6 +183,8 @@ def candidates(
     function: str, device: str, dtype: torch.dtype, width: int = 0, preference: str | None = None
 ) -> list[tuple[str, str | None]]:
     """(backend, why it cannot run or None), in the order in which they are asked; `preference` instead of what `prefer` said."""
+    if preference is not None:
+        check_choice("candidates", "preference", preference, PREFERENCES)
     order = ORDER.get(device, ("reference",))
     if (preference or _preferred) == "fastest" and device == "cuda":
         order = flash.fastest() + order

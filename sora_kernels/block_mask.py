@@ -13,7 +13,7 @@ from torch import Tensor
 from ._torch_private import transforms_active
 from .checks import check_device, check_list, check_tensor, fail, triple
 from .layout import Grid
-from .token_blocks import TokenBlocks
+from .token_blocks import TokenBlocks, run_sizes
 
 __all__ = ["BlockMask"]  # what users call
 
@@ -136,8 +136,8 @@ class BlockMask:
             expected = f"blocks of {size} {name} in samples of {length}"
             if set(side.layout.seqlens) != {length} or set(side.num_blocks) != {-(-length // size)}:
                 fail(op, name, expected, f"{list(side.num_blocks)} blocks in samples of {list(side.layout.seqlens)}")
-            if side.max_size != min(size, length):
-                fail(op, name, expected, f"blocks of {side.max_size}")
+            if list(side.sizes) != run_sizes(length, size) * len(side.num_blocks):
+                fail(op, name, expected, f"blocks of {list(dict.fromkeys(side.sizes))}")
         if mask.kv_num_blocks.shape[0] not in (1, len(queries.num_blocks)):
             fail(op, "mask", f"a batch of 1 or {len(queries.num_blocks)}", str(mask.kv_num_blocks.shape[0]))
         parts = [(mask.kv_indices, mask.kv_num_blocks)]

@@ -20,7 +20,7 @@ from .attention_arguments import first_channels, of_one_head_dim
 from .attention_op import lse_like, statistics_like
 from .block_mask import BlockMask
 from .checks import check_bool, check_qkv, check_tensor, fail
-from .library import Context, Grads, autocast, cotangent, register, rows
+from .library import Context, Grads, autocast, cotangent, register, rows, want_gradients
 from .memory import empty_like
 from .token_blocks import TokenBlocks
 
@@ -70,9 +70,7 @@ def block_sparse_attention(
     want_lse = check_bool(op, "return_lse", return_lse)
     width = v.shape[-1]
     q, k, v = of_one_head_dim(q, k, v)
-    by_key = (
-        mask.transposed if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad) else (None, None)
-    )
+    by_key = mask.transposed if torch.is_grad_enabled() and want_gradients(q, k, v) else (None, None)
     out, lse, _ = _forward(
         q, k, v, mask.queries.cu_blocks, mask.keys.cu_blocks, mask.queries.cu_samples, mask.keys.cu_samples,
         *mask.lists, *by_key, mask.queries.max_size, mask.keys.max_size, scale,

@@ -2,8 +2,9 @@
 
     out_i = sum_j softmax_j(scale * q'_i . k'_j) v_j
 
-q' and k' are q and k less the mean of the sample's keys, rounded to one of 255 steps, c = max |x| / 127 for each 128 queries and
-each 64 keys of a head. Their products are exact, in int32. Probabilities and values are multiplied in the dtype of v.
+q' is q, and k' is k less the mean of the sample's keys, each rounded to one of 255 steps of c = max |x| / 127, for each 128 queries
+and each 64 keys of a head. Their products are exact, in int32. Probabilities and values are multiplied in the dtype of v. lse is
+that of scale * (q'_i . k'_j + q_i . mean).
 
 The mean changes no probability, as it takes the same number, scale * q_i . mean, from all scores of a query. But keys often have
 large channels that are nearly the same for all tokens, and without them steps are smaller: docs/model.md has errors with and
@@ -28,7 +29,7 @@ from .checks import check_bool, check_boundaries, check_cu_seqlens, check_qkv, c
 from .library import autocast, register_inference, rows
 from .memory import empty_like
 
-# Tokens of a sample and head that share a step. Blocks of the kernels divide them.
+# Tokens of a sample and head that share a scale. Blocks of the kernels divide them.
 QUERIES, KEYS = 128, 64
 
 

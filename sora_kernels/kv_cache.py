@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention_arguments import check_options, check_unpaged, run
+from .attention_op import Longest
 from .checks import AttentionNames, check_bool, check_int, check_tensor, fail
 from .used_keys import used_keys
 
@@ -97,7 +98,7 @@ def flash_attn_with_kvcache(
         k_cache[samples, places] = k
         v_cache[samples, places] = v
     q, keys, values = (x.flatten(0, 1) for x in (q, k_cache, v_cache))
-    out, lse = run(q, keys, values, cu_q, cu_k, options.of_used_keys())
+    out, lse = run(q, keys, values, cu_q, cu_k, options.of_used_keys(), Longest.of(length, room))
     out = out.unflatten(0, (batch, length))
     return (out, lse.unflatten(1, (batch, length)).transpose(0, 1).contiguous()) if wants_lse else out
 

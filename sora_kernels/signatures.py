@@ -1,7 +1,7 @@
 """What every backend function takes: the one declaration of names and order that all backends are held to.
 
     function(inputs) -> outputs           a "?" behind a name: may be None
-    function(inputs; hints) -> outputs    hints are for backends that ask for them, and change no result
+    function(inputs; hints) -> outputs    hints are for backends that ask for them, and change no result where they are true
 
 The caller allocates the outputs, and the function writes into them: they are its last arguments. An output of None is not wanted.
 """

@@ -12,6 +12,8 @@ from torch import Tensor
 from .checks import check_device, check_int, check_tensor, fail, triple
 from .layout import Grid, PackedLayout
 
+__all__ = ["TokenBlocks"]  # what users call
+
 
 class TokenBlocks:
     """The tokens of a layout in blocks: the rows or columns of a `BlockMask`. Build one with `runs` or `tiles`.
@@ -27,7 +29,8 @@ class TokenBlocks:
         cu_samples: int32 [B+1], boundaries of samples in blocks.
         order: int64 [N], the token at each place, or None where tokens stay in the layout's order; see `arrange`.
         num_blocks: of each sample.
-        max_size: tokens of the largest block.
+        sizes: tokens of each block.
+        max_size: of the largest one.
         grids: for each sample and span, how many blocks there are along T, H and W. Runs lie along W.
         layout: whose tokens they are.
     """
@@ -43,6 +46,7 @@ class TokenBlocks:
         self.layout = layout
         self.grids = tuple(tuple(sample) for sample in grids)
         self.num_blocks = tuple(sum(t * h * w for t, h, w in sample) for sample in self.grids)
+        self.sizes = tuple(sizes)
         self.max_size = max(sizes) if sizes else 0  # torch.compile takes no default
         self.cu_blocks = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
         self.cu_samples = torch.tensor([0, *itertools.accumulate(self.num_blocks)], dtype=torch.int32)
@@ -59,7 +63,7 @@ class TokenBlocks:
         _check_layout("TokenBlocks.runs", layout)
         size = check_int("TokenBlocks.runs", "size", size, at_least=1)
         grids = [[(1, 1, -(-span.num_tokens // size)) for span in sample] for sample in layout.spans]
-        sizes = [n for sample in layout.spans for span in sample for n in _run_sizes(span.num_tokens, size)]
+        sizes = [n for sample in layout.spans for span in sample for n in run_sizes(span.num_tokens, size)]
         return cls(layout, grids, sizes)
 
     @classmethod
@@ -82,7 +86,7 @@ class TokenBlocks:
                 if span.is_text or span.num_tokens == 0:
                     volume = tile[0] * tile[1] * tile[2]
                     grids[-1].append((1, 1, -(-span.num_tokens // volume)))
-                    sizes += _run_sizes(span.num_tokens, volume)
+                    sizes += run_sizes(span.num_tokens, volume)
                     order.append(np.arange(span.num_tokens))
                 else:
                     t, h, w = (-(-n // m) for n, m in zip(span.grid, tile, strict=True))
@@ -140,7 +144,8 @@ def _check_layout(op: str, layout: object) -> None:
         fail(op, "layout", "a PackedLayout", type(layout).__name__, TypeError)
 
 
-def _run_sizes(num_tokens: int, size: int) -> list[int]:
+def run_sizes(num_tokens: int, size: int) -> list[int]:
+    """How many tokens the runs of a span have."""
     return [min(size, num_tokens - first) for first in range(0, num_tokens, size)]
 
 

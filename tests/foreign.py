@@ -1,7 +1,9 @@
 """Stand-ins for the kernels of others: their exact signatures, of two versions each, and their semantics in float64.
 
 As the real ones do, they leave rows alone that belong to no sample: NaNs stand there. FlashAttention-2 calls the lse of a query
-without keys +inf, later ones -inf. A backward checks that it gets the lse that its own forward gives.
+without keys +inf, later ones -inf, and that of NaNs the same. FlashAttention-2 takes a window for one without an end that is as
+wide as the longest sample's keys, and with grouped heads ruins the gradients of rows of no sample. A backward checks that it gets
+the lse that its own forward gives. Sources: csrc/flash_attn/flash_api.cpp and hopper/flash_api.cpp of Dao-AILab/flash-attention.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ ATEN_2_11 = {
     "(Tensor output, Tensor softmax_logsumexp, Tensor rng_state, Tensor unused, Tensor debug_attn_mask)",
 }
 ATEN = (
-    "_flash_attention_forward", "_flash_attention_backward", "_cudnn_attention_forward", "_cudnn_attention_backward",
+    "_flash_attention_forward", "_flash_attention_backward",
     "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward",
 )  # fmt: skip
 
@@ -137,11 +139,12 @@ def install(monkeypatch: pytest.MonkeyPatch, package: str, version: str) -> list
             schema = torch._C.parse_schema(text) if text else getattr(torch.ops.aten, name).default._schema
             body = functools.partial(cudnn if "cudnn" in name else aten_flash, name)
             monkeypatch.setattr(torch.ops.aten, name, StandIn(name, of_schema(schema), body, calls))
+        monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda _: True)
         return calls
     modules = [ModuleType(name) for name in MODULES[package]]
     for module in modules:
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        if package != "flash_attn_3":
+        if package == "flash_attn_2":
             module.__version__ = version
     for name, text in SIGNATURES[package, version].items():
         signature = inspect.signature(eval(f"lambda {text}: None"))
@@ -163,8 +166,14 @@ def flash_attn(package: str, name: str, a: Arguments) -> Any:
     left, right = a["window_size"] if "window_size" in a else (a["window_size_left"], a["window_size_right"])
     causal = a["is_causal"] if "is_causal" in a else a["causal"]
     samples = [a.get(key) for key in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")]
-    of_blind = math.inf if package == "flash_attn_2" else -math.inf
-    rule = Rule(*samples, a["softmax_scale"], causal, left, right, of_blind, a["softcap"] or 0.0, a.get("alibi_slopes"))
+    of_masked = math.inf if package == "flash_attn_2" else -math.inf
+    is_grouped = a["q"].shape[-2] != a["k"].shape[-2]
+    if package == "flash_attn_2":
+        assert a["alibi_slopes"] is None or a["alibi_slopes"].stride(-1) == 1
+        left, right = clipped(a["k"], samples, is_grouped, left, 0 if causal else right)
+    if package == "flash_attn_3" and a.get("deterministic"):
+        assert a["q"].shape[-1] <= 192, "Deterministic backward not supported for hdim 256."
+    rule = Rule(*samples, a["softmax_scale"], causal, left, right, of_masked, a["softcap"] or 0.0, a.get("alibi_slopes"))
     if name.endswith(("forward", "fwd")):
         out, lse = rule.forward(a["q"], a["k"], a["v"])
         if package == "flash_attn_4":
@@ -175,12 +184,27 @@ def flash_attn(package: str, name: str, a: Arguments) -> Any:
     grads = rule.backward(*tensors, a.get("dlse"))
     for key, grad, cu in zip(("dq", "dk", "dv"), grads, (samples[0], *samples[1:2] * 2), strict=True):
         rule.write(a[key], grad, cu)
+        if package == "flash_attn_2" and is_grouped and cu is not None:
+            a[key][int(cu[-1]) :] = NAN
     return None
 
 
+def clipped(k: Tensor, samples: list[Any], is_grouped: bool, left: int | None, right: int | None) -> tuple[int, int]:
+    """The window that FlashAttention-2's kernel gets."""
+    cu_q, _, max_q, max_k = samples
+    max_k = k.shape[1] if cu_q is None else max_k
+    left, right = (-1 if side is None or not 0 <= side < max_k else side for side in (left, right))
+    assert cu_q is None or max_q > 1 or not is_grouped or (left, right) != (-1, -1), "row b would be sample b"
+    if left >= 0 > right:
+        right = max_k
+    return left, right
+
+
 def aten_flash(name: str, a: Arguments) -> Any:
-    samples = (a[key] for key in ("cum_seq_q", "cum_seq_k", "max_q", "max_k"))
-    rule = Rule(*samples, a["scale"], a["is_causal"], a["window_size_left"], a["window_size_right"], math.inf)
+    samples = [a[key] for key in ("cum_seq_q", "cum_seq_k", "max_q", "max_k")]
+    is_grouped = a["query"].shape[-2] != a["key"].shape[-2]
+    window = clipped(a["key"], samples, is_grouped, a["window_size_left"], 0 if a["is_causal"] else a["window_size_right"])
+    rule = Rule(*samples, a["scale"], a["is_causal"], *window, math.inf)
     assert a["dropout_p"] == 0
     if name.endswith("forward"):
         return *rule.forward(a["query"], a["key"], a["value"]), None, None, None
@@ -188,20 +212,17 @@ def aten_flash(name: str, a: Arguments) -> Any:
 
 
 def cudnn(name: str, a: Arguments) -> Any:
-    """Packed, lse is [N, H, 1]; dense, heads come first."""
-    dense = name.startswith("_scaled")
-    samples = [a.get(key) for key in ("cum_seq_q", "cum_seq_k", "max_q", "max_k")]
-    rule = Rule(*(None,) * 4 if dense else samples, a["scale"], a["is_causal"], None, None, -math.inf)
-    first = (lambda x: x.transpose(1, 2)) if dense else (lambda x: x)
+    """Of dense batches: heads come first, and lse is [B, H, S, 1]."""
+    rule = Rule(None, None, a.get("max_q"), a.get("max_k"), a["scale"], a["is_causal"], None, None, -math.inf)
     assert a["attn_bias"] is None
     assert a["dropout_p"] == 0
-    q, k, v = (first(a[key]) for key in ("query", "key", "value"))
+    q, k, v = (a[key].transpose(1, 2) for key in ("query", "key", "value"))
     if "backward" not in name:
         assert a["compute_log_sumexp"] is True
         out, lse = rule.forward(q, k, v)
-        return first(out), lse if dense else lse.mT[..., None].contiguous(), *(None,) * 7
-    lse = a["logsumexp"] if dense else a["logsumexp"].squeeze(-1).mT
-    return [first(x) for x in rule.backward(first(a["grad_out"]), q, k, v, lse)]
+        return out.transpose(1, 2), lse[..., None], *(None,) * 7
+    assert a["logsumexp"].shape == (*a["query"].shape[:3], 1)
+    return [x.transpose(1, 2) for x in rule.backward(a["grad_out"].transpose(1, 2), q, k, v, a["logsumexp"].squeeze(-1))]
 
 
 class Rule:
@@ -209,22 +230,22 @@ class Rule:
 
     def __init__(
         self, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int, scale: float, causal: bool, left: int | None,
-        right: int | None, of_blind: float, softcap: float = 0.0, alibi: Tensor | None = None,
+        right: int | None, of_masked: float, softcap: float = 0.0, alibi: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.cu, self.scale, self.of_blind, self.softcap, self.alibi = (cu_q, cu_k), scale, of_blind, softcap, alibi
+        self.cu, self.scale, self.of_masked, self.softcap, self.alibi = (cu_q, cu_k), scale, of_masked, softcap, alibi
         left, right = (UNBOUNDED if side is None or side < 0 else side for side in (left, right))
         self.window = left, 0 if causal else right
         for cu, most in ((cu_q, max_q), (cu_k, max_k)):
             assert cu is None or most >= max(len(x) for x in cut(torch.zeros(int(cu[-1])), cu))
 
     def exact(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        held = slice(None) if self.cu[0] is None else slice(0, int(self.cu[0][-1]))
+        inside = slice(None) if self.cu[0] is None else slice(0, int(self.cu[0][-1]))
         out, lse, _ = attention(q, k, v, *self.cu, None, self.alibi, self.scale, *self.window, self.softcap)
-        return out[held], lse[..., held] if self.cu[0] is not None else lse
+        return out[inside], lse[..., inside] if self.cu[0] is not None else lse
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = self.exact(q.double(), k.double(), v.double())
-        lse = lse.masked_fill(lse == -math.inf, self.of_blind)
+        lse = lse.masked_fill((lse == -math.inf) | lse.isnan(), self.of_masked)
         return self.with_slack(out, len(q)).to(q.dtype), self.with_slack(lse.mT, len(q)).mT.float().contiguous()
 
     def with_slack(self, x: Tensor, rows: int) -> Tensor:
@@ -237,10 +258,10 @@ class Rule:
             total = (out * dout.double()[: len(out)]).sum()
             if dlse is not None:
                 total = total + (right * dlse[..., : right.shape[-1]]).masked_fill(right.isinf(), 0).sum()
-        expected = right.detach().masked_fill(right == -math.inf, self.of_blind)
-        torch.testing.assert_close(lse[..., : right.shape[-1]].double(), expected, rtol=1e-2, atol=1e-2)
+        expected = right.detach().masked_fill(right == -math.inf, self.of_masked)
+        torch.testing.assert_close(lse[..., : right.shape[-1]].double(), expected, rtol=1e-2, atol=1e-2, equal_nan=True)
         return [x.to(q.dtype) for x in torch.autograd.grad(total, leaves)]
 
     def write(self, into: Tensor, found: Tensor, cu: Tensor | None) -> None:
-        held = slice(None) if cu is None else slice(0, int(cu[-1]))
-        into[held] = found[held]
+        inside = slice(None) if cu is None else slice(0, int(cu[-1]))
+        into[inside] = found[inside]

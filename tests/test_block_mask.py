@@ -224,7 +224,16 @@ BAD = [
     ),
     (
         lambda: BlockMask.from_flex(flex.BlockMask.from_kv_blocks(KV, KV[..., None], BLOCK_SIZE=32), TokenBlocks.runs(EQUAL, 40)),
-        "BlockMask.from_flex: queries: expected blocks of 32 queries in samples of 128, got blocks of 40",
+        "BlockMask.from_flex: queries: expected blocks of 32 queries in samples of 128, got blocks of [40, 8]",
+    ),
+    (  # as many blocks, of as many tokens at most, but cut elsewhere
+        lambda: BlockMask.from_flex(
+            flex.BlockMask.from_kv_blocks(
+                KV[:1, :, :2], KV[:1, :, :2, None].expand(1, 1, 2, 2), BLOCK_SIZE=64, seq_lengths=(96, 96)
+            ),
+            TokenBlocks.runs(PackedLayout.from_spans([[Span.text(32), Span.text(64)]]), 64),
+        ),
+        "BlockMask.from_flex: queries: expected blocks of 64 queries in samples of 96, got blocks of [32, 64]",
     ),
     (
         lambda: BlockMask.from_flex(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import re
 import sys
 from types import ModuleType
 from typing import Any
 
 import foreign
+import numpy as np
 import pytest
 import torch
 from test_dit import small
@@ -17,6 +19,7 @@ from torch import Tensor
 from sora_kernels import backends, flash, reference
 from sora_kernels.attention import flash_attn_func, flash_attn_varlen_func
 from sora_kernels.checks import UNBOUNDED
+from sora_kernels.kv_cache import flash_attn_with_kvcache
 from sora_kernels.layout import PackedLayout
 from sora_kernels.signatures import SIGNATURES
 from sora_kernels.spatiotemporal_attention import spatiotemporal_attention
@@ -25,6 +28,7 @@ from sora_model.text.words import WordEncoder
 
 VERSIONS = [*foreign.SIGNATURES, *((name, version) for name in ("torch_flash", "torch_cudnn") for version in ("2.11", "present"))]
 SELF = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+ONE = torch.tensor([0, 1, 1, 2], dtype=torch.int32)
 CROSS = torch.tensor([0, 3, 7, 9], dtype=torch.int32)  # its second sample has keys and no queries; its others fewer of them
 
 
@@ -74,16 +78,20 @@ CASES: dict[str, dict[str, Any]] = {
     "cross": {"cu": (CROSS, SELF)},
     "cross, causal": {"cu": (SELF, CROSS), "right": 0},
     "cross, window": {"cu": (CROSS, SELF), "left": 1, "right": 1},
+    "wider than the keys": {"keys": 4, "right": 5},
+    "to the left, fewer keys": {"keys": 4, "left": 2},
+    "packed, grouped": {"cu": (SELF, SELF), "kv_heads": 1},
+    "one query, grouped": {"cu": (ONE, SELF), "kv_heads": 1, "max_q": 1},
     "packed, softcap": {"cu": (SELF, SELF), "softcap": 1.5},
     "packed, alibi": {"cu": (SELF, SELF), "alibi": torch.rand(3, 2)},
 }
 # Which of them each backend refuses.
 REFUSED = {
-    "flash_attn_2": set(),
+    "flash_attn_2": {"wider than the keys", "to the left, fewer keys"},
     "flash_attn_3": {"alibi", "packed, alibi"},
     "flash_attn_4": {"alibi", "packed, alibi", "softcap", "packed, softcap"},
-    "torch_flash": {"alibi", "packed, alibi", "softcap", "packed, softcap"},
-    "torch_cudnn": set(CASES) - {"dense", "causal", "packed", "packed, causal"},
+    "torch_flash": {"alibi", "packed, alibi", "softcap", "packed, softcap", "wider than the keys", "to the left, fewer keys"},
+    "torch_cudnn": set(CASES) - {"dense", "causal"},
 }
 
 
@@ -116,18 +124,38 @@ def test_results_are_the_reference_s(monkeypatch: pytest.MonkeyPatch, name: str,
     for got, want in zip(found, right, strict=True):
         torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=2e-2)
     if call["cu_q"] is not None:
-        assert not (found[0][12:] if call["cu_q"] is SELF else found[0][9:]).any()
+        assert not found[0][int(call["cu_q"][-1]) :].any()
+
+
+@pytest.mark.parametrize(("name", "version"), VERSIONS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_nans_stay_nans(monkeypatch: pytest.MonkeyPatch, name: str, version: str, packed: bool) -> None:
+    """Of a query, in its own row, and their statistics are no query's without keys."""
+    foreign.install(monkeypatch, name, version)
+    backend = importlib.import_module(f"sora_kernels.flash.{name}")
+    call = call_of("attention_forward", cu=(SELF, SELF) if packed else (None, None))
+    if backend.refuses("attention_forward", call) is not None:
+        assert (name, packed) == ("torch_cudnn", True)
+        return
+    place = (6,) if packed else (1, 6)
+    call["q"][place] = torch.nan
+    out, lse, (_, total) = run(backend, "attention_forward", call)
+    is_nan = out.isnan().any(-1)
+    assert is_nan[place].all()
+    assert is_nan.sum() == 2
+    assert torch.equal(lse.isnan(), is_nan.mT)
+    assert total.mT[place].all()
 
 
 @pytest.mark.parametrize(("name", "version"), VERSIONS)
 def test_a_gradient_of_lse(monkeypatch: pytest.MonkeyPatch, name: str, version: str) -> None:
     foreign.install(monkeypatch, name, version)
     backend = importlib.import_module(f"sora_kernels.flash.{name}")
-    call = call_of("attention_backward", cu=(SELF, SELF), dlse=torch.rand(2, 14))
+    call = call_of("attention_backward", dlse=torch.rand(2, 2, 7))
     if name != "flash_attn_4":
         assert backend.refuses("attention_backward", call) == "has no gradient of lse"
         return
-    right = run(reference, "attention_backward", without_hints(call_of("attention_backward", cu=(SELF, SELF), dlse=call["dlse"])))
+    right = run(reference, "attention_backward", without_hints(call_of("attention_backward", dlse=call["dlse"])))
     for got, want in zip(run(backend, "attention_backward", call), right, strict=True):
         torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=2e-2)
 
@@ -139,9 +167,32 @@ def test_a_backward_adds_in_order_unless_speed_is_preferred(monkeypatch: pytest.
     seen = []
     for preference in ("default", "fastest"):
         monkeypatch.setattr(backends, "_preferred", preference)
-        backend.attention_backward(**call_of("attention_backward", cu=(SELF, SELF)))
+        backend.attention_backward(**call_of("attention_backward"))
         seen.append(calls[-1][1].get("deterministic"))
     assert seen == ([None, None] if name.startswith("torch") else [True, False])
+
+
+def test_backwards_without_a_deterministic_way_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign.install(monkeypatch, "torch_cudnn", "present")
+    flash_attn_3, cudnn = (importlib.import_module(f"sora_kernels.flash.{name}") for name in ("flash_attn_3", "torch_cudnn"))
+    large, small_ = (call_of("attention_backward", d=d) for d in (200, 64))
+    reason = "has a deterministic backward for head dims of at most 192, not 200"
+    assert flash_attn_3.refuses("attention_backward", large) == reason
+    monkeypatch.setattr(backends, "_preferred", "fastest")
+    assert flash_attn_3.refuses("attention_backward", large) is None
+    assert cudnn.refuses("attention_backward", small_) is None
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert flash_attn_3.refuses("attention_backward", large) == reason
+    assert cudnn.refuses("attention_backward", small_) == "has no deterministic backward"
+    assert cudnn.refuses("attention_forward", call_of("attention_forward", d=64)) is None
+
+
+def test_what_torch_keeps_from_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign.install(monkeypatch, "torch_cudnn", "present")
+    cudnn = importlib.import_module("sora_kernels.flash.torch_cudnn")
+    assert cudnn.refuses("attention_forward", call_of("attention_forward", keys=1)) == "needs more than one query and one key"
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda _: False)
+    assert "by torch.backends.cuda.can_use_cudnn_attention" in cudnn.refuses("attention_forward", call_of("attention_forward"))
 
 
 def test_keys_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +205,7 @@ def test_keys_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
 REASONS = {
     "takes a negative side of a window for one without an end": {"keys": 9, "right": -2},
     "has no mask": {"bias": torch.zeros(1)},
-    "needs a positive softmax_scale": {"scale": -0.3},
+    "needs a softmax_scale of at least 1e-30": {"scale": -0.3},
     "needs max_seqlen_q and max_seqlen_k as numbers on the host": {"cu": (SELF, SELF), "max_q": None},
     "needs a head dim of at most [0-9]+ that 8 divides, not 12": {"d": 12},
     "needs a head dim of at most [0-9]+ that 8 divides, not 264": {"d": 264},
@@ -166,7 +217,8 @@ REASONS = {
 @pytest.mark.parametrize("name", flash.FOREIGN)
 def test_what_no_kernel_can_do(name: str, reason: str) -> None:
     backend = importlib.import_module(f"sora_kernels.flash.{name}")
-    assert re.fullmatch(reason, backend.refuses("attention_forward", call_of("attention_forward", **REASONS[reason])))
+    expected = "has no packed batches" if (name, "cu" in REASONS[reason]) == ("torch_cudnn", True) else reason
+    assert re.fullmatch(expected, backend.refuses("attention_forward", call_of("attention_forward", **REASONS[reason])))
 
 
 @pytest.mark.parametrize("name", flash.FOREIGN)
@@ -188,22 +240,42 @@ def test_torch_s_kernels_that_others_replace(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "module", "version", "reason"),
+    ("name", "version", "installed", "reason"),
     [
-        ("flash_attn_2", "flash_attn", "2.6.3", "needs flash_attn 2.7 or above, not 2.6.3"),
-        ("flash_attn_2", "flash_attn", "2.8.4+sora", "needs flash_attn itself, not the stand-in for it that is installed"),
-        ("flash_attn_4", "flash_attn.cute.interface", "4.0.0b4", "needs flash-attn-4 4.0.0b20 or above, not 4.0.0b4"),
-        ("flash_attn_2", "flash_attn", "2.8.3", None),
-        ("flash_attn_3", "flash_attn_interface", None, None),
+        ("flash_attn_2", "2.6.3", None, "needs flash_attn 2.7 or above, not 2.6.3"),
+        ("flash_attn_2", "2.8.4+sora", "2.8.3", "needs flash_attn itself, not the stand-in for it that is installed"),
+        ("flash_attn_2", "unknown", None, "needs flash_attn 2.7 or above, not unknown"),
+        ("flash_attn_2", (2, 8), None, None),
+        ("flash_attn_2", "2.8.3", None, None),
+        ("flash_attn_3", None, None, None),
+        ("flash_attn_4", "2.6.3", "4.0.0b4", "needs flash-attn-4 4.0.0b20 or above, not 4.0.0b4"),
+        ("flash_attn_4", "2.6.3", "4.0.0b20", None),
+        ("flash_attn_4", None, None, None),
     ],
 )
-def test_versions(monkeypatch: pytest.MonkeyPatch, name: str, module: str, version: str | None, reason: str | None) -> None:
-    for part in ("flash_attn", "flash_attn.cute", module):
-        made = ModuleType(part)
-        if version is not None:
-            made.__version__ = version
-        monkeypatch.setitem(sys.modules, part, made)
+def test_versions(monkeypatch: pytest.MonkeyPatch, name: str, version: object, installed: str | None, reason: str | None) -> None:
+    """By the package's own number, or else that of its distribution; without any it was built in place."""
+    foreign.install(monkeypatch, name, {"flash_attn_2": "2.8.3", "flash_attn_3": "new", "flash_attn_4": "4.0.0b20"}[name])
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    sys.modules["flash_attn"].__version__ = version
+
+    def of_distribution(_: str) -> str:
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", of_distribution)
     assert importlib.import_module(f"sora_kernels.flash.{name}").unavailable() == reason
+
+
+def test_a_package_without_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn-4 alone has a package flash_attn, too, which is not FlashAttention-2."""
+    foreign.install(monkeypatch, "flash_attn_4", "4.0.0b20")
+    reason = importlib.import_module("sora_kernels.flash.flash_attn_2").unavailable()
+    assert reason.startswith("needs flash_attn, which cannot be imported: ModuleNotFoundError")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
+    reason = importlib.import_module("sora_kernels.flash.flash_attn_3").unavailable()
+    assert reason == "needs flash_attn_3 3.0.0b1 or above, with flash_attn_interface._flash_attn_forward"
 
 
 @pytest.mark.parametrize("name", flash.FOREIGN)
@@ -269,6 +341,21 @@ def test_the_longest_sample_reaches_the_backend(hints: list) -> None:
     spatiotemporal_attention(q, k, v, PackedLayout.from_grids([(1, 2, 2), (1, 2, 4)])).sum().backward()
     names = ("attention_forward", "attention_backward")
     assert hints == [(f, *n) for n in ((8, 9), (None, None)) for f in names] + [(names[0], None, None)] + [(f, 8, 8) for f in names]
+    hints.clear()
+    flash_attn_varlen_func(q.detach(), k, v, SELF, SELF, np.int64(8), 10**30)
+    flash_attn_with_kvcache(torch.randn(2, 3, 2, 16), *torch.randn(2, 2, 9, 2, 16), cache_seqlens=torch.tensor([4, 5]).int())
+    assert hints == [(names[0], 8, None), (names[0], 3, 9)]
+
+
+def test_a_longest_sample_that_depends_on_data_can_be_compiled() -> None:
+    def longest(q: Tensor, cu: Tensor) -> Tensor:
+        most = cu.diff().max().item()
+        return flash_attn_varlen_func(q, q, q, cu, cu, most, most)
+
+    q = torch.randn(12, 2, 16)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        found = torch.compile(longest, fullgraph=True, backend="aot_eager")(q, SELF)
+    torch.testing.assert_close(found, longest(q, SELF))
 
 
 def test_the_dit_says_how_long_samples_are(hints: list) -> None:
@@ -299,12 +386,12 @@ FA2_, FA3, FA4, CUDNN = "flash_attn_2", "flash_attn_3", "flash_attn_4", "torch_c
 # By the major number of the compute capability and the option: at head dims 64, 128 and 256.
 CHOSEN = {
     9: {
-        "dense": (CUDNN, CUDNN, FA3), "packed": (CUDNN, CUDNN, FA3), "cross": (FA3, FA3, FA3), "causal": (CUDNN, CUDNN, FA3),
+        "dense": (CUDNN, CUDNN, FA3), "packed": (FA3, FA3, FA3), "cross": (FA3, FA3, FA3), "causal": (FA3, FA3, FA3),
         "window": (FA3, FA3, FA3), "softcap": (FA3, FA3, FA3), "alibi": (FA2_, FA2_, FA2_), "grouped": (FA3, FA3, FA3),
         "no longest": (H, H, B), "mask": (B, B, B),
     },
     10: {
-        "dense": (CUDNN, CUDNN, B), "packed": (CUDNN, CUDNN, B), "cross": (FA4, FA4, B), "causal": (CUDNN, CUDNN, B),
+        "dense": (CUDNN, CUDNN, B), "packed": (FA4, FA4, B), "cross": (FA4, FA4, B), "causal": (FA4, FA4, B),
         "window": (FA4, FA4, B), "softcap": (B, B, B), "alibi": (B, B, B), "grouped": (FA4, FA4, B), "no longest": (B, B, B),
         "mask": (B, B, B),
     },
@@ -322,6 +409,7 @@ def test_who_is_chosen(monkeypatch: pytest.MonkeyPatch, major: int, option: str,
     """Where everything is installed, for every dtype, head dim and option."""
     monkeypatch.setattr(backends, "_preferred", "fastest")
     monkeypatch.setattr(flash, "fastest", lambda: flash.order(major))
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda _: True)
     for name in (*flash.FOREIGN, "hopper"):
         monkeypatch.setattr(backends.BACKENDS[name].load(), "unavailable", lambda: None)
     select = backends._select.__wrapped__

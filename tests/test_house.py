@@ -59,6 +59,15 @@ def test_triton_imports_torch_and_triton_only(path):
         assert name.partition(".")[0] in allowed or name.startswith("sora_kernels.triton."), name
 
 
+@pytest.mark.parametrize("path", files("sora_kernels/flash"), ids=lambda path: path.name)
+def test_flash_imports_torch_and_little_else(path):
+    """The packages that its kernels come from it loads by name."""
+    allowed = {"torch", *sys.stdlib_module_names}
+    of_kernels = ("flash", "backends", "attention_op", "checks", "_torch_private")
+    for name in imports(path):
+        assert name.partition(".")[0] in allowed or name.startswith(tuple(f"sora_kernels.{part}" for part in of_kernels)), name
+
+
 @pytest.mark.parametrize("story", STORIES)
 def test_stories_import_no_backend(story):
     names = imports(ROOT / "sora_kernels" / f"{story}.py")

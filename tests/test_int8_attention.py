@@ -36,7 +36,7 @@ PACKED = {
 }
 
 
-def plain_steps(x: Tensor, block: int) -> Tensor:
+def plain_quantized(x: Tensor, block: int) -> Tensor:
     """A second writing of the quantisation, block by block and head by head: x [n,H,d]."""
     result = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     for head, first in itertools.product(range(x.shape[1]), range(0, len(x), block)):
@@ -59,8 +59,8 @@ def plain_varlen(q, k, v, cu_q, cu_k, causal=False, window_size=(-1, -1), softma
         if q0 == q1 or k0 == k1:
             continue
         mean = k[k0:k1].float().mean(0).bfloat16().float()
-        keys, values = (x.repeat_interleave(group, 1) for x in (plain_steps(k[k0:k1].float() - mean, KEYS).to(wide), v[k0:k1]))
-        scores = scale * torch.einsum("ihd,jhd->hij", plain_steps(q[q0:q1], QUERIES), keys)
+        keys, values = (x.repeat_interleave(group, 1) for x in (plain_quantized(k[k0:k1].float() - mean, KEYS).to(wide), v[k0:k1]))
+        scores = scale * torch.einsum("ihd,jhd->hij", plain_quantized(q[q0:q1], QUERIES), keys)
         i, j = torch.arange(q1 - q0, device=q.device)[:, None], torch.arange(k1 - k0, device=q.device)
         offset = i + (k1 - k0) - (q1 - q0) - j
         scores = scores.masked_fill((offset > left) | (offset < -right), -torch.inf)

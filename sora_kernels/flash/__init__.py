@@ -36,9 +36,9 @@ PUBLISHED: dict[int, tuple[Figure, ...]] = {
         Figure("torch_cudnn", 702, 612, "H200, 16,384 tokens, cuDNN 9.19; NVIDIA's cudnn-frontend"),
         Figure("flash_attn_3", 648, None, "H100, 16,384 tokens; Shah et al., FlashAttention-3 (2024)"),
         Figure("flash_attn_4", None, None, "no figure for Hopper is known here"),
-        Figure("hopper", None, None, "not measured"),
         Figure("flash_attn_2", 370, None, "H100, 16,384 tokens; Shah et al., FlashAttention-3 (2024)"),
         Figure("torch_flash", None, None, "the same kernels, of the version that torch has"),
+        Figure("hopper", None, None, "not measured"),
     ),
     10: (
         Figure("torch_cudnn", 1783, 1417, "GB200, the shapes of Wan, cuDNN 9.22; NVIDIA's cudnn-frontend"),
@@ -48,12 +48,12 @@ PUBLISHED: dict[int, tuple[Figure, ...]] = {
 
 
 def fastest() -> tuple[str, ...]:
-    """The backends to ask first on the present GPU; without one, those for Hopper."""
+    """The backends to ask first on the present GPU; without one, as `info` may be asked, those for Hopper."""
     return order(torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 9)
 
 
 def order(major: int) -> tuple[str, ...]:
-    """Of GPUs of this compute capability. None for those that no one has published figures of.
+    """Of GPUs of this compute capability; empty for those that no one has published figures of.
 
     >>> order(9)[:2], order(12)
     (('torch_cudnn', 'flash_attn_3'), ())

@@ -1,7 +1,7 @@
-"""What kernels of others are asked and told, and what this package promises around them.
+"""What kernels of others can do, and what this package promises around them.
 
-Rows of no sample are zeros, and their lse is -inf; so are those of queries that see no key. Gradients are zero there, too. The
-statistics are those of every backend, so that any backward can follow any forward.
+Rows of no sample are zeros, and their lse is -inf; so are those of queries that see no key. Gradients are zero there, too. What is
+NaN stays NaN. The statistics are those of every backend, so that any backward can follow any forward.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from ..checks import UNBOUNDED
 # A call's arguments by the names of signatures.py.
 Call = dict[str, Any]
 _MOST_ELEMENTS = 2**31 - 1  # whose offsets fit 32 bits, which some of these kernels count in
+_LEAST_SCALE = 1e-30  # by which lse can be divided without an overflow
 
 
 class Limits(NamedTuple):
@@ -39,12 +41,26 @@ class Limits(NamedTuple):
     # Packed batches and causal masks only where each sample has as many keys as queries.
     equal_lengths: bool = False
     contiguous: bool = False
+    packed: bool = True
+    # Without more keys than a window is wide, the window has no end: right unless some sample has more queries than keys.
+    clips_windows: bool = False
 
 
-def missing(module: str, package: str, at_least: str, majors: tuple[int, ...]) -> str | None:
+class Window(NamedTuple):
+    """How many keys before and after its own a query sees; -1: all."""
+
+    left: int
+    right: int
+
+    @property
+    def is_causal(self) -> bool:
+        return self == (-1, 0)
+
+
+def missing(module: str, package: str, at_least: str, majors: tuple[int, ...], functions: tuple[str, ...] = ()) -> str | None:
     """Why a package's kernels cannot run on this machine, or None.
 
-    majors: of the compute capabilities that its kernels are for.
+    majors: of the compute capabilities that its kernels are for. functions: what is called of the module.
     """
     if torch.cuda.is_available():
         if torch.version.hip is not None:
@@ -57,13 +73,27 @@ def missing(module: str, package: str, at_least: str, majors: tuple[int, ...]) -
         found = loaded(module)
     except Exception as error:  # a binary of another torch fails in more ways than ImportError
         return f"needs {package}, which cannot be imported: {type(error).__name__}: {error}"
-    try:
-        version = getattr(found, "__version__", None) or importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None  # built in place, with the functions that the backend asks for
-    if version.endswith("+sora"):
+    version = _version(package)
+    if version is not None and version.endswith("+sora"):
         return f"needs {package} itself, not the stand-in for it that is installed"
-    return None if TorchVersion(version) >= at_least else f"needs {package} {at_least} or above, not {version}"
+    # None: built in place, which the functions say more of.
+    if version is not None and not (version[:1].isdigit() and TorchVersion(version) >= at_least):
+        return f"needs {package} {at_least} or above, not {version}"
+    for name in functions:
+        if not hasattr(found, name):
+            return f"needs {package} {at_least} or above, with {module}.{name}"
+    return None
+
+
+def _version(package: str) -> str | None:
+    """Of the imported module of this name, or else of the distribution."""
+    version = getattr(sys.modules.get(package), "__version__", None)
+    if not isinstance(version, str):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+    return version
 
 
 def limited(call: Call, limits: Limits) -> str | None:
@@ -78,12 +108,14 @@ def limited(call: Call, limits: Limits) -> str | None:
         return "has no softcap"
     if call["left"] < 0 or call["right"] < 0:
         return "takes a negative side of a window for one without an end"
-    if (left, right) not in ((-1, -1), (-1, 0)) and not limits.window:
+    if not limits.window and not (window(call).is_causal or left == right == -1):
         return "has no window"
+    if call["cu_q"] is not None and not limits.packed:
+        return "has no packed batches"
     if limits.equal_lengths and (call["cu_q"] is not None or right == 0) and not _has_equal_lengths(call):
         return "needs as many keys as queries in each sample that is packed or causal"
-    if call["scale"] <= 0:
-        return "needs a positive softmax_scale"
+    if call["scale"] < _LEAST_SCALE:
+        return f"needs a softmax_scale of at least {_LEAST_SCALE}"
     if call.get("dlse") is not None and not limits.dlse:
         return "has no gradient of lse"
     if q.shape[-1] > limits.head_dim or q.shape[-1] % 8:
@@ -92,6 +124,10 @@ def limited(call: Call, limits: Limits) -> str | None:
         return f"needs as many key heads as query heads, not {k.shape[-2]} and {q.shape[-2]}"
     if call["cu_q"] is not None and None in (call["max_q"], call["max_k"]):
         return "needs max_seqlen_q and max_seqlen_k as numbers on the host"
+    if limits.clips_windows and (right < 0 <= left or right >= longest(call)[1]) and not _has_as_many_keys(call):
+        return "needs as many keys as queries under such a window"
+    if call["cu_q"] is not None and call["cu_q"].numel() < 2:
+        return "needs a sample"
     for name in ("q", "k", "v", "dout"):
         if name in call and (reason := _unreadable(name, call[name], limits.contiguous)):
             return reason
@@ -104,6 +140,11 @@ def _has_equal_lengths(call: Call) -> bool:
     if cu_q is None:
         return call["q"].shape[1] == call["k"].shape[1]
     return cu_q.data_ptr() == cu_k.data_ptr() and cu_q.shape == cu_k.shape
+
+
+def _has_as_many_keys(call: Call) -> bool:
+    most_q, most_k = longest(call)
+    return most_q <= most_k + 1  # the last query may see nothing
 
 
 def _unreadable(name: str, x: Tensor, contiguous: bool) -> str | None:
@@ -120,10 +161,10 @@ def _unreadable(name: str, x: Tensor, contiguous: bool) -> str | None:
     return None
 
 
-def window(call: Call) -> tuple[int, int]:
-    """(left, right), where -1 is without an end, as flash_attn has it."""
+def window(call: Call) -> Window:
+    """As flash_attn has it."""
     left, right = call["left"], call["right"]
-    return -1 if left >= UNBOUNDED else left, -1 if right >= UNBOUNDED else right
+    return Window(-1 if left >= UNBOUNDED else left, -1 if right >= UNBOUNDED else right)
 
 
 def longest(call: Call) -> tuple[int, int]:
@@ -159,35 +200,31 @@ def loaded(module: str) -> ModuleType:
 def store(call: Call, found: Tensor, found_lse: Tensor) -> None:
     """Writes what a forward found into the outputs of the call.
 
-    found: as out; anything in rows of no sample. found_lse: as lse; an infinity for queries without keys.
+    found: as out; anything in rows of no sample. found_lse: as lse; an infinity for queries without keys, and for those whose
+    scores are NaN, which a NaN in `found` tells apart.
     """
-    blind = found_lse.isinf()
+    is_nan = found[..., 0].isnan().mT
+    masked = found_lse.isinf() & ~is_nan
     if call["cu_q"] is not None:
-        blind = blind | _slack(call["cu_q"], len(found))
-    lse = call["lse"].copy_(found_lse.masked_fill(blind, -torch.inf))
-    torch.where(blind.mT[..., None], found.new_zeros(()), found, out=call["out"])
+        masked = masked | _slack(call["cu_q"], len(found))
+    lse = found_lse.masked_fill(found_lse.isinf() & is_nan, torch.nan).masked_fill(masked, -torch.inf)
+    call["lse"].copy_(lse)
+    torch.where(masked.mT[..., None], found.new_zeros(()), found, out=call["out"])
     call["statistics"].copy_(statistics_of_lse(lse, call["scale"], _is_plain(call)))
 
 
-def stored_lse(call: Call, of_blind: float) -> Tensor:
-    """The lse of a backward's call, float32, with `of_blind` for queries without keys, as each of these kernels has its own."""
+def stored_lse(call: Call, of_masked: float) -> Tensor:
+    """The lse of a backward's call, float32, with `of_masked` for queries without keys, as each of these kernels has its own."""
     lse = lse_of_statistics(call["statistics"], call["scale"], _is_plain(call))
-    return lse.masked_fill(lse == -torch.inf, of_blind)
+    return lse.masked_fill(lse == -torch.inf, of_masked)
 
 
 def _is_plain(call: Call) -> bool:
     return call["alibi"] is None and call["softcap"] <= 0
 
 
-def clear(call: Call) -> None:
-    """Zeros in the gradients of a packed batch, as kernels leave the rows alone that belong to no sample."""
-    if call["cu_q"] is not None:
-        for name in ("dq", "dk", "dv"):
-            call[name].zero_()
-
-
 def store_gradients(call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Writes them into the outputs of the call, with zeros in rows of no sample."""
+    """Writes them into the outputs of the call, with zeros in rows of no sample; they may be those outputs."""
     for name, found, cu in (("dq", dq, call["cu_q"]), ("dk", dk, call["cu_k"]), ("dv", dv, call["cu_k"])):
         if cu is None:
             call[name].copy_(found)

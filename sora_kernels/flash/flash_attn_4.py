@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from .common import Call, Limits, clear, limited, loaded, missing, samples, store, stored_lse, wants_determinism, window
+from .common import Call, Limits, limited, loaded, missing, samples, store, store_gradients, stored_lse, wants_determinism, window
 
 TAKES_HINTS = True
-LIMITS = Limits(head_dim=128, dlse=True)
+LIMITS = Limits(head_dim=128, dlse=True)  # it can do a softcap and more channels as well, which is not used here
+MODULE, FORWARD, BACKWARD = "flash_attn.cute.interface", "_flash_attn_fwd", "_flash_attn_bwd"
 
 
 def unavailable() -> str | None:
     # b20 is the first version known to have the gradient of lse, and a backward of packed batches on Hopper.
-    return missing("flash_attn.cute.interface", "flash-attn-4", "4.0.0b20", (9, 10, 11))
+    return missing(MODULE, "flash-attn-4", "4.0.0b20", (9, 10, 11), (FORWARD, BACKWARD))
 
 
 def refuses(function: str, call: Call) -> str | None:
@@ -24,28 +25,27 @@ def refuses(function: str, call: Call) -> str | None:
 
 
 def _options(call: Call) -> dict:
-    left, right = window(call)
-    is_causal = (left, right) == (-1, 0)
+    left, right = sides = window(call)
     return {
         **samples(call),
         "softmax_scale": call["scale"],
-        "causal": is_causal,
+        "causal": sides.is_causal,
         "window_size_left": None if left < 0 else left,
-        "window_size_right": None if right < 0 or is_causal else right,
+        "window_size_right": None if right < 0 or sides.is_causal else right,
     }
 
 
 def attention_forward(**call: Any) -> None:
     q, k, v, lse = (call[name] for name in ("q", "k", "v", "lse"))
     found, found_lse = torch.empty_like(q), torch.empty_like(lse)
-    run = loaded("flash_attn.cute.interface")._flash_attn_fwd
+    run = getattr(loaded(MODULE), FORWARD)
     run(q=q, k=k, v=v, **_options(call), num_splits=1, return_lse=True, out=found, lse=found_lse)
     store(call, found, found_lse)
 
 
 def attention_backward(**call: Any) -> None:
-    clear(call)
     tensors = {name: call[name] for name in ("q", "k", "v", "out", "dout", "dlse", "dq", "dk", "dv")}
-    lse = stored_lse(call, of_blind=-torch.inf)
-    run = loaded("flash_attn.cute.interface")._flash_attn_bwd
+    lse = stored_lse(call, of_masked=-torch.inf)
+    run = getattr(loaded(MODULE), BACKWARD)
     run(**tensors, lse=lse, **_options(call), deterministic=wants_determinism())
+    store_gradients(call, call["dq"], call["dk"], call["dv"])

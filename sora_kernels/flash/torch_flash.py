@@ -11,7 +11,7 @@ from .common import Call, Limits, limited, longest, store, store_gradients, stor
 from .torch_kernels import no_dropout, unavailable_in_torch
 
 TAKES_HINTS = True
-LIMITS = Limits(head_dim=256)
+LIMITS = Limits(head_dim=256, clips_windows=True)
 
 
 def unavailable() -> str | None:
@@ -31,12 +31,13 @@ def _options(call: Call) -> dict:
 
 
 def _samples(call: Call) -> tuple:
-    return call["cu_q"], call["cu_k"], *longest(call)
+    max_q, max_k = longest(call)
+    return call["cu_q"], call["cu_k"], max_q if call["cu_q"] is None else max(max_q, 2), max_k  # as flash_attn_2.py has it
 
 
 def attention_forward(**call: Any) -> None:
     q, k, v = (call[name] for name in "qkv")
-    is_causal = window(call) == (-1, 0)
+    is_causal = window(call).is_causal
     run = attention_kernel("_flash_attention_forward")
     out, lse, *_ = run(q, k, v, *_samples(call), 0.0, is_causal, False, **_options(call))
     store(call, out, lse)
@@ -44,8 +45,8 @@ def attention_forward(**call: Any) -> None:
 
 def attention_backward(**call: Any) -> None:
     tensors = (call[name] for name in ("dout", "q", "k", "v", "out"))
-    lse = stored_lse(call, of_blind=torch.inf)
-    is_causal = window(call) == (-1, 0)
+    lse = stored_lse(call, of_masked=torch.inf)
+    is_causal = window(call).is_causal
     run = attention_kernel("_flash_attention_backward")
     grads = run(*tensors, lse, *_samples(call), 0.0, is_causal, *no_dropout(lse.device), **_options(call))
     store_gradients(call, *grads)

@@ -1,7 +1,7 @@
 """Attention of queries and keys that are rounded to int8 steps, keys less their mean.
 
 m = mean of a sample's keys
-q', k' = q and k - m in steps: x' = c · floor(x / c + 1/2), c = max|x| / 127 over a block of tokens of a head
+q', k' = q and k - m rounded: x' = c · floor(x / c + 1/2), c = max|x| / 127 over a block of tokens of a head
 out[i] = Σ_j softmax_j(scale · q'[i]·k'[j]) · v[j]
 lse[i] = log Σ_j exp(scale · q'[i]·k'[j]) + scale · q[i]·m
 """
@@ -17,7 +17,7 @@ from .common import widen, write
 SMALLEST = 2.0**-100  # a block's largest number counts as this at least
 
 
-def in_steps(x: Tensor, block: int) -> Tensor:
+def quantized(x: Tensor, block: int) -> Tensor:
     """x [n,H,d] in steps of each block of tokens and head. The steps are float32's, whatever the dtype of x."""
     blocks = rearrange(pad(x.float(), (0, 0, 0, 0, 0, -len(x) % block)), "(b i) h d -> b i h d", i=block)
     largest = blocks.abs().amax(dim=(1, 3), keepdim=True).clamp(min=SMALLEST)
@@ -49,16 +49,17 @@ def int8_attention(
     block_q: int,
     block_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Dense or packed, masked as `attention`: -> out as q, lse [B,H,Sq] or [H,N]; steps of block_q queries, block_k keys."""
+    """Dense or packed, masked as `attention`: -> out as q, lse [B,H,Sq] or [H,N]; scales of block_q queries, block_k keys."""
     results = []
     for q_b, k_b, v_b in samples(q, k, v, cu_q, cu_k):
         distance, mean = distances(q_b, k_b), mean_of_keys(k_b)
-        steps_q, steps_k = in_steps(q_b, block_q), in_steps(k_b.float() - mean, block_k)
+        q_int8, k_int8 = quantized(q_b, block_q), quantized(k_b.float() - mean, block_k)
         visible = (distance <= left) & (distance >= -right)
-        out, lse, *statistics = attend(steps_q, steps_k.to(steps_q.dtype), v_b, visible, scale)
+        out, lse, *statistics = attend(q_int8, k_int8.to(q_int8.dtype), v_b, visible, scale)
         means = repeat(mean, "hk d -> (hk g) d", g=q.shape[-2] // max(k.shape[-2], 1))
         shift = scale * einsum(widen(q_b), means.to(lse.dtype), "i h d, h d -> h i")
-        results.append((out, lse + shift, *statistics))
+        # A query that sees no key keeps its -inf, whatever the mean.
+        results.append((out, torch.where(lse == -torch.inf, lse, lse + shift), *statistics))
     out, lse, *_ = join_samples(results, q)
     return out, lse
 

@@ -24,10 +24,12 @@ from torch import Tensor
 from .common import (
     HeadTensor,
     Statistics,
+    divisors,
     dscores,
     head_constants,
     head_tensors,
     load_softmax,
+    lse_of,
     probabilities,
     softmax_step,
     start_softmax,
@@ -144,13 +146,10 @@ def forward_kernel(
         state = attend(state, block, i, keys, scores, begin, full_end, D, BLOCK_N, False, FEATURES, PRECISION)
         begin = full_end
     state = attend(state, block, i, keys, scores, begin, end, D, BLOCK_N, True, FEATURES, PRECISION)
-    empty = state.total == 0
-    divisor = tl.where(empty, 1.0, state.total)
-    store_rows(head_rows(strided(out, UNIT), sample, begin_q, head), first, num_q, state.acc / divisor[:, None], D)
+    store_rows(head_rows(strided(out, UNIT), sample, begin_q, head), first, num_q, state.acc / divisors(state)[:, None], D)
     unit = score_mod.softmax_scale if FEATURES.scale_last else 1.0
-    row_lse = state.maximum.to(tl.float64) * unit + tl.log(divisor.to(tl.float64))
     offset = statistics_offset(work, sample, begin_q, head, num_heads, total_q)
-    tl.store(p_lse + offset + row, tl.where(empty, float("-inf"), row_lse).to(tl.float32), mask=row < num_q)
+    tl.store(p_lse + offset + row, lse_of(state, unit, 0.0), mask=row < num_q)
     statistics = Statistics(p_statistics + offset, num_statistics(work, num_samples, num_heads, total_q))
     store_softmax(statistics, row, row < num_q, state)
 
@@ -303,7 +302,10 @@ def dkdv_kernel(
 
 def head_statistics(x: Tensor | None) -> tuple | None:
     """The fields of a HeadTensor of x [B, H, S] or [H, N]."""
-    return None if x is None else (x, 0, x.stride(1), x.stride(0)) if x.ndim == 2 else (x, x.stride(0), x.stride(2), x.stride(1))
+    if x is None:
+        return None
+    sample, head, token = x.stride() if x.ndim == 3 else (0, *x.stride())
+    return x, sample, token, head
 
 
 class Call:

@@ -20,11 +20,13 @@ from .attention import head_statistics
 from .common import (
     HeadTensor,
     Statistics,
+    divisors,
     dscores,
     exponent_factor,
     head_constants,
     head_tensors,
     load_softmax,
+    lse_of,
     power_of_2,
     probabilities,
     row_range,
@@ -120,13 +122,9 @@ def put_queries(
 ):
     """What the forward gives of some queries."""
     row = first + tl.arange(0, state.total.shape[0])
-    empty = state.total == 0
-    divisor = tl.where(empty, 1.0, state.total)
-    put_rows(out, head, first, end, state.acc / divisor[:, None], D)
-    unit = scale if PLAIN else 1.0
-    lse = state.maximum.to(tl.float64) * unit + tl.log(divisor.to(tl.float64))
-    offset = head.to(tl.int64) * num_tokens
-    tl.store(p_lse + offset + row, tl.where(empty, float("-inf"), lse).to(tl.float32), mask=row < end)
+    put_rows(out, head, first, end, state.acc / divisors(state)[:, None], D)
+    p_lse += head.to(tl.int64) * num_tokens
+    tl.store(p_lse + row, lse_of(state, scale if PLAIN else 1.0, 0.0), mask=row < end)
     store_softmax(statistics_of(p_statistics, head, num_heads, num_tokens), row, row < end, state)
 
 
@@ -264,13 +262,14 @@ class _Call:
         if owns <= 64 and like.element_size() == 2 and like.shape[-1] <= 128 and architecture(like.device) in ("sm90", "sm100"):
             config["num_warps"] = 4  # whose matrix unit takes as many rows
         parts = [max(triton.cdiv(size, config[side]), 1) for size, side in zip(self.sizes, ("BLOCK_M", "BLOCK_N"), strict=True)]
-        sides = [(cu, cu.shape[0] - 1, n, m) for cu, n, m in zip(self.cu, self.tokens, parts, strict=True)]
-        blocks, heads = sides[over_keys][1], self.key_heads if over_keys else self.heads
+        queries, keys = (Side(cu, cu.shape[0] - 1, n, m) for cu, n, m in zip(self.cu, self.tokens, parts, strict=True))
+        owner, heads = (keys, self.key_heads) if over_keys else (queries, self.heads)
+        blocks = owner.num_blocks
         stride = 0 if offsets.shape[0] - 1 == blocks else blocks
-        programs = heads * (blocks * parts[over_keys] + 1)
+        programs = heads * (blocks * owner.parts + 1)
         if programs and like.shape[-1]:
             kernel[(programs,)](
-                queries=sides[0], keys=sides[1], lists=(offsets, indices, indices.shape[0], stride), num_heads=heads,
+                queries=tuple(queries), keys=tuple(keys), lists=(offsets, indices, indices.shape[0], stride), num_heads=heads,
                 **tensors, **self.arguments, **config,
             )  # fmt: skip
 

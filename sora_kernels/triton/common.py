@@ -234,6 +234,19 @@ def softmax_step(state, s, factor, v, MASKED: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
+def divisors(state):
+    """What the output of each row is divided by; 1 for a row without keys."""
+    return tl.where(state.total == 0, 1.0, state.total)
+
+
+@triton.jit
+def lse_of(state, unit, shift):
+    """Of each row; -inf without keys. Scores are unit times what the maximum is of, plus shift."""
+    lse = state.maximum.to(tl.float64) * unit + shift + tl.log(divisors(state).to(tl.float64))
+    return tl.where(state.total == 0, float("-inf"), lse).to(tl.float32)
+
+
+@triton.jit
 def load_softmax(statistics, row, inside):
     """(maximum, 1 / sum) of the softmax of rows; (+inf, 0), which makes its probabilities 0, of one without keys."""
     total = tl.load(statistics.pointer + statistics.stride + row, mask=inside, other=0.0)

@@ -33,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from .attention import SIZES, UNBOUNDED, Call
 from .common import HeadTensor, head_tensors
 from .configs import OPTIONS, architecture
-from .configs import unavailable as no_triton
+from .configs import unavailable as triton_unavailable
 from .hopper_backward import attention_backward
 from .hopper_common import (
     BLOCK,
@@ -322,7 +322,7 @@ def unavailable() -> str | None:
     version = ".".join(triton.__version__.split(".")[:2])
     if version not in TRITON_VERSIONS:
         return f"was compiled with Triton {' and '.join(TRITON_VERSIONS)}, not with {triton.__version__}"
-    reason = no_triton()
+    reason = triton_unavailable()
     if reason is not None or not torch.cuda.is_available():
         return reason
     table = architecture(torch.device("cuda", torch.cuda.current_device()))

@@ -37,6 +37,8 @@ from .hopper_common import (
     descriptor,
     matrix,
     operand,
+    row_block,
+    row_layout,
     store_rows,
 )
 from .hopper_ring import Pair, Place, allocate, copy_own, fill, read_stage, start_product, wait_for_stage
@@ -162,12 +164,9 @@ def query_grads(
 def row_dots(x, y, first, num_rows):
     """x . y of a consumer's rows: x [ROWS, d] in shared memory, and HeadRows from row `first` on."""
     D: gl.constexpr = x.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    p_rows = y.pointer + row.to(gl.int64)[:, None] * y.stride
-    p_block = p_rows + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
-    y_block = gl.load(p_block, mask=(row < num_rows)[:, None], other=0.0)
-    return gl.sum(x.load(layout).to(gl.float32) * y_block.to(gl.float32), axis=1)
+    p_block, inside = row_block(y, first, num_rows, D)
+    y_block = gl.load(p_block, mask=inside, other=0.0)
+    return gl.sum(x.load(row_layout(D)).to(gl.float32) * y_block.to(gl.float32), axis=1)
 
 
 @gluon.jit
@@ -215,7 +214,7 @@ def dq_kernel(
     begin_k, num_k = other_side(cu_k, work, sample, total_k, num_samples)
     scores = Scores(num_q, num_k, sample, head, None, None, score_mod)
     begin, full_end, end = key_range(first, scores, BLOCK, SIZE, FEATURES)
-    blocks = Blocks(begin, full_end // SIZE, gl.cdiv(end, SIZE))
+    blocks = Blocks(begin // SIZE, full_end // SIZE, gl.cdiv(end, SIZE))
     offset = statistics_offset(work, sample, begin_q, head, num_heads, total_q)
     statistics = Statistics(p_statistics + offset, num_statistics(work, num_samples, num_heads, total_q))
     dlse = None if dlse is None else head_rows(HeadTensor(*dlse), sample, begin_q, head)

@@ -35,11 +35,26 @@ def operand(x, dtype: gl.constexpr, LAYOUT: gl.constexpr):
     return gl.convert_layout(x.to(dtype), gl.DotOperandLayout(0, LAYOUT, 2))
 
 
+@gluon.constexpr_function
+def row_layout(D):
+    """Of [rows, D] in a consumer's warps: what a thread loads or stores at once are 8 channels."""
+    return gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def row_block(x, first, num_rows, D: gl.constexpr):
+    """Pointers [ROWS, D] to HeadRows from row `first` on, and their mask."""
+    layout: gl.constexpr = row_layout(D)
+    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    p_rows = x.pointer + row.to(gl.int64)[:, None] * x.stride
+    return p_rows + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :], (row < num_rows)[:, None]
+
+
 @gluon.jit
 def clear_rows(x, valid):
     """Zeros in the rows from `valid` on. Both consumers write the same, so that neither waits for the other."""
     CHUNK: gl.constexpr = 16  # few registers are free
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // x.shape[1], x.shape[1] // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = row_layout(x.shape[1])
     row = gl.arange(0, CHUNK, gl.SliceLayout(1, layout))[:, None]
     NUM_ROWS: gl.constexpr = x.shape[0]
     for first in gl.static_range(0, NUM_ROWS, CHUNK):
@@ -55,11 +70,8 @@ def store_rows(x, first, num_rows, value, space):
     """A consumer's `value` [ROWS, d] to rows first .. first + ROWS of HeadRows, by way of a block of shared memory that is free."""
     D: gl.constexpr = value.shape[1]
     space.store(value.to(space.dtype))  # for stores to memory of whole rows
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    p_rows = x.pointer + row.to(gl.int64)[:, None] * x.stride
-    p_block = p_rows + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
-    gl.store(p_block, space.load(layout), mask=(row < num_rows)[:, None])
+    p_block, inside = row_block(x, first, num_rows, D)
+    gl.store(p_block, space.load(row_layout(D)), mask=inside)
 
 
 def strides(x: Tensor) -> list[int]:

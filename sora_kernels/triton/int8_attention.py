@@ -1,4 +1,4 @@
-"""Attention of int8 queries and keys, forward: attention.py's loop over blocks of keys, behind the kernels of int8_steps.py.
+"""Attention of int8 queries and keys, forward: attention.py's loop over blocks of keys, behind the kernels of int8_quantize.py.
 
 A program owns BLOCK_M queries of one head, which have one scale, and BLOCK_N keys at a time have one.
 """
@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import Call, Int8Scales, Keys, attend
-from .common import head_tensors, start_softmax, strided
-from .int8_steps import put_steps
+from .common import divisors, head_tensors, lse_of, start_softmax, strided
+from .int8_quantize import quantize
 from .schedule import block_slot, locate, other_side
 from .scores import ScoreMod, Scores, head_rows, key_range, load_rows, statistics_offset, store_rows
 
@@ -23,7 +23,8 @@ def forward_kernel(
     GROUP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FEATURES: tl.constexpr, PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """QUERIES and KEYS share a scale. p_lse holds what put_steps gives it as `shift`, and gets lse."""
+    """QUERIES and KEYS share a scale. p_lse holds what `quantize` gives it as `shift`, and gets lse."""
+    tl.static_assert(QUERIES % BLOCK_M == 0 and KEYS % BLOCK_N == 0)
     score_mod = ScoreMod(*score_mod)
     LAST_FIRST: tl.constexpr = FEATURES.right and not FEATURES.left
     sample, head, first, begin_q, num_q = locate(cu_q, work, total_q, num_samples, num_heads, BLOCK_M, LAST_FIRST)
@@ -48,24 +49,21 @@ def forward_kernel(
         state = attend(state, block, i, keys, scores, begin, full_end, D, BLOCK_N, False, FEATURES, PRECISION)
         begin = full_end
     state = attend(state, block, i, keys, scores, begin, end, D, BLOCK_N, True, FEATURES, PRECISION)
-    empty = state.total == 0
-    divisor = tl.where(empty, 1.0, state.total)
-    store_rows(head_rows(strided(out, UNIT), sample, begin_q, head), first, num_q, state.acc / divisor[:, None], D)
+    store_rows(head_rows(strided(out, UNIT), sample, begin_q, head), first, num_q, state.acc / divisors(state)[:, None], D)
     p_lse += statistics_offset(work, sample, begin_q, head, num_heads, total_q)
     shift = tl.load(p_lse + row, mask=row < num_q, other=0.0).to(tl.float64) * score_mod.softmax_scale
     unit = score_mod.softmax_scale if FEATURES.scale_last else 1.0
-    row_lse = state.maximum.to(tl.float64) * unit + shift + tl.log(divisor.to(tl.float64))
-    tl.store(p_lse + row, tl.where(empty, float("-inf"), row_lse).to(tl.float32), mask=row < num_q)
+    tl.store(p_lse + row, lse_of(state, unit, shift), mask=row < num_q)
 
 
 def int8_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, scale: float, left: int, right: int, block_q: int,
     block_k: int, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
-    steps_q, steps_k = (torch.empty(x.shape, dtype=torch.int8, device=x.device) for x in (q, k))
-    call = Call((q, k, v, out, steps_q, steps_k), cu_q, cu_k, None, None, scale, left, right, 0.0)
+    q_int8, k_int8 = (torch.empty(x.shape, dtype=torch.int8, device=x.device) for x in (q, k))
+    call = Call((q, k, v, out, q_int8, k_int8), cu_q, cu_k, None, None, scale, left, right, 0.0)
     call.arguments["BLOCK_D"] = max(call.arguments["BLOCK_D"], 32)  # as many numbers as a matrix instruction adds up
-    numbers, steps = head_tensors(call.unit, q=q, k=k), head_tensors(call.unit, q=steps_q, k=steps_k)
-    scales_q, scales_k = put_steps(call, numbers["q"], numbers["k"], steps["q"], steps["k"], lse, block_q, block_k)
-    inputs = {"p_scales_q": scales_q, "p_scales_k": scales_k, "QUERIES": block_q, "KEYS": block_k, **steps}
+    numbers, in_int8 = head_tensors(call.unit, q=q, k=k), head_tensors(call.unit, q=q_int8, k=k_int8)
+    scales_q, scales_k = quantize(call, numbers["q"], numbers["k"], in_int8["q"], in_int8["k"], lse, block_q, block_k)
+    inputs = {"p_scales_q": scales_q, "p_scales_k": scales_k, "QUERIES": block_q, "KEYS": block_k, **in_int8}
     call.launch("int8_forward", forward_kernel, {"p_lse": lse, **inputs, **head_tensors(call.unit, v=v, out=out)})

@@ -215,7 +215,7 @@ def places(i, along, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr):
         return Interval(tl.where(i < along.begin_limit, 0, begin), tl.where(i >= along.end_limit, BLOCK, end))
 
 
-# Three numbers of 0 to 256 in one, with a bit above each: a - b + ABOVE has that bit where the field of a is not less than that of b.
+# Three numbers of 0 to 256 in one, with a bit above each: a - b + ABOVE has that bit where a field of a is not less than b's.
 FIELD: tl.constexpr = tl.constexpr(10)
 ABOVE: tl.constexpr = tl.constexpr(0x20080200)
 ONES: tl.constexpr = tl.constexpr(0x00100401)

@@ -108,12 +108,12 @@ class _Side:
             kernel[(programs,)](**arguments, **self.arguments, num_warps=8, **OPTIONS)
 
 
-def put_steps(
-    call: Call, q: tuple, k: tuple, steps_q: tuple, steps_k: tuple, shift: Tensor, block_q: int, block_k: int
+def quantize(
+    call: Call, q: tuple, k: tuple, q_int8: tuple, k_int8: tuple, shift: Tensor, block_q: int, block_k: int
 ) -> tuple[Tensor, Tensor]:
-    """Fills the steps of q and k, and `shift` with the products of q and the keys' mean; returns the scales of q and of k.
+    """Fills q_int8 and k_int8, and `shift` with the products of q and the keys' mean; returns the scales of q and of k.
 
-    q, k, steps_q, steps_k: fields of HeadTensors.
+    q, k, q_int8, k_int8: fields of HeadTensors.
     """
     queries, keys = _Side(call, False, block_q), _Side(call, True, block_k)
     head_dim, unit = call.like.shape[-1], call.unit
@@ -122,7 +122,7 @@ def put_steps(
     keys.launch(sum_kernel, keys.programs, x=k, p_sums=sums, UNIT=unit)
     keys.launch(mean_kernel, call.batch * keys.heads, p_sums=sums, p_means=means)
     group = call.arguments["GROUP"]
-    for side, x, to, p_shift, sharing in ((keys, k, steps_k, None, 1), (queries, q, steps_q, shift, group)):
+    for side, x, to, p_shift, sharing in ((keys, k, k_int8, None, 1), (queries, q, q_int8, shift, group)):
         side.launch(
             quantize_kernel,
             side.programs,
