@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,10 +38,11 @@ def _length(n: object) -> int | None:
         n = int(n)
     if not isinstance(n, int) or isinstance(n, bool):
         return None
+    surely: Callable[[Any], bool] = bool
     if torch.compiler.is_compiling():  # a number that depends on data cannot be asked, and is not known
-        from torch.fx.experimental.symbolic_shapes import guard_or_false as surely  # here, as it takes a second to import
-    else:
-        surely = bool
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # here, as it takes a second to import
+
+        surely = guard_or_false
     return n if surely(n > 0) and surely(n <= _MOST) else None
 
 
