@@ -1,14 +1,12 @@
 """Attention for Hopper compiles to what its headers say, and in emulation computes what the plain kernels do, bit for bit."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gluon_emulator
 import pytest
 import torch
+from test_report import run_without_interpreter
 from tolerance import allowed_error, error
 
 from sora_kernels.triton import attention as plain_triton
@@ -24,11 +22,20 @@ NAN = float("nan")
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict]:
     """What compiled_hopper.py prints."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("compiled_hopper.py"))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(run_without_interpreter(str(Path(__file__).with_name("compiled_hopper.py"))))
+
+
+def test_the_model_of_a_block_is_of_the_loops() -> None:
+    """The products are those of the algorithm, and the kernels for Hopper take fewer instructions than the plain ones."""
+    lines = run_without_interpreter("-m", "benchmarks.gpu_model", "--head-dim", "64").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    cycles = {(kernel, backend): list(map(int, numbers)) for kernel, backend, *numbers in rows}
+    assert len(cycles) == 6
+    for kernel, products in (("forward, 64", 2), ("dq, 64", 3), ("dkdv, 64", 4)):
+        ours, plain = cycles[kernel, "`hopper`"], cycles[kernel, "`triton`"]
+        assert ours[0] == plain[0] == products * 512
+        assert ours[1] < plain[1]
+        assert ours[2] == pytest.approx(1024, rel=0.05)  # one for each pair
 
 
 def test_nothing_is_spilled(compiled):
