@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from .attention_op import Longest, attention_forward
 from .checks import (
+    FLOATS,
     UNBOUNDED,
     AttentionNames,
     check_bool,
@@ -204,3 +205,20 @@ def _cannot_be_read(x: Tensor) -> bool:
 def _no_window(op: str, window_size: object) -> NoReturn:
     where = f" on {window_size.device}" if isinstance(window_size, Tensor) and not window_size.is_cpu else ""
     fail(op, "window_size", "two sizes >= -1 (left, right) on the host", f"{window_size!r}{where}")
+
+
+def bias_of_mask(op: str, mask: Tensor, scores: tuple[int, ...], q: Tensor) -> Tensor:
+    """The mask as numbers to add to the scores [..., H, S, Sk]: [B, H, S, Sk], of which any size may be 1."""
+    check_tensor(op, "attn_mask", mask, dtype=(torch.bool, *FLOATS), like=q)
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=compute).masked_fill(~mask, float("-inf"))
+    try:
+        mask.expand(scores)
+    except RuntimeError:
+        fail(op, "attn_mask", f"a shape that broadcasts to {list(scores)}", str(list(mask.shape)))
+    mask = mask.to(compute)
+    last = (1, 1, 1, *mask.shape)[-3:]
+    if math.prod(mask.shape[:-3]) == 1:  # as it is of no leading dimensions
+        return mask.reshape(1, *last)
+    return mask.expand(*scores[:-3], *last).reshape(q.shape[0], *last)

@@ -93,7 +93,7 @@ def _run(
     if cu_q is not None and cu_k is not None:
         check_boundaries("attention", "cu_seqlens_q", cu_q, q.shape[0])
         check_boundaries("attention", "cu_seqlens_k", cu_k, k.shape[0])
-    (q, k, v), (cu_q, cu_k), bias = rows(q, k, v), rows(cu_q, cu_k), _of_all_scores(bias, q, k)
+    (q, k, v), (cu_q, cu_k), bias = rows(q, k, v), rows(cu_q, cu_k), bias_of_all_scores(bias, q, k)
     out, lse, statistics = _fake(q)
     backends.call(
         "attention_forward",
@@ -118,7 +118,7 @@ def _run(
     return out, lse, statistics
 
 
-def _of_all_scores(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+def bias_of_all_scores(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """A dense batch's bias as kernels take it, [B, H, Sq, Sk], without a copy of what is shared."""
     return bias if bias is None or q.ndim == 3 else bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
 
@@ -146,7 +146,7 @@ def _run_backward(
     max_q: int | None,
     max_k: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (dout, q, k, v), (dlse, cu_q, cu_k), bias = rows(dout, q, k, v), rows(dlse, cu_q, cu_k), _of_all_scores(bias, q, k)
+    (dout, q, k, v), (dlse, cu_q, cu_k), bias = rows(dout, q, k, v), rows(dlse, cu_q, cu_k), bias_of_all_scores(bias, q, k)
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     backends.call(
         "attention_backward",

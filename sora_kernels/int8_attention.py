@@ -23,8 +23,8 @@ from typing import Any
 from torch import Tensor
 
 from . import backends
-from .attention_arguments import decode_window, first_channels, of_one_head_dim
-from .attention_op import lse_like
+from .attention_arguments import bias_of_mask, decode_window, first_channels, of_one_head_dim
+from .attention_op import bias_of_all_scores, lse_like
 from .checks import check_bool, check_boundaries, check_cu_seqlens, check_qkv, check_tensor, fail
 from .library import autocast, register_inference, rows
 from .memory import empty_like
@@ -40,6 +40,7 @@ def int8_attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     *,
+    attn_mask: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
@@ -59,12 +60,13 @@ def int8_attention(
         k, v: [Nk, Hk, d], or [B, Sk, Hk, d]; consecutive query heads share a key head. v may have another head dim; see
             `flash_attn_func`.
         cu_seqlens_q, cu_seqlens_k: int32 [B+1], from 0, never falling, at most Nq and Nk; both or none.
-        softmax_scale, causal, window_size: `flash_attn_func`'s.
+        attn_mask: of a dense batch, broadcastable to [B, H, S, Sk]: bool (True is seen) or float, added to the scores.
+        softmax_scale, causal, window_size: `flash_attn_func`'s; a query sees what they and the mask let it see.
         return_lse: also return lse, float32 [H, Nq], or [B, H, S].
 
     Returns:
         out [Nq, H, dv] or [B, S, H, dv], or (out, lse). A query that sees no key gets out 0 and lse -inf, and so do tokens past the
-        last boundary. A query that is not finite makes NaN of those that share its step, and a key of all queries of its sample.
+        last boundary. A query that is not finite makes NaN of those that share its scale, and a key of all queries of its sample.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came; ValueError also where a gradient is needed.
@@ -80,10 +82,15 @@ def int8_attention(
         check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, q, cu_seqlens_q.shape[0])
     scale = check_qkv(op, q, k, v, 0.0, softmax_scale)
     left, right = decode_window(op, window_size, causal)
+    bias = None
+    if attn_mask is not None:
+        if cu_seqlens_q is not None:
+            fail(op, "attn_mask", "None in a packed batch", "a mask")
+        bias = bias_of_mask(op, attn_mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), q)
     want_lse = check_bool(op, "return_lse", return_lse)
     width = v.shape[-1]
     q, k, v = of_one_head_dim(q, k, v)
-    out, lse = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right)
+    out, lse = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, bias, scale, left, right)
     out = first_channels(out, width)
     return (out, lse) if want_lse else out
 
@@ -94,6 +101,7 @@ def _run(
     v: Tensor,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
+    bias: Tensor | None,
     scale: float,
     left: int,
     right: int,
@@ -101,7 +109,7 @@ def _run(
     if cu_q is not None and cu_k is not None:
         check_boundaries("int8_attention", "cu_seqlens_q", cu_q, q.shape[0])
         check_boundaries("int8_attention", "cu_seqlens_k", cu_k, k.shape[0])
-    (q, k, v), (cu_q, cu_k) = rows(q, k, v), rows(cu_q, cu_k)
+    (q, k, v), (cu_q, cu_k), bias = rows(q, k, v), rows(cu_q, cu_k), bias_of_all_scores(bias, q, k)
     out, lse = _fake(q)
     backends.call(
         "int8_attention_forward",
@@ -111,6 +119,7 @@ def _run(
         v=v,
         cu_q=cu_q,
         cu_k=cu_k,
+        bias=bias,
         scale=scale,
         left=left,
         right=right,
@@ -127,8 +136,8 @@ def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 _forward = register_inference(
-    "int8_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_q, Tensor? cu_k, float scale, SymInt left, SymInt right)"
-    " -> (Tensor, Tensor)",
+    "int8_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_q, Tensor? cu_k, Tensor? bias, float scale, SymInt left, "
+    "SymInt right) -> (Tensor, Tensor)",
     _run,
     _fake,
 )

@@ -60,7 +60,7 @@ SIGNATURES = dict(
             f"block_sparse_attention_forward(q, k, v, {_BLOCKS}, block_q, block_k, scale) -> out, lse, statistics",
             f"block_sparse_attention_backward(dout, dlse?, q, k, v, out, statistics, {_BLOCKS}, key_offsets, key_indices, block_q,"
             " block_k, scale) -> dq, dk, dv",
-            "int8_attention_forward(q, k, v, cu_q?, cu_k?, scale, left, right, block_q, block_k) -> out, lse",
+            "int8_attention_forward(q, k, v, cu_q?, cu_k?, bias?, scale, left, right, block_q, block_k) -> out, lse",
             f"rope_3d(x, {_TABLES}, inverse) -> out",
             f"qk_norm_rope_3d_forward(q, k, q_weight?, k_weight?, {_TABLES}, across_heads, eps) -> q_out, k_out, q_rstd, k_rstd",
             f"qk_norm_rope_3d_backward(dq_out, dk_out, q, k, q_weight?, k_weight?, q_rstd, k_rstd, {_TABLES}, across_heads)"

@@ -6,12 +6,11 @@ import math
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .attention_arguments import attend, check_unpaged, first_channels, of_one_head_dim
+from .attention_arguments import attend, bias_of_mask, check_unpaged, first_channels, of_one_head_dim
 from .attention_op import Longest, attention_forward
-from .checks import FLOATS, UNBOUNDED, AttentionNames, check_bool, check_qkv, check_tensor, fail
+from .checks import UNBOUNDED, AttentionNames, check_bool, check_qkv, check_tensor, fail
 from .library import autocast
 
 
@@ -131,7 +130,7 @@ def scaled_dot_product_attention(
         if _is_causal_bias(attn_mask):
             right = _right_side(op, attn_mask, sizes)
         else:
-            bias = _bias(op, attn_mask, (*lead, query.shape[-3], *sizes), q)
+            bias = bias_of_mask(op, attn_mask, (*lead, query.shape[-3], *sizes), q)
     width = v.shape[-1]
     q, k, v = of_one_head_dim(q, k, v)
     out, *_ = attention_forward(q, k, v, None, None, bias, None, scale, UNBOUNDED, right, 0.0, *Longest())
@@ -177,20 +176,3 @@ def _right_side(op: str, mask: Any, sizes: tuple[int, int]) -> int:
     if (mask.seq_len_q, mask.seq_len_kv) != sizes:
         fail(op, "attn_mask", f"a causal mask of {sizes[0]} queries and {sizes[1]} keys", f"{mask.seq_len_q} and {mask.seq_len_kv}")
     return 0 if mask.variant.name == "LOWER_RIGHT" else sizes[0] - sizes[1]
-
-
-def _bias(op: str, mask: Tensor, scores: tuple[int, ...], q: Tensor) -> Tensor:
-    """The mask as numbers to add to the scores [..., H, S, Sk]: [B, H, S, Sk], of which any size may be 1."""
-    check_tensor(op, "attn_mask", mask, dtype=(torch.bool, *FLOATS), like=q)
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=compute).masked_fill(~mask, float("-inf"))
-    try:
-        mask.expand(scores)
-    except RuntimeError:
-        fail(op, "attn_mask", f"a shape that broadcasts to {list(scores)}", str(list(mask.shape)))
-    mask = mask.to(compute)
-    own = (1, 1, 1, *mask.shape)[-3:]
-    if math.prod(mask.shape[:-3]) == 1:  # as it is of no leading dimensions
-        return mask.reshape(1, *own)
-    return mask.expand(*scores[:-3], *own).reshape(q.shape[0], *own)

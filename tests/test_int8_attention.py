@@ -13,6 +13,7 @@ from test_attention import CROSS, exact_varlen, packed_case
 from tolerance import Target, allowed_error, assert_bit_equal, assert_zero, check_rejected, error
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.functional import scaled_dot_product_attention
 
 from sora_kernels import backends, flash_attn_varlen_func, int8_attention
 from sora_kernels.int8_attention import KEYS, QUERIES
@@ -71,12 +72,12 @@ def plain_varlen(q, k, v, cu_q, cu_k, causal=False, window_size=(-1, -1), softma
     return out, lse
 
 
-def exact_quantized(q, k, v, cu_q, cu_k, causal=False, window_size=(-1, -1), softmax_scale=None):
+def exact_quantized(q, k, v, cu_q, cu_k, causal=False, window_size=(-1, -1), softmax_scale=None, bias=None):
     """The reference in float64, of the same steps."""
     left, right = (INFINITE if side < 0 else side for side in window_size)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     doubles = (x.double() for x in (q, k, v))
-    return reference(*doubles, cu_q, cu_k, scale, left, 0 if causal else right, QUERIES, KEYS)
+    return reference(*doubles, cu_q, cu_k, bias, scale, left, 0 if causal else right, QUERIES, KEYS)
 
 
 @pytest.mark.parametrize("case", PACKED)
@@ -92,6 +93,34 @@ def test_packed(target: Target, case: str) -> None:
     blind = (lse == -torch.inf).T
     assert blind[cu_q[-1] :].all()
     assert_zero(out[blind])
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (40, 9)}], ids=["all", "causal", "window"])
+@pytest.mark.parametrize("shape", [(2, 3, 150, 90), (1, 1, 150, 90), (3, 1, 90), (150, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masks(target: Target, shape: tuple[int, ...], kind: str, options: dict) -> None:
+    """Of a dense batch. Of the same steps out and lse obey the rule; and they are near torch's attention."""
+    q, k, v = (target.randn(2, n, heads, 24) for n, heads in ((150, 3), (90, 1), (90, 1)))
+    mask = target.randn(*shape) < 0.5 if kind == "bool" else target.randn(*shape) * 3
+    if shape[0] == 2:
+        mask[1, 0, 7] = False if kind == "bool" else -torch.inf
+    added = mask.double() if kind == "float" else torch.zeros_like(mask, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    added = added.expand(2, 3, 150, 90)
+    out, lse = int8_attention(q, k, v, attn_mask=mask, return_lse=True, **options)
+    right, right_lse = exact_quantized(q, k, v, None, None, bias=added, **options)
+    tolerance = 1e-5 if q.dtype == torch.float32 else 4e-2
+    assert error(out, right) <= tolerance
+    blind = lse == -torch.inf
+    assert torch.equal(blind, right_lse == -torch.inf)
+    assert error(lse[~blind], right_lse[~blind]) <= 1e-4
+    assert_zero(out[blind.mT])
+    offset = torch.arange(150, device=q.device)[:, None] + 90 - 150 - torch.arange(90, device=q.device)
+    left, ahead = options.get("window_size", (INFINITE, INFINITE))
+    seen = (offset <= left) & (offset >= (0 if "causal" in options else -ahead))
+    heads_first = (x.double().transpose(1, 2) for x in (q, k, v))
+    plain = scaled_dot_product_attention(*heads_first, added.masked_fill(~seen, -torch.inf), enable_gqa=True).transpose(1, 2)
+    near = (out.double() - plain)[~blind.mT]
+    assert near.norm() <= 0.03 * plain[~blind.mT].norm()
 
 
 @pytest.mark.parametrize("offset", [0, 30])
@@ -245,6 +274,7 @@ BAD = [
     ({"cu_seqlens_q": CU * 2}, "cu_seqlens_q: expected a last entry of at most 12 ~, got 24"),
     ({"k": P[..., 1:]}, "k: expected shape [Nk, Hk, 8], got [12, 4, 7]"),
     ({"v": P.half()}, "v: expected dtype float32, got float16"),
+    ({"attn_mask": P.bool()}, "attn_mask: expected None in a packed batch, got a mask"),
     ({"window_size": 5}, "window_size: expected two sizes >= -1~, got 5"),
     ({"causal": "no"}, "causal: expected a bool, got 'no'"),
     ({"softmax_scale": "1"}, "softmax_scale: expected a number, got '1'"),
@@ -255,6 +285,12 @@ BAD = [
 @pytest.mark.parametrize(("wrong", "message"), BAD)
 def test_bad_input(wrong: dict, message: str) -> None:
     check_rejected(int8_attention, {**GOOD, **wrong}, f"int8_attention: {message}")
+
+
+def test_bad_masks() -> None:
+    dense = dict.fromkeys("qkv", P[None])
+    for mask, got in ((P.int(), "dtype bool~, got int32"), (P[:, 0].bool(), r"a shape that broadcasts to [1, 4, 12, 12], got [12, 8]")):
+        check_rejected(int8_attention, {**dense, "attn_mask": mask}, f"int8_attention: attn_mask: expected {got}")
 
 
 def test_arguments_mean_what_those_of_flash_attention_do() -> None:

@@ -43,6 +43,7 @@ def int8_attention(
     v: Tensor,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
+    bias: Tensor | None,
     scale: float,
     left: int,
     right: int,
@@ -51,11 +52,13 @@ def int8_attention(
 ) -> tuple[Tensor, Tensor]:
     """Dense or packed, masked as `attention`: -> out as q, lse [B,H,Sq] or [H,N]; scales of block_q queries, block_k keys."""
     results = []
-    for q_b, k_b, v_b in samples(q, k, v, cu_q, cu_k):
+    for b, (q_b, k_b, v_b) in enumerate(samples(q, k, v, cu_q, cu_k)):
         distance, mean = distances(q_b, k_b), mean_of_keys(k_b)
         q_int8, k_int8 = quantized(q_b, block_q), quantized(k_b.float() - mean, block_k)
         visible = (distance <= left) & (distance >= -right)
-        out, lse, *statistics = attend(q_int8, k_int8.to(q_int8.dtype), v_b, visible, scale)
+        out, lse, *statistics = attend(
+            q_int8, k_int8.to(q_int8.dtype), v_b, visible, scale, added=None if bias is None else widen(bias[b])
+        )
         means = repeat(mean, "hk d -> (hk g) d", g=q.shape[-2] // max(k.shape[-2], 1))
         shift = scale * einsum(widen(q_b), means.to(lse.dtype), "i h d, h d -> h i")
         # A query that sees no key keeps its -inf, whatever the mean.
@@ -70,6 +73,7 @@ def int8_attention_forward(
     v: Tensor,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
+    bias: Tensor | None,
     scale: float,
     left: int,
     right: int,
@@ -78,4 +82,4 @@ def int8_attention_forward(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    write(int8_attention(q, k, v, cu_q, cu_k, scale, left, right, block_q, block_k), (out, lse))
+    write(int8_attention(q, k, v, cu_q, cu_k, bias, scale, left, right, block_q, block_k), (out, lse))

@@ -57,11 +57,11 @@ def forward_kernel(
 
 
 def int8_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, scale: float, left: int, right: int, block_q: int,
-    block_k: int, out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, bias: Tensor | None, scale: float, left: int,
+    right: int, block_q: int, block_k: int, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     q_int8, k_int8 = (torch.empty(x.shape, dtype=torch.int8, device=x.device) for x in (q, k))
-    call = Call((q, k, v, out, q_int8, k_int8), cu_q, cu_k, None, None, scale, left, right, 0.0)
+    call = Call((q, k, v, out, q_int8, k_int8), cu_q, cu_k, bias, None, scale, left, right, 0.0)
     call.arguments["BLOCK_D"] = max(call.arguments["BLOCK_D"], 32)  # as many numbers as a matrix instruction adds up
     numbers, in_int8 = head_tensors(call.unit, q=q, k=k), head_tensors(call.unit, q=q_int8, k=k_int8)
     scales_q, scales_k = quantize(call, numbers["q"], numbers["k"], in_int8["q"], in_int8["k"], lse, block_q, block_k)
