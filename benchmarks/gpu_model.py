@@ -5,10 +5,10 @@ of the Triton kernels at their default blocks, bfloat16, without a mask. Cycles 
 128 keys:
 
     matrix unit      its products at 2048 multiply-adds a cycle
-    instructions     of all warps that multiply, each issued by one of four schedulers
+    all instructions of all warps that multiply, each issued by one of four schedulers
     exponentials     16 a cycle
-    in turn          the matrix unit, and then the larger one of the two others: nothing overlaps
-    at once          the largest of the three: all overlaps
+    nothing overlaps the matrix unit, and then the larger one of the two others
+    all overlaps     the largest of the three
 
 Where a kernel lies between them depends on what its warps wait for, which only a GPU tells.
 """
@@ -49,11 +49,11 @@ class Cycles(NamedTuple):
     exponentials: float
 
     @property
-    def in_turn(self) -> float:
+    def apart(self) -> float:
         return self.matrix + max(self.instructions, self.exponentials)
 
     @property
-    def at_once(self) -> float:
+    def overlapped(self) -> float:
         return max(self)
 
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128, choices=[64, 128])
     head_dim = parser.parse_args().head_dim
     print(
-        "| kernel | backend | matrix unit | instructions | exponentials | in turn | at once |\n|---|---|---:|---:|---:|---:|---:|"
+        "| kernel | backend | matrix unit | all instructions | exponentials | nothing overlaps | all overlaps |\n|---|---|---:|---:|---:|---:|---:|"
     )
     for name, backend in (("hopper", hopper), ("triton", attention)):
         with compilations("sm90") as found:
@@ -108,7 +108,7 @@ def main() -> None:
             kernel = compiled.name.rpartition(".")[2].removesuffix("_kernel")
             if kernel in PRODUCTS:
                 counts = cycles(compiled, head_dim)
-                cells = " | ".join(f"{number:.0f}" for number in (*counts, counts.in_turn, counts.at_once))
+                cells = " | ".join(f"{number:.0f}" for number in (*counts, counts.apart, counts.overlapped))
                 print(f"| {kernel}, {head_dim} | `{name}` | {cells} |")
 
 

@@ -186,7 +186,7 @@ def candidates(
     if preference is not None:
         check_choice("candidates", "preference", preference, PREFERENCES)
     order = ORDER.get(device, ("reference",))
-    if (preference or _preferred) == "fastest" and device == "cuda":
+    if (preference or _preferred) == "fastest" and device == "cuda" and function in flash.FUNCTIONS:
         order = flash.fastest() + order
     return [(name, BACKENDS[name].unavailable(function, device, dtype, width)) for name in order]
 

@@ -123,6 +123,9 @@ class BlockMask:
     def from_flex(cls, mask: Any, queries: TokenBlocks, keys: TokenBlocks | None = None) -> BlockMask:
         """From a `BlockMask` of `torch.nn.attention.flex_attention`, whose batch are samples of equal length.
 
+        Its rows and columns are tokens as `queries` and `keys` arrange them. If it has a mask_mod, the device is asked whether that
+        masks anything within blocks.
+
         Raises:
             ValueError: if it masks tokens within blocks, or its blocks, samples or lengths are others.
         """
@@ -130,8 +133,9 @@ class BlockMask:
         keys = _check_blocks(op, queries, keys)
         if not hasattr(mask, "kv_num_blocks"):
             fail(op, "mask", "a BlockMask of flex_attention", type(mask).__name__, TypeError)
-        if getattr(mask.mask_mod, "__name__", "") != "noop_mask":
-            fail(op, "mask", "one of whole blocks", "one with a mask_mod")
+        has_mod = getattr(mask.mask_mod, "__name__", "") != "noop_mask"
+        if has_mod and (in_part := int(mask.kv_num_blocks.sum())):
+            fail(op, "mask", "one of whole blocks", f"one that masks {in_part} blocks in part")
         for name, side, length, size in zip(("queries", "keys"), (queries, keys), mask.seq_lengths, mask.BLOCK_SIZE, strict=True):
             expected = f"blocks of {size} {name} in samples of {length}"
             if set(side.layout.seqlens) != {length} or set(side.num_blocks) != {-(-length // size)}:
@@ -140,9 +144,11 @@ class BlockMask:
                 fail(op, name, expected, f"blocks of {list(dict.fromkeys(side.sizes))}")
         if mask.kv_num_blocks.shape[0] not in (1, len(queries.num_blocks)):
             fail(op, "mask", f"a batch of 1 or {len(queries.num_blocks)}", str(mask.kv_num_blocks.shape[0]))
-        parts = [(mask.kv_indices, mask.kv_num_blocks)]
+        parts = [] if has_mod else [(mask.kv_indices, mask.kv_num_blocks)]
         if mask.full_kv_indices is not None:
             parts.append((mask.full_kv_indices, mask.full_kv_num_blocks))
+        if not parts:  # no block is seen in full, or in part
+            parts = [(mask.kv_indices, mask.kv_num_blocks)]
         seen = torch.stack([_scattered(*part) for part in parts]).any(0)
         return cls.from_dense(list(seen.expand(len(queries.num_blocks), -1, -1, -1)), queries, keys)
 
@@ -153,7 +159,7 @@ class BlockMask:
         Along an axis of L tiles it sees w = min(window, L), from clamp(i - w // 2, 0, L - w) on.
 
         Args:
-            blocks: made by `TokenBlocks.tiles`.
+            blocks: made by `TokenBlocks.tiles`; runs lie along W.
             window: tiles along T, H and W, or as many of these as there are heads.
         """
         op = "BlockMask.sliding"
@@ -235,6 +241,8 @@ def _tables(
     op: str, argument: str, tables: object, queries: TokenBlocks, dtype: torch.dtype | tuple[torch.dtype, ...], rank: int = 3
 ) -> list[Tensor]:
     """A tensor for each sample, of `rank` axes: what has one less is of one head."""
+    if isinstance(tables, Tensor):
+        fail(op, argument, "a list of tensors, one for each sample", "a tensor", TypeError)
     listed = check_list(op, argument, "a list of tensors", tables)
     if len(listed) != len(queries.num_blocks):
         fail(op, argument, f"{len(queries.num_blocks)} tensors, one for each sample", str(len(listed)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends, memory
+from . import __version__, backends, flash, memory
 
 _PACKAGES = ("torch", "triton", "flash-attn", "einops", "numpy", "diffusers", "transformers")
 
@@ -78,14 +79,14 @@ def report() -> str:
         absent = " (this machine has none)" if device == "cuda" and not torch.cuda.is_available() else ""
         lines += ["", f"backends for {device} tensors{absent}, in the order in which they are asked:", *_op_lines(device)]
     gpu = "the GPU" if torch.cuda.is_available() else "a Hopper GPU"
-    attention = ("attention_forward", "attention_backward")
     lines += ["", f"after sora_kernels.prefer('fastest'), for 16-bit tensors on {gpu}, where each may still refuse a call:"]
-    lines += _op_lines("cuda", attention, torch.bfloat16, "fastest")
+    lines += _op_lines("cuda", flash.FUNCTIONS, torch.bfloat16, "fastest")
     lines += ["", "float64 is served by the reference everywhere."]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m sora_kernels.info", description=__doc__).parse_args()
     try:
         print(report())
     except ValueError as error:  # a setting that is wrong

@@ -75,6 +75,8 @@ def int8_attention(
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         absent, present = ("cu_seqlens_k", "cu_seqlens_q") if cu_seqlens_k is None else ("cu_seqlens_q", "cu_seqlens_k")
         fail(op, absent, f"boundaries beside {present}", "None")
+    if cu_seqlens_q is None and isinstance(q, Tensor) and q.ndim == 3:
+        fail(op, "cu_seqlens_q", "boundaries of packed q [Nq, H, d], or q [B, S, H, d]", "None")
     check_tensor(op, "q", q, ("B", "S", "H", "d") if cu_seqlens_q is None else ("Nq", "H", "d"))
     q, k, v = autocast(q, k, v)
     if cu_seqlens_q is not None and cu_seqlens_k is not None:

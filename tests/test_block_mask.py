@@ -139,6 +139,17 @@ def test_flex() -> None:
     assert all(map(torch.equal, seen(BlockMask.from_flex(both, blocks)), table))
 
 
+def test_flex_by_a_function() -> None:
+    """A mask that torch made of a mask_mod, if that masks nothing within blocks."""
+    blocks = TokenBlocks.runs(PackedLayout.from_grids([(1, 16, 16), (1, 16, 16)]), 64)
+    for band in (1, 0):
+        theirs = flex.create_block_mask(
+            lambda b, h, i, j, band=band: (i // 64 - j // 64).abs() < band, None, None, 256, 256, device="cpu", BLOCK_SIZE=64
+        )
+        mask = BlockMask.from_flex(theirs, blocks)
+        assert all(torch.equal(table, torch.eye(4, dtype=torch.bool)[None] & (band > 0)) for table in seen(mask))
+
+
 def _rest(indices: Tensor, skipped: Tensor) -> Tensor:
     """Each row without its first ones, which come last."""
     place = (torch.arange(indices.shape[-1]) + skipped[..., None]) % indices.shape[-1]
@@ -182,7 +193,7 @@ BAD = [
     (lambda: TokenBlocks.tiles(SMALL.layout, (1, 0, 2)), "TokenBlocks.tiles: tile: expected sizes >= 1, got (1, 0, 2)"),
     (lambda: TokenBlocks.tiles(SMALL.layout, 4), "TokenBlocks.tiles: tile: expected three ints (T, H, W), got 4"),
     (lambda: SMALL.arrange(torch.zeros(79)), "TokenBlocks.arrange: tokens: expected at least 80 rows, got shape [79]"),
-    (lambda: BlockMask.from_dense(YES, SMALL), "mask: expected 2 tensors, one for each sample, got 4"),
+    (lambda: BlockMask.from_dense(YES, SMALL), "mask: expected a list of tensors, one for each sample, got a tensor"),
     (lambda: BlockMask.from_dense([YES, YES], SMALL), "mask[1]: expected 1 heads of shape [1, 1], got 1 of [4, 4]"),
     (lambda: BlockMask.from_dense([YES.int(), YES], SMALL), "mask[0]: expected dtype bool, got int32"),
     (lambda: BlockMask.from_dense([YES[0], YES], SMALL), "mask[0]: expected shape [R, C] or [H, R, C], got [4]"),
@@ -213,10 +224,14 @@ BAD = [
         ),
         "BlockMask.from_indices: counts[0]: expected 1 heads of shape [4], got 1 of [3]",
     ),
+    (
+        lambda: BlockMask.from_indices(torch.zeros(2, 4, 1).long(), SMALL),
+        "BlockMask.from_indices: indices: expected a list of tensors, one for each sample, got a tensor",
+    ),
     (lambda: BlockMask.from_flex(YES, SMALL), "BlockMask.from_flex: mask: expected a BlockMask of flex_attention, got Tensor"),
     (
         lambda: BlockMask.from_flex(CAUSAL, SMALL),
-        "BlockMask.from_flex: mask: expected one of whole blocks, got one with a mask_mod",
+        "BlockMask.from_flex: mask: expected one of whole blocks, got one that masks 4 blocks in part",
     ),
     (
         lambda: BlockMask.from_flex(flex.BlockMask.from_kv_blocks(KV, KV[..., None], BLOCK_SIZE=32), SMALL),

@@ -267,7 +267,8 @@ BAD = [
     ({"q": P[None]}, "q: expected shape [Nq, H, d], got [1, 12, 4, 8]"),
     ({"cu_seqlens_k": None}, "cu_seqlens_k: expected boundaries beside cu_seqlens_q, got None"),
     ({"cu_seqlens_q": None}, "cu_seqlens_q: expected boundaries beside cu_seqlens_k, got None"),
-    ({"cu_seqlens_q": None, "cu_seqlens_k": None}, "q: expected shape [B, S, H, d], got [12, 4, 8]"),
+    ({"cu_seqlens_q": None, "cu_seqlens_k": None}, "cu_seqlens_q: expected boundaries of packed q [Nq, H, d], ~, got None"),
+    ({"q": P[0], "cu_seqlens_q": None, "cu_seqlens_k": None}, "q: expected shape [B, S, H, d], got [4, 8]"),
     ({"cu_seqlens_q": CU.long()}, "cu_seqlens_q: expected dtype int32, got int64"),
     ({"cu_seqlens_k": CU[:2]}, "cu_seqlens_k: expected shape [3], got [2]"),
     ({"cu_seqlens_k": CU + 1}, "cu_seqlens_k: expected a first entry of 0, got 1"),
@@ -289,7 +290,10 @@ def test_bad_input(wrong: dict, message: str) -> None:
 
 def test_bad_masks() -> None:
     dense = dict.fromkeys("qkv", P[None])
-    for mask, got in ((P.int(), "dtype bool~, got int32"), (P[:, 0].bool(), r"a shape that broadcasts to [1, 4, 12, 12], got [12, 8]")):
+    for mask, got in (
+        (P.int(), "dtype bool~, got int32"),
+        (P[:, 0].bool(), r"a shape that broadcasts to [1, 4, 12, 12], got [12, 8]"),
+    ):
         check_rejected(int8_attention, {**dense, "attn_mask": mask}, f"int8_attention: attn_mask: expected {got}")
 
 

@@ -12,6 +12,7 @@ import torch
 
 __all__: list[str] = []  # what users call
 
+FUNCTIONS = ("attention_forward", "attention_backward")  # that these backends have
 FOREIGN = ("torch_cudnn", "flash_attn_3", "flash_attn_4", "torch_flash", "flash_attn_2")
 
 
