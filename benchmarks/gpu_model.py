@@ -98,9 +98,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dim", type=int, default=128, choices=[64, 128])
     head_dim = parser.parse_args().head_dim
-    print(
-        "| kernel | backend | matrix unit | all instructions | exponentials | nothing overlaps | all overlaps |\n|---|---|---:|---:|---:|---:|---:|"
-    )
+    print("| kernel | backend | matrix unit | all instructions | exponentials | nothing overlaps | all overlaps |")
+    print("|---|---|---:|---:|---:|---:|---:|")
     for name, backend in (("hopper", hopper), ("triton", attention)):
         with compilations("sm90") as found:
             launch(backend, head_dim)
