@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.gpu_report import cuobjdump
 from benchmarks.launches import Compiled, compilations
+from sora_kernels import backends
 from sora_kernels.triton import attention, hopper
 
 ADDRESSED = r"/\*([0-9a-f]{4,})\*/\s+(.*?);"  # address and instruction
@@ -98,6 +99,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dim", type=int, default=128, choices=[64, 128])
     head_dim = parser.parse_args().head_dim
+    if backends.INTERPRETED:
+        parser.error("TRITON_INTERPRET=1 is set; an interpreted kernel cannot be compiled")
     print("| kernel | backend | matrix unit | all instructions | exponentials | nothing overlaps | all overlaps |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for name, backend in (("hopper", hopper), ("triton", attention)):

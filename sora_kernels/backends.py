@@ -143,7 +143,7 @@ def _choose(able: tuple[Selected, ...], function: str, arguments: dict) -> Selec
         if reason is None:
             return selected
         reasons.append(f"{selected.backend} {reason}")
-    raise ValueError(f"{function}: no backend can do this call: " + "; ".join(reasons))
+    raise ValueError(f"{function}: {NO_BACKEND}: " + "; ".join(reasons))
 
 
 BACKENDS: Registry[Backend] = Registry()
@@ -163,6 +163,7 @@ ORDER: Registry[tuple[str, ...]] = Registry(
 )
 
 PREFERENCES = ("default", "fastest")
+NO_BACKEND = "no backend can do this call"
 
 
 class _Here(threading.local):

@@ -279,6 +279,12 @@ def test_best_tier_is_the_default():
     assert run("import torch; from sora_kernels import _cpu; print(_cpu.isa())", SORA_KERNELS_ISA="").stdout == f"{TIERS[0]}\n"
 
 
+@pytest.mark.skipif("amx" not in TIERS, reason="needs a processor with AMX")
+def test_pairs_of_bfloat16_come_last_where_there_are_tiles():
+    """Their instruction has a quarter of the rate there: measured in docs/performance.md."""
+    assert TIERS.index("avx512") < TIERS.index("avx512bf16")
+
+
 def test_unknown_tier_is_named():
     failed = run("import torch; from sora_kernels import _cpu", SORA_KERNELS_ISA="sse9")
     assert "SORA_KERNELS_ISA: expected one of" in failed.stderr

@@ -1,15 +1,18 @@
 """The promises that benchmarks/gpu/promises.py asks a GPU's backends about: ours keeps them, and one that does not is found out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from benchmarks.gpu import promises, table
-from sora_kernels import backends
+from sora_kernels import backends, flash
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(promises, "LENGTHS", (40, 1, 0, 23))
+    batches = zip(promises.BATCHES.items(), ((40, 1, 0, 23), (40, 40)), strict=True)
+    monkeypatch.setattr(promises, "BATCHES", {suffix: batch._replace(lengths=lengths) for (suffix, batch), lengths in batches})
 
 
 def kept(backend="cpu"):
@@ -33,8 +36,11 @@ def test_a_run_ends_with_those_that_were_broken():
         ("right", lambda x, cu, calls: x[0].fill_(torch.nan)),
         ("zeros in rows of no sample", lambda x, cu, calls: x[int(cu[-1]) :].fill_(1)),
         ("the same from run to run", lambda x, cu, calls: x[0].mul_(1 + 1e-6 * calls)),
-        ("a packed sample as alone", lambda x, cu, calls: x[0].mul_(1 + 1e-6 * len(cu))),
+        ("a sample as alone", lambda x, cu, calls: x[0].mul_(1 + 1e-6 * len(cu))),
         ("NaNs stay in their sample", lambda x, cu, calls: x.add_(0 * x.sum())),
+        ("NaNs show in their sample", lambda x, cu, calls: x.nan_to_num_()),
+        ("right in a dense batch", lambda x, cu, calls: x.mul_(1.1)),
+        ("a sample as alone in a dense batch", lambda x, cu, calls: x[0].mul_(1 + 1e-6 * len(x))),
     ],
 )
 def test_who_breaks_one_is_found_out(monkeypatch, promise, spoil):
@@ -47,7 +53,8 @@ def test_who_breaks_one_is_found_out(monkeypatch, promise, spoil):
             def attention_forward(**call):
                 module.attention_forward(**call)
                 calls.append(None)
-                spoil(call["out"], call["cu_q"], len(calls))
+                if (call["cu_q"] is None) == promise.endswith("in a dense batch"):
+                    spoil(call["out"], call["cu_q"], len(calls))
 
             return type("Broken", (), {"attention_forward": attention_forward, "attention_backward": module.attention_backward})
 
@@ -55,3 +62,17 @@ def test_who_breaks_one_is_found_out(monkeypatch, promise, spoil):
     found = kept()
     assert found[promise] is False
     assert found["right"] is (promise != "right")
+
+
+def test_who_refuses_a_batch_says_why(monkeypatch):
+    class Picky(backends.Backend):
+        def load(self):
+            functions = {name: getattr(super(Picky, self).load(), name) for name in flash.FUNCTIONS}
+            return SimpleNamespace(**functions, refuses=lambda _, call: None if call["cu_q"] is None else "has no packed batches")
+
+    monkeypatch.setitem(backends.BACKENDS, "cpu", Picky("cpu", "._cpu", ("cpu",), (torch.float32,)))
+    packed, *dense = promises.promises("cpu", "cpu", torch.float32)
+    assert (packed["promise"], packed["kept"]) == ("all", None)
+    assert packed["reason"].endswith("no backend can do this call: cpu has no packed batches")
+    assert len(dense) == 5
+    assert all(row["kept"] for row in dense)

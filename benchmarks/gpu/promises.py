@@ -7,27 +7,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.child import Item
 from benchmarks.race import DEVICE, MAIN, REHEARSED
-from sora_kernels import backends, flash, flash_attn_varlen_func
+from sora_kernels import backends, flash, flash_attn_func, flash_attn_varlen_func
 
 LENGTHS = (40, 1, 0, 23) if REHEARSED else (1000, 1, 0, 4097, 300)
-SLACK, HEADS, KEY_HEADS, HEAD_DIM = 5, 4, 2, 64
+DENSE_LENGTHS = (40, 40) if REHEARSED else (1000, 1000, 1000)
+SLACK, HEAD_DIM = 5, 64
 MOST_ERROR = 2e-2  # of a result relative to all of it, as smoke.py has it for bfloat16
 NAMES = ("triton", *flash.FOREIGN) if REHEARSED else ("triton", "hopper", *flash.FOREIGN)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
-    """out, dq, dk and dv of a packed batch."""
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    cu = torch.tensor([0, *lengths], device=q.device).cumsum(0).int()
-    out = flash_attn_varlen_func(*leaves, cu, cu, max(lengths), max(lengths))
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+class Batch(NamedTuple):
+    """Samples one behind the other: q, k, v and dout of [tokens, heads, HEAD_DIM], and what comes behind them."""
+
+    lengths: tuple[int, ...]
+    heads: int
+    key_heads: int
+    is_packed: bool
+
+    @property
+    def slack(self) -> int:
+        return SLACK if self.is_packed else 0
+
+    def alone(self, sample: int) -> Batch:
+        return self._replace(lengths=(self.lengths[sample],))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+        """out, dq, dk and dv."""
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        if self.is_packed:
+            cu = torch.tensor([0, *self.lengths], device=q.device).cumsum(0).int()
+            out = flash_attn_varlen_func(*leaves, cu, cu, max(self.lengths), max(self.lengths))
+        else:
+            out = flash_attn_func(*(x.unflatten(0, (len(self.lengths), -1)) for x in leaves)).flatten(0, 1)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+# The dense one is as cuDNN takes it.
+BATCHES = {"": Batch(LENGTHS, 4, 2, True), " in a dense batch": Batch(DENSE_LENGTHS, 2, 2, False)}
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:
@@ -35,38 +58,47 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 def promises(backend: str, device: str = DEVICE, dtype: torch.dtype = MAIN) -> Iterator[dict[str, Any]]:
+    for suffix, batch in BATCHES.items():
+        kept = kept_by(backend, batch, device, dtype)
+        if isinstance(kept, str):
+            yield {"promise": f"all{suffix}", "kept": None, "backend": backend, "reason": kept}
+        else:
+            yield from ({"promise": f"{promise}{suffix}", "kept": is_kept, "backend": backend} for promise, is_kept in kept.items())
+
+
+def kept_by(backend: str, batch: Batch, device: str, dtype: torch.dtype) -> dict[str, bool] | str:
+    """Whether each promise was kept; or why the backend refuses such a batch."""
     generator = torch.Generator().manual_seed(0)
-    total = sum(LENGTHS)
-    heads = HEADS, KEY_HEADS, KEY_HEADS, HEADS
-    tensors = [torch.randn(total + SLACK, n, HEAD_DIM, generator=generator).to(device, dtype) for n in heads]
+    total, heads = sum(batch.lengths), (batch.heads, batch.key_heads, batch.key_heads, batch.heads)
+    tensors = [torch.randn(total + batch.slack, n, HEAD_DIM, generator=generator).to(device, dtype) for n in heads]
     with backends.use_backend("reference"):
-        expected = attention(*(x.double().cpu() for x in tensors), LENGTHS)
+        expected = batch.attention(*(x.double().cpu() for x in tensors))
     with backends.use_backend(backend):
         try:
-            found = attention(*tensors, LENGTHS)
-        except ValueError as refused:
-            yield from absent(backend, str(refused))
-            return
+            found = batch.attention(*tensors)
+        except ValueError as error:
+            if backends.NO_BACKEND not in str(error):
+                raise
+            return str(error)
         errors = [float((x.cpu().double() - y)[:total].norm() / y.norm()) for x, y in zip(found, expected, strict=True)]
-        is_right = all(error <= MOST_ERROR for error in errors)  # not their maximum, which may pass over a NaN
-        kept = {"right": is_right, "zeros in rows of no sample": not any(x[total:].any() for x in found)}
-        kept["the same from run to run"] = all(same(attention(*tensors, LENGTHS), found) for _ in range(5))
+        kept = {"right": all(error <= MOST_ERROR for error in errors)}  # not their maximum, which may pass over a NaN
+        if batch.slack:
+            kept["zeros in rows of no sample"] = not any(x[total:].any() for x in found)
+        kept["the same from run to run"] = all(same(batch.attention(*tensors), found) for _ in range(5))
         first, alone = 0, []
-        for length in LENGTHS:
+        for i, length in enumerate(batch.lengths):
             rows = slice(first, first + length)
             if length:
-                alone.append(same(attention(*(x[rows] for x in tensors), (length,)), [x[rows] for x in found]))
+                alone.append(same(batch.alone(i).attention(*(x[rows] for x in tensors)), [x[rows] for x in found]))
             first += length
-        kept["a packed sample as alone"] = all(alone)
-        broken = [x.clone() for x in tensors]
-        others = slice(LENGTHS[0], total)
+        kept["a sample as alone"] = all(alone)
+        broken, end = [x.clone() for x in tensors], batch.lengths[0]
         for x in broken:
-            x[: LENGTHS[0]], x[total:] = torch.nan, torch.nan
-        with_nans = attention(*broken, LENGTHS)
-        kept["NaNs stay in their sample"] = same([x[others] for x in with_nans], [x[others] for x in found])
-        kept["NaNs show in their sample"] = all(bool(x[: LENGTHS[0]].isnan().all()) for x in with_nans)
-    for promise, is_kept in kept.items():
-        yield {"promise": promise, "kept": is_kept, "backend": backend}
+            x[:end], x[total:] = torch.nan, torch.nan
+        with_nans = batch.attention(*broken)
+        kept["NaNs stay in their sample"] = same([x[end:total] for x in with_nans], [x[end:total] for x in found])
+        kept["NaNs show in their sample"] = all(bool(x[:end].isnan().all()) for x in with_nans)
+    return kept
 
 
 def absent(backend: str, reason: str) -> Iterator[dict[str, Any]]:

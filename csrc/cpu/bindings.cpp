@@ -75,13 +75,16 @@ struct Tier {
 };
 
 #if defined(__x86_64__)
-// Whether the processor multiplies bfloat16 tiles and the system lets this process use them: their 8 KiB of registers are only
-// saved for processes that ask.
+// Whether the processor multiplies bfloat16 tiles.
 bool has_tiles() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+  return (d & kBf16) != 0 && (d & kTile) != 0;
+}
+
+// Whether the system lets this process use tiles: their 8 KiB of registers are only saved for processes that ask.
+bool may_use_tiles() {
 #if defined(__linux__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h, since Linux 5.16
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -101,9 +104,12 @@ std::vector<Tier> tiers() {
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  best_first.push_back({&amx::kernels, avx512bf16 && has_tiles()});
-  best_first.push_back({&avx512bf16::kernels, avx512bf16});
-  best_first.push_back({&avx512::kernels, avx512});
+  const bool tiles = avx512bf16 && has_tiles();
+  best_first.push_back({&amx::kernels, tiles && may_use_tiles()});
+  // Where there are tiles, the instruction for pairs of bfloat16 numbers is slow, and doing without is faster: docs/performance.md.
+  const Tier pairs{&avx512bf16::kernels, avx512bf16}, plain{&avx512::kernels, avx512};
+  best_first.push_back(tiles ? plain : pairs);
+  best_first.push_back(tiles ? pairs : plain);
   best_first.push_back({&avx2::kernels, avx2});
 #endif
   best_first.push_back({&baseline::kernels, true});

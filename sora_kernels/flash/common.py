@@ -38,8 +38,7 @@ class Limits(NamedTuple):
     alibi: bool = False
     grouped: bool = True  # fewer key heads than query heads
     dlse: bool = False  # a gradient of lse in the backward
-    # Packed batches and causal masks only where each sample has as many keys as queries.
-    equal_lengths: bool = False
+    square_causal: bool = False  # a causal mask only over as many keys as queries
     contiguous: bool = False
     packed: bool = True
     # Without more keys than a window is wide, the window has no end: right unless some sample has more queries than keys.
@@ -100,6 +99,8 @@ def limited(call: Call, limits: Limits) -> str | None:
     """Why a kernel of these limits cannot do a call, or None."""
     q, k = call["q"], call["k"]
     left, right = window(call)
+    if call["cu_q"] is not None and not limits.packed:
+        return "has no packed batches"
     if call["bias"] is not None:
         return "has no mask"
     if call["alibi"] is not None and not limits.alibi:
@@ -110,10 +111,8 @@ def limited(call: Call, limits: Limits) -> str | None:
         return "takes a negative side of a window for one without an end"
     if not limits.window and not (window(call).is_causal or left == right == -1):
         return "has no window"
-    if call["cu_q"] is not None and not limits.packed:
-        return "has no packed batches"
-    if limits.equal_lengths and (call["cu_q"] is not None or right == 0) and not _has_equal_lengths(call):
-        return "needs as many keys as queries in each sample that is packed or causal"
+    if limits.square_causal and right == 0 and q.shape[1] != k.shape[1]:
+        return "needs as many keys as queries under a causal mask"
     if call["scale"] < _LEAST_SCALE:
         return f"needs a softmax_scale of at least {_LEAST_SCALE}"
     if call.get("dlse") is not None and not limits.dlse:
@@ -132,14 +131,6 @@ def limited(call: Call, limits: Limits) -> str | None:
         if name in call and (reason := _unreadable(name, call[name], limits.contiguous)):
             return reason
     return None
-
-
-def _has_equal_lengths(call: Call) -> bool:
-    """Whether each sample surely has as many keys as queries: boundaries are not read."""
-    cu_q, cu_k = call["cu_q"], call["cu_k"]
-    if cu_q is None:
-        return call["q"].shape[1] == call["k"].shape[1]
-    return cu_q.data_ptr() == cu_k.data_ptr() and cu_q.shape == cu_k.shape
 
 
 def _has_as_many_keys(call: Call) -> bool:

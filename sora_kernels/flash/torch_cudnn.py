@@ -18,7 +18,7 @@ from .torch_kernels import no_dropout, unavailable_in_torch
 
 TAKES_HINTS = True
 # It aligns causal masks to the first key, and leaves open what a query without keys gets.
-LIMITS = Limits(head_dim=128, window=False, grouped=False, equal_lengths=True, contiguous=True, packed=False)
+LIMITS = Limits(head_dim=128, window=False, grouped=False, square_causal=True, contiguous=True, packed=False)
 
 
 def unavailable() -> str | None:
