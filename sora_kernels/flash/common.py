@@ -41,7 +41,7 @@ class Limits(NamedTuple):
     square_causal: bool = False  # a causal mask only over as many keys as queries
     contiguous: bool = False
     packed: bool = True
-    # Without more keys than a window is wide, the window has no end: right unless some sample has more queries than keys.
+    # A window as wide as the longest sample's keys counts as one without an end: wrong over more queries than keys.
     clips_windows: bool = False
 
 

@@ -26,8 +26,6 @@ from .common import (
 
 TAKES_HINTS = True
 LIMITS = Limits(head_dim=256, softcap=True)
-
-
 MODULE, FORWARD, BACKWARD = "flash_attn_interface", "_flash_attn_forward", "_flash_attn_backward"
 DETERMINISTIC_HEAD_DIM = 192  # at most: larger ones have no backward that adds in order
 

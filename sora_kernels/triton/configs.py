@@ -182,10 +182,6 @@ CANDIDATES: dict[tuple[str, str], dict[tuple[int, int], list[Config]]] = {
             (128, 64, 8, 2),  # 228, 0, 96 and 227, 0, 96: the present one
             (64, 64, 4, 2),  # 240, 0, 80 and 231, 0, 80: two blocks a multiprocessor; a query's share of the union of windows grows
         ],
-        (64, 2): [
-            (128, 64, 8, 2),  # 183, 0, 48 and 183, 0, 48: the present one
-            (64, 64, 4, 2),  # 182, 0, 40 and 185, 0, 40: as above
-        ],
     },
     ("window_dkdv", "sm90"): {
         (128, 2): [
