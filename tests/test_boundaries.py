@@ -67,7 +67,7 @@ def test_int8_attention(boundaries: list[int]) -> None:
     q.normal_()
     cu = torch.tensor(boundaries, device=DEVICE, dtype=torch.int32)
     out, lse = inside(3.0, N, H, D), torch.zeros(H, N, device=DEVICE)
-    kernels("triton").int8_attention_forward(q, q, q, cu, cu, 0.25, 2**30, 2**30, 128, 64, out[0], lse)
+    kernels("triton").int8_attention_forward(q, q, q, cu, cu, None, 0.25, 2**30, 2**30, 128, 64, out[0], lse)
     check(out)
 
 
