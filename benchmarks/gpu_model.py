@@ -76,7 +76,7 @@ def loops(binary: Path) -> Iterator[Loop]:
 def cycles(compiled: Compiled, head_dim: int) -> Cycles:
     """Of a kernel for Hopper or a Triton kernel of attention, for a block."""
     binary = next(Path(path) for name, path in compiled.files.items() if name.endswith(".cubin"))
-    loop = min(loops(binary))
+    loop = min(loops(binary), key=lambda loop: loop.instructions)
     groups = WARPS // 4
     work = PRODUCTS[compiled.name.rpartition(".")[2].removesuffix("_kernel")] * BLOCK * BLOCK * head_dim
     steps = work / (loop.multiply_adds * groups)

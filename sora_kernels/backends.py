@@ -69,7 +69,7 @@ class Backend:
             return f"takes a last axis of at most {self.max_width[function]}, not {width}"
         try:
             module = self.load()
-        except (ImportError, AttributeError) as error:  # the second by a version that lacks what a module's top needs
+        except (ImportError, AttributeError) as error:  # a library of another version may lack a name that the module takes
             if "SORA_KERNELS_" in str(error):  # a wrong setting, which another backend must not hide
                 raise ValueError(str(error)) from None
             return f"cannot be imported: {error}"

@@ -23,6 +23,7 @@ from benchmarks.gpu_report import measured
 from benchmarks.launches import Compiled, compilations
 from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from sora_kernels.attention import flash_attn_varlen_func, scaled_dot_product_attention, spatiotemporal_attention
+from sora_kernels.int8_attention import int8_attention
 from sora_kernels.layout import PackedLayout
 from sora_kernels.norm_rope import norm_rope
 from sora_kernels.patch_embed import patch_embed_3d
@@ -58,6 +59,7 @@ def variants() -> dict[str, tuple[Callable, list[Tensor]]]:
     patches = [empty(1, 1, 2, 2), empty(16, 1, 1, 2, 2)]
     slopes, mask = torch.empty(8), torch.empty(1024, 1024)
     dense = [empty(2, 8, 1024, 128) for _ in range(3)]
+    dense_rows = [x.transpose(1, 2) for x in dense]
     rotated = [empty(2048, 24, 128), empty(128), empty(128), empty(24 * 128)]
     of_heads = [torch.empty(2048, 24, 64) for _ in range(2)]
     of_all, of_one = ([torch.empty(n, pairs) for _ in range(2)] for n, pairs in ((2048, 48), (1, 32)))
@@ -70,6 +72,7 @@ def variants() -> dict[str, tuple[Callable, list[Tensor]]]:
         "72 channels": (packed(masked), masked),
         "softcap and ALiBi": (packed(plain, softcap=20.0, alibi_slopes=slopes), plain),
         "dense with a mask": (lambda: scaled_dot_product_attention(*dense, attn_mask=mask), dense),
+        "int8 with a mask": (lambda: int8_attention(*(x.detach() for x in dense_rows), attn_mask=mask), []),
         "one token, attention": (lambda: flash_attn_varlen_func(*one, cu(0, 1), cu(0, 1)), one),
         "one token, window": (lambda: spatiotemporal_attention(*one, single, window=(1, 1, 1)), one),
         "causal window": (
@@ -109,10 +112,11 @@ def variants() -> dict[str, tuple[Callable, list[Tensor]]]:
 
 
 def run(forward: Callable, inputs: list[Tensor]) -> None:
-    """A forward and its backward."""
+    """A forward and, if there are inputs that need gradients, its backward."""
     outputs = forward()
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    torch.autograd.grad(outputs, inputs, [torch.empty_like(out) for out in outputs])
+    if inputs:
+        torch.autograd.grad(outputs, inputs, [torch.empty_like(out) for out in outputs])
 
 
 def compiled(forward: Callable, inputs: list[Tensor]) -> list[Compiled]:

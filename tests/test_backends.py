@@ -281,7 +281,7 @@ def test_best_tier_is_the_default():
 
 @pytest.mark.skipif("amx" not in TIERS, reason="needs a processor with AMX")
 def test_pairs_of_bfloat16_come_last_where_there_are_tiles():
-    """Their instruction has a quarter of the rate there: measured in docs/performance.md."""
+    """Their instruction is slow there: docs/performance.md has the figures."""
     assert TIERS.index("avx512") < TIERS.index("avx512bf16")
 
 

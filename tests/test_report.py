@@ -177,7 +177,9 @@ def test_matrix_unit_is_waited_for_once_a_block_of_keys(report, compiled):
 @pytest.mark.skipif(TRITON not in SPILLED, reason=f"what spills on Triton {TRITON} is not known")
 def test_variants_spill_next_to_nothing(compiled):
     """And compile at all, where Triton sees integers that are 1."""
-    assert {"causal", "window", "72 channels", "one row, adaLN", "float32 beside x, adaLN"} < compiled["variants"].keys()
+    assert {"causal", "window", "72 channels", "one row, adaLN", "float32 beside x, adaLN", "int8 with a mask"} < compiled[
+        "variants"
+    ].keys()
     worst = {name: max(row["spilled"] for row in rows) for name, rows in compiled["variants"].items()}
     allowed = SPILLED_VARIANTS.get(TRITON, {})
     assert {name: spilled for name, spilled in worst.items() if spilled > allowed.get(name, 0)} == {}

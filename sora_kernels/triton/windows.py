@@ -5,8 +5,8 @@ attend to a tile of keys.
 
 A token and one of the other side belong together if, along all three axes, the token's place in the tile is within an interval that
 the other's position gives. The three places are fields of one integer, and so are the three begins and the three ends. So a pair
-takes two subtractions, whatever its axes. What is computed once for each token of the other side is more, so that the compiler must
-not repeat it in each thread that needs the result.
+takes two subtractions, whatever its axes. The interval of a token takes more instructions than that, so `once` keeps the compiler
+from computing it again in every thread.
 """
 
 from __future__ import annotations
