@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .adaln_op import gate_add, gate_modulate, modulate, norm_gate
-from .checks import check_bool, check_choice, check_cu_seqlens, check_number, check_tensor, fail, or_float32
+from .checks import check_bool, check_choice, check_cu_seqlens, check_float32, check_tensor, fail, or_float32
 from .library import of_one_dtype, shaped_as
 
 
@@ -224,4 +224,4 @@ def _check_norm(op: str, x: Tensor, norm: str, weight: Tensor | None, bias: Tens
             check_tensor(op, name, value, (x.shape[-1],), dtype=or_float32(x), like=x)
     if norm == "rms" and bias is not None:
         fail(op, "bias", 'None with norm="rms"', "a tensor")
-    return norm == "rms", check_number(op, "eps", eps, at_least=0)
+    return norm == "rms", check_float32(op, "eps", eps, at_least=0)

@@ -136,7 +136,7 @@ def check_qkv(
         fail(op, names.v, "a head dim of at least 1", "0")
     if check_number(op, "dropout_p", dropout_p) != 0.0:
         fail(op, "dropout_p", "0 (attention dropout is not supported)", repr(dropout_p))
-    return width**-0.5 if softmax_scale is None else check_number(op, names.scale, softmax_scale)
+    return width**-0.5 if softmax_scale is None else check_float32(op, names.scale, softmax_scale)
 
 
 UNBOUNDED = 2**30  # a side of a window without a limit: no sample that fits into memory is as long
@@ -194,6 +194,8 @@ def _is_finite(x: float) -> bool:
 
 
 _NUMBERS = (int, float, numbers.Real, torch.SymFloat, torch.SymInt)
+FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+_FLOAT32_LEAST = 2.0**-149
 
 
 def check_number(op: str, argument: str, value: object, at_least: float | None = None) -> float:
@@ -209,6 +211,14 @@ def check_number(op: str, argument: str, value: object, at_least: float | None =
         fail(op, argument, "a finite number", repr(value))
     if at_least is not None and number < at_least:
         fail(op, argument, f"a number >= {at_least}", repr(value))
+    return number
+
+
+def check_float32(op: str, argument: str, value: object, at_least: float | None = None) -> float:
+    """A number that kernels take as float32: it becomes neither infinite there nor, unless it is 0, 0."""
+    number = check_number(op, argument, value, at_least)
+    if abs(number) > FLOAT32_MAX or 0 < abs(number) < _FLOAT32_LEAST:
+        fail(op, argument, "a number that float32 has", repr(value))
     return number
 
 

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_device, check_int, check_list, check_tensor, fail, triple
+from .checks import FLOAT32_MAX, check_device, check_int, check_list, check_tensor, fail, triple
 from .library import define
 
 Grid = tuple[int, int, int]
 Position = tuple[float, float, float]
 
 _MOST = 2**31 - 1  # int32's
-_FLOAT32_MAX = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Span:
         for name, kind in (("grid", int), ("origin", float), ("step", float)):
             numbers = triple("Span", name, getattr(self, name), kind)
             object.__setattr__(self, name, tuple(numbers))
-            if kind is float and (max(numbers) > _FLOAT32_MAX or min(numbers) < -_FLOAT32_MAX):
+            if kind is float and (max(numbers) > FLOAT32_MAX or min(numbers) < -FLOAT32_MAX):
                 fail("Span", name, "numbers that float32 has", repr(getattr(self, name)))
         if min(self.grid) < 0:
             fail("Span", "grid", "sizes >= 0", repr(self.grid))

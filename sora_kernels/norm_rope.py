@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .checks import check_bool, check_choice, check_number, check_tensor, fail, or_float32
+from .checks import check_bool, check_choice, check_float32, check_tensor, fail, or_float32
 from .library import Context, Grads, cotangent, of_one_dtype, register, rows, shaped_as, want_gradients
 from .memory import empty_like
 
@@ -102,7 +102,7 @@ def norm_rope(
             check_tensor(op, name, parameter, (size,), dtype=or_float32(x), like=x)
     if norm == "rms" and bias is not None:
         fail(op, "bias", "None with norm 'rms'", "a tensor")
-    rest = norm == "layer", across_heads, check_bool(op, "interleaved", interleaved), check_number(op, "eps", eps, at_least=0)
+    rest = norm == "layer", across_heads, check_bool(op, "interleaved", interleaved), check_float32(op, "eps", eps, at_least=0)
     tables = of_one_dtype(x, cos, sin, float32=True)
     return shaped_as(_norm_rope(heads, *of_one_dtype(x, weight, bias), *tables, *rest)[0], x)
 

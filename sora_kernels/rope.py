@@ -21,8 +21,8 @@ from .checks import (
     check_bool,
     check_boundaries,
     check_cu_seqlens,
+    check_float32,
     check_int,
-    check_number,
     check_tables,
     check_tensor,
     fail,
@@ -131,7 +131,7 @@ def qk_norm_rope_3d(
             check_tensor(op, name, weight, (size,), dtype=or_float32(q), like=q)
     tables = _check_layout(op, layout, q)
     angles = _check_angles(op, q.shape[-1], theta, axes_dim)
-    rest = check_bool(op, "interleaved", interleaved), across_heads, check_number(op, "eps", eps, at_least=0)
+    rest = check_bool(op, "interleaved", interleaved), across_heads, check_float32(op, "eps", eps, at_least=0)
     return _norm_rope(q, k, *of_one_dtype(q, q_weight, k_weight), *tables, *angles, *rest)[:2]
 
 

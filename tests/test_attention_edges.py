@@ -154,6 +154,8 @@ X = torch.zeros(2, 6, 4, 8)
         ({"softmax_scale": torch.nn.Parameter(torch.ones(()))}, "softmax_scale: expected a number, got a Parameter"),
         ({"alibi_slopes": torch.ones(4, requires_grad=True)}, "alibi_slopes: expected slopes that need no gradient, got ~"),
         ({"softmax_scale": float("nan")}, "softmax_scale: expected a finite number, got nan"),
+        ({"softmax_scale": 1e300}, "softmax_scale: expected a number that float32 has, got 1e+300"),
+        ({"softmax_scale": -1e-60}, "softmax_scale: expected a number that float32 has, got -1e-60"),
         ({"dropout_p": torch.zeros(2)}, "dropout_p: expected a number, got a Tensor"),
         ({"return_attn_probs": "no"}, "return_attn_probs: expected a bool, got 'no'"),
         ({"softcap": float("inf")}, "softcap: expected a finite number, got inf"),

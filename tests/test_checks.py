@@ -8,8 +8,9 @@ import torch
 
 from sora_kernels.adaln import gate_residual_layer_norm_modulate, layer_norm_modulate, norm_gate_residual
 from sora_kernels.bias_gelu import bias_gelu
-from sora_kernels.checks import check_bool, check_int, check_number, check_tables, triple
+from sora_kernels.checks import check_bool, check_float32, check_int, check_number, check_tables, triple
 from sora_kernels.layout import PackedLayout
+from sora_kernels.norm_rope import norm_rope
 from sora_kernels.patch_embed import patch_embed_3d, patchify_3d, unpatchify_3d
 from sora_kernels.rope import qk_norm_rope_3d, rope_3d
 
@@ -50,6 +51,31 @@ def test_what_is_no_number(value):
 def test_numbers_are_finite(value):
     with pytest.raises(ValueError, match=r"^op: x: expected a finite number, got "):
         check_number("op", "x", value)
+
+
+@pytest.mark.parametrize("value", [3.5e38, -1e300, 1e-46, -1e-300])
+def test_numbers_that_float32_lacks(value):
+    """A kernel would take infinity or 0 for them, in silence."""
+    with pytest.raises(ValueError, match=r"^op: x: expected a number that float32 has, got "):
+        check_float32("op", "x", value)
+
+
+def test_eps_is_one_of_them():
+    x, cos = torch.ones(4, 1, 8), torch.ones(4, 4)
+    for op in (
+        lambda eps: layer_norm_modulate(x[:, 0], eps=eps),
+        lambda eps: norm_gate_residual(x[:, 0], x[:, 0], eps=eps),
+        lambda eps: norm_rope(x, cos, cos, eps=eps),
+        lambda eps: qk_norm_rope_3d(x, x, None, None, LAYOUT, eps=eps),
+    ):
+        for eps in (1e300, 1e-300):
+            with pytest.raises(ValueError, match=r": eps: expected a number that float32 has, got 1e[+-]300$"):
+                op(eps)
+
+
+@pytest.mark.parametrize("value", [0, -0.0, 3.4e38, -1e-40, 2.0**-149])
+def test_numbers_that_float32_has(value):
+    assert check_float32("op", "x", value) == value
 
 
 def test_bools():
