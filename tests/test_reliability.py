@@ -1,6 +1,15 @@
 """What the checks of tests/reliability print, and what is made of it."""
 
+import re
+import sys
+from pathlib import Path
+
+import pytest
 from reliability.outcome import Outcome, outcomes
+
+import tests.reliability.__main__ as program
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_what_is_printed_is_what_is_read() -> None:
@@ -10,3 +19,52 @@ def test_what_is_printed_is_what_is_read() -> None:
         Outcome("soak", 3, 0, seconds=0.1),
     ]
     assert outcomes("something else: 3 cases\n" + "\n".join(map(str, printed)) + "\n1 failures\n") == printed
+
+
+def rows(*lines: str, status: int = 0) -> list[program.Row]:
+    code = f"import sys; print({chr(10).join(lines)!r}); sys.exit({status})"
+    return program.summed(list(program.attacked("fuzz", [sys.executable, "-c", code])))
+
+
+def test_processes_of_one_name_are_one_row(capfd) -> None:
+    (one, other) = rows(
+        "a: 3 cases, 0 failed, longest 1.0 s", "noise", "b: 1 cases, 0 failed", "a: 4 cases, 1 failed, longest 0.5 s"
+    )
+    assert one.outcome == Outcome("a", 7, 1, 1.0)
+    assert other.outcome == Outcome("b", 1, 0)
+    assert "noise" in capfd.readouterr().out
+
+
+def test_one_that_dies_is_a_failure() -> None:
+    *_, last = rows("a: 3 cases, 0 failed", status=66)
+    assert last.outcome == Outcome("fuzz, ended with status 66", 1, 1)
+
+
+def test_one_that_found_something_is_counted_once() -> None:
+    (row,) = rows("a: 3 cases, 2 failed", status=1)
+    assert row.outcome == Outcome("a", 3, 2)
+
+
+def test_rows_are_kept_as_they_are(tmp_path) -> None:
+    before = rows("a: 3 cases, 0 failed, longest 1.5 s, at most 20 MiB", "b: 1 cases, 0 failed")
+    assert program.read(tmp_path / "rows.json") == []
+    (tmp_path / "rows.json").write_text(program.written(before))
+    assert program.read(tmp_path / "rows.json") == before
+
+
+def test_the_page_is_the_file() -> None:
+    """Nobody edits the table by hand."""
+    assert program.PAGE.read_text() == program.page(program.read(program.JSON))
+
+
+def test_every_target_is_one_of_the_makefile() -> None:
+    found = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(program.TARGETS) <= set(found)
+
+
+def test_another_target_is_one_line(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["reliability", "fuzzz"])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 2
+    assert "error: TARGET: expected some of property, fuzz" in capsys.readouterr().err
