@@ -1,6 +1,7 @@
 # make demo    everything from nothing: environment, install, build, videos
 # make test    environment, ruff, mypy, clang-format, tests
 # make sanitize  the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer: their tests, and random bad calls
+# make property  10,000 random batches, for what every op promises of them
 # make bench   the benchmarks; make bench-report also writes their table and plot to docs/benchmarks, make bench-gate fails if a
 #              ratio has fallen since
 PYTHON ?= python3
@@ -11,7 +12,7 @@ CSRC := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu
 
 # make checkpoint   the checkpoint that comes with the package, from nothing: VAE, transformer with its text encoder, captioner
 # make gallery      contact sheets of every task in docs/gallery; make eval, the figures in docs/eval.json
-.PHONY: demo test lint format sanitize bench bench-report bench-gate checkpoint gallery eval clean
+.PHONY: demo test lint format sanitize property bench bench-report bench-gate checkpoint gallery eval clean
 
 # Reinstalled when what it is made from changes; ninja recompiles only what has to be.
 $(READY): pyproject.toml setup.py constraints.txt $(CSRC)
@@ -59,6 +60,9 @@ sanitize: $(READY)
 	set -e; cd $(SANITIZED); export $(SANITIZER_OPTIONS); for tier in $(TIERS); do export SORA_KERNELS_ISA=$$tier; echo $$tier; \
 	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m 'not emulated' -k 'not compiled and not limit and not scratch and not failed' $(SANITIZED_TESTS); \
 	  $(abspath $(BIN))/python -m tests.bad_calls 5000; done
+
+property: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.properties 10000
 
 checkpoint: $(READY)
 	$(BIN)/sora train-vae outputs/vae --minutes 40

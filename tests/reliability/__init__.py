@@ -1,0 +1,11 @@
+"""Checks that attack the packages, each a program: python -m tests.reliability.<name> COUNT [--seed S].
+
+They share the helpers of tests/, which pytest imports by their bare names, and so do programs.
+"""
+
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+if str(TESTS) not in sys.path:
+    sys.path.append(str(TESTS))

@@ -1,0 +1,159 @@
+"""One op on one drawn batch, as the properties see it, whatever the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis.strategies import SearchStrategy
+from tolerance import random_like
+from torch import Tensor
+
+Function = Callable[[list[Any], list[Tensor], list[Tensor]], list[Tensor]]
+
+
+class Sample(NamedTuple):
+    """What the op is told of it (its length, spans, mask), and a tensor for each column of the batch."""
+
+    layout: Any
+    tensors: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`call(layouts, columns, shared)` -> outputs, of a batch of samples.
+
+    Attributes:
+        told: what was drawn; it is all that is printed.
+        names: of the columns, each the samples' tensors one behind the other.
+        shared: tensors that all samples share: weights.
+        plain, exact: the same in plain PyTorch at the inputs' dtype, and in float64.
+        rows: how many rows of each output a sample has.
+        slack: numbers of the columns that may have rows of no sample behind the last one, by how many they must have alike.
+        blanks: samples without tokens, which go before the samples of these numbers.
+        stretched: the same samples with spans that hold no tokens between their own; None if the op knows no spans.
+        joined: whether samples lie end to end; if not, columns are lists of the samples' tensors, and so are outputs if `rows` is
+            None.
+        differentiable: whether the op has gradients.
+        by_torch: numbers of the columns whose gradients plain torch computes, whose last bits may depend on threads.
+        near: largest errors of the outputs beside those of the tolerance rule, for an op that promises to be near another one.
+    """
+
+    told: dict[str, Any]
+    names: tuple[str, ...]
+    samples: list[Sample]
+    shared: list[Tensor]
+    call: Function
+    plain: Function
+    exact: Function
+    rows: Callable[[Any], int] | None
+    slack: tuple[tuple[int, ...], ...] = ()
+    blanks: list[tuple[int, Sample]] = field(default_factory=list)
+    stretched: list[Any] | None = None
+    joined: bool = True
+    differentiable: bool = True
+    by_torch: tuple[int, ...] = ()
+    near: float | None = None
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.told.items())
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
+
+    @property
+    def layouts(self) -> list[Any]:
+        return [sample.layout for sample in self.samples]
+
+    def of(self, samples: list[Sample]) -> Subject:
+        """The same op on other samples."""
+        return replace(self, samples=samples)
+
+    def arguments(self, tensors: list[list[Tensor]], behind: dict[int, Tensor] | None = None) -> list[Tensor]:
+        """Columns of the samples' tensors, and what comes behind the last one."""
+        if not self.joined:
+            return [x for own in tensors for x in own]
+        behind = behind or {}
+        return [torch.cat([*own, *([behind[i]] if i in behind else [])]) for i, own in enumerate(zip(*tensors, strict=True))]
+
+    def cut(self, outputs: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """The outputs of each sample, and the rows of no sample."""
+        if self.rows is None:
+            return [[output] for output in outputs], []
+        ends = [0]
+        for sample in self.samples:
+            ends.append(ends[-1] + self.rows(sample.layout))
+        return [[output[a:b] for output in outputs] for a, b in pairwise(ends)], [output[ends[-1] :] for output in outputs]
+
+
+class Op(NamedTuple):
+    """How its batches are drawn, the backend function that says in which dtypes it runs, and properties that it has not."""
+
+    draw: Callable[[Any], SearchStrategy[Subject]]
+    function: str
+    without: tuple[str, ...] = ()
+
+
+class Result(NamedTuple):
+    """What each sample gets, and what the rows of no sample and the shared tensors do."""
+
+    outputs: list[list[Tensor]]
+    gradients: list[list[Tensor]]
+    shared: list[Tensor]
+    rest: list[Tensor]
+
+    def of_sample(self, number: int) -> list[Tensor]:
+        return self.outputs[number] + self.gradients[number]
+
+    @property
+    def of_samples(self) -> list[Tensor]:
+        return [x for number in range(len(self.outputs)) for x in self.of_sample(number)]
+
+
+def evaluate(
+    subject: Subject,
+    behind: dict[int, Tensor] | None = None,
+    view: Callable[[Tensor], Tensor] = lambda x: x,
+    cotangent: Callable[[Tensor], Tensor] = random_like,
+    strided: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Result:
+    """Runs the op forward and backward; a sample's cotangent depends on its own outputs' shapes only.
+
+    behind: of columns by number, the rows of no sample; their outputs have a cotangent of NaNs.
+    view, strided: what becomes of columns and shared tensors, and of cotangents, before the op sees them.
+    """
+    wanted = subject.differentiable
+    tensors = [[x.detach().clone().requires_grad_(wanted) for x in sample.tensors] for sample in subject.samples]
+    shared = [x.detach().clone().requires_grad_(wanted) for x in subject.shared]
+    behind = {i: x.detach().clone().requires_grad_(wanted) for i, x in (behind or {}).items()}
+    columns = [view(x) for x in subject.arguments(tensors, behind)]
+    outputs = subject.call(subject.layouts, columns, [view(x) for x in shared])
+    pieces, rest = subject.cut([output.detach() for output in outputs])
+    if not wanted:
+        return Result(pieces, [[] for _ in pieces], [], rest)
+    if subject.rows is None:
+        cotangents = [cotangent(output) for (output,) in pieces]
+    else:
+        columns_of = zip(*pieces, rest, strict=True) if pieces else ((x,) for x in rest)
+        cotangents = [torch.cat([*map(cotangent, own), torch.full_like(last, torch.nan)]) for *own, last in columns_of]
+    leaves = [*(x for own in tensors for x in own), *shared, *behind.values()]
+    options = {"allow_unused": True, "materialize_grads": True}
+    found = list(torch.autograd.grad(outputs, leaves, [strided(x) for x in cotangents], **options))
+    for leaf, gradient in zip(leaves, found, strict=True):
+        assert gradient.dtype == leaf.dtype, f"a gradient of {gradient.dtype} of a tensor of {leaf.dtype}"
+    gradients = [[found.pop(0) for _ in own] for own in tensors]
+    return Result(pieces, gradients, found[: len(shared)], rest + found[len(shared) :])
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
