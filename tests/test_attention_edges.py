@@ -63,6 +63,17 @@ def test_large_logits(target: Target, size: float) -> None:
     assert (scaled_dot_product_attention(q, k, v, scale=1.0) - v[0, 0, -1]).abs().max() <= 1e-6 * v.abs().max()
 
 
+@pytest.mark.parametrize("word", [-1, "positive"])
+def test_nans_stay_nans_whatever_their_bits(target: Target, word: int | str) -> None:
+    """All ones, as memory that was filled with them has, or all but the sign: rounding such a number up makes it zero."""
+    q, k, v = (target.randn(1, 40, 1, 16) for _ in range(3))
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[target.dtype.itemsize]
+    k.view(integer)[0, 3] = torch.iinfo(integer).max if word == "positive" else word
+    assert k[0, 3].isnan().all()
+    assert flash_attn_func(q, k, v).isnan().all()
+    assert not flash_attn_func(q, k[:, 4:], v[:, 4:]).isnan().any()
+
+
 def test_spans_that_see_all_beside_windowed_ones() -> None:
     """dK of text beside a windowed grid, in a sample of fewer tokens than a block has."""
     layout = PackedLayout([[Span((1, 4, 4)), Span.text(3)]])

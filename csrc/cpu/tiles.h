@@ -49,9 +49,12 @@ SORA_INLINE void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
 }
 
-// The nearest bfloat16 number in each lane's upper half; x becomes what is left of it.
+// The nearest bfloat16 number in each lane's upper half; x becomes what is left of it. Lanes past the largest bfloat16 number are
+// cut off instead: rounded up, finite ones would be infinite, and NaNs whose bits are all ones zero.
 SORA_INLINE vu take_piece(vf& x) {
-  const vu piece = (bits<vu>(x) + 0x8000) & 0xffff0000;
+  constexpr uint32_t kEnd = 0x7f7f8000;  // half a step past it
+  const vu word = bits<vu>(x), half = bits<vu>((word & 0x7fffffff) < kEnd) & 0x8000;
+  const vu piece = (word + half) & 0xffff0000;
   x -= bits<vf>(piece);
   return piece;
 }
