@@ -73,6 +73,10 @@ def broken(kind: str, subject: Subject) -> Subject:
             return [x + 1]
         if kind == "poisoned":
             return [x + 0 * columns[0].sum()]
+        if kind == "nans":
+            first = columns[0].flatten()[:1]
+            usual = torch.full_like(first, torch.nan).view(torch.uint8)
+            return [x if torch.equal(first.view(torch.uint8), usual) else x.nan_to_num()]
         if kind == "threaded":
             return [x * torch.get_num_threads()]
         if kind == "strided":

@@ -383,9 +383,9 @@ def by_blocks(draw: DrawFn, setting: Setting) -> Subject:
 DENSE_ONLY = ("slack", "blank")
 SUBJECTS = {
     **{name: Op(partial(flash, name), "attention_forward") for name in PACKED},
-    **{name: Op(partial(flash, name), "attention_forward", DENSE_ONLY) for name in DENSE},
+    **{name: Op(partial(flash, name), "attention_forward", DENSE_ONLY, inference="cache" in name) for name in DENSE},
     "scaled_dot_product_attention": Op(partial(masked, "scaled_dot_product_attention"), "attention_forward", DENSE_ONLY),
     "spatiotemporal_attention": Op(windowed, "spatiotemporal_attention_forward"),
     "block_sparse_attention": Op(by_blocks, "block_sparse_attention_forward"),
-    "int8_attention": Op(int8, "int8_attention_forward"),
+    "int8_attention": Op(int8, "int8_attention_forward", inference=True),
 }

@@ -1,7 +1,7 @@
 """What every op promises, on batches drawn at random: python -m tests.reliability.properties 10000
 
 Of each op and backend, forward and backward, to the bit: a packed sample is the sample alone; samples may stand in any order; rows
-of no sample and samples and spans without tokens change nothing, whatever they hold; NaNs of a sample stay in it; threads and
+of no sample and samples and spans without tokens change nothing, whatever they hold; NaNs stay NaNs, in their sample; threads and
 strides change nothing. And outputs and gradients obey the rule of tolerance.py against float64.
 
     --seed N           of everything random
@@ -23,6 +23,7 @@ import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import hypothesis
@@ -146,6 +147,32 @@ def poisoned(data: st.DataObject, subject: Subject) -> None:
     assert_bit_equal([x for i in others for x in found.of_sample(i)], [x for i in others for x in expected.of_sample(i)])
 
 
+def nans(data: st.DataObject, subject: Subject) -> None:
+    """A NaN is one whatever its bits are, such as those of memory that was filled with ones."""
+    chosen = data.draw(st.integers(0, len(subject.samples) - 1), label="sample")
+    bits = data.draw(st.sampled_from(["ones", "positive", "signalling"]), label="bits")
+
+    def held(fill: Callable[[Tensor], Tensor]) -> Result:
+        samples = list(subject.samples)
+        samples[chosen] = samples[chosen]._replace(tensors=[fill(x) for x in samples[chosen].tensors])
+        return evaluate(subject.of(samples))
+
+    found, expected = held(partial(nans_of, bits)), held(lambda x: torch.full_like(x, torch.nan))
+    for got, right in zip([*found.of_samples, *found.shared], [*expected.of_samples, *expected.shared], strict=True):
+        assert torch.equal(got.isnan(), right.isnan()), f"{int(got.isnan().sum())} NaNs instead of {int(right.isnan().sum())}"
+
+
+def nans_of(bits: str, x: Tensor) -> Tensor:
+    size = x.dtype.itemsize
+    infinity = torch.tensor(torch.inf, dtype=x.dtype).view(torch_int(size)).item()
+    word = {"ones": -1, "positive": 2 ** (8 * size - 1) - 1, "signalling": infinity + 1}[bits]
+    return torch.full(x.shape, word, dtype=torch_int(size)).view(x.dtype)
+
+
+def torch_int(size: int) -> torch.dtype:
+    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+
+
 def threaded(data: st.DataObject, subject: Subject) -> None:
     """1, 2 and 3 threads give the same bits; gradients that plain torch computes may differ by roundings."""
     results = []
@@ -201,7 +228,9 @@ def strided(data: st.DataObject, subject: Subject) -> None:
 
 
 Check = Callable[[st.DataObject, Subject], None]
-PROPERTIES: dict[str, Check] = {f.__name__: f for f in (accuracy, packed, permuted, slack, blank, poisoned, threaded, strided)}
+PROPERTIES: dict[str, Check] = {
+    f.__name__: f for f in (accuracy, packed, permuted, slack, blank, poisoned, nans, threaded, strided)
+}
 SETTINGS = settings(
     database=None, deadline=None, print_blob=True, phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck)
 )
@@ -218,7 +247,7 @@ class Pair(NamedTuple):
 
 
 def pairs(backend: str) -> list[Pair]:
-    """All that hold for an op that the backend has. Of threads only our own kernels promise something, and torch's products nothing."""
+    """All that hold for an op that the backend has. Of threads our own kernels promise something, torch's products nothing."""
     able = {name: op for name, op in OPS.items() if dtypes_of(op.function, backend)}
     checks = [name for name in PROPERTIES if name != "threaded" or backend == "cpu"]
     return [Pair(name, check) for name, op in able.items() for check in checks if check not in op.without]

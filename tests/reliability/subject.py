@@ -91,11 +91,15 @@ class Subject:
 
 
 class Op(NamedTuple):
-    """How its batches are drawn, the backend function that says in which dtypes it runs, and properties that it has not."""
+    """How its batches are drawn, the backend function that says in which dtypes it runs, and properties that it has not.
+
+    inference: it has no gradients.
+    """
 
     draw: Callable[[Any], SearchStrategy[Subject]]
     function: str
     without: tuple[str, ...] = ()
+    inference: bool = False
 
 
 class Result(NamedTuple):
