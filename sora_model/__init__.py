@@ -22,6 +22,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .missing import not_installed
+
 if TYPE_CHECKING:
     from .model.config import DiTConfig as DiTConfig
     from .model.dit import DiT as DiT
@@ -59,7 +61,13 @@ __all__ = sorted(_HOME_OF)
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    try:
+        module = importlib.import_module(f".{_HOME_OF[name]}", __name__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sora_"):
+            raise
+        raise ModuleNotFoundError(not_installed(error.name, f"sora_model.{name} needs"), name=error.name) from error
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -14,7 +14,7 @@ try:
 except ModuleNotFoundError as error:  # without the extra, in which typer and rich come
     if (error.name or "").startswith("sora_"):
         raise
-    from .missing import app_without
+    from ..missing import app_without
 
     app = app_without(error.name)  # type: ignore[assignment]
 

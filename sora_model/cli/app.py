@@ -20,8 +20,8 @@ import typer
 from rich.console import Console
 from typer.models import ArgumentInfo
 
+from ..missing import not_installed
 from ..sizes import Size
-from .missing import not_installed
 
 if TYPE_CHECKING:
     import torch
