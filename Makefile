@@ -95,3 +95,12 @@ bench-gate: $(READY)
 
 clean:
 	rm -rf build outputs *.egg-info sora_kernels/*.so
+
+# The tests under the lowest versions of pyproject.toml (FLOORS keeps them for the next time), and those of the sdist.
+FLOORS := build/floors
+.PHONY: floors sdist-test
+floors: $(READY)
+	$(BIN)/python -m tests.reliability.floors $(FLOORS)
+
+sdist-test: $(READY)
+	$(BIN)/python -m tests.reliability.sdist

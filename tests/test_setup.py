@@ -1,14 +1,14 @@
 """What the build says of the CUDA toolkit that it finds."""
 
 import os
-import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pybind11
 import pytest
+
+from tests.reliability import sdist
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,16 +105,10 @@ def test_an_editable_install_compiles_for_later_builds(tmp_path):
 
 def test_an_sdist_has_what_the_tests_need(tmp_path):
     """Helpers and fixtures among them, which no pattern of names of tests finds."""
-    command = ("setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "--formats=tar", "--dist-dir", str(tmp_path))
-    done = build(tmp_path, command=command, SORA_KERNELS_CUDA="0")
-    assert done.returncode == 0, done.stderr
-    (archive,) = tmp_path.glob("*.tar")
-    with tarfile.open(archive) as tar:
-        packed = {name.partition("/")[2] for name in tar.getnames()}
+    packed = sdist.packed(sdist.made(tmp_path))
     assert {"Makefile", "constraints.txt", "examples/dit_step.py", "tests/conftest.py", "tests/simt/build.py"} <= packed
-    git = ("git", "ls-files", "-z")
-    listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    if listed is None or listed.returncode or not (ROOT / ".git").exists():
+    tracked = sdist.tracked()
+    if tracked is None:
         pytest.skip("only git knows what belongs to the repository")
-    missing = [name for name in listed.stdout.split("\0") if name and name not in packed and (ROOT / name).is_file()]
-    assert set(missing) <= {".ci/run", ".gitignore"}
+    assert set(tracked) > sdist.LEFT_OUT
+    assert set(tracked) - packed == sdist.LEFT_OUT
