@@ -23,6 +23,7 @@ import threading
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple, TypeVar
 
@@ -112,7 +113,7 @@ class Selected(NamedTuple):
         return cls(backend, getattr(module, function), getattr(module, "refuses", None), unwanted)
 
 
-@functools.cache
+@functools.lru_cache(1024)  # a width may be that of a video, of which there are ever new ones
 def _select(
     function: str, on: torch.device, dtype: torch.dtype, width: int, forced: str | None, preferred: str
 ) -> tuple[Selected, ...]:
@@ -172,11 +173,27 @@ class _Here(threading.local):
     forced: str | None = None
 
 
+@dataclass(eq=False)
+class _Use:
+    """A `use_backend` that is open."""
+
+    name: str
+    thread: int = field(default_factory=threading.get_ident)
+
+
+@dataclass(eq=False)
+class _Record:
+    """A `record` that is open."""
+
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    thread: int = field(default_factory=threading.get_ident)
+
+
 _here = _Here()
 _lock = threading.Lock()
-_forced: str | None = None  # the last of _uses, or else the environment's
-_uses: list[list[str]] = []  # a list of one name per `use_backend` that is open, in any thread
-_records: list[list[tuple[str, str]]] = []
+_forced: str | None = None  # that of the last of _uses, or else the environment's
+_uses: list[_Use] = []  # in any thread
+_records: list[_Record] = []
 _preferred = "default"
 
 
@@ -205,7 +222,7 @@ def call(function: str, like: Tensor, /, **arguments: object) -> None:
     for name in unwanted:
         del arguments[name]
     for record_ in list(_records):
-        record_.append((function, backend))
+        record_.calls.append((function, backend))
     if backend == "reference":
         with without_autocast(like.device.type):
             run(**arguments)
@@ -226,28 +243,39 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: at once if the name is unknown; at the call if that backend cannot run it.
     """
     check_choice("use_backend", "name", name, tuple(BACKENDS))
-    use = [name]
+    use = _Use(name)
     _update_uses(_uses.append, use)
     try:
         yield
     finally:
-        _update_uses(_remove_use, use)
+        _update_uses(partial(_close, _uses), use)
 
 
-def _update_uses(change: Callable[[list[str]], None], use: list[str]) -> None:
+def _update_uses(change: Callable[[_Use], None], use: _Use) -> None:
     global _forced
     with _lock:
         change(use)
-        _forced = _uses[-1][0] if _uses else _from_environment()
+        _forced = _uses[-1].name if _uses else _from_environment()
 
 
-def _remove_use(use: list[str]) -> None:
-    _remove(_uses, use)
+def _close(items: list, item: object) -> None:
+    """Removes it, unless a fork did."""
+    if item in items:
+        items.remove(item)
 
 
-def _remove(items: list, item: object) -> None:
-    """Removes the very object: lists that are equal are others."""
-    del items[next(i for i, other in enumerate(items) if other is item)]
+def _after_fork() -> None:
+    """Forgets what other threads had open: a forked process has only the one that forked, and nobody would close theirs."""
+    global _lock, _forced
+    _lock = threading.Lock()  # another thread may have held it
+    here = threading.get_ident()
+    _uses[:] = [use for use in _uses if use.thread == here]
+    _records[:] = [record_ for record_ in _records if record_.thread == here]
+    _forced = _uses[-1].name if _uses else _from_environment()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:
@@ -305,13 +333,12 @@ def record() -> Iterator[list[tuple[str, str]]]:
     >>> calls
     [('rope_3d', 'cpu')]
     """
-    calls: list[tuple[str, str]] = []
-    _records.append(calls)
+    opened = _Record()
+    _records.append(opened)
     try:
-        yield calls
+        yield opened.calls
     finally:
-        with _lock:
-            _remove(_records, calls)
+        _close(_records, opened)
 
 
 def _from_environment() -> str | None:

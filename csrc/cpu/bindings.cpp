@@ -29,6 +29,7 @@
 #include "../bindings/patchify.h"
 #include "../bindings/rope.h"
 #include "../bindings/spatiotemporal_attention.h"
+#include "fork.h"
 #include "kernels.h"
 #include "memory.h"
 
@@ -140,6 +141,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of sora_kernels, writing into outputs the caller allocated.";
   this_module = {"sora_kernels._cpu", true, dlpack::kCpu};
   const Kernels* kernels = choose();
+  survive_forks();
   m.def("isa", [=] { return std::string(kernels->name); }, "The instruction-set tier in use.");
   m.def(
       "isa_tiers",

@@ -98,6 +98,10 @@ class Pool {
     return cached_;
   }
 
+  // Nothing changes between these two, in whatever thread.
+  void hold() { mutex_.lock(); }
+  void release() { mutex_.unlock(); }
+
  private:
   void use(size_t bytes) {
     used_ += bytes;
