@@ -6,7 +6,8 @@ Environment:
     CXX                        the C++ compiler
     MAX_JOBS                   limits parallel compilations
     SORA_KERNELS_CUDA          1 demands `_cuda`, 0 leaves it out; by default it is built if an nvcc is found
-    SORA_KERNELS_SANITIZE      1 builds `_cpu` with AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize`
+    SORA_KERNELS_SANITIZE      1 or address builds `_cpu` with AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize`;
+                               thread builds it with ThreadSanitizer, for `make races`
     SORA_KERNELS_CUDA_ARCHS    GPU architectures such as "80;90a"; by default those of the GPUs present, or else 80;90a
     CUDA_HOME, CUDA_PATH       where the CUDA toolkit is; by default that of the nvcc on the PATH, or else /usr/local/cuda
 """
@@ -31,8 +32,10 @@ CPU, CUDA = ROOT / "csrc" / "cpu", ROOT / "csrc" / "cuda"
 
 # No -ffast-math: its start-up code would change the float mode of the whole process, and NaNs must stay NaNs.
 CPU_FLAGS = "-std=c++17 -O3 -g0 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
-# What the sanitizers report ends the process. Lines in reports, and no more time than needed: vptr would look into pybind11.
-SANITIZE_FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"
+# Lines in reports, and no more time than needed: vptr would look into pybind11. What `address` reports ends the process.
+_REPORTED = "-O1 -g1 -fno-omit-frame-pointer"
+_ADDRESS = f"{_REPORTED} -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"
+SANITIZE_FLAGS = {"1": _ADDRESS, "address": _ADDRESS, "thread": f"{_REPORTED} -fsanitize=thread"}
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
 
 # Each tier compiles the same sources: name, vector width in bytes, flags, sources. bindings.cpp picks one at import.
@@ -99,10 +102,11 @@ def cpu_graph(output: Path, objects: Path) -> Graph:
     """Module _cpu: bindings once, every kernel source once per tier."""
     cxx = os.environ.get("CXX", "c++")
     sanitize = os.environ.get("SORA_KERNELS_SANITIZE", "")
-    if sanitize not in ("", "0", "1"):
-        sys.exit(f"SORA_KERNELS_SANITIZE: expected 0 or 1, got {sanitize!r}")
-    extra, link = (f" {SANITIZE_FLAGS}", SANITIZE_FLAGS) if sanitize == "1" else ("", "-s")
-    graph = Graph(output, objects, f"{cxx} {CPU_FLAGS}{extra}", f"{cxx} -shared -fopenmp {link}")
+    if sanitize not in ("", "0", *SANITIZE_FLAGS):
+        sys.exit(f"SORA_KERNELS_SANITIZE: expected one of 0, {', '.join(SANITIZE_FLAGS)}, got {sanitize!r}")
+    extra = SANITIZE_FLAGS.get(sanitize, "")
+    link = extra or "-s"
+    graph = Graph(output, objects, f"{cxx} {CPU_FLAGS} {extra}", f"{cxx} -shared -fopenmp {link}")
     for tier, width, flags, kernels in reversed(TIERS):
         for kernel in kernels:
             graph.add(CPU / f"{kernel}.cpp", f"{kernel}.{tier}", f"-DSORA_TIER={tier} -DSORA_VECTOR_BYTES={width} {flags}")
