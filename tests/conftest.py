@@ -105,15 +105,8 @@ def target32(request: pytest.FixtureRequest) -> Iterator[Target]:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> Path:
     """A checkpoint of a pipeline that is trained in no time."""
-    from sora_model import SoraPipeline
-    from sora_model.model.config import DiTConfig  # not where only kernels are tested
-    from sora_model.model.dit import DiT
-    from sora_model.text.words import WordEncoder
+    from small_pipeline import small_pipeline  # not where only kernels are tested
 
-    torch.manual_seed(0)
-    text = WordEncoder(dim=16, num_heads=2, buckets=32)
-    base = SoraPipeline.from_preset("tiny", patch=(1, 8, 8), text_encoder=text)
-    config = {**base.dit.config.to_dict(), "depth": 1, "hidden_size": 32, "num_heads": 2}
     folder = tmp_path_factory.mktemp("small") / "pipeline"
-    base.replaced(dit=DiT(DiTConfig.from_dict(config)), size=(2, 16, 16)).save_pretrained(folder)
+    small_pipeline().save_pretrained(folder)
     return folder

@@ -1,0 +1,74 @@
+"""A share of `python -m tests.reliability.soak`, and that it finds what it looks for."""
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from reliability import random_works, soak, together
+from reliability.resources import MOST_DRIFT, Usage, drift, drifted, usage
+
+from sora_kernels import backends
+
+
+@pytest.fixture(scope="module")
+def known() -> together.Known:
+    return together.Known(0)
+
+
+def test_steps_repeat_and_leave_nothing(tmp_path: Path) -> None:
+    """A save, a resume, and the probe on both sides of it."""
+    probe, before = random_works.Probe(), None
+    with mock.patch.object(soak, "ROUND", 12):
+        for step in soak.training(tmp_path / "run", seed=0):
+            assert soak.run_ops(0, step) == []
+            if step in (6, 18):
+                now = usage()
+                assert before is None or (now.files, now.threads) == (before.files, before.threads)
+                before = now
+            if step == 18:
+                break
+    assert probe.wrong() == []
+
+
+def test_threads_at_once_get_the_bits_of_one(known: together.Known) -> None:
+    with together.several_threads(), together.Callers(known, "test") as callers:
+        together.time.sleep(2)
+    assert callers.calls > 0
+    assert callers.failures == []
+
+
+def test_children_of_such_a_process_get_them_too(known: together.Known) -> None:
+    with together.several_threads(), together.Callers(known, "test") as callers:
+        assert together.forked(known, "child") is None
+    assert callers.failures == []
+
+
+def test_other_bits_are_found(known: together.Known) -> None:
+    """One bit of one result in a kernel that is called a second time."""
+    call = backends.call
+
+    def off(function: str, like: torch.Tensor, /, **arguments: object) -> None:
+        call(function, like, **arguments)
+        if function == "rope_3d":
+            out = arguments["out"]
+            out.view(-1)[0] = out.view(-1)[0] * 1.01 + 0.1
+
+    probe = random_works.Probe()
+    with mock.patch.object(backends, "call", off):
+        wrong = probe.wrong()
+    assert wrong
+    assert all(line.startswith("probe: rope_3d") for line in wrong)
+
+
+def test_a_leak_is_found() -> None:
+    kept, used = [], []
+    for _ in range(10):
+        kept.append(torch.ones(1 << 20))
+        used.append(usage())
+    assert drift([x.resident for x in used]).slope > MOST_DRIFT
+    assert any("leak: resident drifts" in line for line in drifted("leak", used, "resident"))
+    assert any("leak: held drifts" in line for line in drifted("leak", used, "held"))
+    flat = [Usage(500 << 20, 400 << 20, 200 << 20, 8, 3)] * 30
+    assert drifted("flat", flat, "resident") == []
+    assert drifted("a file", [*flat, *(x._replace(files=9) for x in flat)], "resident")[0].startswith("a file: files drifts")
