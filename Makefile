@@ -2,6 +2,8 @@
 # make test    environment, ruff, mypy, clang-format, tests
 # make sanitize  the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer: their tests, and random bad calls
 # make property  10,000 random batches, for what every op promises of them
+# make races     the CPU kernels with ThreadSanitizer: every op, by many threads; make soak, training and kernels for ten minutes
+# make huge      every op on more than 2**31 elements: 20 GiB
 # make bench   the benchmarks; make bench-report also writes their table and plot to docs/benchmarks, make bench-gate fails if a
 #              ratio has fallen since
 PYTHON ?= python3
@@ -13,6 +15,7 @@ CSRC := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu
 # make checkpoint   the checkpoint that comes with the package, from nothing: VAE, transformer with its text encoder, captioner
 # make gallery      contact sheets of every task in docs/gallery; make eval, the figures in docs/eval.json
 .PHONY: demo test lint format sanitize property bench bench-report bench-gate checkpoint gallery eval clean
+.PHONY: demo test lint format sanitize races soak huge bench bench-report bench-gate checkpoint gallery eval clean
 
 # Reinstalled when what it is made from changes; ninja recompiles only what has to be.
 $(READY): pyproject.toml setup.py constraints.txt $(CSRC)
@@ -53,9 +56,10 @@ TIERS = $(shell $(BIN)/python -c 'import torch; from sora_kernels import _cpu; p
 SANITIZER_OPTIONS = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1
 
+SANITIZED_FILES = git ls-files -z csrc sora_kernels sora_model tests benchmarks docs setup.py pyproject.toml README.md
 sanitize: $(READY)
 	mkdir -p $(SANITIZED)
-	git ls-files -z csrc sora_kernels tests benchmarks docs setup.py pyproject.toml README.md | xargs -0 cp -p --parents -t $(SANITIZED)
+	$(SANITIZED_FILES) | xargs -0 cp -p --parents -t $(SANITIZED)
 	cd $(SANITIZED) && SORA_KERNELS_CUDA=0 SORA_KERNELS_SANITIZE=1 $(abspath $(BIN))/python setup.py build_ext --inplace
 	set -e; cd $(SANITIZED); export $(SANITIZER_OPTIONS); for tier in $(TIERS); do export SORA_KERNELS_ISA=$$tier; echo $$tier; \
 	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m 'not emulated' -k 'not compiled and not limit and not scratch and not failed' $(SANITIZED_TESTS); \
@@ -63,6 +67,20 @@ sanitize: $(READY)
 
 property: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.properties 10000
+
+# Debian: apt-get install libomp-19-dev. See tests/reliability/races.py.
+RACES := build/races
+races: $(READY)
+	mkdir -p $(RACES)
+	$(SANITIZED_FILES) | xargs -0 cp -p --parents -t $(RACES)
+	cd $(RACES) && SORA_KERNELS_CUDA=0 SORA_KERNELS_SANITIZE=thread $(abspath $(BIN))/python setup.py build_ext --inplace
+	cd $(RACES) && $(abspath $(BIN))/python -m tests.reliability.races 20
+
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.soak 600
+
+huge: $(READY)
+	$(BIN)/python -m tests.reliability.huge $$((1 << 31))
 
 checkpoint: $(READY)
 	$(BIN)/sora train-vae outputs/vae --minutes 40
