@@ -92,7 +92,7 @@ def flash_attn_qkvpacked_func(
     q, k, v = qkv.unbind(2)
     return attend(
         op, q, k, v, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        return_attn_probs,
+        return_attn_probs, AttentionNames(q="qkv", k="qkv", v="qkv"),
     )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def flash_attn_kvpacked_func(
     k, v = kv.unbind(2)
     return attend(
         op, q, k, v, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        return_attn_probs,
+        return_attn_probs, AttentionNames(k="kv", v="kv"),
     )  # fmt: skip
 
 
@@ -192,7 +192,8 @@ def flash_attn_varlen_qkvpacked_func(
     q, k, v = qkv.unbind(1)
     return attend(
         op, q, k, v, (cu_seqlens, cu_seqlens), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        return_attn_probs, AttentionNames(cu_q="cu_seqlens", cu_k="cu_seqlens"), longest=Longest.of(max_seqlen, max_seqlen),
+        return_attn_probs, AttentionNames(q="qkv", k="qkv", v="qkv", cu_q="cu_seqlens", cu_k="cu_seqlens"),
+        longest=Longest.of(max_seqlen, max_seqlen),
     )  # fmt: skip
 
 
@@ -218,5 +219,5 @@ def flash_attn_varlen_kvpacked_func(
     k, v = kv.unbind(1)
     return attend(
         op, q, k, v, (cu_seqlens_q, cu_seqlens_k), dropout_p, softmax_scale, causal, window_size, softcap,
-        alibi_slopes, return_attn_probs, longest=Longest.of(max_seqlen_q, max_seqlen_k),
+        alibi_slopes, return_attn_probs, AttentionNames(k="kv", v="kv"), longest=Longest.of(max_seqlen_q, max_seqlen_k),
     )  # fmt: skip

@@ -1,5 +1,5 @@
 // Checks of a call's tensors, of every compiled module. The story files have validated every argument; this keeps a wrong call from
-// touching memory that is not there. define.h checks what holds for all tensors, the files of the ops what their kernels rely on.
+// touching memory that is not there. call.h checks what holds for all tensors, the files of the ops what their kernels rely on.
 #pragma once
 
 #include <algorithm>

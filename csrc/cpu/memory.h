@@ -132,7 +132,8 @@ inline pybind11::object empty(pybind11::object like, const std::vector<int64_t>&
   const auto shape = [&] { return listed(sizes.data(), sizes.data() + sizes.size()); };
   const dlpack::ExchangeApi* api = dlpack::exchange_api(Py_TYPE(like.ptr()));
   dlpack::Tensor view;
-  if (api == nullptr || api->tensor_from_object(like.ptr(), &view) != 0 || view.device.type != dlpack::kCpu) {
+  if (api == nullptr || api->managed_to_object == nullptr || api->tensor_from_object(like.ptr(), &view) != 0 ||
+      view.device.type != dlpack::kCpu) {
     PyErr_Clear();
     throw pybind11::type_error(message("like: expected a dense torch.Tensor on the CPU"));
   }

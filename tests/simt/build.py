@@ -27,6 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sora_kernels.signatures import SIGNATURES, Signature
@@ -122,8 +123,10 @@ def load() -> ModuleType:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
+    """Those that have memory here. Others are for the bindings to refuse."""
     if isinstance(value, Tensor):
-        yield value
+        if value.layout is torch.strided and value.is_cpu and value.data_ptr():
+            yield value
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors(item)
@@ -164,6 +167,7 @@ class Watched:
 
     @staticmethod
     def describe(x: Tensor) -> tuple:
+        x = x[tuple(slice(0, 1 if stride == 0 else None) for stride in x.stride())]  # one element again and again: huge axes, too
         numbers = ctypes.c_int64 * x.ndim
         return ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.element_size()), x.ndim, numbers(*x.shape), numbers(*x.stride())
 
