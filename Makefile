@@ -1,9 +1,12 @@
 # make demo    everything from nothing: environment, install, build, videos
 # make test    environment, ruff, mypy, clang-format, tests
-# make sanitize  the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer: their tests, and random bad calls
-# make property  10,000 random batches, for what every op promises of them
-# make races     the CPU kernels with ThreadSanitizer: every op, by many threads; make soak, training and kernels for ten minutes
-# make huge      every op on more than 2**31 elements: 20 GiB
+# make reliability  everything that attacks the packages, and what it found as docs/reliability.md; its parts:
+#   make property   10,000 random batches, for what every op promises of them
+#   make fuzz       the CPU kernels under AddressSanitizer: bad calls of every compiled entry and public function; damaged files
+#   make crashes    saves that are interrupted at every system call
+#   make races      the CPU kernels under ThreadSanitizer; make soak, training and kernels for long; make huge, huge tensors: 20 GiB
+#   make floors     the lowest versions; make sdist-test, the source distribution
+# make sanitize  the tests of the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench   the benchmarks; make bench-report also writes their table and plot to docs/benchmarks, make bench-gate fails if a
 #              ratio has fallen since
 PYTHON ?= python3
@@ -14,8 +17,8 @@ CSRC := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu
 
 # make checkpoint   the checkpoint that comes with the package, from nothing: VAE, transformer with its text encoder, captioner
 # make gallery      contact sheets of every task in docs/gallery; make eval, the figures in docs/eval.json
-.PHONY: demo test lint format sanitize property bench bench-report bench-gate checkpoint gallery eval clean
-.PHONY: demo test lint format sanitize races soak huge bench bench-report bench-gate checkpoint gallery eval clean
+.PHONY: demo test lint format sanitized sanitize bench bench-report bench-gate checkpoint gallery eval clean
+.PHONY: reliability property fuzz crashes races soak huge floors sdist-test
 
 # Reinstalled when what it is made from changes; ninja recompiles only what has to be.
 $(READY): pyproject.toml setup.py constraints.txt $(CSRC)
@@ -54,16 +57,30 @@ SANITIZED_TESTS := $(addprefix tests/test_,attention.py spatiotemporal_attention
   patch_embed.py patchify.py attention_edges.py memory.py bad_calls.py)
 TIERS = $(shell $(BIN)/python -c 'import torch; from sora_kernels import _cpu; print(*(name for name, has in _cpu.isa_tiers() if has))')
 SANITIZER_OPTIONS = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:abort_on_error=1:$(ASAN_LIMITS) UBSAN_OPTIONS=print_stacktrace=1
 
 SANITIZED_FILES = git ls-files -z csrc sora_kernels sora_model tests benchmarks docs setup.py pyproject.toml README.md
-sanitize: $(READY)
+sanitized: $(READY)
 	mkdir -p $(SANITIZED)
 	$(SANITIZED_FILES) | xargs -0 cp -p --parents -t $(SANITIZED)
 	cd $(SANITIZED) && SORA_KERNELS_CUDA=0 SORA_KERNELS_SANITIZE=1 $(abspath $(BIN))/python setup.py build_ext --inplace
+
+sanitize: sanitized
 	set -e; cd $(SANITIZED); export $(SANITIZER_OPTIONS); for tier in $(TIERS); do export SORA_KERNELS_ISA=$$tier; echo $$tier; \
-	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m 'not emulated' -k 'not compiled and not limit and not scratch and not failed' $(SANITIZED_TESTS); \
-	  $(abspath $(BIN))/python -m tests.bad_calls 5000; done
+	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m 'not emulated' -k 'not compiled and not limit and not scratch and not failed' $(SANITIZED_TESTS); done
+
+# Checks of tests/reliability, and their counts, that run on the sanitized kernels. Those of compiled entries run on every tier;
+# those of CUDA's under the harness of tests/simt, and the fuzzer with the sanitizers of clang. All run, whichever fails.
+FUZZED := calls=500
+fuzz: ASAN_LIMITS = max_allocation_size_mb=4096:quarantine_size_mb=64
+fuzz: sanitized
+	cd $(SANITIZED); export $(SANITIZER_OPTIONS); status=0; \
+	for tier in $(TIERS); do SORA_KERNELS_ISA=$$tier $(abspath $(BIN))/python -m tests.reliability.entries 500 || status=1; done; \
+	for check in $(FUZZED); do $(abspath $(BIN))/python -m tests.reliability.$${check%=*} $${check#*=} || status=1; done; \
+	unset LD_PRELOAD; cd $(CURDIR); \
+	$(BIN)/python -m tests.reliability.entries 500 --module _cuda || status=1; \
+	$(BIN)/python -m tests.reliability.dlpack 300 || status=1; \
+	exit $$status
 
 property: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.properties 10000
@@ -81,6 +98,11 @@ soak: $(READY)
 
 huge: $(READY)
 	$(BIN)/python -m tests.reliability.huge $$((1 << 31))
+
+# Takes hours. TARGETS="soak races" runs these alone, and leaves the page's other rows as they are.
+TARGETS :=
+reliability: $(READY)
+	$(BIN)/python -m tests.reliability $(TARGETS)
 
 checkpoint: $(READY)
 	$(BIN)/sora train-vae outputs/vae --minutes 40

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from reliability.foreign_tensors import Hollow, Later, NoCapsule, Pretender, Renamed, described
+from reliability.outcome import outcomes
 from torch import Tensor
 
 from sora_kernels import backends
@@ -27,11 +29,11 @@ def cpu():
 
 
 def test_random_bad_calls_are_refused_or_served():
-    """In a process of its own, as one crash would end all tests; each call is told apart by its number."""
-    command = [sys.executable, "-m", "tests.bad_calls", "500", "--seed", "1", "--show"]
+    command = [sys.executable, "-m", "tests.reliability.entries", "15", "--seed", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    assert "500 calls: " in done.stdout
+    (outcome,) = outcomes(done.stdout)
+    assert outcome.cases >= 500
 
 
 def huge(*shape: int) -> Tensor:
@@ -282,3 +284,42 @@ def test_what_is_missing_is_named(cpu):
         cpu.bias_gelu_forward(x, None, None)
     with pytest.raises(ValueError, match="multiply_adds: expected items below"):
         cpu.multiply_adds(1, float("nan"))
+
+
+@pytest.mark.parametrize("kind", [Hollow, Later, NoCapsule, Pretender, Renamed])
+def test_tables_that_are_none(cpu, kind):
+    """Of a type that says that its tensors can be had, and cannot give them."""
+    x = torch.randn(16, 8)
+    other = kind(x.numpy(), None)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        cpu.bias_gelu_forward(other, None, torch.empty_like(x))
+    with pytest.raises(TypeError, match="empty: like: expected a dense"):
+        cpu.empty(other, [2])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("sizes", None), ("ndim", -1), ("ndim", 0), ("ndim", 7), ("bits", 0), ("lanes", 0), ("lanes", 65535)],
+)
+def test_descriptions_of_no_tensor(cpu, field, value):
+    x = torch.randn(16, 8)
+    other = described(x)
+    setattr(other.view, field, value)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        cpu.bias_gelu_forward(other, None, torch.empty_like(x))
+
+
+def test_tensors_of_another_library(cpu):
+    x, out, expected = torch.randn(16, 8), torch.empty(16, 8), torch.empty(16, 8)
+    cpu.bias_gelu_forward(x, None, expected)
+    for strides in (True, False):
+        other = described(x)
+        other.view.strides = other.view.strides if strides else None
+        cpu.bias_gelu_forward(other, None, out)
+        assert torch.equal(out, expected)
+    with pytest.raises(TypeError, match="empty: like: expected a dense"):
+        cpu.empty(described(x), [2])
+    other = described(x)
+    other.view.byte_offset = 2**64 - 64 - other.view.data
+    with pytest.raises(ValueError, match=r"bias_gelu_forward: x: expected memory below 2\*\*64"):
+        cpu.bias_gelu_forward(other, None, out)

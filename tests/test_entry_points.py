@@ -3,9 +3,10 @@
 import re
 from typing import Any
 
-import bad_calls
 import pytest
 import torch
+from reliability import entries
+from reliability.mutations import copied
 from torch import Tensor
 
 from sora_kernels import backends
@@ -20,7 +21,7 @@ def cpu() -> Any:
 def recorded(cpu) -> dict[str, list[tuple]]:
     """Arguments of every entry, whose outputs are filled."""
     torch.manual_seed(0)
-    calls = bad_calls.recorded()
+    calls = entries.recorded()
     return {name: calls[name] for name in cpu.signatures}
 
 
@@ -57,7 +58,7 @@ def test_keywords_in_any_order(cpu, recorded):
     for op, calls in recorded.items():
         arguments = names(cpu.signatures[op])
         for args in calls:
-            keywords = {name: bad_calls.copied(value) for (name, _, _), value in zip(arguments, args, strict=True)}
+            keywords = {name: copied(value) for (name, _, _), value in zip(arguments, args, strict=True)}
             for name, _, is_output in arguments:
                 for x in flat(keywords[name]) if is_output else ():
                     x.fill_(torch.nan)
@@ -70,7 +71,7 @@ def test_keywords_in_any_order(cpu, recorded):
 def test_none_is_taken_only_where_a_signature_says_so(cpu, recorded):
     for op, calls in recorded.items():
         arguments = names(cpu.signatures[op])
-        keywords = {name: bad_calls.copied(value) for (name, _, _), value in zip(arguments, calls[0], strict=True)}
+        keywords = {name: copied(value) for (name, _, _), value in zip(arguments, calls[0], strict=True)}
         for name, optional, _ in arguments:
             if optional:
                 continue

@@ -5,9 +5,9 @@ import re
 from typing import Any
 from unittest import mock
 
-import bad_calls
 import pytest
 import torch
+from reliability import entries
 from tolerance import WITHOUT_CPU_KERNEL
 from torch import Tensor
 
@@ -58,6 +58,6 @@ def test_ops_pass_what_is_declared() -> None:
         call(function, like, **arguments)
 
     with mock.patch.object(backends, "call", checked):
-        bad_calls.workload(torch.float32)
+        entries.workload(torch.float32)
         int8_attention(*torch.randn(3, 1, 4, 1, 8))  # which a backend that is forced to be the CPU's lacks
     assert seen == set(SIGNATURES)

@@ -47,3 +47,10 @@ def test_what_is_right_is_taken(name: str) -> None:
 def test_what_is_wrong_is_named(name: str, argument: str, kind: str) -> None:
     with pytest.raises((TypeError, ValueError), match=rf"^{name}: \S*{argument}\S*: expected .+, got .+"):
         call(name, {**right(name), argument: wrong_values()[kind]})
+
+
+@pytest.mark.parametrize("name", ["flash_attn_kvpacked_func", "flash_attn_varlen_kvpacked_func"])
+def test_what_a_packed_projection_holds_is_named_after_it(name: str) -> None:
+    arguments = right(name)
+    with pytest.raises(TypeError, match=rf"^{name}: kv: expected dtype float32, got float64"):
+        call(name, {**arguments, "kv": arguments["kv"].double()})

@@ -13,6 +13,7 @@ import os
 import resource
 import select
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -69,7 +70,7 @@ def measured(call: Callable[[], str | None]) -> tuple[str | None, float, int]:
 
 def work(numbers: Sequence[int], prepare: Callable[[int], Case], pipe: int) -> None:
     """The child: lines of [number, text] before and [number, wrong, seconds, memory] behind each case."""
-    faulthandler.enable()
+    faulthandler.enable(sys.__stderr__)
     mapped = memory_line("VmSize")
     if mapped < SANITIZED:
         resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESSES, mapped + ADDRESSES))

@@ -163,12 +163,12 @@ class Call(NamedTuple):
     args: list
 
 
-def mutated(calls: dict[str, list[tuple]], seed: int, index: int) -> Call:
-    """Call `index` of a seed."""
+def mutated(calls: dict[str, list[tuple]], seed: int, index: int, foreign: bool = True) -> Call:
+    """Call `index` of a seed; with tensors of another library, whose memory the harness of _cuda does not know, if `foreign`."""
     chance = random.Random(f"{seed} {index}")
     name = list(calls)[index % len(calls)]
     args = [copied(value) for value in chance.choice(calls[name])]
-    mutate = Mutation(chance, tensors_in(args))
+    mutate = Mutation(chance, tensors_in(args), foreign)
     if not args:
         return Call(name, [mutate(1)] if chance.random() < 0.5 else [])
     changed = chance.sample(range(len(args)), min(len(args), chance.randint(1, 3)))
@@ -220,7 +220,7 @@ def main() -> int:
     calls = recorded_of(module)
 
     def prepare(number: int) -> Case:
-        name, args = mutated(calls, options.seed, number)
+        name, args = mutated(calls, options.seed, number, options.module == "_cpu")
         text = f"{name}({', '.join(map(described, args))})"
         return Case(text, lambda: failure(getattr(module, name), args))
 

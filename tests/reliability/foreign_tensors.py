@@ -116,25 +116,31 @@ class Pretender(Foreign):
 KINDS = {torch.float32: (2, 32), torch.float64: (2, 64), torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.int32: (0, 32)}
 
 
-def foreign_tensor(chance: random.Random, x: Tensor) -> Any:
-    """x's values in NumPy's memory, described rightly or wrongly; once in a while by a type whose table is none."""
+def described(x: Tensor) -> Foreign:
+    """x's values in NumPy's memory, described rightly. As many sizes and strides as any reader might look at are there."""
     x = x.detach().to("cpu").contiguous()
     array = np.frombuffer(bytearray(x.flatten().view(torch.uint8).numpy().tobytes() or b"\0" * 8), dtype=np.uint8)
-    ndim = x.ndim
-    sizes, strides = (I64 * (ndim + 8))(*x.shape, *[1] * 8), (I64 * (ndim + 8))(*x.stride(), *[1] * 8)
+    sizes, strides = (I64 * (x.ndim + 8))(*x.shape, *[1] * 8), (I64 * (x.ndim + 8))(*x.stride(), *[1] * 8)
     code, bits = KINDS.get(x.dtype, (1, 8 * x.element_size()))
-    view = View(array.ctypes.data, 1, 0, ndim, code, bits, 1, sizes, strides, 0)
+    return Foreign(array, View(array.ctypes.data, 1, 0, x.ndim, code, bits, 1, sizes, strides, 0))
+
+
+def foreign_tensor(chance: random.Random, x: Tensor) -> Any:
+    """x described rightly or wrongly; once in a while by a type whose table is none."""
+    foreign = described(x)
+    view, ndim, shape, stride = foreign.view, x.ndim, x.shape, x.contiguous().stride()
+    assert view is not None
     kind = chance.randrange(14)
     axis = chance.randrange(ndim) if ndim else 0
-    if kind == 1 and ndim and x.shape[axis] > 0:  # the axis backwards, from its last element
-        view.byte_offset = (x.shape[axis] - 1) * x.stride(axis) * x.element_size()
-        strides[axis] = -x.stride(axis)
+    if kind == 1 and ndim and shape[axis] > 0:  # the axis backwards, from its last element
+        view.byte_offset = (shape[axis] - 1) * stride[axis] * x.element_size()
+        view.strides[axis] = -stride[axis]
     elif kind == 2:
         view.ndim = chance.choice((-1, 0, 7, 8))
     elif kind == 3:
-        sizes[axis] = chance.choice((-1, -(2**63), 2**62, 2**63 - 1))
+        view.sizes[axis] = chance.choice((-1, -(2**63), 2**62, 2**63 - 1))
     elif kind == 4:
-        strides[axis] = chance.choice((-1, -(2**63), 2**62, 2**63 - 1))
+        view.strides[axis] = chance.choice((-1, -(2**63), 2**62, 2**63 - 1))
     elif kind == 5:
         view.sizes = None
     elif kind == 6:
@@ -148,7 +154,8 @@ def foreign_tensor(chance: random.Random, x: Tensor) -> Any:
     elif kind == 10:
         view.code = chance.randrange(256)
         view.bits = chance.choice([bits for bits in (8, 16, 32, 64) if bits <= view.bits])
-    foreign: type[Foreign] = Foreign
-    if kind == 11:
-        foreign = chance.choice((Renamed, Later, Hollow, NoCapsule, Pretender))
-    return foreign(array, None if kind == 12 else view)
+    elif kind == 11:
+        return chance.choice((Renamed, Later, Hollow, NoCapsule, Pretender))(foreign.array, view)
+    elif kind == 12:
+        foreign.view = None
+    return foreign

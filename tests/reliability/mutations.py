@@ -76,11 +76,13 @@ def has_memory(x: Tensor) -> bool:
 class Mutation:
     """Changes values of one call.
 
-    tensors: all of the call. others: of an argument, what other calls pass there.
+    Args:
+        tensors: all of the call.
+        foreign: whether tensors may be passed as another library's.
     """
 
-    def __init__(self, chance: random.Random, tensors: list[Tensor]) -> None:
-        self.chance, self.tensors = chance, tensors
+    def __init__(self, chance: random.Random, tensors: list[Tensor], foreign: bool = True) -> None:
+        self.chance, self.tensors, self.is_foreign = chance, tensors, foreign
         self.huge = True  # one axis of a call at most: several would agree and be computed
 
     def __call__(self, value: Any) -> Any:
@@ -101,7 +103,7 @@ class Mutation:
     def other_things(self) -> list[Any]:
         """What is of no type that anything takes."""
         meta, sparse = torch.zeros(3, device="meta"), torch.eye(3).to_sparse()
-        return [None, "no", 3, -1.5, [], object(), meta, sparse, foreign_tensor(self.chance, torch.ones(3, 4))]
+        return [None, "no", 3, -1.5, [], object(), meta, sparse, self.foreign(torch.ones(3, 4))]
 
     def sequence(self, items: list) -> Any:
         i = self.chance.randrange(len(items) + 1)
@@ -212,4 +214,4 @@ class Mutation:
         return self.chance.choice([None, *self.tensors])
 
     def foreign(self, x: Tensor) -> Any:
-        return foreign_tensor(self.chance, x)
+        return foreign_tensor(self.chance, x) if self.is_foreign else x
