@@ -323,3 +323,33 @@ def test_tensors_of_another_library(cpu):
     other.view.byte_offset = 2**64 - 64 - other.view.data
     with pytest.raises(ValueError, match=r"bias_gelu_forward: x: expected memory below 2\*\*64"):
         cpu.bias_gelu_forward(other, None, out)
+
+
+def test_lists_of_keys_that_do_not_match_those_of_queries(cpu):
+    """Each kernel follows its own: dq is of the lists of queries, dk and dv of those of keys, and nothing else is touched."""
+    n, blocks = 32, torch.tensor([0, 16, 32], dtype=torch.int32)
+    q, dout = torch.randn(2, n, 1, 8)
+    samples = torch.tensor([0, 2], dtype=torch.int32)
+    everything = torch.tensor([0, 2, 4], dtype=torch.int32), torch.tensor([0, 1, 0, 1], dtype=torch.int32)
+    first = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, 0], dtype=torch.int32)
+    nothing = torch.zeros(3, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
+    tables = blocks, blocks, samples, samples
+    out, lse, statistics = torch.empty_like(q), torch.empty(1, n), torch.empty(2, 1, n)
+    cpu.block_sparse_attention_forward(q, q, q, *tables, *everything, 16, 16, 1.0, out, lse, statistics)
+
+    def gradients(keys):
+        grads = [torch.full_like(q, torch.nan) for _ in range(3)]
+        cpu.block_sparse_attention_backward(
+            dout, None, q, q, q, out, statistics, *tables, *everything, *keys, 16, 16, 1.0, *grads
+        )  # fmt: skip
+        return grads
+
+    right = gradients(everything)
+    for keys in (first, nothing):
+        dq, dk, dv = gradients(keys)
+        assert torch.equal(dq, right[0])
+        assert not dk.isnan().any()
+        assert not dv.isnan().any()
+        if keys is nothing:
+            assert not dk.any()
+            assert not dv.any()
