@@ -138,7 +138,6 @@ clean:
 
 # The tests under the lowest versions of pyproject.toml (FLOORS keeps them for the next time), and those of the sdist.
 FLOORS := build/floors
-.PHONY: floors sdist-test
 floors: $(READY)
 	$(BIN)/python -m tests.reliability.floors $(FLOORS)
 
