@@ -115,15 +115,15 @@ class Loaded:
 
 
 def command(
-    options: type, name: str | None = None, help: str | None = None, **defaults: Any
+    options: type, name: str | None = None, help: str | None = None, epilog: str | None = None, **defaults: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes a function a command whose options are its arguments and the fields of a dataclass, its last argument.
 
     Typer reads options off a function's signature and has no way to share some among commands, so the function
     that typer sees has a signature of both.
 
-    options: a dataclass like `Call`. name, help: of the command; default: the function's. defaults: other ones for fields of
-    `options`.
+    options: a dataclass like `Call`. name, help: of the command; default: the function's. epilog: below its help. defaults: other
+    ones for fields of `options`.
     """
     shared = {field.name: defaults.pop(field.name, field.default) for field in fields(options) if field.init}
     if defaults:
@@ -147,7 +147,7 @@ def command(
                 function(**values, **{last.name: chosen})
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return app.command(name, help=help)(run)
+        return app.command(name, help=help, epilog=epilog)(run)
 
     return make
 
@@ -170,8 +170,9 @@ class OneLine(logging.Handler):
     """Each warning as one line, which a terminal may wrap but nothing else does."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        errors.print(f"[yellow]{record.levelname.lower()}:[/]", end=" ")
-        errors.print(record.getMessage(), highlight=False, soft_wrap=True, markup=False)
+        with contextlib.suppress(OSError):  # a terminal that is gone is no reason to stop
+            errors.print(f"[yellow]{record.levelname.lower()}:[/]", end=" ")
+            errors.print(record.getMessage(), highlight=False, soft_wrap=True, markup=False)
 
 
 def _show_version(wanted: bool) -> None:
@@ -201,15 +202,15 @@ def one_line_errors(words: Mapping[str, str] | None = None) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("sora_"):
             raise
-        _fail(not_installed(error.name))
+        fail(not_installed(error.name))
     except (ValueError, OSError, FloatingPointError) as error:
         owner = re.match(r"[\w.]+: (\w+): (?=expected )", str(error))
         word = (words or {}).get(owner[1]) if owner else None
-        _fail(f"{word}: {str(error)[owner.end() :]}" if owner and word else str(error))
+        fail(f"{word}: {str(error)[owner.end() :]}" if owner and word else str(error))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _fail(f"not enough memory for videos of this size and number: {(str(error) or 'MemoryError').splitlines()[0]}")
+        fail(f"not enough memory for videos of this size and number: {(str(error) or 'MemoryError').splitlines()[0]}")
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -217,11 +218,13 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
 
 
-def _fail(line: str) -> NoReturn:
-    errors.print("[bold red]error:[/]", end=" ")
+def fail(line: str, status: int = 2) -> NoReturn:
+    """Ends the command with an error of one line."""
     line = re.sub(r"\s*\n\s*", " ", line.strip())  # libraries have errors of several
-    errors.print(line, highlight=False, soft_wrap=True, markup=False)
-    raise typer.Exit(2) from None
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        errors.print("[bold red]error:[/]", end=" ")
+        errors.print(line, highlight=False, soft_wrap=True, markup=False)
+    raise typer.Exit(status) from None
 
 
 @contextlib.contextmanager

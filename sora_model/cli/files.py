@@ -47,7 +47,7 @@ def write_files(
     from sora_kernels import __version__
 
     from ..data import contact_sheet, write_video
-    from ..storage.files import lock_file, writing
+    from ..storage.files import lock_file, make_folder, settle_folder, writing
 
     numbers: Sequence[int | None] = seeds if seeds is not None else [None] * len(videos)
     names, labels, comments = [], [], []
@@ -58,9 +58,10 @@ def write_files(
         labels.append(f"{prompt} ({size}{'' if seed is None else f', seed {seed}'})")
         comments.append({"prompt": prompt, "seed": seed, "size": size, **more, "sora": __version__})
     with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     # Of two processes, the second one sees the names of the first. A run that is training here locks the folder itself.
     with writing(out), lock_file(out / ".files.lock"):
+        settle_folder(out)  # of a call that was killed, whose names this one may not have
         *paths, sheet = free_paths(out, names, overwrite=overwrite, inputs=inputs)
         for path, video, rate, comment in zip(paths, videos, fps, comments, strict=True):
             write_video(path, video, fps=rate, scale=scale, comment=json.dumps(comment))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from .app import Precision, check_folder, console, is_out_of_memory, known_device, parse_size
+from .app import Precision, check_folder, console, is_out_of_memory, known_device, parse_size, say
+from .ending import Signals, endings
 from .terminal import run_training
 
 if TYPE_CHECKING:
@@ -103,6 +105,30 @@ def errors_by_option() -> Iterator[None]:
         raise ValueError(f"out of memory: {expected}, got one that does not fit; {asked}".rstrip("; ")) from error
 
 
-def show_training(trainer: Trainer) -> None:
-    """Takes a trainer through its steps behind a bar, which only the main process draws."""
-    run_training(trainer, console if trainer.accelerator.is_main_process else Console(quiet=True))
+class Training:
+    """The training of a command in its folder: its steps behind a bar, and how it ended."""
+
+    def __init__(self, signals: Signals) -> None:
+        self._signals = signals
+
+    def show(self, trainer: Trainer) -> None:
+        """Takes a trainer through its steps behind a bar, which only the main process draws. A signal stops it."""
+        self._signals.trainer = trainer
+        try:
+            run_training(trainer, console if trainer.accelerator.is_main_process else Console(quiet=True))
+        finally:
+            self._signals.trainer = None
+
+    def end(self, trainer: Trainer, checkpoint: Path) -> None:
+        """Says where the checkpoint is; the exit status is 128 + N where signal N stopped the training, in any process."""
+        if trainer.accelerator.is_main_process:
+            say(f"checkpoint: {checkpoint}")
+        if trainer.stopped and trainer.progress < 1:
+            raise typer.Exit(128 + (self._signals.number or signal.SIGTERM))
+
+
+@contextlib.contextmanager
+def training(out: Path) -> Iterator[Training]:
+    """What a command that trains in `out` does, within: errors name options, signals end it as ending.py says."""
+    with endings(out) as signals, errors_by_option():
+        yield Training(signals)

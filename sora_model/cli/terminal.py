@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,12 +29,12 @@ if TYPE_CHECKING:
 
 
 def run_training(trainer: Trainer, console: Console) -> list[float]:
-    """Trains behind a progress bar; returns the losses. Ctrl-C or SIGTERM ends it after the step in hand, and it is saved."""
+    """Trains behind a progress bar; returns the losses."""
     losses: list[float] = []
     if trainer.progress >= 1:
         console.print(f"nothing left to train: the limit was reached at step {trainer.step}")
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, _stopping(trainer):
+    with Progress(*columns, console=console) as progress:
         bar = progress.add_task("starting", total=1.0)
         for step in trainer.train():
             losses.append(step.loss)
@@ -46,27 +44,6 @@ def run_training(trainer: Trainer, console: Console) -> list[float]:
     if trainer.stopped and trainer.progress < 1:
         console.print(f"stopped at step {trainer.step}; --resume goes on from there", highlight=False)
     return losses
-
-
-@contextmanager
-def _stopping(trainer: Trainer) -> Iterator[None]:
-    """Signals to end stop the trainer instead; a second one ends the process as ever."""
-
-    def stop(number: int, _: object) -> None:
-        trainer.stop()
-        signal.signal(number, before[number])
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    # Where a signal is ignored, as by what a shell put into the background, it stays ignored.
-    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
-    before: dict[int, Any] = {number: signal.signal(number, stop) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Bars:

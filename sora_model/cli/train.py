@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .app import Overwrite, Precision, app, check_folder, check_new, command, one_line_errors, parse_size, say
+from .ending import STATUSES
 from .files import same_file
-from .run import Run, errors_by_option, show_training
-
-if TYPE_CHECKING:
-    from ..training.trainer import Trainer
+from .run import Run, training
 
 
 class Prediction(str, Enum):
@@ -28,7 +26,7 @@ class Prediction(str, Enum):
 OutFolder = Annotated[Path, typer.Argument(help="Folder of the run.")]
 
 
-@command(Run, data="world:simple", tokens=4096, ema=0.999)
+@command(Run, epilog=STATUSES, data="world:simple", tokens=4096, ema=0.999)
 def train(
     out: OutFolder,
     start: Annotated[Path | None, typer.Option(help="Checkpoint of a pipeline to start from, with all its parts.")] = None,
@@ -49,7 +47,7 @@ def train(
     """Train a video transformer on packed batches of mixed sizes, from a folder of files or the procedural world."""
     from ..training.recipes.dit import DiTRecipe, train_dit
 
-    with errors_by_option():
+    with training(out) as it:
         recipe = DiTRecipe(
             start=start,
             model=model,
@@ -62,11 +60,10 @@ def train(
             per_frame=per_frame,
             checkpointing=checkpointing,
         )
-        trainer = train_dit(out, recipe, run.settings(out), show_training)
-    _end(trainer, out / "checkpoint")
+        it.end(train_dit(out, recipe, run.settings(out), it.show), out / "checkpoint")
 
 
-@command(Run, name="train-vae", tokens=2304, learning_rate=3e-3, precision=Precision.bf16)
+@command(Run, name="train-vae", epilog=STATUSES, tokens=2304, learning_rate=3e-3, precision=Precision.bf16)
 def train_vae(
     out: OutFolder,
     start: Annotated[Path | None, typer.Option(help="Folder of a VAE to start from.")] = None,
@@ -82,16 +79,16 @@ def train_vae(
     """Train a small causal video VAE; at the end, say how well it gives back clips it has not seen (PSNR). A token is a latent."""
     from ..training.recipes.vae import VAERecipe, train_vae
 
-    with errors_by_option():
+    with training(out) as it:
         recipe = VAERecipe(start=start, decoder_only=decoder_only, channels=channels, temporal=temporal, spatial=spatial)
-        trainer, measured = train_vae(out, recipe, run.settings(out), show_training)
-    if measured is not None:
-        ratios, kind = measured.psnr, "clips it was trained on" if measured.seen else "unseen clips"
-        say(f"PSNR of {len(ratios)} {kind}: {sum(ratios) / len(ratios):.1f} dB, the worst {min(ratios):.1f} dB")
-    _end(trainer, out / "checkpoint")
+        trainer, measured = train_vae(out, recipe, run.settings(out), it.show)
+        if measured is not None:
+            ratios, kind = measured.psnr, "clips it was trained on" if measured.seen else "unseen clips"
+            say(f"PSNR of {len(ratios)} {kind}: {sum(ratios) / len(ratios):.1f} dB, the worst {min(ratios):.1f} dB")
+        it.end(trainer, out / "checkpoint")
 
 
-@command(Run, name="train-captioner", learning_rate=2e-3)
+@command(Run, name="train-captioner", epilog=STATUSES, learning_rate=2e-3)
 def train_captioner(
     out: OutFolder,
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint of a pipeline, which gets the captioner.")],
@@ -105,10 +102,9 @@ def train_captioner(
     from ..training.recipes.captioner import CaptionerRecipe, train_captioner
 
     check_folder(checkpoint.absolute().parent, "--checkpoint")
-    with errors_by_option():
+    with training(out) as it:
         recipe = CaptionerRecipe(checkpoint, frames, vocabulary, longest)
-        trainer = train_captioner(out, recipe, run.settings(out), show_training)
-    _end(trainer, checkpoint)
+        it.end(train_captioner(out, recipe, run.settings(out), it.show), checkpoint)
 
 
 @app.command()
@@ -136,11 +132,3 @@ def export(
         SoraPipeline.from_pretrained(checkpoint).save_pretrained(out, dtype=torch.float16)
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         say(f"{out}: {size / 1e6:.1f} MB")
-
-
-def _end(trainer: Trainer, checkpoint: Path) -> None:
-    """Says where the checkpoint is; the exit code is 130 where the training was stopped."""
-    if trainer.accelerator.is_main_process:
-        say(f"checkpoint: {checkpoint}")
-    if trainer.stopped and trainer.progress < 1:
-        raise typer.Exit(130)

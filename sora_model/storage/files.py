@@ -65,7 +65,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         _finish(space / "new")
         temporary.replace(target)
-        _flush(target.parent)
+        flush(target.parent)
 
 
 @contextlib.contextmanager
@@ -85,7 +85,7 @@ def whole_folder(directory: str | Path) -> Iterator[Path]:
             if target.exists():
                 target.rename(old)
             new.rename(target)
-            _flush(target.parent)
+            flush(target.parent)
             if old.exists():
                 old.rename(space / "gone")  # a half-removed folder must not be taken for a whole one
 
@@ -94,14 +94,28 @@ def settle(path: str | Path) -> None:
     """Brings to an end what killed processes left of a write of `path`: moves an old folder back, removes what was half-written."""
     target = Path(os.path.realpath(path))
     for space in target.parent.glob(f"{glob.escape(_prefix(target))}????????.part"):
-        lock = _lock(space, wait=False)
-        if lock is None:
-            continue
-        try:
+        _settle(space, target)
+
+
+def settle_folder(folder: Path) -> None:
+    """Does what `settle` does for whatever was written in a folder."""
+    for space in folder.glob(".*.????????.part"):
+        name = space.name[1 : -len(".12345678.part")]
+        if _prefix(folder / name) == space.name[: -len("12345678.part")]:  # not a hash, of which no name can be made
+            _settle(space, folder / name)
+
+
+def _settle(space: Path, target: Path) -> None:
+    """Ends the folder of `_workspace` of a process that is dead."""
+    lock = _lock(space, wait=False)
+    if lock is None:
+        return
+    try:
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
             if {path.name for path in space.iterdir()} <= {"new", "old", "gone"}:  # whatever else is in there is a user's
                 _end(space, target)
-        finally:
-            os.close(lock)
+    finally:
+        os.close(lock)
 
 
 def _end(space: Path, target: Path) -> None:
@@ -115,7 +129,7 @@ def _end(space: Path, target: Path) -> None:
 @contextlib.contextmanager
 def _workspace(target: Path) -> Iterator[Path]:
     """A locked folder beside `target` with a folder "new" in it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     settle(target)
     while True:
         space = Path(tempfile.mkdtemp(".part", _prefix(target), target.parent))
@@ -206,12 +220,12 @@ def _finish(folder: Path) -> None:
         if path.is_file():
             with contextlib.suppress(PermissionError):  # of a file system that has no permissions
                 path.chmod(mode)
-        _flush(path)
-    _flush(folder)
+        flush(path)
+    flush(folder)
 
 
-def _flush(path: Path) -> None:
-    """Waits until the disk has a file or the names in a folder."""
+def flush(path: Path) -> None:
+    """Waits until the disk has a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -220,6 +234,14 @@ def _flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those that it lies in, if they are not there, and flushes their names."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        flush(path.parent)
 
 
 def check_replaceable(directory: str | Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..storage.files import whole_file, writing
+from ..storage.files import flush, whole_file, writing
 
 COLUMNS = ("step", "loss", "learning_rate", "tokens_per_second", "seconds")
 CURVES = ("loss", "learning_rate", "tokens_per_second")
@@ -69,6 +69,13 @@ class TrainLog:
             event = Event(wall_time=time.time(), step=done.step, summary=Summary(value=values))
             self._records.write(event.SerializeToString())
 
+    def flush(self) -> None:
+        """Waits until the disk has all rows so far."""
+        for path, file in ((self.table, self._rows), (self.board, self._events)):
+            with writing(path):
+                os.fsync(file.fileno())
+                flush(path if path.is_dir() else path.parent)
+
     def __enter__(self) -> TrainLog:
         return self
 
@@ -85,9 +92,8 @@ class TrainLog:
 
 
 def _rows_until(path: Path, step: int) -> list[list[str]]:
-    """The rows up to a step, in order: a killed run may leave later ones, and half of one."""
+    """The rows up to a step, in order: a killed run may leave later ones, and half of one; a loss of power, any bytes."""
     if step == 0 or not path.exists():
         return []
-    with open(path, newline="") as file:
-        rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[0].isdecimal()]
-    return [row for row in rows if int(row[0]) <= step]
+    rows = [line.split(",") for line in path.read_text(encoding="ascii", errors="replace").splitlines()]
+    return [row for row in rows if len(row) == len(COLUMNS) and row[0].isdecimal() and int(row[0]) <= step]

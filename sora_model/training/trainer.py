@@ -17,7 +17,6 @@ Whatever ends a process or fills a disk while these are written, the run can be 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -27,18 +26,15 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data import Batch, PackedSampler
-from ..storage.files import whole_file
 from ..storage.weights import check_finite, distinct_state, load_distinct
 from .config import TrainConfig
 from .log import Step, TrainLog
 from .optimizers import KernelMuon, muon_parameters, schedule
-from .resume import STATE, all_settings, check_run, only_run, read_state
+from .resume import STATE, all_settings, check_run, only_run, read_state, read_tensors, write_state
 
 
 class Objective(Protocol):
@@ -100,6 +96,7 @@ class Trainer:
         self._make_optimizers()
         self.step, self.seconds, self.stopped, self._stopping = 0, 0.0, False, False
         self._resumed = resume
+        self._log: TrainLog | None = None
         self.settings = all_settings(settings or {}, config, self.accelerator.num_processes)
         with self.accelerator.main_process_first():
             check_run(self.folder, resume=resume, settings=self.settings)
@@ -113,21 +110,30 @@ class Trainer:
         return max(steps, self.seconds / 60 / self.config.minutes if self.config.minutes else 0.0)
 
     def stop(self) -> None:
-        """Ends the training, of all processes, after the step in hand."""
+        """Ends the training, of all processes, after the step in hand, and saves it. A signal handler or a thread may call it."""
         self._stopping = True
 
     def train(self) -> Iterator[Step]:
         """Trains to the end, or until `stop` is called, yielding after every step, and saves.
 
-        Raises SettingError where another process is training in the folder.
+        What else ends it, an exception or a loop that is left, saves nothing: the last save stays as it is. Signals are the
+        caller's: only the command line has handlers, which call `stop`.
+
+        Raises:
+            SettingError: another process is training in the folder.
+            FloatingPointError: a loss that is NaN or infinite.
+            WriteError: the disk is full, or otherwise refuses. ValueError: weights that are not finite, which are never saved.
+            RuntimeError: of torch, as where it has no memory or has lost its device.
         """
         main, fresh = self.accelerator.is_main_process, not (self._resumed or self.step)
-        with only_run(self.folder, fresh=fresh) if main else contextlib.nullcontext():
-            with TrainLog(self.folder, self.step) if main else contextlib.nullcontext() as log:
-                yield from self._steps(log)
+        with contextlib.ExitStack() as stack:
+            if main:
+                stack.enter_context(only_run(self.folder, fresh=fresh))
+                self._log = stack.enter_context(TrainLog(self.folder, self.step))
+            yield from self._steps()
             self.save()
 
-    def _steps(self, log: TrainLog | None) -> Iterator[Step]:
+    def _steps(self) -> Iterator[Step]:
         """All steps to the end, each written to the log, if there is one, and saves on the way."""
         before, saved = self.seconds, self.seconds
         began = time.perf_counter()
@@ -144,8 +150,8 @@ class Trainer:
             speed = tokens / (time.perf_counter() - start)
             sizes = [tuple(video.shape[1:]) for batch in drawn for video in batch.videos]
             done = Step(self.step, loss, rate, tokens, speed, self.seconds, sizes)
-            if log is not None:
-                log.add(done)
+            if self._log is not None:
+                self._log.add(done)
             if self.seconds - saved > 60 * self.config.save_minutes:
                 self.save()
                 saved = self.seconds
@@ -161,7 +167,8 @@ class Trainer:
                 loss = self._forward(batch, generator)
                 losses.append(self.accelerator.reduce(loss.detach(), "mean").item())
                 if not math.isfinite(losses[-1]):
-                    raise FloatingPointError(f"Trainer: the loss is {losses[-1]} at step {self.step}; try a lower learning rate")
+                    hint = "nothing of it is saved; try a lower learning rate"
+                    raise FloatingPointError(f"Trainer: the loss is {losses[-1]} at step {self.step}; {hint}")
                 self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
         rate = config.learning_rate * schedule(self.step, config.warmup, self.progress, config.final_rate)
@@ -195,30 +202,31 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
-        for name, value in distinct_state(self.model).items():  # a good state is not replaced by one that is lost
-            check_finite(value, f"Trainer: save: {name}")
+        tensors = self._tensors()
+        for name, value in tensors.items():  # a good state is not replaced by one that is lost
+            check_finite(value, f"Trainer: save: {name.removeprefix('model.')}")
+        if self._log is not None:  # after a loss of power, the log has the row of every step that the state has
+            self._log.flush()
+        state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config), "settings": self.settings}
         first = not (self.folder / STATE).exists()
-        for write in (self._save_checkpoint, self._save_state) if first else (self._save_state, self._save_checkpoint):
-            write()
-
-    def _save_checkpoint(self) -> None:
+        if not first:
+            write_state(self.folder / STATE, tensors, state)
         self.objective.save(self.averaged_model(), self.folder / "checkpoint")
+        if first:
+            write_state(self.folder / STATE, tensors, state)
 
-    def _save_state(self) -> None:
+    def _tensors(self) -> dict[str, Tensor]:
+        """Weights, averages and moments, by the names that they are saved under."""
         tensors = {f"model.{name}": value for name, value in distinct_state(self.model).items()}
         tensors |= {f"average.{name}": value for name, value in distinct_state(self.average).items()}
         for name, optimizer, parameter in self._moments:
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
-        state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config), "settings": self.settings}
-        with whole_file(self.folder / STATE) as temporary:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, {"state": json.dumps(state)})
+        return tensors
 
     def _load(self) -> None:
         path = self.folder / STATE
-        state = read_state(path)
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        state, tensors = read_state(path), read_tensors(path)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
