@@ -1,74 +1,9 @@
-"""What is written whole or not at all: checkpoints and files, whenever a process is killed; see test_runs.py for training."""
-
-import contextlib
-import shutil
-from itertools import count
+"""What is written whole or not at all: checkpoints and files, whenever a process is killed; see test_crashes.py."""
 
 import pytest
-import torch
-from dying import Dying, Killed
+from reliability.interposed import Fault, Interposed, in_child
 
-from sora_model import SoraPipeline
-from sora_model.caption.captioner import Captioner, CaptionerConfig, train_tokenizer
-from sora_model.codec.vae import VideoVAE
-from sora_model.storage.files import check_replaceable, save_whole, settle, whole_file, whole_folder
-
-
-def module(kind: str, seed: int):
-    """A part that is saved as a folder; the seed says its weights."""
-    torch.manual_seed(seed)
-    if kind == "vae":
-        return VideoVAE.small(latent_channels=4, channels=(8, 8, 8))
-    tokenizer = train_tokenizer(["a red circle"], 280)
-    return Captioner(
-        CaptionerConfig(in_channels=3, hidden_size=16, num_heads=2, depth=1, decoder_depth=1, vocabulary=280), tokenizer
-    )
-
-
-@pytest.mark.parametrize(("kind", "fresh"), [("vae", False), ("vae", True), ("captioner", False)])
-def test_a_folder_is_the_old_or_the_new_one_at_every_instant(kind, fresh, tmp_path) -> None:
-    """What `train-vae` and `train-captioner` save. Read after a kill, it is whole."""
-    old, new = module(kind, 0), module(kind, 1)
-    first, second = (next(p for p in m.parameters() if p.ndim > 2).detach() for m in (old, new))
-    folder, seen = tmp_path / "model", set()
-    for at in count(1):
-        if not fresh:
-            save_whole(old, folder)
-        with contextlib.suppress(Killed), Dying(tmp_path, at) as dying:
-            save_whole(new, folder)
-        settle(folder)
-        if folder.exists():
-            read = type(new).from_pretrained(folder)
-            value = next(p for p in read.parameters() if p.ndim > 2)
-            assert torch.equal(value, second if torch.equal(value, second) else first)
-            seen.add("new" if torch.equal(value, second) else "old")
-        else:
-            assert fresh
-            seen.add("none")
-        assert not list(tmp_path.glob(".*"))
-        shutil.rmtree(folder, ignore_errors=True)
-        if not dying.reached:
-            break
-    print(f"folder of a {kind}: {at - 1} points")
-    assert seen == ({"none", "new"} if fresh else {"old", "new"})
-
-
-def test_a_captioner_is_put_into_a_checkpoint_or_not(small, tmp_path) -> None:
-    """Whenever it is killed, what was a pipeline opens as one."""
-    pipeline = SoraPipeline.from_pretrained(small)
-    with_captioner = pipeline.replaced(captioner=module("captioner", 0))
-    folder, seen = tmp_path / "pipeline", set()
-    for at in count(1):
-        pipeline.save_pretrained(folder)
-        with contextlib.suppress(Killed), Dying(tmp_path, at) as dying:
-            with_captioner.save_pretrained(folder)
-        opened = SoraPipeline.from_pretrained(folder)  # which brings it back
-        assert torch.equal(opened.dit.final.weight, pipeline.dit.final.weight)
-        seen.add(opened.captioner is not None)
-        if not dying.reached:
-            break
-    print(f"captioner into a checkpoint: {at - 1} points")
-    assert seen == {True, False}
+from sora_model.storage.files import check_replaceable, settle, whole_file, whole_folder
 
 
 def test_only_what_a_dead_process_left_is_removed(tmp_path) -> None:
@@ -125,14 +60,19 @@ def test_others_may_read_what_was_saved(small, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("length", [240, 241, 255])
-def test_names_may_be_as_long_as_the_file_system_lets_them(length, tmp_path) -> None:
+def test_names_may_be_as_long_as_the_file_system_lets_them(length, tmp_path, tmp_path_factory) -> None:
     for write, name in ((whole_file, "a" * (length - 4) + ".mp4"), (whole_folder, "b" * length)):
         for _ in range(2):
             with write(tmp_path / name) as partial:
                 (partial / "config.json" if write is whole_folder else partial).write_text("{}")
-        with contextlib.suppress(Killed), Dying(tmp_path, 3) as dying, write(tmp_path / name):
-            pass
-        assert dying.reached
+        spare = tmp_path_factory.mktemp("spare")
+
+        def killed(write=write, path=tmp_path / name, spare=spare) -> None:
+            Interposed().arm(tmp_path, spare, 3, Fault.killed)
+            with write(path):
+                pass
+
+        assert in_child(killed, spare.with_suffix(".log")).status == -9
         assert list(tmp_path.glob(".*.part"))
         settle(tmp_path / name)
         assert (tmp_path / name).exists()

@@ -1,8 +1,7 @@
-"""A run and a checkpoint survive whatever happens while they are written: killed at every operation, and on a full disk."""
+"""A run survives whatever happens to it; reliability/crashes.py interrupts its saves at every system call."""
 
 import contextlib
 import csv
-import json
 import os
 import re
 import resource
@@ -10,27 +9,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from dying import Dying, Killed
-from safetensors import safe_open
-from safetensors.torch import load_file
-from typer.testing import CliRunner
+from reliability.runs import assert_same_run, sora, state, train
 
 from sora_model import SoraPipeline
-from sora_model.cli import app
 from sora_model.data import write_video
 from sora_model.diffusion.task_mix import TaskMix  # noqa: F401
 from sora_model.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
-
-
-def sora(*args):
-    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,10 +37,6 @@ def _rates(monkeypatch):
     monkeypatch.setattr("sora_model.training.trainer.schedule", lambda *_: 1.0)  # it follows the number of steps
 
 
-def train(out: Path, small: Path, steps: int, *more: object):
-    return sora("train", out, "--start", small, "--size", "2x16x16", "--tokens", 32, "--steps", steps, *more)
-
-
 @pytest.fixture(scope="module")
 def whole(small, tmp_path_factory) -> Path:
     """A run of three steps that nothing happened to."""
@@ -60,103 +46,6 @@ def whole(small, tmp_path_factory) -> Path:
         result = train(out, small, 3)
     assert result.exit_code == 0, result.output
     return out
-
-
-def state(run: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    with safe_open(run / "training.safetensors", "pt") as file:
-        return json.loads(file.metadata()["state"])["step"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-def assert_same_run(run: Path, other: Path) -> None:
-    """Weights, averages, moments, the step, the checkpoint and the log, bit for bit; nothing left over."""
-    (step, tensors), (other_step, others) = state(run), state(other)
-    assert step == other_step
-    assert tensors.keys() == others.keys()
-    assert any(name.startswith("optimizer.") for name in tensors)
-    for name, value in tensors.items():
-        assert torch.equal(value, others[name]), name
-    for path in (other / "checkpoint").rglob("*.safetensors"):
-        ours, theirs = load_file(run / path.relative_to(other)), load_file(path)
-        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoint", "loss.csv", "tensorboard", "training.safetensors"]
-    steps, losses = zip(*(line.split(",")[:2] for line in (run / "loss.csv").read_text().splitlines()), strict=True)
-    assert steps == ("step", "1", "2", "3")
-    assert losses == tuple(line.split(",")[1] for line in (other / "loss.csv").read_text().splitlines())
-
-
-def test_a_first_save_is_whole_at_every_instant(small, whole, tmp_path) -> None:
-    """Killed before there is anything to resume, a run begins anew; afterwards it goes on."""
-    begun = resumed = 0
-    for at in count(1):
-        run = tmp_path / f"run{at}"
-        with contextlib.suppress(Killed), Dying(tmp_path, at) as dying:
-            train(run, small, 1)
-        if (run / "training.safetensors").exists():
-            resumed += 1
-            fresh = train(run, small, 3)
-            assert fresh.exit_code == 2
-            assert "already holds a run, at step 1" in fresh.output.replace("\n", "")
-            result = train(run, small, 3, "--resume")
-        else:
-            begun += 1
-            nothing = train(run, small, 3, "--resume")
-            assert nothing.exit_code == 2
-            assert "training.safetensors, which is not there" in nothing.output.replace("\n", "")
-            result = train(run, small, 3)
-        assert result.exit_code == 0, (dying.done[-1], result.output)
-        assert_same_run(run, whole)
-        shutil.rmtree(run)
-        if not dying.reached:
-            break
-    print(f"first save: {at - 1} points, {begun} begun anew, {resumed} resumed")
-    assert begun > 10
-    assert resumed >= 3
-
-
-def test_a_later_save_is_whole_at_every_instant(small, whole, tmp_path) -> None:
-    base = tmp_path / "base"
-    assert train(base, small, 1).exit_code == 0
-    for at in count(1):
-        run = tmp_path / f"run{at}"
-        shutil.copytree(base, run)
-        with contextlib.suppress(Killed), Dying(tmp_path, at) as dying:
-            train(run, small, 2, "--resume")
-        result = train(run, small, 3, "--resume")
-        assert result.exit_code == 0, (dying.done[-1], result.output)
-        assert_same_run(run, whole)
-        shutil.rmtree(run)
-        if not dying.reached:
-            break
-    print(f"later save: {at - 1} points")
-    assert at > 30
-
-
-def test_a_full_disk_is_one_line_and_loses_nothing(small, whole, tmp_path) -> None:
-    base = tmp_path / "base"
-    assert train(base, small, 1).exit_code == 0
-    before = state(base)
-    for at in count(1):
-        run = tmp_path / f"run{at}"
-        shutil.copytree(base, run)
-        with Dying(tmp_path, at, full=True) as dying:
-            result = train(run, small, 2, "--resume")
-        if not dying.reached:
-            break
-        assert result.exit_code == 2, (dying.done[-1], result.output)
-        (line,) = [line for line in result.output.splitlines() if "error: " in line]
-        assert str(run) in line
-        assert "No space left on device" in line
-        assert "Traceback" not in result.output
-        step, tensors = state(run)
-        if step == 1:
-            assert all(torch.equal(value, before[1][name]) for name, value in tensors.items())
-        assert not list(run.glob(".*")), "nothing half-written is kept"
-        result = train(run, small, 3, "--resume")
-        assert result.exit_code == 0, (dying.done[-1], result.output)
-        assert_same_run(run, whole)
-        shutil.rmtree(run)
-    print(f"full disk: {at - 1} points")
-    assert at > 20
 
 
 @contextlib.contextmanager
@@ -235,7 +124,6 @@ def dying(trainer):
     os.{call} = killed
     save(trainer)
 sora_model.training.trainer.Trainer.save = dying
-from sora_model.cli import app
 app()
 """
     command = ["train", run, "--start", small, "--size", "2x16x16", "--tokens", 32, "--steps", 2, "--resume"]

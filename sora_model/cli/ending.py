@@ -7,6 +7,7 @@ wait for, ends the command at once: what is being written is taken back, and the
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import threading
@@ -51,8 +52,10 @@ class Signals:
         self.trainer: Trainer | None = None
         self.number: int | None = None  # of the first one
         self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> Signals:
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         if threading.current_thread() is threading.main_thread():
             # Where a signal is ignored, as by nohup or what a shell put into the background, it stays ignored.
             heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -64,6 +67,10 @@ class Signals:
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        for descriptor in self._terminals:
+            if not os.isatty(descriptor):  # it was closed: what is still said must not fail
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), descriptor)
         if self.trainer is None or number == self.number:
             signal.signal(number, signal.SIG_DFL)  # a third one ends the process whatever it is in
             raise Stopped(number)

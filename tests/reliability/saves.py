@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import typer.testing
+from small_pipeline import small_pipeline
 from typer.testing import Result
 
 import sora_model.training.log
@@ -27,9 +28,6 @@ from sora_model.caption.captioner import CaptionerConfig
 from sora_model.cli.files import write_files
 from sora_model.codec.vae import VideoVAE
 from sora_model.data import write_video
-from sora_model.model.config import DiTConfig
-from sora_model.model.dit import DiT
-from sora_model.text.words import WordEncoder
 from sora_model.training import recipes
 
 from .runs import assert_same_run, sora, state, train
@@ -79,21 +77,12 @@ def deterministic() -> None:
 def prepare(work: Path) -> Shared:
     """Checkpoints that are trained in no time, and clips to train on."""
     shared = Shared(work / "small", work / "vae", work / "clips", work / "whole")
-    make_small(shared.small)
+    small_pipeline().save_pretrained(shared.small)
     VideoVAE.small(latent_channels=4, channels=(8, 8, 8)).save_pretrained(shared.vae)
     for i, caption in enumerate(("a red circle", "a blue star that moves")):
         write_video(shared.clips / f"{i}.png", torch.zeros(3, 1, 16, 16))
         (shared.clips / f"{i}.txt").write_text(caption)
     return shared
-
-
-def make_small(folder: Path) -> Path:
-    torch.manual_seed(0)
-    text = WordEncoder(dim=16, num_heads=2, buckets=32)
-    base = SoraPipeline.from_preset("tiny", patch=(1, 8, 8), text_encoder=text)
-    config = {**base.dit.config.to_dict(), "depth": 1, "hidden_size": 32, "num_heads": 2}
-    base.replaced(dit=DiT(DiTConfig.from_dict(config)), size=(2, 16, 16)).save_pretrained(folder)
-    return folder
 
 
 def done(result: Result) -> None:

@@ -1,0 +1,99 @@
+"""A sample of what reliability/crashes.py interrupts; and what it is made of finds what it is made for."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from reliability.disk import LOSSES, Call, Disk
+from reliability.interposed import Fault, Interposed, in_child
+from reliability.outcome import outcomes
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_some_of_all_crash_points() -> None:
+    command = [sys.executable, "-m", "tests.reliability.crashes", "24"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [one.failed for one in outcomes(done.stdout)] == [0, 0, 0]
+    assert sum(one.cases for one in outcomes(done.stdout)) >= 24
+
+
+@pytest.fixture
+def writing(tmp_path):
+    """Writes a file carelessly, in a child whose call number `at` goes wrong; returns how it ended, and the folder."""
+    interposed = Interposed()
+
+    def write(at: int, fault: Fault):
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        (folder / "a").write_text("old")
+
+        def act() -> int:
+            interposed.arm(folder, tmp_path / "spare", at, fault)
+            with open(folder / "b", "w") as file:  # calls 1 to 3: open, write, close
+                file.write("new!")
+            (folder / "b").rename(folder / "a")
+            return interposed.disarm()
+
+        return in_child(act, tmp_path / "log"), folder
+
+    return write
+
+
+def test_every_call_is_counted(writing) -> None:
+    ended, folder = writing(0, Fault.nothing)
+    assert ended.status == 4
+    assert (folder / "a").read_text() == "new!"
+
+
+@pytest.mark.parametrize(("at", "left"), [(1, {"a": "old"}), (2, {"a": "old", "b": ""}), (4, {"a": "old", "b": "new!"})])
+def test_a_call_can_be_the_last(at, left, writing) -> None:
+    ended, folder = writing(at, Fault.killed)
+    assert ended.status == -9
+    assert {path.name: path.read_text() for path in folder.iterdir()} == left
+
+
+@pytest.mark.parametrize(
+    ("fault", "at", "problem"),
+    [
+        (Fault.full_disk, 2, "No space left on device"),
+        (Fault.io_errors, 4, "Input/output error"),
+        (Fault.read_only, 1, "Read-only file system"),
+    ],
+)
+def test_a_disk_can_fail(fault, at, problem, writing) -> None:
+    ended, folder = writing(at, fault)
+    assert problem in ended.output
+    assert (folder / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize("fault", [Fault.interrupted, Fault.short_writes])
+def test_what_goes_on_is_whole(fault, writing) -> None:
+    ended, folder = writing(1, fault)
+    assert ended.status >= 4
+    assert (folder / "a").read_text() == "new!"
+
+
+def test_a_loss_of_power_takes_what_was_not_flushed(tmp_path) -> None:
+    """Names of a folder, the rest of a file; what was replaced without a flush comes back."""
+    before, root, kept = (tmp_path / name for name in ("before", "root", "kept"))
+    for folder in (before, root, kept):
+        folder.mkdir()
+    (before / "a").write_text("old")
+    (root / "a").write_text("safe and not")
+    (kept / "3").write_text("old")
+    disk = Disk(before, root, kept)
+    for call in (
+        Call(1, "create", f"{root}/b", ""),
+        Call(2, "flush", f"{root}/b", "4"),
+        Call(3, "rename", f"{root}/b", f"{root}/a"),
+    ):
+        disk.follow(call)
+    left = {loss: dict(disk.left(loss)) for loss in LOSSES}
+    assert left["names lost"] == {"a": b"old"}
+    assert left["bytes torn"] == {"a": b"safe and"}
+    assert left["bytes zeroed"] == {"a": b"safe" + bytes(8)}
+    disk.follow(Call(4, "flush", str(root), ""))
+    assert dict(disk.left("names lost")) == {"a": b"safe and"}
