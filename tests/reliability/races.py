@@ -112,9 +112,10 @@ def calls(count: int, seed: int, seconds: float) -> Iterator[tuple[str, str]]:
     from benchmarks.works import works
     from sora_kernels import backends
     from sora_kernels.layout import PackedLayout
-    from tests import bad_calls
     from tests.reliability.random_works import DTYPES, results, works_of
     from tests.reliability.together import Callers, Known
+
+    from .entries import workload
 
     def make(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(shape).to(dtype)
@@ -126,7 +127,7 @@ def calls(count: int, seed: int, seconds: float) -> Iterator[tuple[str, str]]:
         for threads in OPENMP_THREADS:
             torch.set_num_threads(threads)
             for dtype in DTYPES:
-                bad_calls.workload(dtype)
+                workload(dtype)
                 for work in works(dtype, 64, 1024, layout=large, slack=1, make=make):
                     if "attention" not in work.op:
                         results(work)

@@ -32,7 +32,7 @@ from sora_model.sizes import Size
 from sora_model.training.config import TrainConfig
 from sora_model.training.dit import DiffusionObjective
 from sora_model.training.trainer import Trainer
-from tests import bad_calls
+from tests.reliability.entries import workload
 from tests.reliability.outcome import Outcome
 from tests.reliability.random_works import DTYPES, Probe, run_ops
 from tests.reliability.resources import Usage, drifted, reported, usage
@@ -98,7 +98,7 @@ def soak_steps(seconds: float, seed: int) -> Outcome:
             failures += run_ops(seed, step)
             if step % 20 == 0:
                 failures += fill_cache(chance)
-                bad_calls.workload(chance.choice(DTYPES))
+                workload(chance.choice(DTYPES))
             if step % ROUND == 0:
                 failures += probe.wrong()
             elapsed = time.monotonic() - begin
