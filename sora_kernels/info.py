@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from . import __version__, backends, flash, memory
+try:
+    from . import __version__, backends, flash, memory
+except ValueError as wrong:  # a setting, which is read where it is imported
+    if __name__ != "__main__":
+        raise
+    print(f"error: {wrong}", file=sys.stderr)
+    sys.exit(2)
 
 _PACKAGES = ("torch", "triton", "flash-attn", "einops", "numpy", "diffusers", "transformers")
 
@@ -90,4 +96,5 @@ if __name__ == "__main__":
     try:
         print(report())
     except ValueError as error:  # a setting that is wrong
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

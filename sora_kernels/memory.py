@@ -48,7 +48,9 @@ def _cpu_of(process: int) -> ModuleType | None:
     """Once for each process: one that was forked sets a limit of its own."""
     try:
         module = importlib.import_module("._cpu", __package__)
-    except ImportError:
+    except ImportError as error:
+        if "SORA_KERNELS_" in str(error):  # a wrong setting, which nothing may hide
+            raise ValueError(str(error)) from None
         return None
     module.set_cache_limit(cache_limit())
     return module

@@ -296,10 +296,21 @@ def test_a_wrong_setting_is_not_hidden_by_the_next_backend():
     failed = run(code, SORA_KERNELS_ISA="sse9")
     assert failed.stderr.endswith("got 'sse9'\n")
     assert failed.returncode
-    command = [sys.executable, "-m", "sora_kernels.info"]
-    told = subprocess.run(command, env={**os.environ, "SORA_KERNELS_ISA": "sse9"}, capture_output=True, text=True, check=False)
-    assert told.stderr.startswith("error: SORA_KERNELS_ISA: expected one of")
-    assert told.returncode
+
+
+@pytest.mark.parametrize("variable", ["BACKEND", "ISA", "TORCH", "CACHE_MB"])
+@pytest.mark.parametrize("program", [["sora_kernels.info"], ["sora_model.cli", "vocabulary"]], ids=["info", "sora"])
+def test_a_wrong_setting_is_one_line(variable, program):
+    """Of the programs, before any work; whoever imports the package gets a ValueError."""
+    name = f"SORA_KERNELS_{variable}"
+    command = [sys.executable, "-m", *program]
+    told = subprocess.run(command, env={**os.environ, name: "sse9"}, capture_output=True, text=True, check=False)
+    (line,) = " ".join(told.stderr.split()).split("\n")
+    assert line.startswith("error: ")
+    assert f"{name}: expected " in line
+    assert line.endswith("got 'sse9'")
+    assert told.returncode == 2
+    assert not told.stdout
 
 
 def test_threads_are_torchs():

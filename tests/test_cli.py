@@ -272,10 +272,11 @@ def test_a_run_goes_on_with_what_it_learns_from(small, media, tmp_path) -> None:
         assert message in refused("train", tmp_path / name, *common, *other, "--steps", 2, "--resume")
 
 
-def test_a_clip_that_is_too_long_to_be_held_is_refused(media, unloaded, monkeypatch) -> None:
-    monkeypatch.setattr(sys.modules["sora_model.cli.app"], "CLIP_PIXELS", 3 * 16 * 16)
+def test_a_clip_that_is_too_long_to_be_held_is_refused(media, unloaded) -> None:
     message = "a.mp4: expected at most 3 frames of 16x16, got 4; cut it, or take a smaller --max-pixels"
-    assert message in refused("restyle", media / "a.mp4", "x", "--out", media / "new")
+    line = refused("--limit", f"clip-pixels={3 * 16 * 16}", "restyle", media / "a.mp4", "x", "--out", media / "new")
+    assert message in line
+    assert "'sora --limit clip-pixels=1024 ...' raises the limit" in line
 
 
 def test_names_with_a_colon(small, media, tmp_path) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sora_model.data import MediaError, probe, read_video
-from sora_model.data.media import IMAGE_PIXELS
+from sora_model.limits import Limits
 
 
 def read(path) -> np.ndarray:
@@ -159,7 +159,9 @@ def bomb(kind: str, height: int, width: int) -> bytes:
 def test_too_many_pixels_are_refused_before_decoding(tmp_path):
     (tmp_path / "a.png").write_bytes(bomb("PNG", 240, 150_000))
     for call in (probe, read_video):
-        with pytest.raises(MediaError, match=rf"a\.png: its frames of 150000x240 .* more than the limit of {IMAGE_PIXELS} pixels"):
+        with pytest.raises(
+            MediaError, match=rf"a\.png: its frames of 150000x240 .* more than the limit of {Limits().picture_pixels} pixels"
+        ):
             call(tmp_path / "a.png")
     assert probe(tmp_path / "a.png", pixel_limit=2**26) == (1, 240, 150_000)
 

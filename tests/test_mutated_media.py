@@ -1,10 +1,10 @@
-"""Some of the damaged files of `mutated_media.py`, read as the commands do; the commands themselves, on files that are bombs."""
+"""Some damaged files of `reliability/media.py`, read as the commands do; the commands themselves, on files that are bombs."""
 
 import numpy as np
 import pytest
 from media_files import encode, numbered
-from mutated_media import make_mutants, make_seeds
 from PIL import Image
+from reliability.media import make_mutants, make_seeds
 from typer.testing import CliRunner
 
 from sora_model.cli import app

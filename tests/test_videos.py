@@ -10,7 +10,7 @@ from media_files import TURNS, encode, number_of, numbered
 from PIL import Image
 
 from sora_model.data import MediaError, probe, read_video, videos
-from sora_model.data.media import VIDEO_PIXELS
+from sora_model.data.media import PixelLimit
 from sora_model.data.timeline import Timeline
 
 ENCODES_BT2020 = pytest.mark.skipif(int(av.__version__.partition(".")[0]) < 18, reason="PyAV 17 encodes BT.2020 as BT.709")
@@ -58,7 +58,7 @@ def test_any_start_is_the_same_as_a_part_of_the_whole(tmp_path, name, how, shown
 def test_seeking_decodes_little(tmp_path, monkeypatch):
     path, decoded = encode(tmp_path / "a.mp4", numbered(160), options={"g": "20", "bf": "0", "sc_threshold": "0"}), []
     monkeypatch.setattr(videos, "_rgb", lambda *arguments, rgb=videos._rgb: decoded.append(1) or rgb(*arguments))
-    keys = [key.number for key in videos.Video(path, VIDEO_PIXELS).keys]
+    keys = [key.number for key in videos.Video(path, PixelLimit.of("video_pixels", None)).keys]
     assert keys[:3] == [0, 20, 40]
     seen = []
     monkeypatch.setattr(

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sora_kernels.layout import PackedLayout
 
+from ..limits import check_text
 from ..model.block import Mlp, SelfAttention
 from ..model.conditioning import PackedText
 from ..model.config import DiTConfig
@@ -27,6 +28,7 @@ from ..model.dit import PLACES, places
 from ..model.patches import embed_patches
 from ..storage.files import save_module, settle
 from ..storage.pretrained import load_tokenizer
+from ..storage.tokenizer import tokenize
 from ..storage.weights import open_module, read_json
 from ..text.words import WordEncoder
 
@@ -92,7 +94,11 @@ class Captioner(nn.Module):
         self.layers = nn.ModuleList(VideoLayer(encoder) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim)
         self.words = WordEncoder(dim, depth=1, num_heads=config.num_heads, buckets=1024)
-        self.pad, self.end, self.short, self.detailed = tokenizer.convert_tokens_to_ids([PAD, END, SHORT, DETAILED])
+        special = tokenizer.convert_tokens_to_ids([PAD, END, SHORT, DETAILED])
+        if not all(type(one) is int and 0 <= one < config.vocabulary for one in special):
+            expected = f"ids from 0 to {config.vocabulary - 1} for {PAD} {END} {SHORT} {DETAILED}"
+            raise ValueError(f"Captioner: tokenizer: expected {expected}, got {special}")
+        self.pad, self.end, self.short, self.detailed = special
         self.decoder: Any = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=config.vocabulary,
@@ -124,7 +130,8 @@ class Captioner(nn.Module):
         """Mean negative log-likelihood of the captions' tokens, given what was seen or read."""
         rows = []
         for caption, long in zip(captions, detailed, strict=True):
-            written = [*self.tokenizer(caption).input_ids, self.end][: self.config.longest - 1]  # no end where it is cut off
+            tokens = tokenize(self.tokenizer, caption, self.config.vocabulary, "Captioner")["input_ids"]
+            written = [*tokens, self.end][: self.config.longest - 1]  # no end where it is cut off
             rows.append(torch.tensor([self.detailed if long else self.short, *written]))
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(source.tokens.device)
         lengths = torch.tensor([len(row) for row in rows], device=ids.device)
@@ -142,7 +149,9 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def expand(self, prompts: Sequence[str]) -> list[str]:
-        """A detailed prompt for each short one."""
+        """A detailed prompt for each short one. Raises ValueError for one over the limit of texts."""
+        for prompt in prompts:
+            check_text(prompt, "Captioner.expand: prompts")
         return self._write(self.words(prompts), True)
 
     def _write(self, source: PackedText, detailed: bool) -> list[str]:

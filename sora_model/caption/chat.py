@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
+from ..limits import check_text, limits
 from ..storage.pretrained import load_tokenizer, open_pretrained
+from ..storage.tokenizer import tokenize
 from ..storage.weights import read_json
+from .template import TemplateRefused, render
 
 INSTRUCTION = (
     "You write captions for a video generator. For each request, write one caption of 60 to 100 words that describes the finished "
@@ -68,19 +71,21 @@ class ChatExpander:
         return [self._answer(prompt) for prompt in prompts]  # one by one: padding in front is not the same to all models
 
     def _answer(self, prompt: str) -> str:
-        import jinja2
-
+        check_text(prompt, "ChatExpander.expand: prompts")
         asked = [{"role": "system", "content": self.instruction}, {"role": "user", "content": prompt}]
-        common = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}  # the last of Qwen3's template
         try:
-            text = self.tokenizer.apply_chat_template(asked, **common)
-        except jinja2.TemplateError:  # templates refuse roles that they do not know
+            text = self._rendered(asked)
+        except TemplateRefused:  # templates refuse roles that they do not know
             both = [{"role": "user", "content": f"{self.instruction}\n\n{prompt}"}]
             try:
-                text = self.tokenizer.apply_chat_template(both, **common)
-            except jinja2.TemplateError as error:
+                text = self._rendered(both)
+            except TemplateRefused as error:
                 raise ValueError(f"ChatExpander: tokenizer: expected a chat template that takes a prompt, got {error}") from None
-        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(self.model.device)
+        rows = self.model.get_input_embeddings().num_embeddings
+        options = {"add_special_tokens": False, "return_tensors": "pt"}
+        ids = tokenize(self.tokenizer, text, rows, "ChatExpander", **options)["input_ids"].to(self.model.device)
+        if not ids.shape[1]:
+            raise ValueError("ChatExpander: tokenizer: expected a chat template that takes a prompt, got one that writes nothing")
         most = getattr(self.model.config, "max_position_embeddings", None)
         if most is not None and ids.shape[1] + self.longest > most:
             expected = f"at most {most - self.longest} tokens with its instruction"
@@ -101,6 +106,13 @@ class ChatExpander:
             raise ValueError(f"ChatExpander: expected an answer to {prompt!r}, got none")
         return answer
 
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        variables = {**special, "add_generation_prompt": True, "tools": None, "documents": None}
+        variables["enable_thinking"] = False  # of Qwen3's template
+        longest = 4 * (limits().text + len(self.instruction))
+        return render(self.tokenizer.get_chat_template(), messages, variables, longest)
+
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **options: Any
@@ -116,7 +128,7 @@ class ChatExpander:
         from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
         folder, owner = Path(folder), "ChatExpander.from_pretrained"
-        config = read_json(folder / "config.json", owner)
+        config = read_json(folder / "config.json", owner, constants=True)
         name = str(config.get("model_type"))
         kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[name], None) if name in CONFIG_MAPPING else None
         if kind is None or config.get("quantization_config"):

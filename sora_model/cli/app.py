@@ -20,8 +20,10 @@ import typer
 from rich.console import Console
 from typer.models import ArgumentInfo
 
+from ..limits import MOST, Limits, check_text, hint, limits, set_limits
 from ..missing import not_installed
 from ..sizes import Size
+from .text import is_utf8, visible
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +46,8 @@ ChatModel = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 MAX_PIXELS = 2**16  # of frames that are read to be captioned
 LARGEST = 1e30  # of numbers that are not whole; float32 holds little more
-CLIP_PIXELS = 2**28  # of all frames read from one file, which are in memory at once: 4 GB
+LIMITS = {name.replace("_", "-"): name for name in Limits._fields}
+LINE = 2000  # characters of an error, in which there may be a value of a file
 # What torch says where it gets no memory, on the CPU and on GPUs, and where a size does not even fit a number.
 NO_MEMORY = re.compile(
     "can't allocate memory|not enough memory|out of memory|too many elements"
@@ -172,7 +175,22 @@ class OneLine(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):  # a terminal that is gone is no reason to stop
             errors.print(f"[yellow]{record.levelname.lower()}:[/]", end=" ")
-            errors.print(record.getMessage(), highlight=False, soft_wrap=True, markup=False)
+            errors.print(visible(record.getMessage()), highlight=False, soft_wrap=True, markup=False)
+
+
+def _read_limits(texts: Sequence[str]) -> Limits:
+    """NAME=NUMBER each, where a number may be written as 1e8; the others are as always."""
+    found = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        if name not in LIMITS or not re.fullmatch(r"[0-9]{1,18}(e[0-9]{1,2})?", number):
+            raise ValueError(f"--limit: expected NAME=NUMBER, NAME out of {', '.join(LIMITS)}, got {text!r}")
+        digits, _, zeros = number.partition("e")
+        value = int(digits) * 10 ** int(zeros or 0)
+        if not 1 <= value <= MOST:
+            raise ValueError(f"--limit: {name}: expected a number from 1 to 2**62, got {number}")
+        found[LIMITS[name]] = value
+    return Limits(**found)
 
 
 def _show_version(wanted: bool) -> None:
@@ -186,7 +204,15 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)] = False,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help=f"NAME=NUMBER, what a file of others may ask for; NAME is {', '.join(LIMITS)}. Repeat for several."),
+    ] = None,
 ) -> None:
+    try:
+        set_limits(_read_limits(limit or []))
+    except ValueError as error:
+        fail(str(error))
     logging.getLogger("sora_model").handlers = [OneLine()]
 
 
@@ -198,6 +224,7 @@ def one_line_errors(words: Mapping[str, str] | None = None) -> Iterator[None]:
     "Request: strength: expected", the line begins with that word alone.
     """
     try:
+        _check_settings()
         yield
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("sora_"):
@@ -213,6 +240,15 @@ def one_line_errors(words: Mapping[str, str] | None = None) -> Iterator[None]:
         fail(f"not enough memory for videos of this size and number: {(str(error) or 'MemoryError').splitlines()[0]}")
 
 
+def _check_settings() -> None:
+    """Raises ValueError for a variable SORA_KERNELS_... with a wrong value, before any work. Imports only if there is one."""
+    if any(name.startswith("SORA_KERNELS_") for name in os.environ):
+        from sora_kernels import cached_bytes, forced_backend
+
+        forced_backend()
+        cached_bytes()
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that there is not enough memory; torch has no class of its own for a CPU's."""
     return isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
@@ -221,9 +257,10 @@ def is_out_of_memory(error: Exception) -> bool:
 def fail(line: str, status: int = 2) -> NoReturn:
     """Ends the command with an error of one line."""
     line = re.sub(r"\s*\n\s*", " ", line.strip())  # libraries have errors of several
+    line = line if len(line) <= LINE else f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"
     with contextlib.suppress(OSError):  # the terminal may be gone
         errors.print("[bold red]error:[/]", end=" ")
-        errors.print(line, highlight=False, soft_wrap=True, markup=False)
+        errors.print(visible(line), highlight=False, soft_wrap=True, markup=False)
     raise typer.Exit(status) from None
 
 
@@ -247,7 +284,7 @@ def expanded(folder: Path, prompts: Sequence[str], device: str) -> list[str]:
 
 def say(text: str) -> None:
     """Prints a line as it is: paths, prompts and captions are no markup."""
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    console.print(visible(text), highlight=False, soft_wrap=True, markup=False)
 
 
 def parse_size(text: str, option: str = "--size", example: str = "8x32x48") -> Size:
@@ -270,17 +307,10 @@ def check_values(values: Mapping[str, Any], words: Mapping[str, str]) -> None:
             if isinstance(one, float) and not abs(one) <= LARGEST:
                 expected = f"a number of at most {LARGEST:g}" if math.isfinite(one) else "a finite number"
                 raise ValueError(f"{words[name]}: expected {expected}, got {one:g}")
-            if isinstance(one, str) and not is_utf8(one):
-                raise ValueError(f"{words[name]}: expected text in UTF-8, got {one!r}")
-
-
-def is_utf8(text: str) -> bool:
-    """Whether text can be written: what a shell passes on may be any bytes, which Python keeps as halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+            if isinstance(one, str):
+                if not is_utf8(one):
+                    raise ValueError(f"{words[name]}: expected text in UTF-8, got {one!r}")
+                check_text(one, words[name])
 
 
 def to_path(text: str | Path) -> Path:
@@ -350,9 +380,10 @@ def read_clip(path: Path, max_frames: int | None = None, max_pixels: int = MAX_P
 
     frames, height, width = probe(path)
     frames, (height, width) = min(frames, max_frames or frames), scaled_size(height, width, max_pixels)
-    if frames * height * width > CLIP_PIXELS:
+    most = limits().clip_pixels
+    if frames * height * width > most:
         raise ValueError(
-            f"{path}: expected at most {CLIP_PIXELS // (height * width)} frames of {height}x{width}, got {frames}; "
-            "cut it, or take a smaller --max-pixels"
+            f"{path}: expected at most {most // (height * width)} frames of {height}x{width}, got {frames}; "
+            f"cut it, or take a smaller --max-pixels; {hint('clip_pixels', frames * height * width)}"
         )
     return read_video(path, max_frames=max_frames, max_pixels=max_pixels, normalize=True)

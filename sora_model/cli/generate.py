@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..limits import check_text
 from .actions import about
 from .app import ChatModel, command, console, expanded, naming, parse_size, say
 from .call import Call, task
@@ -276,6 +277,7 @@ def simulate(
     try:
         for text in action if action is not None else _asked(prompt):
             present = about(present, text)
+            check_text(present, "--action")
             say(f"action: {present}")
             call.check_words(pipeline, [present])
             show_video(world.act(present), console, call.rate())

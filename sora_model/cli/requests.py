@@ -5,12 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .app import is_utf8, parse_size
+from ..limits import check_text
+from ..storage.documents import read_json_file
+from .app import parse_size
+from .text import is_utf8
 
 if TYPE_CHECKING:
     from ..pipeline.parts import Outline
@@ -125,30 +129,16 @@ def read_requests(path: Path, negative: str, call: Call) -> list[Asked]:
         FileNotFoundError: no such file.
         ValueError: what is not JSON; tasks, fields and values that cannot be, named with the number of their request.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file fails for a name that is too long
         raise FileNotFoundError(f"batch: expected a JSON file, got {path}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        wanted = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+        wanted = read_json_file(path)
+    except ValueError as error:
         raise ValueError(f"batch: {path}: expected JSON, got {error}") from None
     if not isinstance(wanted, list) or not wanted or not all(isinstance(one, dict) for one in wanted):
         raise ValueError(f"batch: {path}: expected a list of objects with a task each")
     checked = [_checked(one, i) for i, one in enumerate(wanted)]
     return [_read(task, fields, i, path.parent, negative, call) for i, (task, fields) in enumerate(checked)]
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names are all different: of two values for one, either may have been meant."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name} twice in one request")
-    return dict(pairs)
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name}, which is no number of JSON")
 
 
 def _checked(one: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
@@ -164,6 +154,8 @@ def _checked(one: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"{where}: expected {', '.join(sorted(kinds))} for {task}, got {name}")
         if not kinds[name].fits(value) or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{where}: {name}: expected {kinds[name].expected}, got {json.dumps(value)}")
+        if kinds[name].expected == TEXT.expected:
+            check_text(value, f"{where}: {name}")
         if name == "size" and isinstance(value, str):
             fields[name] = parse_size(value, f"{where}: size")
     for name, kind in kinds.items():

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Overwrite, Precision, app, check_folder, check_new, command, one_line_errors, parse_size, say
+from .app import Overwrite, Precision, app, check_folder, check_new, command, naming, one_line_errors, parse_size, say
 from .ending import STATUSES
 from .files import same_file
 from .run import Run, training
@@ -129,6 +129,8 @@ def export(
 
         from ..pipeline.pipeline import SoraPipeline
 
-        SoraPipeline.from_pretrained(checkpoint).save_pretrained(out, dtype=torch.float16)
+        with naming("CHECKPOINT"):
+            pipeline = SoraPipeline.from_pretrained(checkpoint)
+        pipeline.save_pretrained(out, dtype=torch.float16)
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         say(f"{out}: {size / 1e6:.1f} MB")

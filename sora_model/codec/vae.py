@@ -33,6 +33,7 @@ CLASSES = (
     "AutoencoderKLWan",
 )
 WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the file
+COMPRESSION = 128  # the most along an axis
 DECODE_SEED = 2**40  # of noise before decoding, which no request starts from by accident
 
 
@@ -101,7 +102,11 @@ class VideoVAE(nn.Module):
         settle(folder)
         kind, config = _read_kind(folder, owner)
         model = open_module(lambda: kind.from_config(config), config, folder, owner, WEIGHTS)
-        return cls(model.eval(), **options)
+        model.eval()
+        try:
+            return cls(model, **options)
+        except (TypeError, RuntimeError, KeyError, ZeroDivisionError, OverflowError) as error:  # of numbers in the config
+            raise ValueError(f"{owner}: {folder / 'config.json'}: {error}") from None
 
     @staticmethod
     def read_compression(folder: str | Path) -> Size:
@@ -109,8 +114,10 @@ class VideoVAE(nn.Module):
         folder, owner = Path(folder), "VideoVAE.read_compression"
         kind, config = _read_kind(folder, owner)
         check_depth(config, read_shapes(weight_files(folder, WEIGHTS, owner), owner), owner)
+        path = folder / "config.json"
         with torch.device("meta"):
-            ct, ch = _compression(built(kind.from_config, {"config": config}, owner))
+            model = built(kind.from_config, {"config": config}, owner, path)
+        ct, ch = built(_compression, {"model": model}, owner, path)
         return ct, ch, ch
 
     @classmethod
@@ -275,7 +282,10 @@ def _compression(model: Any) -> tuple[int, int]:
     ch = ch or getattr(model, "spatial_compression_ratio", None)
     if ch is None:  # CogVideoX says it by its blocks
         ch = 2 ** (len(config["block_out_channels"]) - 1)
-    return int(ct), int(ch)  # type: ignore[arg-type]
+    for name, value in (("temporal", ct), ("spatial", ch)):
+        if type(value) is not int or not 1 <= value <= COMPRESSION:
+            raise ValueError(f"VideoVAE: model: expected a {name} compression from 1 to {COMPRESSION}, got {value!r}")
+    return ct, ch  # type: ignore[return-value]
 
 
 def _statistics(model: Any, channels: int) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..limits import hint, limits
 from ..sizes import Size, Timing
 from .budget import Fit, Limits
 from .media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, scaled_size
@@ -142,13 +143,17 @@ class FolderSource:
 
     def _caption(self, text: Path, path: Path) -> str:
         try:
-            data = text.read_bytes()
+            with text.open("rb") as file:
+                data = file.read(4 * limits().text + 1)
             marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
             caption = " ".join(data.decode("utf-16" if marked else "utf-8-sig").split())
         except FileNotFoundError:
             raise MediaError(f"{path} has no caption: {text.name} is not beside it") from None
         except (OSError, UnicodeDecodeError) as error:
             raise MediaError(f"{path} has no caption: {text.name} cannot be read ({error})") from None
+        if len(data) > 4 * limits().text or len(caption) > limits().text:
+            size = max(len(caption), text.stat().st_size // 4)
+            raise MediaError(f"{path} has no caption: {text.name} has more than {limits().text} characters; {hint('text', size)}")
         if not caption:
             raise MediaError(f"{path} has no caption: {text.name} is empty")
         return caption

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .media import Geometry, check_pixels, on_white, open_image, resized
+from .media import Geometry, PixelLimit, check_pixels, on_white, open_image, resized
 from .timeline import Timeline
 
 ORIENTATION = 0x0112  # EXIF's number of it
@@ -24,7 +24,7 @@ class Still:
 
     frames, rate = 1, Fraction(0)
 
-    def __init__(self, path: Path, limit: int) -> None:
+    def __init__(self, path: Path, limit: PixelLimit) -> None:
         self.path, self.limit = path, limit
         with open_image(path) as image:
             if not _scales(image):
@@ -45,7 +45,7 @@ class Still:
 class MovingWebP:
     """A WebP file of several frames, which FFmpeg does not read."""
 
-    def __init__(self, path: Path, limit: int) -> None:
+    def __init__(self, path: Path, limit: PixelLimit) -> None:
         self.path = path
         with open_image(path) as image:
             check_pixels(*image.size, limit)

@@ -17,12 +17,12 @@ import av
 import numpy as np
 from PIL import Image
 
+from ..limits import hint, limits
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow's names
 VIDEO_FORMATS = "mov,matroska,avi,gif,apng"  # FFmpeg's: mov is MP4 too, matroska is WebM too
-IMAGE_PIXELS = 2**25  # the most of a picture that is decoded: 8192 x 4096
-VIDEO_PIXELS = 2**24  # and of a video's frame: decoders hold several at once
 
 
 class MediaError(ValueError):
@@ -35,9 +35,9 @@ def reading(path: Path) -> Iterator[None]:
 
     Decoders raise errors of any type on bytes that somebody has made up, so all of them are caught.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise MediaError(f"cannot read {path}: expected a file, got a pipe or a device, which might be waited for")
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # which fails for a name that is too long
+            raise MediaError(f"cannot read {path}: expected a file, got a pipe or a device, which might be waited for")
         yield
     except MediaError:
         raise
@@ -64,9 +64,21 @@ def open_container(path: Path) -> av.container.InputContainer:
     return av.open(f"file:{path}", options=options)  # without a protocol, "clip:1.mp4" would be one
 
 
-def check_pixels(width: int, height: int, limit: int) -> None:
-    if width * height > limit:
-        raise ValueError(f"its frames of {width}x{height} (width x height) have more than the limit of {limit} pixels")
+class PixelLimit(NamedTuple):
+    """The most pixels of a frame. name: of `Limits`; None for one that the caller of `read_video` gave."""
+
+    most: int
+    name: str | None = None
+
+    @classmethod
+    def of(cls, name: str, given: int | None) -> PixelLimit:
+        return cls(getattr(limits(), name), name) if given is None else cls(given)
+
+
+def check_pixels(width: int, height: int, limit: PixelLimit) -> None:
+    if width * height > limit.most:
+        raised = f"; {hint(limit.name, width * height)}" if limit.name else ""
+        raise ValueError(f"its frames of {width}x{height} (width x height) have more than the limit of {limit.most} pixels{raised}")
 
 
 class Geometry(NamedTuple):

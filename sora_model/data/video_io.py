@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from .images import MovingWebP, Still, is_moving
-from .media import IMAGE_PIXELS, IMAGE_SUFFIXES, VIDEO_PIXELS, VIDEO_SUFFIXES, MediaError, open_image, reading, scaled_size
+from .media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, PixelLimit, open_image, reading, scaled_size
 from .videos import Video
 from .writing import contact_sheet, write_video
 
@@ -72,7 +72,7 @@ def read_video(
     keeping their shape, one by one as they are decoded, so that no more than one is held at full size. A JPEG of many times as
     many pixels is decoded at a fraction of its size. random_clip: a generator that draws the start among those that leave
     `max_frames` frames (then `start` is not used). normalize: float32 in [-1, 1] instead of uint8. pixel_limit: the most pixels
-    of a frame that are decoded; None: 2^25 of a picture, 2^24 of a video. Fewer frames come back when the file ends early.
+    of a frame that are decoded; None: those of `sora_model.limits`. Fewer frames come back when the file ends early.
     Raises MediaError if nothing can be read or a frame is over the limit, ValueError for arguments out of range.
     """
     if start < 0 or frame_stride < 1 or (max_frames is not None and max_frames < 1):
@@ -101,9 +101,9 @@ def read_video(
 def _opened(path: Path, pixel_limit: int | None) -> Still | MovingWebP | Video:
     """A file by what it holds: a picture under the suffix of one may move."""
     if path.suffix.lower() not in IMAGE_SUFFIXES:
-        return Video(path, pixel_limit or VIDEO_PIXELS)
+        return Video(path, PixelLimit.of("video_pixels", pixel_limit))
     with open_image(path) as image:
         kind, moves = image.format, is_moving(image)
     if not moves:
-        return Still(path, pixel_limit or IMAGE_PIXELS)
-    return (MovingWebP if kind == "WEBP" else Video)(path, pixel_limit or VIDEO_PIXELS)
+        return Still(path, PixelLimit.of("picture_pixels", pixel_limit))
+    return (MovingWebP if kind == "WEBP" else Video)(path, PixelLimit.of("video_pixels", pixel_limit))

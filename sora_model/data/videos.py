@@ -18,7 +18,8 @@ from av.sidedata.sidedata import SideData
 from av.video.reformatter import Interpolation
 from PIL import Image
 
-from .media import Geometry, check_pixels, on_white, open_container, resized
+from ..limits import check_limit
+from .media import Geometry, PixelLimit, check_pixels, on_white, open_container, resized
 from .timeline import Timeline
 
 SEEK_FROM = 64  # frames: below this, decoding from the beginning is as quick as seeking
@@ -47,7 +48,7 @@ class Video:
     path: the file. limit: the most pixels of a frame.
     """
 
-    def __init__(self, path: Path, limit: int) -> None:
+    def __init__(self, path: Path, limit: PixelLimit) -> None:
         self.path, self.limit = path, limit
         stamps: list[int | None] = []
         keys: list[Key] = []
@@ -62,6 +63,7 @@ class Video:
                 if not packet.size or packet.is_discard:  # the end; or cut out by an edit list
                     continue
                 stamps.append(packet.pts)
+                check_limit("frames", len(stamps), "its length", "frames")
                 if packet.pts is not None:
                     last = max(last, (packet.pts, packet.duration or 0))
                     if packet.is_keyframe and packet.dts is not None:
@@ -145,7 +147,7 @@ def _stream(container: av.container.InputContainer) -> av.VideoStream:
     return stream
 
 
-def _decoder(stream: av.VideoStream, limit: int) -> av.VideoCodecContext:
+def _decoder(stream: av.VideoStream, limit: PixelLimit) -> av.VideoCodecContext:
     """The stream's decoder; where VP8 and VP9 have transparency, libvpx's, as FFmpeg's own leaves it out."""
     decoder = stream.codec_context
     check_pixels(decoder.width, decoder.height, limit)
@@ -154,7 +156,7 @@ def _decoder(stream: av.VideoStream, limit: int) -> av.VideoCodecContext:
     pixels = max(stream.codec_context.width * stream.codec_context.height, 1)
     decoder.thread_type = "AUTO"
     decoder.thread_count = max(min(os.cpu_count() or 1, LARGE_FRAMES // pixels), 1)
-    decoder.options = {"max_pixels": str(limit)}  # for streams whose frames are larger than their file's header says
+    decoder.options = {"max_pixels": str(limit.most)}  # for streams whose frames are larger than their file's header says
     return decoder
 
 

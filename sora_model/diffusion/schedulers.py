@@ -17,17 +17,22 @@ FLOW: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # What a checkpoint may name. A name is never looked up anywhere else: diffusers has classes whose loading runs files of a folder.
 DDPM = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler")
+MOST_TIMESTEPS = 100_000
 CLASSES = (*(name for name, _ in FLOW.values()), *DDPM)
 
 
 def load_scheduler(folder: Path, owner: str) -> Any:
     """The scheduler of a checkpoint, from the numbers in its scheduler_config.json alone."""
     path = folder / "scheduler_config.json"
-    config = read_json(path, owner)
+    config = read_json(path, owner, constants=True)  # some have a number that may be infinite
     name = config.get("_class_name")
     if name not in CLASSES:
         raise ValueError(f"{owner}: {path}: expected _class_name out of {', '.join(CLASSES)}, got {name}")
-    return built(getattr(diffusers, name).from_config, {"config": config}, owner)
+    steps = config.get("num_train_timesteps", 1000)  # each takes memory
+    if type(steps) is not int or not 1 <= steps <= MOST_TIMESTEPS:
+        expected = f"a whole number from 1 to {MOST_TIMESTEPS}"
+        raise ValueError(f"{owner}: {path}: num_train_timesteps: expected {expected}, got {steps!r}")
+    return built(getattr(diffusers, name).from_config, {"config": config}, owner, path)
 
 
 def flow_scheduler(name: str, *, like: Any) -> Any:

@@ -23,6 +23,7 @@ from numbers import Integral
 
 from torch import Tensor
 
+from ..limits import check_text
 from ..sizes import Size, Timing
 from .clips import Clip, as_video, check_video
 from .stitch import Stitch
@@ -60,6 +61,8 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not isinstance(self.negative_prompt, str):
             raise TypeError(f"Request: prompt: expected text, got {self.prompt!r} and {self.negative_prompt!r}")
+        check_text(self.prompt, "Request: prompt")
+        check_text(self.negative_prompt, "Request: negative_prompt")
         size = tuple(self.size) if isinstance(self.size, Sequence) else ()
         if len(size) != 3 or not all(isinstance(n, Integral) and n >= 1 for n in size):
             raise ValueError(f"Request: size: expected (T, H, W), each at least 1, got {self.size}")

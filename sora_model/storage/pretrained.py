@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..limits import check_limit
+from .tokenizer import check_tokenizer
 from .weights import built, check_depth, read_json, read_shapes, read_tensors, weight_files
 
 # What a checkpoint's tokenizer may be; "TokenizersBackend" is what PreTrainedTokenizerFast is called since transformers 5.
@@ -61,9 +63,9 @@ def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str,
     shapes = read_shapes(files, owner)
     check_depth(values, shapes, owner)
     values = _own(values)
-    config = built(kind.config_class.from_dict, {"config_dict": values}, owner)
+    config = built(kind.config_class.from_dict, {"config_dict": values}, owner, folder / "config.json")
     with torch.device("meta"):
-        asked = sum(p.numel() for p in built(kind, {"config": config}, owner).parameters())
+        asked = sum(p.numel() for p in built(kind, {"config": config}, owner, folder / "config.json").parameters())
     held = sum(math.prod(shape) for shape in shapes.values())
     if asked > held:
         expected = f"a model of at most {held:,} weights, as many as lie beside it"
@@ -135,12 +137,18 @@ def load_tokenizer(folder: Path, owner: str, kind: str | None = None, *, any_cla
     with tempfile.TemporaryDirectory() as shown:
         for file in TOKENIZER_FILES:
             if (folder / file).is_file():
+                size = (folder / file).stat().st_size
+                check_limit("tokenizer_bytes", size, f"{owner}: {folder / file}", "bytes")
                 shutil.copyfile(folder / file, Path(shown, file))
+                if file == "tokenizer.json":
+                    check_tokenizer(folder / file, owner)
         Path(shown, "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}), encoding="utf-8")
         if kind is not None:
             Path(shown, "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
         reader = PreTrainedTokenizerFast if plain else AutoTokenizer
         try:
             return reader.from_pretrained(shown, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # the tokenizers library raises plain ones
+        except BaseException as error:  # the tokenizers library raises plain ones, and panics, which are not even those
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ValueError(f"{owner}: {folder}: expected a tokenizer, got {error}") from None

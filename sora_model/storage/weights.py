@@ -6,7 +6,8 @@ few kilobytes, say what a config may ask for before any memory is taken. Weights
 
 from __future__ import annotations
 
-import json
+import os
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,17 +17,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..limits import check_limit
+from .documents import read_json_file
+
 Module = TypeVar("Module", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
 
 
-def read_json(path: Path, owner: str) -> dict[str, Any]:
-    """An object in a JSON file of a checkpoint; `owner` is named in the error if it is not there or broken."""
-    if not path.is_file():
+def read_json(path: Path, owner: str, *, constants: bool = False) -> dict[str, Any]:
+    """An object in a JSON file of a checkpoint; `owner` is named in the error if it is not there or broken.
+
+    constants: see `read_json_file`.
+    """
+    if not os.path.isfile(path):  # Path.is_file fails for a name that is too long
         raise FileNotFoundError(f"{owner}: expected a folder with {path.name}, got {path.parent}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        values = read_json_file(path, constants=constants)
+    except ValueError as error:
         raise ValueError(f"{owner}: {path}: expected JSON, got {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{owner}: {path}: expected an object, got {type(values).__name__}")
@@ -59,14 +66,13 @@ def read_index(folder: Path, owner: str) -> dict[str, Any]:
     return index
 
 
-def built(kind: Callable[..., Any], config: dict[str, Any], owner: str, **more: Any) -> Any:
-    """kind(**config); keys and values that it does not take are an error that says so."""
+def built(kind: Callable[..., Any], config: dict[str, Any], owner: str, file: str | Path = "config.json") -> Any:
+    """kind(**config); keys and values that it does not take are an error that says so. file: that has them."""
     try:
-        return kind(**config, **more)
-    except ValueError:
-        raise
+        return kind(**config)
     except Exception as error:  # libraries have kinds of their own
-        raise ValueError(f"{owner}: config.json: {error}") from None
+        text = str(error) or type(error).__name__
+        raise ValueError(text if text.startswith(owner) else f"{owner}: {file}: {text}") from None
 
 
 def open_module(build: Callable[[], Module], config: Mapping[str, Any], folder: Path, owner: str, stem: str = "model") -> Module:
@@ -108,10 +114,19 @@ def weight_files(folder: Path, stem: str, owner: str) -> list[Path]:
     return [folder / name for name in sorted(set(places.values()))]
 
 
+def check_header(path: Path, owner: str) -> None:
+    """Raises ValueError for a safetensors file whose header, with the names of its tensors, is over the limit."""
+    with path.open("rb") as file:
+        first = file.read(8)
+    if len(first) == 8:
+        check_limit("header_bytes", struct.unpack("<Q", first)[0], f"{owner}: {path}: header of safetensors", "bytes")
+
+
 def read_shapes(files: Sequence[Path], owner: str) -> Shapes:
     """The shapes of all tensors in safetensors files, from their headers."""
     shapes: Shapes = {}
     for path in files:
+        check_header(path, owner)
         try:
             with safe_open(path, "pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -126,6 +141,7 @@ def read_tensors(files: Sequence[Path], owner: str) -> dict[str, Tensor]:
     """All tensors in safetensors files; one that is not finite is an error, which costs 0.05 s per GB."""
     tensors: dict[str, Tensor] = {}
     for path in files:
+        check_header(path, owner)
         try:
             read = load_file(path)
         except SafetensorError as error:
@@ -143,6 +159,7 @@ def open_tensors(files: Sequence[Path], owner: str) -> Callable[[str], Tensor]:
     """
     homes: dict[str, Path] = {}
     for path in files:
+        check_header(path, owner)
         try:
             with safe_open(path, "pt") as file:
                 homes |= dict.fromkeys(file.keys(), path)

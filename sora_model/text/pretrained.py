@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..model.conditioning import PackedText, TextEncoder
 from ..storage.pretrained import load_tokenizer, open_pretrained
+from ..storage.tokenizer import tokenize
 from ..storage.weights import open_module, read_json
 from .words import Vocabulary, WordEncoder
 
@@ -75,11 +76,11 @@ class PretrainedEncoder(nn.Module):
         if isinstance(captions, str):
             raise TypeError("PretrainedEncoder: captions: expected a list of strings, got one string")
         captions = [clean_caption(caption) for caption in captions]
-        batch = self.tokenizer(captions, padding=True, return_tensors="pt", verbose=False)
+        batch = self._tokens(captions, padding=True, return_tensors="pt", verbose=False)
         if self.longest is not None and batch["input_ids"].shape[1] > self.longest:
             self._warn_of_cuts(captions)
             cut = {"truncation": True, "max_length": self.longest}
-            batch = self.tokenizer(captions, padding=True, return_tensors="pt", **cut)
+            batch = self._tokens(captions, padding=True, return_tensors="pt", **cut)
         batch = batch.to(self.model.device)
         mask = batch["attention_mask"]
         out = self.model(input_ids=batch["input_ids"], attention_mask=mask)
@@ -91,6 +92,9 @@ class PretrainedEncoder(nn.Module):
             weights = mask[:, :, None].to(states)
             pooled = (states * weights).sum(1) / weights.sum(1)
         return PackedText(tokens, cu_seqlens, pooled)
+
+    def _tokens(self, captions: Sequence[str], **options: Any) -> Any:
+        return tokenize(self.tokenizer, captions, self.model.get_input_embeddings().num_embeddings, "PretrainedEncoder", **options)
 
     def _warn_of_cuts(self, captions: Sequence[str]) -> None:
         """Warns of what the encoder leaves out of a caption, of the first MOST_WARNINGS captions: training has many."""

@@ -16,6 +16,7 @@ from sora_kernels.attention import flash_attn_varlen_qkvpacked_func
 from ..model.block import Mlp
 from ..model.conditioning import PackedText
 from ..model.dit import sinusoids
+from ..storage.documents import read_text_file
 from ..storage.files import save_module
 
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -58,7 +59,12 @@ class Vocabulary(set[str]):
     def read(cls, folder: Path) -> Vocabulary | None:
         """None where there is no vocab.txt: which words the encoder has learned is then not known."""
         path = folder / VOCABULARY
-        return cls(path.read_text(encoding="utf-8").split()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return cls(read_text_file(path, "tokenizer_bytes").split())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"Vocabulary.read: {path}: expected text in UTF-8, got {error}") from None
 
 
 class WordEncoder(nn.Module):

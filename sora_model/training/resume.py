@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,9 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..storage.files import check_replaceable, locked, make_folder, settle, whole_file, writing
+from ..storage.weights import check_header
 from .config import SettingError, TrainConfig
 
 STATE = "training.safetensors"
+MOST_STEPS = 2**48
 
 
 def all_settings(settings: Mapping[str, str | int | None], config: TrainConfig, processes: int) -> dict[str, str | int | None]:
@@ -80,10 +83,19 @@ def check_idle(folder: Path) -> None:
 def read_state(path: Path) -> dict[str, Any]:
     """What a run's file says beside its tensors: step, seconds, config and settings."""
     try:
+        check_header(path, "Trainer")
         with safe_open(path, "pt") as file:
             state = json.loads(file.metadata()["state"])
-            return {name: state[name] for name in ("step", "seconds", "config", "settings")}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        found = {name: state[name] for name in ("step", "seconds", "config", "settings")}
+        step, seconds = found["step"], found["seconds"]
+        if type(step) is not int or not 0 <= step < MOST_STEPS:
+            raise ValueError(f"step {step!r}")
+        if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+            raise ValueError(f"seconds {seconds!r}")
+        if not isinstance(found["config"], dict) or not isinstance(found["settings"], dict):
+            raise TypeError("a config or settings that are no objects")
+        return found
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"Trainer: {path}: expected the state of a run of this package, got {error}") from None
 
 
@@ -111,5 +123,5 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     total = zlib.crc32(text.encode())
     for name, value in sorted(tensors.items()):
         total = zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode(), total)
-        total = zlib.crc32(value.detach().cpu().flatten().view(torch.uint8).numpy(), total)
+        total = zlib.crc32(memoryview(value.detach().cpu().flatten().view(torch.uint8).numpy()), total)
     return f"{total:08x}"

@@ -231,10 +231,18 @@ class Trainer:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
+        for name, value in tensors.items():
+            check_finite(value, f"Trainer: resume: {path}: {name}")
         load_distinct(self.model, part("model."), f"Trainer: resume: {path}")
         load_distinct(self.average, part("average."), f"Trainer: resume: {path}")
         for name, optimizer, parameter in self._moments:
             moments = {key: value.to(parameter.device) for key, value in part(f"optimizer.{name}.").items()}
+            for key, value in moments.items():
+                shapes = ((), tuple(parameter.shape))  # a count of steps; a moment
+                if tuple(value.shape) not in shapes or not value.is_floating_point():
+                    got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+                    where = f"Trainer: resume: {path}: optimizer.{name}.{key}"
+                    raise ValueError(f"{where}: expected floats {list(parameter.shape)} or one, got {got}")
             if moments:
                 optimizer.state[parameter] = moments
         self.step, self.seconds = state["step"], state["seconds"]

@@ -1,34 +1,32 @@
-"""Media files that somebody has damaged or made up, and the commands that read them.
+"""Media files that somebody has damaged or made up, and the commands that read them: python -m tests.reliability.media 500
 
-    python tests/mutated_media.py 200
-
-makes so many files from some seeds of every format, by rules that a number seeds, and runs `sora caption`, `sora animate` and
-`sora train` on each, in a process of its own. Each command must end well or with one line that names the file; training, which
-has a sound file too, must go on without the other. It prints the most memory and time that any of them took, and fails where one
-took more than 1 GiB or 10 seconds, raised anything else or was killed.
+First come the bombs and tricks of `hostile.py`, then so many files that are made from seeds of every format by rules that a number
+draws. `sora caption`, `sora animate` and `sora train` run on each, in a process of its own. A command must end well or with one
+line that names the file; training, which has a sound file too, must go on without the other. A case fails where a command took
+more than 1 GiB or 10 seconds, was killed, began another process, opened a connection or wrote elsewhere. File i of a seed is always
+the same: --first i with a count of 1 repeats it.
 """
 
 from __future__ import annotations
 
-import os
-import resource
+import argparse
 import shutil
 import struct
 import sys
 import tempfile
-import time
-import traceback
 import zlib
 from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from media_files import TURNS, encode, numbered
 from PIL import Image
 
-MEMORY, SECONDS = 2**30, 10
+from tests.media_files import TURNS, encode, numbered
+from tests.reliability.child import Ended, in_a_process, sora
+from tests.reliability.hostile import Hostile, Listener, make_bombs, make_tricks
+from tests.reliability.outcome import Outcome
+
 FAST = {"deadline": "realtime", "cpu-used": "8"}
 
 
@@ -128,44 +126,6 @@ def make_mutants(folder: Path, count: int, seed: int = 0) -> list[Path]:
     return made
 
 
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    seconds: float
-    memory: int
-    text: str
-
-
-def in_a_process(arguments: list[str]) -> Ended:
-    """Runs a command of `sora` in a fork of this process, which has imported what it needs."""
-    with tempfile.TemporaryFile("w+") as output:
-        start = time.perf_counter()
-        child = os.fork()
-        if not child:
-            code = 70
-            try:
-                os.dup2(output.fileno(), 1)
-                os.dup2(output.fileno(), 2)
-                resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
-                from sora_model.cli import app
-
-                app(arguments)
-                code = 0
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else 1
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        _, status, usage = os.wait4(child, 0)
-        seconds = time.perf_counter() - start
-        output.seek(0)
-        return Ended(os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss * 1024, output.read())
-
-
 def commands(path: Path, folder: Path) -> dict[str, list[str]]:
     """The commands that read a file, which write to `folder`."""
     clips = folder / "clips"
@@ -182,28 +142,53 @@ def commands(path: Path, folder: Path) -> dict[str, list[str]]:
     }
 
 
-def main(count: int) -> int:
+def run_all(path: Path, work: Path, *, well: bool = True) -> tuple[list[Ended], list[str]]:
+    """How the commands on a file ended, and what is wrong with that. well: whether it may be read."""
+    endings, faults = [], []
+    for command, arguments in commands(path, work).items():
+        ended = in_a_process(sora(arguments), writable=work, untrusted=path.parent)
+        endings.append(ended)
+        if command != "train":
+            found = ended.faults([path.name], well=well)
+        else:  # the sound file is enough
+            found = ended.faults([])
+            found += [] if ended.code == 0 and "checkpoint: " in ended.text else ["does not go on"]
+            found += [] if well or path.name in ended.text or path.suffix == ".ts" else ["takes the file"]
+        if found:
+            faults.append(f"{command}: {'; '.join(found)}\n{ended.text[-2000:]}")
+    return endings, faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", type=int, nargs="?", default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first file; bombs and tricks come with 0")
+    options = parser.parse_args()
     for name in ("sora_model.cli", "sora_model.pipeline.pipeline", "sora_model.training.dit"):
         import_module(name)  # once, for all the forks
-    failed, endings = 0, {"caption": [], "animate": [], "train": []}
-    with tempfile.TemporaryDirectory() as name:
-        for path in make_mutants(Path(name) / "media", count):
-            for command, arguments in commands(path, Path(name) / "work").items():
-                ended = in_a_process(arguments)
-                endings[command].append(ended)
-                one_line = ended.code == 2 and path.name in ended.text and "Traceback" not in ended.text
-                sound = "checkpoint: " in ended.text if command == "train" else ended.code == 0 or one_line
-                if not sound or ended.memory > MEMORY or ended.seconds > SECONDS:
-                    failed += 1
-                    print(f"{path.name}: {command}: {ended.code}, {ended.seconds:.1f} s, {ended.memory >> 20} MiB\n{ended.text}")
-    for command, all_of_it in endings.items():
-        read = sum(ended.code == 0 for ended in all_of_it)
-        most, longest = max(ended.memory for ended in all_of_it), max(ended.seconds for ended in all_of_it)
-        print(f"{command}: {len(all_of_it)} files, {read} end well; at most {most >> 20} MiB, {longest:.1f} s")
-    print(f"{failed} failures")
+    failed, cases, endings = 0, 0, []
+    with tempfile.TemporaryDirectory() as name, Listener() as listener:
+        folder = Path(name)
+        made: list[Hostile] = []
+        if options.first == 0:
+            made += [*make_bombs(folder / "bombs"), *make_tricks(folder / "tricks", listener.port)]
+        last = options.first + options.count
+        made += [Hostile(path) for path in make_mutants(folder / "media", last, options.seed)[options.first :]]
+        for number, one in enumerate(made):
+            work = folder / "work"
+            ended, faults = run_all(one.path, work, well=one.may_end_well)
+            if listener.was_called():
+                faults.append("a connection was opened")
+            endings += ended
+            cases += 1
+            if faults:
+                failed += 1
+                print(f"seed {options.seed}, {one.path.parent.name} {one.path.name} (of all, number {number}):", *faults, sep="\n")
+    most, longest = max(one.memory for one in endings), max(one.seconds for one in endings)
+    print(Outcome("media files", cases, failed, seconds=longest, memory=most))
     return min(failed, 1)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this file is in, whatever is installed
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 200))
+    sys.exit(main())

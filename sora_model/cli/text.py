@@ -1,0 +1,26 @@
+"""Text that others wrote, as the command line takes and shows it: `is_utf8`, `visible`."""
+
+from __future__ import annotations
+
+import re
+
+# Control characters but for line breaks and tabs, marks that turn the direction of writing, and halves of characters.
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Text that a terminal only shows: control characters, which could steer it, and halves of characters as Python writes them.
+
+    >>> visible("a \\x1b[31m cat")
+    'a \\\\x1b[31m cat'
+    """
+    return STEERING.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether text can be written: what a shell passes on may be any bytes, which Python keeps as halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,88 @@
+"""JSON and text that others wrote, within the limits of `sora_model.limits`: `read_json_file`, `read_text_file`.
+
+JSON is read strictly: a name comes once in an object, numbers are finite, and lists and objects are not nested without end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..limits import check_limit
+
+DIGITS = 40  # of a whole number; tokenizers say 10**30 where they have no limit
+
+
+def read_text_file(path: Path, limit: str, factor: int = 1) -> str:
+    """A text in UTF-8, with or without a byte order mark.
+
+    limit: the name of one of `Limits`, which holds for its bytes, `factor` times. A file that grows meanwhile is not read further.
+
+    Raises ValueError for a longer one and for what is not UTF-8. OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        size = max(path.stat().st_size, 0)
+        check_limit(limit, -(-size // factor), str(path), "bytes" if factor == 1 else "characters")
+        data = file.read(size + 1)
+    check_limit(limit, -(-len(data) // factor), str(path), "bytes" if factor == 1 else "characters")
+    return data.decode("utf-8-sig")
+
+
+def read_json_file(path: Path, limit: str = "json_bytes", *, constants: bool = False) -> Any:
+    """What a JSON file holds.
+
+    limit: of its bytes. constants: NaN and Infinity are numbers, too, as in some configs of transformers.
+
+    Raises ValueError that says what is wrong with it, but for the file's name where it is no JSON. OSError: it cannot be read.
+    """
+    text = read_text_file(path, limit)
+    try:
+        values = json.loads(
+            text,
+            object_pairs_hook=_once,
+            parse_constant=float if constants else _no_number,
+            parse_float=float if constants else _finite,
+            parse_int=_whole,
+        )
+    except RecursionError:
+        raise ValueError("lists and objects that are nested too deeply") from None
+    check_limit("json_depth", _depth(values), "its depth", "lists and objects within each other")
+    return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are all different: of two values for one, either may have been meant."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name} twice in one object")
+    return values
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name}, which is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.{DIGITS}}, which is too large a number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _depth(values: Any) -> int:
+    """Of lists and objects, without recursion."""
+    depth, level = 0, [values]
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        depth += 1
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return depth
