@@ -60,22 +60,22 @@ def from_object(source: Foreign, out: Any) -> int:
     return 0
 
 
-def capsule(table: Table | None, name: bytes | None = b"dlpack_exchange_api") -> Any:
+def capsule(table: Table, name: bytes) -> Any:
     new = ctypes.pythonapi.PyCapsule_New
     new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    return new(ctypes.addressof(TABLE if table is None else table), name, None)
+    return new(ctypes.addressof(table), name, None)
 
 
 TABLE = Table(1, 3, tensor_from_object=from_object)
 OTHER_VERSION = Table(2, 0, tensor_from_object=from_object)
 EMPTY = Table(1, 3)
-NAME = b"dlpack_exchange_api"
+NAME, OTHER_NAME = b"dlpack_exchange_api", b"another"  # capsules keep no copy
 
 
 class Foreign:
     """A tensor of another library, whose description is `view`."""
 
-    __dlpack_c_exchange_api__: Any = capsule(TABLE)
+    __dlpack_c_exchange_api__: Any = capsule(TABLE, NAME)
 
     def __init__(self, array: np.ndarray, view: View | None) -> None:
         self.array, self.view = array, view  # the memory lives as long as this
@@ -92,15 +92,15 @@ class Foreign:
 
 
 class Renamed(Foreign):
-    __dlpack_c_exchange_api__ = capsule(TABLE, b"another")
+    __dlpack_c_exchange_api__ = capsule(TABLE, OTHER_NAME)
 
 
 class Later(Foreign):
-    __dlpack_c_exchange_api__ = capsule(OTHER_VERSION)
+    __dlpack_c_exchange_api__ = capsule(OTHER_VERSION, NAME)
 
 
 class Hollow(Foreign):
-    __dlpack_c_exchange_api__ = capsule(EMPTY)
+    __dlpack_c_exchange_api__ = capsule(EMPTY, NAME)
 
 
 class NoCapsule(Foreign):
