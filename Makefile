@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CSRC := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CSRC := $(shell find csrc tests/simt tests/reliability -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # make checkpoint   the checkpoint that comes with the package, from nothing: VAE, transformer with its text encoder, captioner
 # make gallery      contact sheets of every task in docs/gallery; make eval, the figures in docs/eval.json

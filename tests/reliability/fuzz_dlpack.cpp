@@ -118,8 +118,7 @@ void check_apart(const std::vector<sora::Tensor*>& tensors) {
   for (const sora::Tensor* t : tensors) {
     if (t->name[0] != 'o' || elements(*t) > kSmall) continue;
     for (const int64_t place : places(*t))
-      for (int byte = 0; byte < t->item_bytes; ++byte)
-        written.emplace_back(reinterpret_cast<uintptr_t>(t->data) + place + byte, t);
+      for (int byte = 0; byte < t->item_bytes; ++byte) written.emplace_back(reinterpret_cast<uintptr_t>(t->data) + place + byte, t);
   }
   std::sort(written.begin(), written.end());
   for (size_t i = 1; i < written.size(); ++i)
