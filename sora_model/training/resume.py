@@ -123,5 +123,5 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     total = zlib.crc32(text.encode())
     for name, value in sorted(tensors.items()):
         total = zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode(), total)
-        total = zlib.crc32(memoryview(value.detach().cpu().flatten().view(torch.uint8).numpy()), total)
+        total = zlib.crc32(value.detach().cpu().flatten().view(torch.uint8).numpy().data, total)
     return f"{total:08x}"

@@ -147,7 +147,7 @@ class Training:
         no_parts(root)
 
 
-def _with_captioner(shared: Shared) -> SoraPipeline:
+def _other(shared: Shared) -> SoraPipeline:
     """What takes the place of `small`: another transformer's weights."""
     pipeline = SoraPipeline.from_pretrained(shared.small)
     pipeline.dit.final.weight.data.fill_(0.25)
@@ -166,7 +166,7 @@ class Checkpoint:
 
     def act(self, shared: Shared, root: Path) -> Result | None:
         if not self.command:
-            _with_captioner(shared).save_pretrained(root / "out")
+            _other(shared).save_pretrained(root / "out")
             return None
         return sora("export", shared.small, root / "out", "--overwrite")
 
@@ -176,7 +176,7 @@ class Checkpoint:
         files.settle(root / "out")
         if (root / "out").exists():
             read = SoraPipeline.from_pretrained(root / "out")
-            new = SoraPipeline.from_pretrained(shared.small) if self.command else _with_captioner(shared)
+            new = SoraPipeline.from_pretrained(shared.small) if self.command else _other(shared)
             is_new = torch.equal(read.dit.final.weight, new.dit.final.weight)
             is_old = torch.equal(read.dit.final.weight, SoraPipeline.from_pretrained(shared.small).dit.final.weight)
             assert is_new or (is_old and not self.first)
