@@ -2,7 +2,8 @@
 # make test    environment, ruff, mypy, clang-format, tests
 # make reliability  everything that attacks the packages, and what it found as docs/reliability.md; its parts:
 #   make property   10,000 random batches, for what every op promises of them
-#   make fuzz       the CPU kernels under AddressSanitizer: bad calls of every compiled entry and public function; damaged files
+#   make fuzz-calls the CPU kernels under AddressSanitizer: bad calls of every compiled entry and public function
+#   make fuzz-files damaged media, checkpoints, prompts, paths; make fuzz, both
 #   make crashes    saves that are interrupted at every system call
 #   make races      the CPU kernels under ThreadSanitizer; make soak, training and kernels for long; make huge, huge tensors: 20 GiB
 #   make floors     the lowest versions; make sdist-test, the source distribution
@@ -13,12 +14,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CSRC := $(shell find csrc tests/simt tests/reliability -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CSRC := $(shell find csrc tests/simt tests/reliability -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # make checkpoint   the checkpoint that comes with the package, from nothing: VAE, transformer with its text encoder, captioner
 # make gallery      contact sheets of every task in docs/gallery; make eval, the figures in docs/eval.json
 .PHONY: demo test lint format sanitized sanitize bench bench-report bench-gate checkpoint gallery eval clean
-.PHONY: reliability property fuzz crashes races soak huge floors sdist-test
+.PHONY: reliability property fuzz fuzz-calls fuzz-files crashes races soak huge floors sdist-test
 
 # Reinstalled when what it is made from changes; ninja recompiles only what has to be.
 $(READY): pyproject.toml setup.py constraints.txt $(CSRC)
@@ -69,21 +70,32 @@ sanitize: sanitized
 	set -e; cd $(SANITIZED); export $(SANITIZER_OPTIONS); for tier in $(TIERS); do export SORA_KERNELS_ISA=$$tier; echo $$tier; \
 	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m 'not emulated' -k 'not compiled and not limit and not scratch and not failed' $(SANITIZED_TESTS); done
 
-# Checks of tests/reliability, and their counts, that run on the sanitized kernels. Those of compiled entries run on every tier;
-# those of CUDA's under the harness of tests/simt, and the fuzzer with the sanitizers of clang. All run, whichever fails.
-FUZZED := calls=500
-fuzz: ASAN_LIMITS = max_allocation_size_mb=4096:quarantine_size_mb=64
-fuzz: sanitized
-	cd $(SANITIZED); export $(SANITIZER_OPTIONS); status=0; \
-	for tier in $(TIERS); do SORA_KERNELS_ISA=$$tier $(abspath $(BIN))/python -m tests.reliability.entries 500 || status=1; done; \
-	for check in $(FUZZED); do $(abspath $(BIN))/python -m tests.reliability.$${check%=*} $${check#*=} || status=1; done; \
+fuzz: fuzz-calls fuzz-files
+
+# Compiled entries on every tier, so many calls of each over all of them, and public functions, on the sanitized kernels; CUDA's
+# entries in the harness of tests/simt; DLPack's decoding by libFuzzer, with clang's sanitizers (Debian: clang, libclang-rt-14-dev).
+# All of them run, whichever fails.
+ENTRY_CALLS := 2000
+PUBLIC_CALLS := 5000
+fuzz-calls: ASAN_LIMITS = max_allocation_size_mb=4096:quarantine_size_mb=64
+fuzz-calls: sanitized
+	cd $(SANITIZED); export $(SANITIZER_OPTIONS); status=0; calls=$$(($(ENTRY_CALLS) / $(words $(TIERS)) + 1)); \
+	for tier in $(TIERS); do SORA_KERNELS_ISA=$$tier $(abspath $(BIN))/python -m tests.reliability.entries $$calls || status=1; done; \
+	$(abspath $(BIN))/python -m tests.reliability.calls $(PUBLIC_CALLS) || status=1; \
 	unset LD_PRELOAD; cd $(CURDIR); \
-	$(BIN)/python -m tests.reliability.entries 500 --module _cuda || status=1; \
+	$(BIN)/python -m tests.reliability.entries $(ENTRY_CALLS) --module _cuda || status=1; \
 	$(BIN)/python -m tests.reliability.dlpack 300 || status=1; \
 	exit $$status
 
+fuzz-files: $(READY)
+	status=0; for check in media documents; do $(BIN)/python -m tests.reliability.$$check 500 || status=1; done; exit $$status
+
 property: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.properties 10000
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.sweep 20000
+
+crashes: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.crashes
 
 # Debian: apt-get install libomp-19-dev. See tests/reliability/races.py.
 RACES := build/races
@@ -93,11 +105,20 @@ races: $(READY)
 	cd $(RACES) && SORA_KERNELS_CUDA=0 SORA_KERNELS_SANITIZE=thread $(abspath $(BIN))/python setup.py build_ext --inplace
 	cd $(RACES) && $(abspath $(BIN))/python -m tests.reliability.races 20
 
+SOAK_SECONDS := 7200
 soak: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.soak 600
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.soak $(SOAK_SECONDS)
 
 huge: $(READY)
 	$(BIN)/python -m tests.reliability.huge $$((1 << 31))
+
+# The tests under the lowest versions of pyproject.toml (FLOORS keeps them for the next time), and those of the sdist.
+FLOORS := build/floors
+floors: $(READY)
+	$(BIN)/python -m tests.reliability.floors $(FLOORS)
+
+sdist-test: $(READY)
+	$(BIN)/python -m tests.reliability.sdist
 
 # Takes hours. TARGETS="soak races" runs these alone, and leaves the page's other rows as they are.
 TARGETS :=
@@ -135,11 +156,3 @@ bench-gate: $(READY)
 
 clean:
 	rm -rf build outputs *.egg-info sora_kernels/*.so
-
-# The tests under the lowest versions of pyproject.toml (FLOORS keeps them for the next time), and those of the sdist.
-FLOORS := build/floors
-floors: $(READY)
-	$(BIN)/python -m tests.reliability.floors $(FLOORS)
-
-sdist-test: $(READY)
-	$(BIN)/python -m tests.reliability.sdist

@@ -19,13 +19,14 @@ import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tests.reliability.outcome import Outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 MODERATE = 100.0  # masks up to here leave float32 scores precise enough to be compared with exact ones
@@ -331,12 +332,9 @@ def main() -> int:
         return per_tier(options)
     else:
         cases = range(options.first, options.first + options.count)
-    began = time.perf_counter()
     failures = run(cases, options.seed, options.backend, longest)
     where = os.environ.get("SORA_KERNELS_ISA", options.backend)
-    print(
-        *failures, f"{where}: {len(cases)} cases, {len(failures)} failed, {time.perf_counter() - began:.0f} s", sep="\n", flush=True
-    )
+    print(*failures, Outcome(f"attention on {where}", len(cases), len(failures)), sep="\n", flush=True)
     return 1 if failures else 0
 
 

@@ -23,7 +23,7 @@ def test_what_is_printed_is_what_is_read() -> None:
 
 def rows(*lines: str, status: int = 0) -> list[program.Row]:
     code = f"import sys; print({chr(10).join(lines)!r}); sys.exit({status})"
-    return program.summed(list(program.attacked("fuzz", [sys.executable, "-c", code])))
+    return program.summed(list(program.attacked("fuzz-calls", [sys.executable, "-c", code])))
 
 
 def test_processes_of_one_name_are_one_row(capfd) -> None:
@@ -37,7 +37,7 @@ def test_processes_of_one_name_are_one_row(capfd) -> None:
 
 def test_one_that_dies_is_a_failure() -> None:
     *_, last = rows("a: 3 cases, 0 failed", status=66)
-    assert last.outcome == Outcome("fuzz, ended with status 66", 1, 1)
+    assert last.outcome == Outcome("fuzz-calls, ended with status 66", 1, 1)
 
 
 def test_one_that_found_something_is_counted_once() -> None:
@@ -63,8 +63,8 @@ def test_every_target_is_one_of_the_makefile() -> None:
 
 
 def test_another_target_is_one_line(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["reliability", "fuzzz"])
+    monkeypatch.setattr(sys, "argv", ["reliability", "fuzz"])
     with pytest.raises(SystemExit) as ended:
         program.main()
     assert ended.value.code == 2
-    assert "error: TARGET: expected some of property, fuzz" in capsys.readouterr().err
+    assert "error: TARGET: expected some of property, fuzz-calls" in capsys.readouterr().err

@@ -24,7 +24,7 @@ def test_every_tier() -> None:
     done = subprocess.run(command, cwd=sweep.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     tiers = sweep.tiers()
-    assert [line.split(":")[0] for line in done.stdout.splitlines()] == tiers
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [f"attention on {name}" for name in tiers]
     assert all(f"{1000 // len(tiers)}" in line and "0 failed" in line for line in done.stdout.splitlines())
 
 

@@ -26,7 +26,8 @@ JSON, PAGE = ROOT / "docs" / "reliability.json", ROOT / "docs" / "reliability.md
 # In the order of the page: what attacks what, and what a case is.
 TARGETS = {
     "property": "Random layouts, masks, windows and dtypes: what holds for every op, forward and backward",
-    "fuzz": "Wrong calls under AddressSanitizer and UndefinedBehaviorSanitizer; damaged files",
+    "fuzz-calls": "Wrong calls, under AddressSanitizer and UndefinedBehaviorSanitizer",
+    "fuzz-files": "Damaged and malicious files, prompts and paths",
     "crashes": "Saves that are killed, lose power or find the disk full, at every system call",
     "races": "The CPU kernels under ThreadSanitizer",
     "soak": "Hours of changing batches, in threads and forks",

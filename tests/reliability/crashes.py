@@ -5,7 +5,6 @@ own is killed there, or its disk fails from there on. After a kill, a loss of po
 good state must still be there, the run must go on as if nothing had happened, and nothing may be left over.
 
 COUNT: how many calls are drawn at random; default: all of them. --only NAME: one save. --at N --fault FAULT: one case of it.
---strace: says which calls of a save the interposer misses, by strace.
 """
 
 from __future__ import annotations
