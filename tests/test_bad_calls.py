@@ -265,6 +265,17 @@ def test_patch_embed_writes_rows_one_behind_the_other(cpu):
         cpu.patch_embed_3d_backward(torch.randn(8, 20), videos, weight, [1, 2, 2], dvideos, torch.empty_like(weight), None)
 
 
+def test_patches_leave_no_row_unwritten(cpu):
+    """Behind the last patch there would be whatever the memory held."""
+    videos = [torch.randn(3, 1, 4, 4)]
+    for rows in (3, 5):
+        with pytest.raises(ValueError, match=rf"patchify_3d: tokens: expected 4 rows, got shape \[{rows}, 12\]"):
+            cpu.patchify_3d(videos, [1, 2, 2], torch.empty(rows, 12))
+    with pytest.raises(ValueError, match=r"unpatchify_3d: tokens: expected at least 4 rows, got shape \[3, 12\]"):
+        cpu.unpatchify_3d(torch.randn(3, 12), [1, 2, 2], videos)
+    cpu.unpatchify_3d(torch.randn(5, 12), [1, 2, 2], videos)
+
+
 def test_memory_that_is_not_there(cpu):
     x = torch.randn(16, 8)
     freed = x.clone()

@@ -39,7 +39,8 @@ inline int64_t check_videos(const Tensors& videos, const Patch& patch, int64_t c
   return tokens;
 }
 
-inline void rearrange(const Call& call, const Tensors& videos, const Patch& patch, const Tensor& tokens,
+// Tokens that are written have a row for each patch; of those that are read, rows behind the last patch are left out.
+inline void rearrange(const Call& call, const Tensors& videos, const Patch& patch, const Tensor& tokens, bool writes_tokens,
                       void (*kernel)(const PatchEmbed&)) {
   PatchEmbed a{};
   a.videos = videos.data(), a.num_videos = static_cast<int64_t>(videos.size()), a.tokens = tokens;
@@ -50,17 +51,18 @@ inline void rearrange(const Call& call, const Tensors& videos, const Patch& patc
   const int64_t volume = volume_of(patch), channels = tokens.size[1] / volume;
   if (tokens.size[1] % volume != 0) fail(tokens, "a width divisible by " + std::to_string(volume), shape_of(tokens));
   const int64_t count = check_videos(videos, patch, channels, tokens.dtype);
-  if (count > tokens.size[0]) fail(tokens, "at least " + std::to_string(count) + " rows", shape_of(tokens));
+  if (writes_tokens ? count != tokens.size[0] : count > tokens.size[0])
+    fail(tokens, (writes_tokens ? "" : "at least ") + std::to_string(count) + " rows", shape_of(tokens));
   call.run([&] { kernel(a); });
 }
 
 template <class Kernels>
 void bind_patchify(py::module_& m, const Kernels* kernels) {
   define(m, "patchify_3d(videos, patch_size) -> tokens", [=](const Call& call, Tensors videos, Patch patch_size, Tensor tokens) {
-    rearrange(call, videos, patch_size, tokens, kernels->patchify_3d);
+    rearrange(call, videos, patch_size, tokens, true, kernels->patchify_3d);
   });
   define(m, "unpatchify_3d(tokens, patch_size) -> videos", [=](const Call& call, Tensor tokens, Patch patch_size, Tensors videos) {
-    rearrange(call, videos, patch_size, tokens, kernels->unpatchify_3d);
+    rearrange(call, videos, patch_size, tokens, false, kernels->unpatchify_3d);
   });
 }
 
