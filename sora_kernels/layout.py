@@ -118,8 +118,7 @@ class PackedLayout:
         self.seqlens: tuple[int, ...] = tuple(seqlens)
         self.num_tokens = sum(seqlens)
         self.max_seqlen = max(seqlens) if seqlens else 0  # torch.compile takes no default
-        if self.num_tokens >= 2**31:
-            fail("PackedLayout", "spans", "fewer than 2**31 tokens", str(self.num_tokens))
+        _check_tokens("PackedLayout", "spans", self.num_tokens)
         sizes = [n for span in flat for n in span.grid]
         # Each a tensor of its own, not rows of another: Triton compiles anew for other alignments.
         positions = [x for span in flat for x in span.origin], [x for span in flat for x in span.step]
@@ -139,13 +138,16 @@ class PackedLayout:
         op = "PackedLayout.from_grids"
         listed = check_list(op, "grids", "a list of (T, H, W)", grids)
         sizes = [triple(op, f"grids[{i}]", grid, int) for i, grid in enumerate(listed)]
+        _check_tokens(op, "grids", sum([t * h * w for t, h, w in sizes]))
         return cls([[Span((t, h, w))] for t, h, w in sizes], None if device is None else check_device(op, "device", device))
 
     @classmethod
     def from_spans(cls, spans: Iterable[Iterable[Span]], device: torch.device | str | None = None) -> PackedLayout:
         """One sample per inner list of spans."""
         op = "PackedLayout.from_spans"
-        return cls(_check_spans(op, spans), None if device is None else check_device(op, "device", device))
+        samples = _check_spans(op, spans)
+        _check_tokens(op, "spans", sum([span.num_tokens for sample in samples for span in sample]))
+        return cls(samples, None if device is None else check_device(op, "device", device))
 
     @classmethod
     def concat(cls, layouts: Sequence[PackedLayout]) -> PackedLayout:
@@ -156,6 +158,7 @@ class PackedLayout:
         for layout in layouts:
             if not isinstance(layout, PackedLayout):
                 fail("PackedLayout.concat", "layouts", "PackedLayouts", type(layout).__name__, TypeError)
+        _check_tokens("PackedLayout.concat", "layouts", sum([layout.num_tokens for layout in layouts]))
         return cls(itertools.chain.from_iterable(layout.spans for layout in layouts), layouts[0].device)
 
     @property
@@ -245,6 +248,12 @@ class PackedLayout:
             f"PackedLayout({self.num_samples} samples, {self.num_tokens} tokens, longest {self.max_seqlen}, "
             f"{self.device}: {', '.join(shown)})"
         )
+
+
+def _check_tokens(op: str, argument: str, num_tokens: int) -> None:
+    """Boundaries are int32."""
+    if num_tokens > _MOST:
+        fail(op, argument, "fewer than 2**31 tokens", str(num_tokens))
 
 
 def _check_spans(op: str, spans: Iterable[Iterable[Span]]) -> tuple[tuple[Span, ...], ...]:

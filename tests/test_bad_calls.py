@@ -276,6 +276,15 @@ def test_patches_leave_no_row_unwritten(cpu):
     cpu.unpatchify_3d(torch.randn(5, 12), [1, 2, 2], videos)
 
 
+def test_a_gradient_of_no_weight(cpu):
+    """It would stay what the memory held."""
+    q, rstd = torch.randn(16, 1, 8), torch.ones(16, 1)
+    tables = LAYOUT.cu_spans, LAYOUT.grid, LAYOUT.origin, LAYOUT.step, [1e4] * 3, [2, 2, 4], True, False
+    outputs = [torch.empty_like(q) for _ in range(2)]
+    with pytest.raises(ValueError, match="dk_weight: expected None, as there is no weight, got a tensor"):
+        cpu.qk_norm_rope_3d_backward(q, q, q, q, None, None, rstd, rstd, *tables, *outputs, None, torch.empty(8))
+
+
 def test_memory_that_is_not_there(cpu):
     x = torch.randn(16, 8)
     freed = x.clone()

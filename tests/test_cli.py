@@ -318,7 +318,7 @@ SHARE = "a number above 0 and up to 1"
         (extend('"frames": 0'), f"request 0: frames: expected {COUNT}, got 0"),
         (extend('"frames": 2, "overlap": -1'), "request 0: overlap: expected a whole number of at least 0, got -1"),
         (extend('"overlap": 1'), f"request 0: frames: expected {COUNT} for extend, got none"),
-        (extend('"frames": 2, "video": "none.mp4"'), "expected JSON, got video twice in one request"),
+        (extend('"frames": 2, "video": "none.mp4"'), "expected JSON, got video twice in one object"),
         (extend('"frames": 2').replace("a.mp4", "none.mp4"), "request 0: video: "),
         (extend('"frames": 2').replace('"a.mp4"', '["a.mp4"]'), 'request 0: video: expected the name of a file, got ["a.mp4"]'),
         (restyle('"0.5"'), f'request 0: strength: expected {SHARE}, got "0.5"'),

@@ -218,7 +218,7 @@ def test_moments_that_cannot_be_are_refused(small, tmp_path) -> None:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+        metadata = {"state": file.metadata()["state"]}  # without a checksum, which would say so first
     name = next(name for name in weights if name.startswith("optimizer.") and weights[name].ndim > 1)
     for value, message in (
         (weights[name].flatten()[:3], "expected floats"),
@@ -271,6 +271,6 @@ def test_what_is_forbidden_is_seen(tmp_path) -> None:
     for name, fault in faults.items():
         ended = in_a_process(fault, writable=out, untrusted=source)
         assert any(event.startswith(name) for event in ended.events), (name, ended)
-        assert ended.faults([])
-    assert not in_a_process(lambda: (out / "x").write_text(""), writable=out, untrusted=source).faults([])
-    assert "ended with -9" in in_a_process(lambda: os.kill(os.getpid(), 9), writable=out, untrusted=source).faults([])
+        assert ended.faults([], more=True)
+    assert not in_a_process(lambda: (out / "x").write_text(""), writable=out, untrusted=source).faults([], more=True)
+    assert "ended with -9" in in_a_process(lambda: os.kill(os.getpid(), 9), writable=out, untrusted=source).faults([], more=True)

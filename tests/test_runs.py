@@ -124,6 +124,7 @@ def dying(trainer):
     os.{call} = killed
     save(trainer)
 sora_model.training.trainer.Trainer.save = dying
+from sora_model.cli import app
 app()
 """
     command = ["train", run, "--start", small, "--size", "2x16x16", "--tokens", 32, "--steps", 2, "--resume"]

@@ -1,5 +1,7 @@
 """A share of `python -m tests.reliability.soak`, and that it finds what it looks for."""
 
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -9,6 +11,8 @@ from reliability import random_works, soak, together
 from reliability.resources import MOST_DRIFT, Usage, drift, drifted, usage
 
 from sora_kernels import backends
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +65,20 @@ def test_other_bits_are_found(known: together.Known) -> None:
     assert all(line.startswith("probe: rope_3d") for line in wrong)
 
 
-def test_a_leak_is_found() -> None:
+def leak() -> None:
+    """In a process of its own: one that has freed much takes nothing new."""
     kept, used = [], []
     for _ in range(10):
-        kept.append(torch.ones(1 << 20))
+        kept.append(torch.ones(1 << 22))
         used.append(usage())
     assert drift([x.resident for x in used]).slope > MOST_DRIFT
     assert any("leak: resident drifts" in line for line in drifted("leak", used, "resident"))
     assert any("leak: held drifts" in line for line in drifted("leak", used, "held"))
+
+
+def test_a_leak_is_found() -> None:
+    code = "import sys; sys.path.insert(0, 'tests'); import test_soak; test_soak.leak()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     flat = [Usage(500 << 20, 400 << 20, 200 << 20, 8, 3)] * 30
     assert drifted("flat", flat, "resident") == []
     assert drifted("a file", [*flat, *(x._replace(files=9) for x in flat)], "resident")[0].startswith("a file: files drifts")

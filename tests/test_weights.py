@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint import module
 from test_pretrained_text import MODELS, tokenizer
 from typer.testing import CliRunner
 
 from sora_model import SoraPipeline
-from sora_model.caption.captioner import Captioner
+from sora_model.caption.captioner import Captioner, CaptionerConfig, train_tokenizer
 from sora_model.cli import app
 from sora_model.codec.vae import VideoVAE
 from sora_model.diffusion import schedulers
@@ -24,6 +23,15 @@ from sora_model.storage.weights import check_finite
 from sora_model.text.pretrained import PretrainedEncoder, load_text_encoder, load_tokenizer
 
 RUNS_CODE = "import pathlib\npathlib.Path({marker!r}).touch()\nclass EvilPipeline:\n    pass\nclass Evil:\n    pass\n"
+
+
+def module(kind: str, seed: int):
+    """A part that is saved as a folder; the seed says its weights."""
+    torch.manual_seed(seed)
+    if kind == "vae":
+        return VideoVAE.small(latent_channels=4, channels=(8, 8, 8))
+    config = CaptionerConfig(in_channels=3, hidden_size=16, num_heads=2, depth=1, decoder_depth=1, vocabulary=280)
+    return Captioner(config, train_tokenizer(["a red circle"], 280))
 
 
 @pytest.fixture

@@ -119,6 +119,7 @@ def _be_the_child(run: Callable[[], None], output: int, noted: int, writable: Pa
     try:
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest's are elsewhere
         resource.setrlimit(resource.RLIMIT_CPU, (HANG, HANG))
         size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (size + 6 * MEMORY, size + 6 * MEMORY))  # so that the machine lives on

@@ -81,6 +81,7 @@ def in_child(function: Callable[[], int | None], log: Path) -> Ended:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest's are elsewhere
             status = function() or 0
         except BaseException:
             traceback.print_exc()
