@@ -104,7 +104,7 @@ def test_the_kernel_says_so_too(limit, small, tmp_path) -> None:
     assert train(run, small, 2, "--resume").exit_code == 0
 
 
-@pytest.mark.parametrize(("call", "at"), [("rename", 2), ("replace", 1), ("fsync", 3)])
+@pytest.mark.parametrize(("call", "at"), [("rename", 2), ("replace", 1), ("fsync", 5)])
 def test_a_process_that_is_really_killed(call, at, small, whole, tmp_path) -> None:
     """By SIGKILL, just before its call number `at` in the save of step 2."""
     run = tmp_path / "run"

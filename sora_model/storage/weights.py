@@ -115,11 +115,15 @@ def weight_files(folder: Path, stem: str, owner: str) -> list[Path]:
 
 
 def check_header(path: Path, owner: str) -> None:
-    """Raises ValueError for a safetensors file whose header, with the names of its tensors, is over the limit."""
+    """Raises ValueError for a safetensors file whose header, with the names of its tensors, is over the limit or the file's size."""
     with path.open("rb") as file:
-        first = file.read(8)
-    if len(first) == 8:
-        check_limit("header_bytes", struct.unpack("<Q", first)[0], f"{owner}: {path}: header of safetensors", "bytes")
+        first, size = file.read(8), os.fstat(file.fileno()).st_size
+    if len(first) < 8:
+        return  # safetensors says so
+    (header,) = struct.unpack("<Q", first)
+    if header > size:  # of something else; to raise the limit would not help
+        raise ValueError(f"{owner}: {path}: expected safetensors, got {size} bytes that begin as a header of {header} would")
+    check_limit("header_bytes", header, f"{owner}: {path}: header of safetensors", "bytes")
 
 
 def read_shapes(files: Sequence[Path], owner: str) -> Shapes:
