@@ -115,7 +115,7 @@ def weight_files(folder: Path, stem: str, owner: str) -> list[Path]:
 
 
 def check_header(path: Path, owner: str) -> None:
-    """Raises ValueError for a safetensors file whose header, with the names of its tensors, is over the limit or the file's size."""
+    """Raises ValueError for a safetensors file whose header, with its tensors' names, is over the limit or the file's size."""
     with path.open("rb") as file:
         first, size = file.read(8), os.fstat(file.fileno()).st_size
     if len(first) < 8:
