@@ -12,17 +12,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reliability import properties
+from reliability.layouts import dtypes_of
 from reliability.outcome import outcomes
 from reliability.properties import OPS, PROPERTIES, SETTINGS, Pair, check_once, examine, pairs
 from reliability.subject import Op, Subject
 from sweep import ROOT
+from tolerance import EMULATED
 
 import sora_kernels
 from sora_kernels import backends
 from sora_kernels.signatures import SIGNATURES
 
 EXAMPLES = {"cpu": 18, "reference": 3, "triton": 2, "simt": 2}
-SLOW = [pytest.param(name, marks=pytest.mark.emulated) for name in ("triton", "simt")]
+# Each op on each backend that has its function.
+CASES = [
+    pytest.param(name, backend, marks=[pytest.mark.emulated] * (backend in EMULATED))
+    for backend in EXAMPLES
+    if backend in backends.BACKENDS
+    for name, op in OPS.items()
+    if dtypes_of(op.function, backend)
+]
 
 
 def test_every_public_op_has_properties() -> None:
@@ -43,14 +52,9 @@ def test_every_backend_function_runs() -> None:
     assert ran == set(SIGNATURES)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference", *SLOW])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("name", "backend"), CASES)
 def test_properties(name: str, backend: str) -> None:
-    if backend not in backends.BACKENDS:
-        pytest.skip("there is no such backend here")
     mine = [pair for pair in pairs(backend) if pair.op == name]
-    if not mine:
-        pytest.skip("the backend has no such function")
 
     @settings(SETTINGS, max_examples=EXAMPLES[backend], derandomize=True)
     @given(data=st.data())
