@@ -331,7 +331,7 @@ SHARE = "a number above 0 and up to 1"
         ('[{"prompt": "x", "sise": 1}]', "request 0: expected negative_prompt, prompt, seed, size for text_to_video, got sise"),
         ('[{"prompt": "x", "size": [1, 8, 8.0]}]', f"request 0: size: expected {SIZE}, got [1, 8, 8.0]"),
         ('[{"prompt": "x", "size": "1x8"}]', "request 0: size: expected TxHxW, such as 8x32x48, got '1x8'"),
-        ('[{"prompt": "x", "seed": 1e999}]', "request 0: seed: expected a whole number from 0 to "),
+        ('[{"prompt": "x", "seed": 1e999}]', "expected JSON, got 1e999, which is too large a number"),
         ('[{"prompt": "x", "seed": 99999999999999999999}]', "request 0: seed: expected a whole number from 0 to "),
         ('[{"prompt": "x", "negative_prompt": null}]', "request 0: negative_prompt: expected text, got null"),
         ("[]", "expected a list of objects with a task each"),
