@@ -209,7 +209,9 @@ def test_state_survives_saving(optimizer, tmp_path, monkeypatch):
             DiffusionObjective(pipeline), sampler, TrainConfig(steps=steps, optimizer=optimizer), tmp_path / folder, **options
         )
 
-    whole = [step.loss for step in trainer("whole", 4).train()]
+    one = trainer("whole", 4)
+    whole = [step.loss for step in one.train()]
+    one.save()  # once more, when the log is closed
     parts = [step.loss for step in trainer("parts", 2).train()]
     parts += [step.loss for step in trainer("parts", 4, resume=True).train()]
     assert parts == whole

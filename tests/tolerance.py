@@ -8,7 +8,8 @@ reference is no more exact than the op, both must agree to AGREE_FLOAT64.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -187,16 +188,22 @@ def check_packed(case: Case) -> None:
         torch.testing.assert_close(gradient, expected, rtol=0, atol=AGREE_PACKED * max(1, largest(expected)))
 
 
-def check_threads(function: Callable, inputs: Iterable[Tensor], counts: Sequence[int] = (1, 2, 16)) -> Run:
-    """The CPU kernels give the same bits, backward included, for any number of threads."""
-    before, results = torch.get_num_threads(), []
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        for count in counts:
-            torch.set_num_threads(count)
-            with backends.use_backend("cpu"):
-                results.append(run(function, inputs))
+        yield
     finally:
         torch.set_num_threads(before)
+
+
+def check_threads(function: Callable, inputs: Iterable[Tensor], counts: Sequence[int] = (1, 2, 16)) -> Run:
+    """The CPU kernels give the same bits, backward included, for any number of threads."""
+    results = []
+    for count in counts:
+        with threads(count), backends.use_backend("cpu"):
+            results.append(run(function, inputs))
     for other in results[1:]:
         assert_bit_equal(other[0] + other[1], results[0][0] + results[0][1])
     return results[0]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..limits import check_limit
-from .tokenizer import check_tokenizer
+from .tokenizer import check_tokenizer, is_librarys
 from .weights import built, check_depth, read_json, read_shapes, read_tensors, weight_files
 
 # What a checkpoint's tokenizer may be; "TokenizersBackend" is what PreTrainedTokenizerFast is called since transformers 5.
@@ -148,7 +148,7 @@ def load_tokenizer(folder: Path, owner: str, kind: str | None = None, *, any_cla
         reader = PreTrainedTokenizerFast if plain else AutoTokenizer
         try:
             return reader.from_pretrained(shown, local_files_only=True, trust_remote_code=False)
-        except BaseException as error:  # the tokenizers library raises plain ones, and panics, which are not even those
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        except BaseException as error:
+            if not is_librarys(error):
                 raise
             raise ValueError(f"{owner}: {folder}: expected a tokenizer, got {error}") from None

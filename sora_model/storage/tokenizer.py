@@ -60,6 +60,11 @@ def _objects(values: Any) -> list[dict[str, Any]]:
     return found
 
 
+def is_librarys(error: BaseException) -> bool:
+    """Whether an error is one that the tokenizers library raises: plain ones, and panics, which are no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def tokenize(tokenizer: Any, texts: Any, rows: int, owner: str, **options: Any) -> Any:
     """tokenizer(texts, **options).
 
@@ -69,8 +74,8 @@ def tokenize(tokenizer: Any, texts: Any, rows: int, owner: str, **options: Any) 
     """
     try:
         batch = tokenizer(texts, **options)
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:
+        if not is_librarys(error):
             raise
         raise ValueError(f"{owner}: tokenizer: expected one that can read the texts, got {error}") from None
     ids = batch["input_ids"]

@@ -130,6 +130,7 @@ class Trainer:
             if main:
                 stack.enter_context(only_run(self.folder, fresh=fresh))
                 self._log = stack.enter_context(TrainLog(self.folder, self.step))
+                stack.callback(setattr, self, "_log", None)  # a later `save` has no rows to flush
             yield from self._steps()
             self.save()
 

@@ -32,7 +32,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from sweep import ROOT, tiers
-from tolerance import AGREE_PACKED, allowed_error, assert_bit_equal, assert_zero, check_accuracy, error, largest
+from tolerance import AGREE_PACKED, allowed_error, assert_bit_equal, assert_zero, check_accuracy, error, largest, threads
 from torch import Tensor
 
 from sora_kernels import backends
@@ -40,7 +40,7 @@ from sora_kernels import backends
 from . import attentions, subjects
 from .layouts import Setting, dtypes_of
 from .outcome import Outcome
-from .subject import Result, Sample, Subject, evaluate, threads
+from .subject import Result, Sample, Subject, evaluate
 
 OPS = {**subjects.SUBJECTS, **attentions.SUBJECTS}
 BAD = (torch.nan, torch.inf, -torch.inf)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -151,13 +150,3 @@ def evaluate(
         assert gradient.dtype == leaf.dtype, f"a gradient of {gradient.dtype} of a tensor of {leaf.dtype}"
     gradients = [[found.pop(0) for _ in own] for own in tensors]
     return Result(pieces, gradients, found[: len(shared)], rest + found[len(shared) :])
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

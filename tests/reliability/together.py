@@ -8,9 +8,9 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
 
 import torch
+from tolerance import threads
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -83,23 +83,13 @@ class Callers:
             self.failures.append(f"backend {backends.forced_backend()} is still forced")
 
 
-@contextlib.contextmanager
-def several_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(OPENMP)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def soak_threads(seconds: float, seed: int) -> Outcome:
     """Rounds of new threads: what one leaves behind adds up."""
     known, calls = Known(seed), 0
     failures: list[str] = []
     used: list[Usage] = []
     end = time.monotonic() + seconds
-    with several_threads():
+    with threads(OPENMP):
         while time.monotonic() < end or len(used) < 2:
             with Callers(known, f"{seed} {len(used)}") as callers:
                 time.sleep(min(1.0, seconds / 10))
@@ -155,7 +145,7 @@ def soak_forks(seconds: float, seed: int) -> Outcome:
     failures: list[str] = []
     used: list[Usage] = []
     end = time.monotonic() + seconds
-    with several_threads():
+    with threads(OPENMP):
         while time.monotonic() < end or len(used) < 2:
             name = f"seed {seed}, child {children}"
             with Callers(known, name) as callers:
