@@ -9,6 +9,7 @@ import pytest
 import torch
 from reliability import random_works, soak, together
 from reliability.resources import MOST_DRIFT, Usage, drift, drifted, usage
+from tolerance import threads
 
 from sora_kernels import backends
 
@@ -36,14 +37,14 @@ def test_steps_repeat_and_leave_nothing(tmp_path: Path) -> None:
 
 
 def test_threads_at_once_get_the_bits_of_one(known: together.Known) -> None:
-    with together.several_threads(), together.Callers(known, "test") as callers:
+    with threads(together.OPENMP), together.Callers(known, "test") as callers:
         together.time.sleep(2)
     assert callers.calls > 0
     assert callers.failures == []
 
 
 def test_children_of_such_a_process_get_them_too(known: together.Known) -> None:
-    with together.several_threads(), together.Callers(known, "test") as callers:
+    with threads(together.OPENMP), together.Callers(known, "test") as callers:
         assert together.forked(known, "child") is None
     assert callers.failures == []
 
