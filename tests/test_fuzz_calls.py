@@ -52,7 +52,7 @@ CASES = {
     "wrong": (lambda: "not right", "not right"),
     "hang": (lambda: time.sleep(60), "no end after"),
     "slow": (lambda: time.sleep(0.7), r"took [\d.]+ s"),
-    "exit": (raises, "ended with status 1"),
+    "exit": (raises, "ended with status 70"),
     "large": (lambda: torch.ones(1 << 24).sum() and None, r"took \d+ MiB"),
     "good": (lambda: None, None),
 }

@@ -8,10 +8,11 @@ import resource
 import signal
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from .fork import fork
 
 MEMORY, SECONDS = 2**30, 10  # of a command
 HANG = 60  # seconds after which it is killed
@@ -99,9 +100,13 @@ def in_a_process(run: Callable[[], None], *, writable: Path, untrusted: Path) ->
     """
     with tempfile.TemporaryFile("w+", errors="replace") as output, tempfile.TemporaryFile("w+") as noted:
         before = _resident()
-        child = os.fork()
-        if not child:
-            _be_the_child(run, output.fileno(), noted.fileno(), writable, untrusted)
+
+        def guarded() -> None:
+            _limit()
+            _watch(noted.fileno(), writable, untrusted)
+            run()
+
+        child = fork(guarded, output.fileno())
         _, status, usage = os.wait4(child, 0)
         output.seek(0)
         noted.seek(0)
@@ -113,29 +118,13 @@ def in_a_process(run: Callable[[], None], *, writable: Path, untrusted: Path) ->
         )
 
 
-def _be_the_child(run: Callable[[], None], output: int, noted: int, writable: Path, untrusted: Path) -> None:
-    """What the fork does; it never returns."""
-    code = 70
-    try:
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest's are elsewhere
-        resource.setrlimit(resource.RLIMIT_CPU, (HANG, HANG))
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (size + 6 * MEMORY, size + 6 * MEMORY))  # so that the machine lives on
-        signal.alarm(HANG)
-        sys.dont_write_bytecode = True
-        _watch(noted, writable, untrusted)
-        run()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def _limit() -> None:
+    """Ends this process after too long, and refuses it far too much memory, so that the machine lives on."""
+    resource.setrlimit(resource.RLIMIT_CPU, (HANG, HANG))
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (size + 6 * MEMORY, size + 6 * MEMORY))
+    signal.alarm(HANG)
+    sys.dont_write_bytecode = True
 
 
 def _watch(noted: int, writable: Path, untrusted: Path) -> None:

@@ -15,13 +15,13 @@ import select
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from .fork import fork
 from .outcome import Outcome
 
 SECONDS, MEMORY = 10.0, 1 << 30  # what one case may take
@@ -71,6 +71,7 @@ def measured(call: Callable[[], str | None]) -> tuple[str | None, float, int]:
 def work(numbers: Sequence[int], prepare: Callable[[int], Case], pipe: int) -> None:
     """The child: lines of [number, text] before and [number, wrong, seconds, memory] behind each case."""
     faulthandler.enable(sys.__stderr__)
+    torch.set_printoptions(threshold=1, edgeitems=1)  # complaints about types print all arguments
     mapped = memory_line("VmSize")
     if mapped < SANITIZED:
         resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESSES, mapped + ADDRESSES))
@@ -88,17 +89,7 @@ class Child:
     def __init__(self, numbers: Sequence[int], prepare: Callable[[int], Case]) -> None:
         self.pipe, writing = os.pipe()
         self.rest = b""
-        self.process = os.fork()
-        if self.process == 0:
-            os.close(self.pipe)
-            status = 1
-            try:
-                work(numbers, prepare, writing)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
+        self.process = fork(lambda: work(numbers, prepare, writing))
         os.close(writing)
 
     def line(self) -> list | None:
@@ -149,7 +140,6 @@ def run_batch(numbers: Sequence[int], prepare: Callable[[int], Case], failed: Ca
 
 def run(name: str, numbers: Sequence[int], prepare: Callable[[int], Case], hint: str = "") -> Outcome:
     """Runs cases by their numbers, prints every failure and how to repeat it, and returns what came of all."""
-    torch.set_printoptions(threshold=1, edgeitems=1)  # complaints about types print all arguments
     gc.collect()
     gc.freeze()  # a child that collects the parent's objects would copy their pages
     results: list[Result] = []

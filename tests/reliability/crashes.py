@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .disk import LOSSES, Disk, read_journal
+from .fork import FAILED
 from .interposed import Ended, Fault, Interposed, emptied, in_child
 from .outcome import Outcome
 
@@ -121,7 +122,7 @@ class Crashes:
             return None  # it was clearing up by then, or it went on
         if harmless:
             return f"status {ended.status}, expected 0: {ended.output}"
-        if ended.status == 70 and "WriteError: cannot write" in ended.output:
+        if ended.status == FAILED and "WriteError: cannot write" in ended.output:
             return None  # of a function: there is no command to print a line
         lines = [line for line in ended.output.splitlines() if "error: " in line]
         if ended.status != 2 or len(lines) != 1 or "Traceback" in ended.output:

@@ -1,6 +1,6 @@
 """Checkpoints, batch files, prompts and paths that somebody has damaged or made up: python -m tests.reliability.documents 500
 
-Half of the cases are checkpoints (`checkpoints.py`), half what a command line may be given (`arguments.py`). Each is a command of
+COUNT cases are checkpoints (`checkpoints.py`), and COUNT what a command line may be given (`arguments.py`). Each is a command of
 `sora` in a process of its own. It must end well or with one line that names the file or option and exit status 2, within 10 seconds
 and 1 GiB more than the process began with. It must not start another process, open a connection, read a pickle, run code of the
 checkpoint or write outside its folder. Case i of a seed is always the same: --first i with a count of 1 repeats it.
@@ -96,8 +96,7 @@ def main() -> int:
             if options.only not in (None, kind):
                 continue
             endings, wrong = [], 0
-            numbers = range(options.first, options.first + (options.count if options.only else -(-options.count // 2)))
-            for number in numbers:
+            for number in range(options.first, options.first + options.count):
                 work = base / "work" / str(number)
                 (work / "out").mkdir(parents=True)
                 (work / "case").mkdir()
@@ -115,7 +114,7 @@ def main() -> int:
             failed += wrong
             print(f"{sum(not one.code for one in endings)} commands end well")
             most, longest = max(one.more for one in endings), max(one.seconds for one in endings)
-            print(Outcome(title, len(numbers), wrong, seconds=longest, memory=max(most, 0)), flush=True)
+            print(Outcome(title, options.count, wrong, seconds=longest, memory=max(most, 0)), flush=True)
     return min(failed, 1)
 
 

@@ -9,12 +9,12 @@ import ctypes
 import os
 import shutil
 import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
+
+from .fork import fork
 
 ROOT = Path(__file__).parents[2]
 SOURCE, LIBRARY = Path(__file__).with_name("interposer.c"), ROOT / "build" / "interposer.so"
@@ -72,24 +72,9 @@ class Interposed:
 
 
 def in_child(function: Callable[[], int | None], log: Path) -> Ended:
-    """Calls a function in a fork of this process. Its result is the exit status; an exception is printed, and 70."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest's are elsewhere
-            status = function() or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    _, waited = os.waitpid(child, 0)
+    """Calls a function in a fork of this process. Its result is the exit status. See `fork`."""
+    with log.open("w") as output:
+        _, waited = os.waitpid(fork(function, output.fileno()), 0)
     return Ended(os.waitstatus_to_exitcode(waited), log.read_text(errors="replace"))
 
 

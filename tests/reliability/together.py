@@ -18,6 +18,7 @@ from benchmarks.works import Work
 from sora_kernels import backends, memory
 from sora_kernels.bias_gelu import bias_gelu
 
+from .fork import fork
 from .outcome import Outcome
 from .random_works import results, same, works_of
 from .resources import Usage, drifted, reported, usage
@@ -115,20 +116,18 @@ class Children(Dataset):
 
 def forked(known: Known, name: str) -> str | None:
     """What is wrong in a child that runs some works and in its own child."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            chance = random.Random(name)
-            problems = [known.wrong(chance) for _ in range(4)]
-            if chance.random() < 0.2:
-                problems.append(forked(known, f"{name} and its child"))
-            for problem in filter(None, problems):
-                print(f"{name}: {problem}", flush=True)
-            # Of other threads' contexts nothing is left.
-            status = int(any(problems) or backends.forced_backend() is not None)
-        finally:
-            os._exit(status)
+
+    def run() -> bool:
+        chance = random.Random(name)
+        problems = [known.wrong(chance) for _ in range(4)]
+        if chance.random() < 0.2:
+            problems.append(forked(known, f"{name} and its child"))
+        for problem in filter(None, problems):
+            print(f"{name}: {problem}")
+        # Of other threads' contexts nothing is left.
+        return any(problems) or backends.forced_backend() is not None
+
+    child = fork(run)
     end = time.monotonic() + CHILD_LIMIT
     while time.monotonic() < end:
         pid, status = os.waitpid(child, os.WNOHANG)
