@@ -1,13 +1,18 @@
 """A sample of what reliability/crashes.py interrupts; and what it is made of finds what it is made for."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from reliability.crashes import Case, Crashes
 from reliability.disk import LOSSES, Call, Disk
 from reliability.interposed import Fault, Interposed, in_child
 from reliability.outcome import outcomes
+from reliability.saves import Shared
+
+from sora_model.storage.files import WriteError
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,3 +102,29 @@ def test_a_loss_of_power_takes_what_was_not_flushed(tmp_path) -> None:
     assert left["bytes zeroed"] == {"a": b"safe" + bytes(8)}
     disk.follow(Call(4, "flush", str(root), ""))
     assert dict(disk.left("names lost")) == {"a": b"safe and"}
+    disk.follow(Call(5, "truncate", f"{root}/a", "2"))  # and written again, in place
+    assert dict(disk.left("bytes zeroed")) == {"a": b"sa" + bytes(10)}
+
+
+def test_what_says_that_it_saved_has(tmp_path) -> None:
+    """A function that keeps an error of its disk to itself."""
+
+    def check() -> None:
+        crashes = Crashes(tmp_path / "work")
+        name = "save_pretrained over another"
+        crashes.prepare(name)
+        sound = crashes.saves[name]
+        case = Case(name, 1, Fault.full_disk)
+        assert [one.problem for one in crashes.check(case, 1)] == [None]
+
+        def silent(shared: Shared, root: Path) -> None:
+            with contextlib.suppress(WriteError):
+                sound.act(shared, root)
+
+        crashes.saves[name] = sound._replace(act=silent)
+        (found,) = crashes.check(case, 1)
+        assert found.problem is not None
+        assert "AssertionError" in found.problem
+
+    ended = in_child(check, tmp_path / "log")  # what it replaces is replaced there alone
+    assert ended.status == 0, ended.output

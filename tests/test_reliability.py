@@ -21,35 +21,41 @@ def test_what_is_printed_is_what_is_read() -> None:
     assert outcomes("something else: 3 cases\n" + "\n".join(map(str, printed)) + "\n1 failures\n") == printed
 
 
-def rows(*lines: str, status: int = 0) -> list[program.Row]:
+def run(*lines: str, status: int = 0) -> program.Run:
     code = f"import sys; print({chr(10).join(lines)!r}); sys.exit({status})"
-    return program.summed(list(program.attacked("fuzz-calls", [sys.executable, "-c", code])))
+    return program.attacked("fuzz-calls", [sys.executable, "-c", code])
+
+
+def test_every_name_can_be_read() -> None:
+    with pytest.raises(ValueError, match="Outcome: name: expected one without a colon, got 'soak: steps'"):
+        str(Outcome("soak: steps", 1, 0))
 
 
 def test_processes_of_one_name_are_one_row(capfd) -> None:
-    (one, other) = rows(
-        "a: 3 cases, 0 failed, longest 1.0 s", "noise", "b: 1 cases, 0 failed", "a: 4 cases, 1 failed, longest 0.5 s"
-    )
-    assert one.outcome == Outcome("a", 7, 1, 1.0)
-    assert other.outcome == Outcome("b", 1, 0)
+    found = run("a: 3 cases, 0 failed, longest 1.0 s", "noise", "b: 1 cases, 0 failed", "a: 4 cases, 1 failed, longest 0.5 s")
+    assert found.outcomes == [Outcome("a", 7, 1, 1.0), Outcome("b", 1, 0)]
+    assert found.failed == 1
     assert "noise" in capfd.readouterr().out
 
 
 def test_one_that_dies_is_a_failure() -> None:
-    *_, last = rows("a: 3 cases, 0 failed", status=66)
-    assert last.outcome == Outcome("fuzz-calls, ended with status 66", 1, 1)
+    assert run("a: 3 cases, 0 failed", status=66).outcomes[1] == Outcome("fuzz-calls, which ended with status 66", 1, 1)
+
+
+def test_one_that_tries_nothing_is_a_failure() -> None:
+    assert run("done").outcomes == [Outcome("fuzz-calls, which reported nothing and ended with status 0", 1, 1)]
+    assert run("a: 0 cases, 0 failed").outcomes == [Outcome("a", 0, 1)]
 
 
 def test_one_that_found_something_is_counted_once() -> None:
-    (row,) = rows("a: 3 cases, 2 failed", status=1)
-    assert row.outcome == Outcome("a", 3, 2)
+    assert run("a: 3 cases, 2 failed", status=1).outcomes == [Outcome("a", 3, 2)]
 
 
-def test_rows_are_kept_as_they_are(tmp_path) -> None:
-    before = rows("a: 3 cases, 0 failed, longest 1.5 s, at most 20 MiB", "b: 1 cases, 0 failed")
-    assert program.read(tmp_path / "rows.json") == []
-    (tmp_path / "rows.json").write_text(program.written(before))
-    assert program.read(tmp_path / "rows.json") == before
+def test_runs_are_kept_as_they_are(tmp_path) -> None:
+    before = [run("a: 3 cases, 0 failed, longest 1.5 s, at most 20 MiB", "b: 1 cases, 0 failed")]
+    assert program.read(tmp_path / "runs.json") == []
+    (tmp_path / "runs.json").write_text(program.written(before))
+    assert program.read(tmp_path / "runs.json") == before
 
 
 def test_the_page_is_the_file() -> None:

@@ -82,4 +82,6 @@ def test_a_leak_is_found() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     flat = [Usage(500 << 20, 400 << 20, 200 << 20, 8, 3)] * 30
     assert drifted("flat", flat, "resident") == []
+    slow = [one._replace(allocated=one.allocated + (i << 16)) for i, one in enumerate(flat)]
+    assert drifted("a little", slow, "resident")[0].startswith("a little: allocated drifts")
     assert drifted("a file", [*flat, *(x._replace(files=9) for x in flat)], "resident")[0].startswith("a file: files drifts")

@@ -1,7 +1,7 @@
 """Attacks the packages, and writes what was found: python -m tests.reliability [TARGET ...]
 
-Each target of the Makefile that attacks something is run, all of them or those named, and each outcome that it prints becomes a
-row of docs/reliability.json at once. docs/reliability.md is that file as a table. Rows of targets that are not run stay.
+Each target of the Makefile that attacks something is run, all of them or those named. When it has ended, the outcomes that it
+printed take the place of its earlier ones in docs/reliability.json; docs/reliability.md is that file as a table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,21 +38,18 @@ TARGETS = {
 VERSIONS = ("torch", "triton")
 
 
-class Row(NamedTuple):
-    """One kind of case of one target; what several processes print under one name is summed."""
+class Run(NamedTuple):
+    """Of a target, and what it printed. took: seconds."""
 
     target: str
-    outcome: Outcome
-    took: float  # seconds of all cases
+    outcomes: list[Outcome]
+    took: float
     versions: str
     where: str
 
-    def plus(self, other: Row) -> Row:
-        a, b = self.outcome, other.outcome
-        seconds = [one for one in (a.seconds, b.seconds) if one is not None]
-        memory = [one for one in (a.memory, b.memory) if one is not None]
-        both = Outcome(a.name, a.cases + b.cases, a.failed + b.failed, max(seconds, default=None), max(memory, default=None))
-        return self._replace(outcome=both, took=self.took + other.took)
+    @property
+    def failed(self) -> int:
+        return sum(outcome.failed for outcome in self.outcomes)
 
 
 def versions() -> str:
@@ -69,41 +66,42 @@ def where() -> str:
     return f"{model[1] if model else platform.machine()}, {commit.stdout.strip() or 'no commit'}, {datetime.date.today()}"
 
 
-def attacked(target: str, command: list[str]) -> Iterator[Row]:
-    """Runs a command, shows what it prints, and yields its outcomes; one that fails without one is an outcome too."""
+def attacked(target: str, command: list[str]) -> Run:
+    """Runs a command, shows what it prints, and keeps its outcomes; to end badly or to try nothing is a failure, too."""
+    versions_and_place, began = (versions(), where()), time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     assert process.stdout is not None
-    began, failed = time.perf_counter(), False
+    found: list[Outcome] = []
     for line in process.stdout:
         print(line, end="", flush=True)
-        for outcome in outcomes(line):
-            now = time.perf_counter()
-            yield Row(target, outcome, now - began, versions(), where())
-            began, failed = now, failed or outcome.failed > 0
-    if process.wait() != 0 and not failed:
-        name = f"{target}: ended with status {process.returncode}"
-        yield Row(target, Outcome(name.replace(":", ","), 1, 1), time.perf_counter() - began, versions(), where())
+        found += outcomes(line)
+    status = process.wait()
+    found = [one if one.cases else one._replace(failed=1) for one in summed(found)]
+    if not found:
+        found = [Outcome(f"{target}, which reported nothing and ended with status {status}", 1, 1)]
+    elif status and not any(one.failed for one in found):
+        found.append(Outcome(f"{target}, which ended with status {status}", 1, 1))
+    return Run(target, found, time.perf_counter() - began, *versions_and_place)
 
 
-def summed(rows: list[Row]) -> list[Row]:
-    by_name: dict[str, Row] = {}
-    for row in rows:
-        before = by_name.get(row.outcome.name)
-        by_name[row.outcome.name] = before.plus(row) if before else row
+def summed(found: Iterable[Outcome]) -> list[Outcome]:
+    """What several processes print under one name, as one."""
+    by_name: dict[str, Outcome] = {}
+    for one in found:
+        by_name[one.name] = one.plus(by_name[one.name]) if one.name in by_name else one
     return list(by_name.values())
 
 
-def read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    return [Row(**{**row, "outcome": Outcome(**row["outcome"])}) for row in json.loads(path.read_text())]
+def read(path: Path) -> list[Run]:
+    runs = json.loads(path.read_text()) if path.exists() else []
+    return [Run(**{**run, "outcomes": [Outcome(**one) for one in run["outcomes"]]}) for run in runs]
 
 
-def written(rows: list[Row]) -> str:
-    return json.dumps([{**row._asdict(), "outcome": row.outcome._asdict()} for row in rows], indent=1) + "\n"
+def written(runs: Iterable[Run]) -> str:
+    return json.dumps([{**run._asdict(), "outcomes": [one._asdict() for one in run.outcomes]} for run in runs], indent=1) + "\n"
 
 
-def page(rows: list[Row]) -> str:
+def page(runs: list[Run]) -> str:
     """docs/reliability.md."""
     lines = [
         "# Reliability",
@@ -111,28 +109,24 @@ def page(rows: list[Row]) -> str:
         "`make reliability` attacks the packages and writes this page. `make` and a name of the first column repeats a part of it.",
         "Each failing case is printed with what repeats it alone. [security.md](security.md) says what is promised, and to whom.",
         "",
-        "| target | cases of | cases | failures | seconds | longest case | most memory of a case | Python / torch / Triton |",
+        "| target | cases of | cases | failures | longest case | most memory | seconds of target | Python / torch / Triton |",
         "|---|---|---:|---:|---:|---:|---:|---|",
     ]
-    for row in rows:
-        o = row.outcome
-        longest = "" if o.seconds is None else f"{o.seconds:.1f} s"
-        memory = "" if o.memory is None else f"{o.memory >> 20} MiB"
-        lines.append(
-            f"| {row.target} | {o.name} | {o.cases:,} | {o.failed:,} | {row.took:,.0f} | {longest} | {memory} | {row.versions} |"
-        )
+    for run in runs:
+        for one in run.outcomes:
+            longest = "" if one.seconds is None else f"{one.seconds:.1f} s"
+            memory = "" if one.memory is None else f"{one.memory >> 20} MiB"
+            measured = f"{one.cases:,} | {one.failed:,} | {longest} | {memory} | {run.took:,.0f}"
+            lines.append(f"| {run.target} | {one.name} | {measured} | {run.versions} |")
     lines += ["", "What the targets do:", "", "| target | |", "|---|---|"]
     lines += [f"| {name} | {what} |" for name, what in TARGETS.items()]
-    missing = [name for name in TARGETS if name not in {row.target for row in rows}]
+    missing = [name for name in TARGETS if name not in {run.target for run in runs}]
     if missing:
         lines += ["", f"Not run yet: {', '.join(missing)}."]
     lines += ["", "Run on:", ""]
-    lines += [f"- {place}: {', '.join(dict.fromkeys(r.target for r in rows if r.where == place))}" for place in places(rows)]
+    places = dict.fromkeys(run.where for run in runs)
+    lines += [f"- {place}: {', '.join(run.target for run in runs if run.where == place)}" for place in places]
     return "\n".join(lines) + "\n"
-
-
-def places(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(row.where for row in rows))
 
 
 def main() -> int:
@@ -145,15 +139,12 @@ def main() -> int:
         parser.error(f"TARGET: expected some of {', '.join(TARGETS)}, got {', '.join(unknown)}")
     failed = 0
     for target in options.targets or TARGETS:
-        rows: list[Row] = []
-        for row in attacked(target, ["make", "--no-print-directory", target]):
-            rows = summed([*rows, row])
-            kept = [one for one in read(JSON) if one.target != target]
-            order = list(TARGETS)
-            everything = sorted([*kept, *rows], key=lambda one: order.index(one.target))
-            JSON.write_text(written(everything))
-            PAGE.write_text(page(everything))
-        failed += sum(row.outcome.failed for row in rows)
+        run = attacked(target, ["make", "--no-print-directory", target])
+        failed += run.failed
+        runs = [*(one for one in read(JSON) if one.target != target), run]
+        runs.sort(key=lambda one: list(TARGETS).index(one.target))
+        JSON.write_text(written(runs))
+        PAGE.write_text(page(runs))
     print(f"{PAGE.relative_to(ROOT)}: {failed} failures")
     return 1 if failed else 0
 

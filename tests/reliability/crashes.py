@@ -68,7 +68,6 @@ class Crashes:
         self._must(in_child(lambda: self.saves[name].prepare(self.shared, self.root), self.log))
         shutil.copytree(self.root, self.base(name), symlinks=True)
         self._must(self._act(Case(name, 0, Fault.nothing)))
-        self._final = digest(contents(self.root))
         return int((self.spare / "count").read_text())
 
     def base(self, name: str) -> Path:
@@ -95,7 +94,8 @@ class Crashes:
         began = time.perf_counter()
         ended = self._act(case)
         if case.fault is not Fault.killed:
-            problem = self._failed_well(case, ended) or self._recovered(case.save, contents(self.root), False)
+            complete = ended.status == 0  # what says that it has saved has
+            problem = self._failed_well(case, ended) or self._recovered(case.save, contents(self.root), complete)
             yield Checked(DISK, time.perf_counter() - began, problem)
             return
         complete = case.at > last
@@ -122,8 +122,9 @@ class Crashes:
             return None  # it was clearing up by then, or it went on
         if harmless:
             return f"status {ended.status}, expected 0: {ended.output}"
-        if ended.status == FAILED and "WriteError: cannot write" in ended.output:
-            return None  # of a function: there is no command to print a line
+        if not self.saves[case.save].command:
+            raised = ended.status == FAILED and "WriteError: cannot write" in ended.output
+            return None if raised else f"status {ended.status}, expected a WriteError: {ended.output}"
         lines = [line for line in ended.output.splitlines() if "error: " in line]
         if ended.status != 2 or len(lines) != 1 or "Traceback" in ended.output:
             return f"status {ended.status}, expected 2 and one line: {ended.output}"

@@ -22,7 +22,8 @@ LOSSES = ("names lost", "bytes torn", "bytes zeroed")
 
 
 class Call(NamedTuple):
-    """A line of the journal. path: absolute. other: where a rename leads, or how many bytes a file had that was flushed."""
+    """A line of the journal. path: absolute. other: where a rename leads, or how many bytes a file had that was flushed, or
+    has that was cut."""
 
     number: int
     name: str
@@ -84,7 +85,7 @@ class Disk:
         return folder, name
 
     def follow(self, call: Call) -> None:
-        if call.path.endswith(" (deleted)") or call.name in ("unnamed", "chmod", "write"):
+        if call.path.endswith(" (deleted)") or call.name == "write":
             return
         folder, name = self._find(call.path)
         one = folder.now.get(name) if name else self.top
@@ -106,6 +107,8 @@ class Disk:
                 replaced.kept = str(call.number)
             target.now[to] = moved
             self._renames.append(Rename(folder, name, target, to, moved))
+        elif call.name == "truncate" and isinstance(one, File):
+            one.flushed = min(one.flushed, int(call.other))
         elif call.name == "flush" and isinstance(one, File):
             one.flushed = int(call.other)
         elif call.name == "flush" and isinstance(one, Folder):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from enum import IntEnum
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 from .fork import fork
 
+HANG = 120  # seconds
 ROOT = Path(__file__).parents[2]
 SOURCE, LIBRARY = Path(__file__).with_name("interposer.c"), ROOT / "build" / "interposer.so"
 
@@ -72,9 +74,14 @@ class Interposed:
 
 
 def in_child(function: Callable[[], int | None], log: Path) -> Ended:
-    """Calls a function in a fork of this process. Its result is the exit status. See `fork`."""
+    """Calls a function in a fork of this process. Its result is the exit status; a signal ends one that hangs. See `fork`."""
+
+    def timed() -> int | None:
+        signal.alarm(HANG)
+        return function()
+
     with log.open("w") as output:
-        _, waited = os.waitpid(fork(function, output.fileno()), 0)
+        _, waited = os.waitpid(fork(timed, output.fileno()), 0)
     return Ended(os.waitstatus_to_exitcode(waited), log.read_text(errors="replace"))
 
 

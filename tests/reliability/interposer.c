@@ -1,7 +1,7 @@
 // Ends a process, or makes its disk fail, at the n-th system call that changes something below a folder.
 //
-// arm() begins the count. It has the kernel send a signal instead of every call that may change a file (seccomp), so that none
-// escapes, whoever makes it: Rust's libraries go past the C library, where LD_PRELOAD would not see them. The handler counts, kills
+// arm() begins the count. It has the kernel send a signal instead of every call of a table that may change a file (seccomp), whoever
+// makes it: Rust's libraries go past the C library, where LD_PRELOAD would not see them. io_uring has no calls, and goes past it. The handler counts, kills
 // or fails, and otherwise makes the call itself, from the one page whose calls the kernel lets through. What was done it writes
 // into a journal, from which disk.py works out what a loss of power leaves. Before a file loses its name it gets another one
 // elsewhere, so that its bytes can be put back.
@@ -92,14 +92,19 @@ static const struct call table[] = {
     {SYS_fchownat, NULL, 0, 0, 1, NONE, NONE, NONE},
     {SYS_utimensat, NULL, 0, 0, 1, NONE, NONE, NONE},
     {SYS_setxattr, NULL, GROWS, HERE, 0, NONE, NONE, NONE},
+    {SYS_lsetxattr, NULL, GROWS, HERE, 0, NONE, NONE, NONE},
     {SYS_removexattr, NULL, 0, HERE, 0, NONE, NONE, NONE},
+    {SYS_lremovexattr, NULL, 0, HERE, 0, NONE, NONE, NONE},
+#ifdef SYS_fchmodat2
+    {SYS_fchmodat2, NULL, 0, 0, 1, NONE, NONE, NONE},
+#endif
     {SYS_truncate, "truncate", GROWS, HERE, 0, NONE, NONE, NONE},
     {SYS_write, "write", GROWS | WAITS | WRITES, NONE, NONE, 0, NONE, NONE},
     {SYS_pwrite64, "write", GROWS | WAITS | WRITES, NONE, NONE, 0, NONE, NONE},
     {SYS_writev, "write", GROWS | WAITS, NONE, NONE, 0, NONE, NONE},
     {SYS_pwritev, "write", GROWS | WAITS, NONE, NONE, 0, NONE, NONE},
     {SYS_pwritev2, "write", GROWS | WAITS, NONE, NONE, 0, NONE, NONE},
-    {SYS_ftruncate, "write", GROWS | WAITS, NONE, NONE, 0, NONE, NONE},
+    {SYS_ftruncate, "truncate", GROWS | WAITS, NONE, NONE, 0, NONE, NONE},
     {SYS_fallocate, "write", GROWS | WAITS, NONE, NONE, 0, NONE, NONE},
     {SYS_sendfile, "write", GROWS | WAITS, NONE, NONE, 0, NONE, NONE},
     {SYS_copy_file_range, "write", GROWS | WAITS, NONE, NONE, 2, NONE, NONE},
@@ -110,6 +115,7 @@ static const struct call table[] = {
     {SYS_fchmod, NULL, 0, NONE, NONE, 0, NONE, NONE},
     {SYS_fchown, NULL, 0, NONE, NONE, 0, NONE, NONE},
     {SYS_fsetxattr, NULL, GROWS, NONE, NONE, 0, NONE, NONE},
+    {SYS_fremovexattr, NULL, 0, NONE, NONE, 0, NONE, NONE},
     {SYS_ioctl, "write", GROWS, NONE, NONE, 0, NONE, NONE},  // of those only FICLONE, which copies
     {SYS_close, NULL, 0, NONE, NONE, 0, NONE, NONE},
 };
@@ -213,6 +219,7 @@ static long made(const struct call* call, long* a) {
   struct stat status;
   if (name && !strcmp(name, "flush") && !raw(SYS_fstat, a[0], (long)&status, 0, 0, 0, 0))
     snprintf(other, sizeof other, "%lld", (long long)status.st_size);
+  if (call->number == SYS_truncate || call->number == SYS_ftruncate) snprintf(other, sizeof other, "%ld", a[1]);
   if (name && (unsigned long)result < (unsigned long)-4095) record(number, name, path, other);
   return result;
 }

@@ -13,7 +13,7 @@ LINE = re.compile(r"^([^:\n]+): (\d+) cases, (\d+) failed(?:, longest ([\d.]+) s
 
 
 class Outcome(NamedTuple):
-    """seconds and memory (bytes): the most that one case took, where cases are measured."""
+    """seconds and memory (bytes): the most that one case took, where cases are measured. A name has no colon."""
 
     name: str
     cases: int
@@ -22,9 +22,18 @@ class Outcome(NamedTuple):
     memory: int | None = None
 
     def __str__(self) -> str:
+        if ":" in self.name:  # nobody would read its line
+            raise ValueError(f"Outcome: name: expected one without a colon, got {self.name!r}")
         longest = "" if self.seconds is None else f", longest {self.seconds:.1f} s"
         most = "" if self.memory is None else f", at most {self.memory >> 20} MiB"
         return f"{self.name}: {self.cases} cases, {self.failed} failed{longest}{most}"
+
+    def plus(self, other: Outcome) -> Outcome:
+        """Both, of one name."""
+        seconds = [one for one in (self.seconds, other.seconds) if one is not None]
+        memory = [one for one in (self.memory, other.memory) if one is not None]
+        both = self.cases + other.cases, self.failed + other.failed
+        return Outcome(self.name, *both, max(seconds, default=None), max(memory, default=None))
 
 
 def outcomes(text: str) -> list[Outcome]:

@@ -18,7 +18,7 @@ from .outcome import Outcome
 
 WINDOWS = 10
 WARM_UP = 0.25  # of what is measured
-MOST_DRIFT = 0.02
+MOST_DRIFT, MOST_ALLOCATED = 0.02, 0.002
 
 
 class Usage(NamedTuple):
@@ -89,13 +89,16 @@ def drift(values: Sequence[float]) -> Drift:
 
 
 def drifted(part: str, used: list[Usage], judged: str) -> list[str]:
-    """Prints how what is used has changed since the warm-up, and says what of it is too much: of memory by the one judged."""
+    """Prints how what is used has changed since the warm-up, and says what of it is too much: of memory by the one judged.
+
+    What is allocated shows small leaks, which the pages that malloc keeps would hide.
+    """
     warm = used[int(len(used) * WARM_UP) :]
     found: dict[str, Drift] = {name: drift([getattr(x, name) for x in warm]) for name in Usage._fields}
     for name, change in found.items():
         size = getattr(warm[-1], name)
         print(f"{part}: {name} {f'{size >> 20} MiB' if size > 1 << 20 else size}: {change}", flush=True)
-    most = {judged: MOST_DRIFT, "files": 0.0, "threads": 0.0}
+    most = {judged: MOST_DRIFT, "allocated": MOST_ALLOCATED, "files": 0.0, "threads": 0.0}
     return [f"{part}: {name} drifts: {found[name]}" for name, share in most.items() if found[name].deviation > share]
 
 

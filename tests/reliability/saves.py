@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import typer.testing
 from small_pipeline import small_pipeline
+from torch.nn import Module
 from typer.testing import Result
 
 import sora_model.training.log
@@ -46,7 +47,7 @@ class Shared(NamedTuple):
 
 
 class Save(NamedTuple):
-    """prepare, recover: raise what is wrong. act: returns the exit status of a command.
+    """prepare, recover: raise what is wrong. act: returns how a command ended, or, of a function, nothing.
 
     recover: its last argument says whether `act` came to its end, after which nothing may be lost any more.
     """
@@ -54,6 +55,7 @@ class Save(NamedTuple):
     prepare: Callable[[Shared, Path], None]
     act: Callable[[Shared, Path], Result | None]
     recover: Callable[[Shared, Path, bool], None]
+    command: bool
 
 
 def deterministic() -> None:
@@ -96,6 +98,8 @@ def no_parts(folder: Path) -> None:
 
 class Training:
     """Of `train`, `train-vae` or `train-captioner`: interrupted in its first save, or in a later one."""
+
+    command = True
 
     def __init__(self, name: str, first: bool) -> None:
         self.name, self.first = name, first
@@ -148,10 +152,23 @@ class Training:
 
 
 def _other(shared: Shared) -> SoraPipeline:
-    """What takes the place of `small`: another transformer's weights."""
+    """Other weights than those of `small`, in each part."""
     pipeline = SoraPipeline.from_pretrained(shared.small)
-    pipeline.dit.final.weight.data.fill_(0.25)
+    for part in _parts(pipeline).values():
+        for value in part.parameters():
+            value.data.add_(0.25)
     return pipeline
+
+
+def _parts(pipeline: SoraPipeline) -> dict[str, Module]:
+    return {name: part for name, part in vars(pipeline).items() if isinstance(part, Module)}
+
+
+def _same(a: SoraPipeline, b: SoraPipeline) -> bool:
+    one, other = _parts(a), _parts(b)
+    assert len(one) >= 2  # transformer and text encoder
+    states = [(one[name].state_dict(), other[name].state_dict()) for name in one.keys() | other.keys()]
+    return all(x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x) for x, y in states)
 
 
 class Checkpoint:
@@ -161,12 +178,18 @@ class Checkpoint:
         self.command, self.first = command, first
 
     def prepare(self, shared: Shared, root: Path) -> None:
+        if self.command and not self.whole(shared).exists():
+            done(sora("export", shared.small, self.whole(shared)))
         if not self.first:
-            SoraPipeline.from_pretrained(shared.small).save_pretrained(root / "out")
+            _other(shared).save_pretrained(root / "out")
+
+    def whole(self, shared: Shared) -> Path:
+        """The new checkpoint: an exported one has other dtypes."""
+        return shared.whole / "export" if self.command else shared.small
 
     def act(self, shared: Shared, root: Path) -> Result | None:
         if not self.command:
-            _other(shared).save_pretrained(root / "out")
+            SoraPipeline.from_pretrained(shared.small).save_pretrained(root / "out")
             return None
         return sora("export", shared.small, root / "out", "--overwrite")
 
@@ -174,13 +197,11 @@ class Checkpoint:
         import sora_model.storage.files as files
 
         files.settle(root / "out")
+        new, old = SoraPipeline.from_pretrained(self.whole(shared)), _other(shared)
+        assert not _same(new, old)
         if (root / "out").exists():
             read = SoraPipeline.from_pretrained(root / "out")
-            new = SoraPipeline.from_pretrained(shared.small) if self.command else _other(shared)
-            is_new = torch.equal(read.dit.final.weight, new.dit.final.weight)
-            is_old = torch.equal(read.dit.final.weight, SoraPipeline.from_pretrained(shared.small).dit.final.weight)
-            assert is_new or (is_old and not self.first)
-            assert is_new or not ended
+            assert _same(read, new) or (_same(read, old) and not self.first and not ended)
         else:
             assert self.first
             assert not ended
@@ -188,7 +209,7 @@ class Checkpoint:
         result = self.act(shared, root)
         if result is not None:
             done(result)
-        SoraPipeline.from_pretrained(root / "out")
+        assert _same(SoraPipeline.from_pretrained(root / "out"), new)
         no_parts(root)
 
 
@@ -198,6 +219,8 @@ def _clip(value: float, frames: int) -> torch.Tensor:
 
 class Video:
     """Of write_video, over another file: the name leads to the old or to the new one, whole."""
+
+    command = False
 
     def __init__(self, suffix: str) -> None:
         self.suffix = suffix
@@ -225,6 +248,8 @@ class Video:
 class Outputs:
     """Of the files of a call: videos of every kind, each whole or not there, and their contact sheet."""
 
+    command = False
+
     def prepare(self, shared: Shared, root: Path) -> None:
         pass
 
@@ -249,7 +274,7 @@ class Outputs:
 
 
 SAVES: dict[str, Save] = {
-    name: Save(one.prepare, one.act, one.recover)  # type: ignore[attr-defined]
+    name: Save(one.prepare, one.act, one.recover, one.command)  # type: ignore[attr-defined]
     for name, one in {
         "first save of train": Training("train", True),
         "later save of train": Training("train", False),

@@ -51,7 +51,8 @@ class Callers:
     def __init__(self, known: Known, name: str) -> None:
         self.known, self.calls, self.failures = known, 0, list[str]()
         self._stopping, self._lock = threading.Event(), threading.Lock()
-        self._threads = [threading.Thread(target=self._call, args=(f"{name} {i}",)) for i in range(THREADS)]
+        names = [f"{name} {i}" for i in range(THREADS)]
+        self._threads = [threading.Thread(target=self._call, args=(one,), name=one, daemon=True) for one in names]
 
     def _call(self, name: str) -> None:
         chance, calls = random.Random(name), 0
@@ -78,8 +79,10 @@ class Callers:
 
     def __exit__(self, *raised: object) -> None:
         self._stopping.set()
+        until = time.monotonic() + CHILD_LIMIT
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
+            self.failures += [f"thread {thread.name} hangs"] if thread.is_alive() else []
         if backends.forced_backend() not in (None, os.environ.get("SORA_KERNELS_BACKEND")):
             self.failures.append(f"backend {backends.forced_backend()} is still forced")
 
@@ -97,8 +100,10 @@ def soak_threads(seconds: float, seed: int) -> Outcome:
             calls += callers.calls
             failures += callers.failures
             used.append(usage())
+            if any("hangs" in failure for failure in failures):
+                break
     failures += drifted("threads", used, "held")
-    return reported(Outcome("soak: threads", calls, len(failures), memory=max(x.resident for x in used)), failures)
+    return reported(Outcome("soak, threads", calls, len(failures), memory=max(x.resident for x in used)), failures)
 
 
 class Children(Dataset):
@@ -132,7 +137,7 @@ def forked(known: Known, name: str) -> str | None:
     while time.monotonic() < end:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
-            return None if status == 0 else f"{name} ended with status {status}"
+            return None if status == 0 else f"{name} ended with status {os.waitstatus_to_exitcode(status)}"
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -152,11 +157,16 @@ def soak_forks(seconds: float, seed: int) -> Outcome:
                 problems = [forked(known, f"{name}.{i}") for i in range(4)]
             alone = forked(known, f"{name}.4")  # of one whose threads have ended
             workers = DataLoader(Children(known, name), batch_size=None, num_workers=2, timeout=CHILD_LIMIT)
-            found = [f"{name}: worker: {problem}" for problem in workers if problem]
+            try:
+                found = [f"{name}: worker: {problem}" for problem in workers if problem]
+            except RuntimeError as error:  # one that hangs or died
+                found = [f"{name}: worker hangs or died: {error}"]
             failures += [*callers.failures, *filter(None, [*problems, alone]), *found]
             children += 7
+            for thread in set(threading.enumerate()) - {threading.main_thread()}:
+                thread.join(CHILD_LIMIT)  # those that fed the queues of workers end in their own time
             used.append(usage())
             if any("hangs" in failure for failure in failures):
                 break
     failures += drifted("forks", used, "held")
-    return reported(Outcome("soak: forks", children, len(failures), memory=max(x.resident for x in used)), failures)
+    return reported(Outcome("soak, forks", children, len(failures), memory=max(x.resident for x in used)), failures)
