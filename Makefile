@@ -72,15 +72,17 @@ sanitize: sanitized
 
 fuzz: fuzz-calls fuzz-files
 
-# Compiled entries on every tier, so many calls of each over all of them, and public functions, on the sanitized kernels; CUDA's
+# Compiled entries on every tier, so many calls of each over all of them, no two alike, and public functions, on the sanitized kernels; CUDA's
 # entries in the harness of tests/simt; DLPack's decoding by libFuzzer, with clang's sanitizers (Debian: clang, libclang-rt-14-dev).
 # All of them run, whichever fails.
 ENTRY_CALLS := 2000
 PUBLIC_CALLS := 5000
 fuzz-calls: ASAN_LIMITS = max_allocation_size_mb=4096:quarantine_size_mb=64
 fuzz-calls: sanitized
-	cd $(SANITIZED); export $(SANITIZER_OPTIONS); status=0; calls=$$(($(ENTRY_CALLS) / $(words $(TIERS)) + 1)); \
-	for tier in $(TIERS); do SORA_KERNELS_ISA=$$tier $(abspath $(BIN))/python -m tests.reliability.entries $$calls || status=1; done; \
+	cd $(SANITIZED); export $(SANITIZER_OPTIONS); status=0; calls=$$(($(ENTRY_CALLS) / $(words $(TIERS)) + 1)); seed=0; \
+	for tier in $(TIERS); do \
+	  SORA_KERNELS_ISA=$$tier $(abspath $(BIN))/python -m tests.reliability.entries $$calls --seed $$seed || status=1; seed=$$((seed + 1)); \
+	done; \
 	$(abspath $(BIN))/python -m tests.reliability.calls $(PUBLIC_CALLS) || status=1; \
 	unset LD_PRELOAD; cd $(CURDIR); \
 	$(BIN)/python -m tests.reliability.entries $(ENTRY_CALLS) --module _cuda || status=1; \
@@ -91,8 +93,8 @@ fuzz-files: $(READY)
 	status=0; for check in media documents; do $(BIN)/python -m tests.reliability.$$check 500 || status=1; done; exit $$status
 
 property: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.properties 10000
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.sweep 20000
+	export OMP_NUM_THREADS=1; status=0; $(BIN)/python -m tests.reliability.properties 10000 || status=1; \
+	$(BIN)/python -m tests.sweep 20000 || status=1; exit $$status
 
 crashes: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.crashes

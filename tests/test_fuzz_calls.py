@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,42 @@ def test_each_failure_is_one_case(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         else:
             (line,) = (line for line in printed.splitlines() if line.startswith(f"case {number}: {name}: "))
             assert re.search(said, line)
+
+
+def test_a_failure_is_repeated_by_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same directory, tier and sanitizer."""
+    monkeypatch.setenv("SORA_KERNELS_ISA", "avx2")
+    monkeypatch.setenv("ASAN_OPTIONS", "a=1:b=2 3")
+    command = children.again("tests.reliability.entries", "1", "--seed 4")
+    assert command.startswith(f"cd {os.getcwd()} && ASAN_OPTIONS='a=1:b=2 3' ")
+    assert command.endswith(" SORA_KERNELS_ISA=avx2 python -m tests.reliability.entries 1 --seed 4")
+    code = "import os; print(os.environ['SORA_KERNELS_ISA'], os.environ['ASAN_OPTIONS'])"
+    shown = command.partition("python -m")[0] + f'{sys.executable} -c "{code}"'
+    done = subprocess.run(shown, shell=True, capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]})
+    assert done.stdout == "avx2 a=1:b=2 3\n"
+
+
+@pytest.fixture
+def makes(tmp_path: Path) -> Callable[..., list[str]]:
+    """Of a target, the programs that it runs, each of which fails."""
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(f"#!/bin/sh\necho $SORA_KERNELS_ISA $* >> {log}\nexit 1\n")
+    python.chmod(0o755)
+    variables = (f"BIN={tmp_path}", f"SANITIZED={tmp_path}", "SANITIZER_OPTIONS=A=1", "TIERS=avx2 baseline")
+
+    def run(target: str) -> list[str]:
+        command = ["make", "-o", ".venv/.ready", "-o", "sanitized", target, *variables]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode != 0
+        return log.read_text().splitlines()
+
+    return run
+
+
+def test_each_tier_has_calls_of_its_own(makes: Callable[..., list[str]]) -> None:
+    ran = makes("fuzz-calls")
+    assert ran[:2] == [f"{tier} -m tests.reliability.entries 1001 --seed {i}" for i, tier in enumerate(("avx2", "baseline"))]
+    assert len(ran) == 5  # whatever fails
+
+
+def test_the_sweep_runs_whatever_fails(makes: Callable[..., list[str]]) -> None:
+    assert [line.split()[1] for line in makes("property")] == ["tests.reliability.properties", "tests.sweep"]

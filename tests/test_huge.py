@@ -1,12 +1,16 @@
 """The cases of `python -m tests.reliability.huge`, with few elements, and that each op has one and each finds what it looks for."""
 
+import subprocess
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
 import torch
 from reliability import huge
-from reliability.huge_cases import CASES
+from reliability.huge_cases import CASES, Case
+from reliability.outcome import outcomes
 from tolerance import WITHOUT_CPU_KERNEL
+from torch import Tensor
 
 from benchmarks.works import works
 from sora_kernels import backends
@@ -42,3 +46,48 @@ def test_a_wrong_element_is_found(name: str) -> None:
 
     with mock.patch.object(backends, "call", off):
         assert huge.wrong(case, count=2)
+
+
+def test_a_sum_that_ends_too_early_is_found() -> None:
+    """A weight's gradient without the last of many repetitions, which is too little of it to show beside the others."""
+
+    class Early(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, count: int) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            ctx.count = count
+            return x * weight
+
+        @staticmethod
+        def backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor) -> tuple[Tensor, Tensor, None]:
+            x, weight = ctx.saved_tensors
+            seen = len(x) if ctx.count == 1 else len(x) // ctx.count * (ctx.count - 1)
+            return dout * weight, (dout * x)[:seen].double().sum(0).to(weight.dtype), None
+
+    def call(count: int) -> Callable[..., Tensor]:
+        return lambda x, weight: Early.apply(x, weight, count)
+
+    x, weight = torch.randn(2, 64, 16).bfloat16()
+    found = huge.wrong(Case([x], call, [weight[0]]), count=600)
+    assert [text.partition(" is ")[0] for text in found] == ["gradient of shared 0 by the last repetition"]
+
+
+def test_the_last_repetition_lies_beyond() -> None:
+    case = Case([torch.zeros(3, 5)], lambda count: lambda x: x)
+    assert [case.count(elements) for elements in (29, 30, 31)] == [3, 3, 4]  # from element 30, 30 and 45 on
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "failed"),
+    [("a: 1 cases, 0 failed, longest 2.0 s, at most 3 MiB\n", 0, 0), ("a: 1 cases, 0 failed\n", -11, 1), ("Killed\n", -9, 1)],
+)
+def test_a_case_is_counted_once(printed: str, status: int, failed: int, capsys: pytest.CaptureFixture) -> None:
+    """By what the check returns, and never as right if its process ends badly."""
+    done = subprocess.CompletedProcess([], status, printed, "")
+    with mock.patch.object(subprocess, "run", return_value=done):
+        outcome = huge.run_apart("bias_gelu", 1)
+    assert (outcome.cases, outcome.failed) == (1, failed)
+    shown = capsys.readouterr().out
+    assert outcomes(shown) == []
+    assert f"status {status}" in shown
+    assert outcomes(str(outcome)) == [outcome]

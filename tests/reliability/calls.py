@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .children import Case, run
+from .children import Case, again, run
 from .mutations import DTYPES, Mutation, copied, described, has_memory, tensors_in
 from .right_arguments import FUNCTIONS, RIGHT, call, right
 
@@ -236,7 +236,7 @@ def main() -> int:
     if options.only is not None:
         numbers = range(options.only, options.only + 1)
     start = time.perf_counter()
-    outcome = run("public functions", numbers, prepare, f"python -m tests.reliability.calls 1 --seed {options.seed}")
+    outcome = run("public functions", numbers, prepare, again("tests.reliability.calls", "1", f"--seed {options.seed}"))
     print(f"{outcome.cases / (time.perf_counter() - start):.0f} calls a second", file=sys.stderr)
     print(outcome)
     return 1 if outcome.failed else 0

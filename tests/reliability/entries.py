@@ -6,8 +6,8 @@
 Each call starts from arguments that an op has passed and changes one to three of them: dtypes, shapes, strides, storages that other
 arguments have or that were freed, values, things of another type, arguments of another call. It may raise ValueError, TypeError,
 MemoryError or OverflowError, or return. Anything else, a crash, and a call that takes more than 10 s or 1 GiB, is a failure. The
-harness of _cuda raises RuntimeError where a kernel reads or writes outside its tensors. `make fuzz` runs this with
-AddressSanitizer. Call n of a seed is always the same: --only n repeats it.
+harness of _cuda raises RuntimeError where a kernel reads or writes outside its tensors. `make fuzz-calls` runs those of
+_cpu with AddressSanitizer, each tier with a seed of its own. Call n of a seed is always the same: --only n repeats it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from sora_kernels.rope import qk_norm_rope_3d, rope_3d
 from sora_kernels.signatures import SIGNATURES
 from sora_kernels.token_blocks import TokenBlocks
 
-from .children import Case, run
+from .children import Case, again, run
 from .mutations import DTYPES, Mutation, copied, described, freed, tensors_in
 
 REFUSALS = (ValueError, TypeError, MemoryError, OverflowError)
@@ -234,7 +234,7 @@ def main() -> int:
         numbers = range(list(calls).index(options.entry), len(numbers), len(calls))
     if options.only is not None:
         numbers = range(options.only, options.only + 1)
-    hint = f"python -m tests.reliability.entries 1 --module {options.module} --seed {options.seed}"
+    hint = again("tests.reliability.entries", "1", f"--module {options.module}", f"--seed {options.seed}")
     outcome = run(f"compiled entries of {options.module}", numbers, prepare, hint)
     print(outcome)
     return 1 if outcome.failed else 0

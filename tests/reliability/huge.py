@@ -1,9 +1,12 @@
-"""Every op forward and backward beyond 32 bits: python -m tests.reliability.huge 2147483648
+"""Every op forward and backward on tensors of more than 2^31 elements: python -m tests.reliability.huge 2147483648
 
-Each case runs in a process of its own, in bfloat16, with more than that many elements in its first input and in an output. All
-elements of outputs and gradients are compared with those of a small batch that the huge one repeats: outputs bit for bit, gradients
-to a rounding, as their sums may be split in another way. Gradients of what all samples share are compared with a multiple of the
-reference's in float64. A case takes up to 20 GiB, and waits until the machine has them. --case NAME runs one of them.
+An element's number then does not fit an int32. An unsigned one it would outgrow at 2^32, for which this has not the memory. Each
+case runs in a process of its own, in bfloat16, with more than that many elements in its first input, and in an output or in that
+input's gradient. All elements of outputs and gradients are compared with those of a small batch that the huge one repeats: outputs
+bit for bit, gradients to a rounding, as their sums may be split in another way. Gradients of what all samples share are compared
+with the reference's in float64, twice: with cotangents that repeat too, and with some that are 0 but for the last repetition. That
+one lies wholly beyond, so a sum that ends too early is 0. A case takes up to 20 GiB, and waits until the machine has them. --case
+NAME runs one of them.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
@@ -24,7 +28,7 @@ from torch.autograd.graph import get_gradient_edge
 from sora_kernels import backends
 
 from .huge_cases import CASES, Case
-from .outcome import Outcome, outcomes
+from .outcome import LINE, Outcome, outcomes
 
 ROOT = Path(__file__).parents[2]
 NAME = "numel beyond 2**31"
@@ -46,6 +50,15 @@ def cotangent(output: Tensor, axis: int) -> Tensor:
     return drawn.expand(output.shape)
 
 
+def of_the_last(cotangent: Tensor, count: int, axis: int) -> Tensor:
+    """The same in the last repetition, 0 before it, which takes no memory: nothing is written to numpy's zeros."""
+    length = cotangent.shape[axis] // count
+    last = cotangent.shape[axis] - length, length
+    zeros = torch.from_numpy(np.zeros(cotangent.numel() * cotangent.itemsize, np.uint8)).view(cotangent.dtype).view(cotangent.shape)
+    zeros.narrow(axis, *last).copy_(cotangent.narrow(axis, *last))
+    return zeros
+
+
 def repeated(base: Tensor, count: int, axis: int) -> Tensor:
     shape = list(base.shape)
     shape[axis] *= count
@@ -63,6 +76,12 @@ def far_off(huge: Tensor, base: Tensor, count: int, axis: int, exact: bool) -> s
         if exact or not bool(((part - base).abs() <= bound).all()):
             return f"repetition {i} of {count} is off by {float((part - base).abs().max()):.3g}"
     return None
+
+
+def off_a_sum(total: Tensor, right: Tensor) -> str | None:
+    bound = right.abs() * 2 * ROUNDING + right.abs().max() * 4 * OF_LARGEST
+    distance = (total.double() - right).abs()
+    return None if bool((distance <= bound).all()) else f"is off by {float(distance.max() / right.abs().max()):.3g} of the largest"
 
 
 def leaves(case: Case, count: int = 1) -> list[Tensor]:
@@ -96,16 +115,18 @@ def wrong(case: Case, count: int) -> list[str]:
     edges = [get_gradient_edge(x) for x in huge]
     out = None
     huge.clear()  # what the backward does not need makes room for what it computes
-    grads = list(torch.autograd.grad(edges, inputs, cotangents))
+    grads = list(torch.autograd.grad(edges, inputs, cotangents, retain_graph=bool(exact)))
     for i, base in enumerate(small_grads[: len(case.repeated)]):
         found[f"gradient {i}"] = far_off(grads[i], base, count, case.axis, exact=False)
-    for i, right in enumerate(exact):
-        total, right = grads[len(case.repeated) + i].double(), right * count
-        bound = right.abs() * 2 * ROUNDING + right.abs().max() * 4 * OF_LARGEST
-        if not bool(((total - right).abs() <= bound).all()):
-            found[f"gradient of shared {i}"] = (
-                f"is off by {float((total - right).abs().max() / right.abs().max()):.3g} of the largest"
-            )
+    totals = grads[len(case.repeated) :]
+    for i, (total, right) in enumerate(zip(totals, exact, strict=True)):
+        found[f"gradient of shared {i}"] = off_a_sum(total, right * count)
+    grads.clear()
+    if exact:
+        cotangents = [of_the_last(x, count, case.out_axis) for x in cotangents]
+        totals = torch.autograd.grad(edges, inputs[len(case.repeated) :], cotangents)
+        for i, (total, right) in enumerate(zip(totals, exact, strict=True)):
+            found[f"gradient of shared {i} by the last repetition"] = off_a_sum(total, right)
     return [f"{name} {text}" for name, text in found.items() if text]
 
 
@@ -137,11 +158,12 @@ def run_apart(name: str, elements: int) -> Outcome:
     command = [sys.executable, "-m", "tests.reliability.huge", str(elements), "--case", name]
     env = {**os.environ, "SORA_KERNELS_CACHE_MB": "0"}  # what is freed is free
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    print(done.stdout + done.stderr, end="", flush=True)
     found = outcomes(done.stdout)
-    if not found:
-        print(f"{name}: ended with {done.returncode}")
-    return found[0] if found else Outcome(name, 1, 1)
+    outcome = found[0] if found else Outcome(name, 1, 1)
+    print(f"{name}: {outcome.seconds or 0:.0f} s, {(outcome.memory or 0) >> 20} MiB, status {done.returncode}")
+    # Not the child's outcome, which is one of those that the last line counts.
+    print(LINE.sub("", done.stdout).lstrip("\n") + done.stderr, end="", flush=True)
+    return outcome._replace(failed=1) if done.returncode else outcome
 
 
 def main() -> int:

@@ -46,8 +46,8 @@ class Case:
     out_axis: int = 0
 
     def count(self, elements: int) -> int:
-        """The smallest with which the first input has more than so many elements."""
-        return elements // self.repeated[0].numel() + 1
+        """The smallest with which the first input's last repetition lies wholly beyond so many elements."""
+        return -(-elements // self.repeated[0].numel()) + 1
 
 
 def randn(*shape: int) -> Tensor:

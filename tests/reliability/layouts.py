@@ -1,7 +1,8 @@
-"""What batches are drawn from: lengths, spans, windows, masks, dtypes, and numbers to fill them with, as hypothesis strategies.
+"""What batches are drawn from: lengths, spans, windows, masks, dtypes, as hypothesis strategies; numbers, NaNs and views of them.
 
-Lengths are small or lie next to a multiple of a block size of the kernels, which sweep.py reads from the code. What is drawn first
-shrinks to one short sample in float32.
+Lengths are small or lie next to a multiple of a block size of the kernels, which sweep.py reads from the code. Few are 0, and
+as rarely a sample has no spans or a grid an axis of 0: on empty batches every property holds. What is drawn first shrinks to
+one short sample in float32.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ class Setting(NamedTuple):
     """Where cases run, and what a property asks of them.
 
     packed: no dense batches, which can hold neither samples without tokens nor rows of no sample.
+    fewest: samples of a batch; most of them have tokens.
+    ruled: no layer norm of one channel, whose gradient is 0 of terms that cancel, so that the rule allows no rounding of them.
     gentle: numbers near 1 in float64, of which central differences can be taken.
     """
 
     backend: str
     longest: int = 140  # tokens of a sample
     packed: bool = False
+    fewest: int = 1
+    ruled: bool = False
     gentle: bool = False
 
     @classmethod
@@ -42,6 +47,13 @@ class Setting(NamedTuple):
             return st.just(torch.float64)
         able = dtypes_of(function, self.backend)
         return st.sampled_from(able)
+
+    def counts(self, most: int = 3) -> SearchStrategy[int]:
+        """Of samples."""
+        return st.integers(self.fewest, most)
+
+    def batches(self, sample: SearchStrategy, most: int = 3) -> SearchStrategy[list]:
+        return st.lists(sample, min_size=self.fewest, max_size=most)
 
 
 def dtypes_of(function: str, backend: str) -> list[torch.dtype]:
@@ -64,6 +76,11 @@ class Numbers(NamedTuple):
     def whole(self, *shape: int) -> Tensor:
         return torch.randint(-3, 4, shape, generator=self.generator).to(self.dtype)
 
+    def whole_in_one_channel(self, *shape: int) -> Tensor:
+        """The others are 0, so that products with cotangents are exact, too."""
+        channel = torch.randint(shape[-1], (*shape[:-1], 1), generator=self.generator)
+        return self.whole(*shape).masked_fill(torch.arange(shape[-1]) != channel, 0)
+
     def chance(self, share: float, *shape: int) -> Tensor:
         """bool."""
         return torch.rand(shape, generator=self.generator) < share
@@ -74,11 +91,19 @@ def numbers(draw: st.DrawFn, dtype: torch.dtype) -> Numbers:
     return Numbers(dtype, torch.Generator().manual_seed(draw(st.integers(0, 2**31))))
 
 
-def lengths(longest: int) -> SearchStrategy[int]:
-    """Of a sample or an axis: any small number, or one next to a multiple of a block size."""
-    small = st.integers(0, min(longest, 20))
+def seldom(rare: SearchStrategy, usual: SearchStrategy) -> SearchStrategy:
+    """About one draw in thirty is the rare one: at no end of a range, as hypothesis likes those."""
+    return st.integers(0, 31).flatmap(lambda n: rare if n == 19 else usual)
+
+
+def lengths(longest: int, fewest: int = 0) -> SearchStrategy[int]:
+    """Of a sample or an axis: any small number, or one next to a multiple of a block size; 0 is rare, unless there is no other."""
+    if longest == 0:
+        return st.just(0)
+    small = st.integers(1, min(longest, 20))
     near = sorted({min(max(m * b + e, 0), longest) for b in BLOCKS if b <= longest for m in (1, 2, 3) for e in (-1, 0, 1)})
-    return small | st.sampled_from([n for n in near if n > 20] or [longest])
+    usual = small | st.sampled_from([n for n in near if n > 20] or [longest])
+    return usual if fewest else seldom(st.just(0), usual)
 
 
 widths = st.integers(1, 80) | st.sampled_from([96, 128, 130, 256, 333])
@@ -93,11 +118,13 @@ steps = st.sampled_from([1.0, 0.5, 0.1, 2.0, 0.0])
 
 @st.composite
 def grids(draw: st.DrawFn, longest: int) -> tuple[int, int, int]:
-    """(T, H, W) of at most `longest` tokens."""
+    """(T, H, W) of at most `longest` tokens, seldom of none."""
     sides, room = [1, 1, 1], longest
     for axis in draw(st.permutations(range(3))):
-        sides[axis] = draw(st.integers(0, min(room, 9)) | lengths(room)) if room else 0
+        sides[axis] = draw(st.integers(1, min(room, 9)) | lengths(room, fewest=1)) if room else 0
         room //= max(sides[axis], 1)
+    for axis in draw(seldom(st.lists(st.integers(0, 2), min_size=1, max_size=2), st.just([]))):
+        sides[axis] = 0
     return tuple(sides)  # type: ignore[return-value]
 
 
@@ -113,8 +140,9 @@ def spans(draw: st.DrawFn, longest: int) -> Span:
 
 
 def samples(longest: int, most_spans: int = 3) -> SearchStrategy[tuple[Span, ...]]:
-    """The spans of one sample; it may have none."""
-    return st.lists(spans(max(longest // most_spans, 1)), max_size=most_spans).map(tuple)
+    """The spans of one sample; it seldom has none."""
+    some = st.lists(spans(max(longest // most_spans, 1)), min_size=1, max_size=most_spans).map(tuple)
+    return seldom(st.just(()), some)
 
 
 empty_spans = st.sampled_from([Span((0, 4, 4)), Span.text(0), Span((3, 0, 2)), Span((2, 2, 0), (1.0, 0.0, 0.0), (0.5, 1.0, 1.0))])
@@ -195,3 +223,42 @@ def some(names: tuple[str, ...]) -> SearchStrategy[tuple[str, ...]]:
 
 def tokens(grid: tuple[int, int, int]) -> int:
     return math.prod(grid)
+
+
+def nans_of(bits: str, x: Tensor) -> Tensor:
+    size = x.dtype.itemsize
+    infinity = torch.tensor(torch.inf, dtype=x.dtype).view(torch_int(size)).item()
+    word = {"ones": -1, "positive": 2 ** (8 * size - 1) - 1, "signalling": infinity + 1}[bits]
+    return torch.full(x.shape, word, dtype=torch_int(size)).view(x.dtype)
+
+
+def torch_int(size: int) -> torch.dtype:
+    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+
+
+def rows(x: Tensor) -> Tensor:
+    """Columns of a wider buffer of NaNs."""
+    return torch.cat([torch.full_like(x, torch.nan), x], dim=-1)[..., x.shape[-1] :]
+
+
+def columns(x: Tensor) -> Tensor:
+    """Every other number of a last axis."""
+    return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
+
+
+def offset(x: Tensor) -> Tensor:
+    """Not at the beginning of a vector."""
+    return torch.cat([x.new_full((1,), torch.nan), x.flatten()])[1:].view(x.shape)
+
+
+def turned(x: Tensor) -> Tensor:
+    """The first axis is the innermost one."""
+    return x.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def every_other(x: Tensor) -> Tensor:
+    """Every other row."""
+    return torch.stack([x, torch.full_like(x, torch.nan)], dim=1)[:, 0]
+
+
+VIEWS = (rows, columns, offset, turned, every_other)

@@ -16,10 +16,16 @@ Function = Callable[[list[Any], list[Tensor], list[Tensor]], list[Tensor]]
 
 
 class Sample(NamedTuple):
-    """What the op is told of it (its length, spans, mask), and a tensor for each column of the batch."""
+    """What the op is told of it (its length, spans, mask), a tensor for each column of the batch, and whose cotangents it gets."""
 
     layout: Any
     tensors: list[Tensor]
+    number: int = 0
+
+    @property
+    def has_tokens(self) -> bool:
+        """In each column: without keys, queries have nothing to see."""
+        return all(x.numel() for x in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,9 @@ class Subject:
             None.
         differentiable: whether the op has gradients.
         by_torch: numbers of the columns whose gradients plain torch computes, whose last bits may depend on threads.
-        near: largest errors of the outputs beside those of the tolerance rule, for an op that promises to be near another one.
+        near: of an attention that promises to be near another one, the error of a row beside plain PyTorch's, as a share of what
+            that attention makes of |v|, which does not cancel.
+        function: the backend function that it runs, if not the op's usual one.
     """
 
     told: dict[str, Any]
@@ -57,6 +65,7 @@ class Subject:
     differentiable: bool = True
     by_torch: tuple[int, ...] = ()
     near: float | None = None
+    function: str | None = None
 
     def __repr__(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.told.items())
@@ -68,9 +77,23 @@ class Subject:
     def layouts(self) -> list[Any]:
         return [sample.layout for sample in self.samples]
 
+    def numbered(self) -> Subject:
+        """The same, its samples with cotangents of their own."""
+        return self.of([sample._replace(number=i) for i, sample in enumerate(self.samples)])
+
     def of(self, samples: list[Sample]) -> Subject:
         """The same op on other samples."""
         return replace(self, samples=samples)
+
+    def with_other_signs(self) -> Subject:
+        """Its samples, and each seven times more with other signs of what kernels take; masks stay."""
+        generator = torch.Generator().manual_seed(0)
+
+        def changed(i: int, x: Tensor) -> Tensor:
+            return x if i in self.by_torch else x * (1 - 2 * torch.randint(2, x.shape, generator=generator)).to(x.dtype)
+
+        others = [s._replace(tensors=[changed(i, x) for i, x in enumerate(s.tensors)]) for _ in range(7) for s in self.samples]
+        return self.of([*self.samples, *others])
 
     def arguments(self, tensors: list[list[Tensor]], behind: dict[int, Tensor] | None = None) -> list[Tensor]:
         """Columns of the samples' tensors, and what comes behind the last one."""
@@ -121,11 +144,13 @@ def evaluate(
     subject: Subject,
     behind: dict[int, Tensor] | None = None,
     view: Callable[[Tensor], Tensor] = lambda x: x,
-    cotangent: Callable[[Tensor], Tensor] = random_like,
+    cotangent: Callable[[Tensor, int], Tensor] = random_like,
     strided: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Result:
-    """Runs the op forward and backward; a sample's cotangent depends on its own outputs' shapes only.
+    """Runs the op forward and backward.
 
+    cotangent: of an output of a sample and a number that no other output of the batch has. So samples that change places, or
+        outputs of one sample, have other gradients.
     behind: of columns by number, the rows of no sample; their outputs have a cotangent of NaNs.
     view, strided: what becomes of columns and shared tensors, and of cotangents, before the op sees them.
     """
@@ -139,10 +164,13 @@ def evaluate(
     if not wanted:
         return Result(pieces, [[] for _ in pieces], [], rest)
     if subject.rows is None:
-        cotangents = [cotangent(output) for (output,) in pieces]
+        cotangents = [cotangent(output, sample.number) for sample, (output,) in zip(subject.samples, pieces, strict=True)]
     else:
-        columns_of = zip(*pieces, rest, strict=True) if pieces else ((x,) for x in rest)
-        cotangents = [torch.cat([*map(cotangent, own), torch.full_like(last, torch.nan)]) for *own, last in columns_of]
+        cotangents = []
+        for i, last in enumerate(rest):
+            of_samples = zip(subject.samples, pieces, strict=True)
+            own = [cotangent(outputs[i], sample.number * len(rest) + i) for sample, outputs in of_samples]
+            cotangents.append(torch.cat([*own, torch.full_like(last, torch.nan)]))
     leaves = [*(x for own in tensors for x in own), *shared, *behind.values()]
     options = {"allow_unused": True, "materialize_grads": True}
     found = list(torch.autograd.grad(outputs, leaves, [strided(x) for x in cotangents], **options))

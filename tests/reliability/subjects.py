@@ -51,15 +51,16 @@ def adaln(draw: DrawFn, name: str, functions: tuple, tokens: tuple[str, ...], ro
     make = draw(layouts.numbers(dtype))
     dense = not setting.packed and draw(st.integers(0, 3)) == 3
     if dense:
-        lengths = [(draw(st.integers(0, 20)),) * draw(st.integers(1, 3))] * draw(st.integers(1, 3))
+        lengths = [(draw(layouts.lengths(20)),) * draw(st.integers(1, 3))] * draw(setting.counts())
     else:
-        short = layouts.lengths(setting.longest // 3)
-        lengths = draw(st.lists(st.lists(short, max_size=3).map(tuple), min_size=1, max_size=4))
+        of_rows = st.lists(layouts.lengths(setting.longest // 3), min_size=1, max_size=3).map(tuple)
+        lengths = draw(setting.batches(layouts.seldom(st.just(()), of_rows), 4))
     width, used = draw(layouts.widths), draw(layouts.some(rows))
     options: dict[str, Any] = {}
     weights: tuple[str, ...] = ()
     if name != "gate_residual":
-        options = {"norm": draw(st.sampled_from(["layer", "rms"])), "eps": draw(layouts.epsilons)}
+        options = {"norm": draw(st.sampled_from(["rms"] if setting.ruled and width == 1 else ["layer", "rms"]))}
+        options["eps"] = draw(layouts.epsilons)
         weights = draw(layouts.some(("weight", "bias") if options["norm"] == "layer" else ("weight",)))
     if name == "norm_gate_residual":
         options["tanh"] = draw(st.booleans())
@@ -113,7 +114,7 @@ def rotated(draw: DrawFn, name: str, setting: Setting) -> Subject:
     with_norm = name == "qk_norm_rope_3d"
     dtype = draw(setting.dtypes(f"{name}_forward" if with_norm else name))
     make, d, heads = draw(layouts.numbers(dtype)), draw(layouts.even_head_dims), draw(layouts.heads)
-    found = draw(st.lists(layouts.samples(setting.longest), min_size=1, max_size=3))
+    found = draw(setting.batches(layouts.samples(setting.longest)))
     options: dict[str, Any] = {"interleaved": draw(st.booleans())}
     options["theta"] = draw(st.sampled_from([1e4, 256.0, (100.0, 1e4, 1e6)]))
     if draw(st.booleans()):
@@ -176,10 +177,10 @@ def by_tables(draw: DrawFn, name: str, setting: Setting) -> Subject:
     dtype = draw(setting.dtypes("norm_rope_forward" if with_norm else name))
     make, (h, _), d = draw(layouts.numbers(dtype)), draw(layouts.heads), draw(layouts.even_head_dims)
     dense = not setting.packed and draw(st.booleans())
-    count = draw(st.integers(1, 3))
+    count = draw(setting.counts())
     lengths = [draw(layouts.lengths(setting.longest // 2)) for _ in range(count)]
     lengths = lengths[:1] * count if dense else lengths
-    pairs = d // 2 if draw(st.booleans()) else draw(st.integers(0, d // 2))
+    pairs = draw(st.integers(0, d // 2)) if draw(st.booleans()) else d // 2
     per_head, wide_tables, interleaved = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
     has_tables = not with_norm or draw(st.integers(0, 3)) < 3
     options: dict[str, Any] = {}
@@ -250,7 +251,7 @@ def by_tables(draw: DrawFn, name: str, setting: Setting) -> Subject:
 def gelu(draw: DrawFn, setting: Setting) -> Subject:
     dtype = draw(setting.dtypes("bias_gelu_forward"))
     make, width = draw(layouts.numbers(dtype)), draw(layouts.widths)
-    lengths = draw(st.lists(layouts.lengths(setting.longest), min_size=1, max_size=3))
+    lengths = draw(setting.batches(layouts.lengths(setting.longest)))
     biased, scale = draw(st.booleans()), draw(st.sampled_from([1.0, 2.0] if setting.gentle else [1.0, 1e-3, 5.0, 30.0]))
 
     def sample(n: int) -> Sample:
@@ -274,7 +275,7 @@ def patches(draw: DrawFn, name: str, setting: Setting) -> Subject:
     dtype = draw(setting.dtypes("patch_embed_3d_forward" if embeds else name))
     make, channels = draw(layouts.numbers(dtype)), draw(st.sampled_from([1, 3, 4, 16]))
     patch = draw(st.sampled_from([(1, 2, 2), (1, 1, 1), (2, 4, 1), (3, 1, 5), (1, 2, 8)]))
-    found = draw(st.lists(layouts.grids(setting.longest // 4), min_size=1, max_size=4))
+    found = draw(setting.batches(layouts.grids(setting.longest // 4), 4))
     d, biased, scale = draw(layouts.widths), draw(st.booleans()), 1.0 if setting.gentle else draw(layouts.scales)
     volume = patch[0] * patch[1] * patch[2] * channels
 
