@@ -197,11 +197,22 @@ struct Operands {
 template <class T>
 struct WeightRoom {
   float *dtokens, *gradient, *bias;
+  double *gradient_total, *bias_total;
   WeightRoom(Pieces& pieces, int k) {
     dtokens = pieces.take(Multiplier<T>::right_size(kRows, kColumns));
     gradient = pieces.take((k + 15) / 16 * 16 * kColumns), bias = pieces.take(kColumns);
+    gradient_total = reinterpret_cast<double*>(pieces.take(int64_t{2} * k * kColumns));
+    bias_total = reinterpret_cast<double*>(pieces.take(2 * kColumns));
   }
 };
+
+// Runs whose products are summed in float32 before they join the others in float64.
+constexpr int64_t kGroup = 64;
+
+// total += sum, both [length], and sum = 0.
+SORA_INLINE void move_sum(double* total, float* sum, int64_t length) {
+  for (int64_t i = 0; i < length; ++i) total[i] += sum[i], sum[i] = 0;
+}
 
 // dweight^T [k, kColumns] of a column block = sum over tokens of patch^T dtoken; dbias the column sums.
 template <class T>
@@ -213,6 +224,8 @@ void weight_gradient(const PatchEmbed& a, const Operands<T>& operands, const Run
   const auto room = on_scratch<WeightRoom<T>>(k);
   memset(room.gradient, 0, k * kColumns * sizeof(float));
   memset(room.bias, 0, kColumns * sizeof(float));
+  memset(room.gradient_total, 0, k * kColumns * sizeof(double));
+  memset(room.bias_total, 0, kColumns * sizeof(double));
   for (int64_t i = 0; i < runs.count(); ++i) {
     const int rows = static_cast<int>(runs[i].count);
     const int64_t stride = a.dtokens.stride[0], first = runs.grid(runs[i].video).first + runs[i].begin;
@@ -224,11 +237,14 @@ void weight_gradient(const PatchEmbed& a, const Operands<T>& operands, const Run
     const typename M::Right dtokens = M::right(from, stride, rows, columns, room.dtokens);
     const typename M::Left patches = M::left_transposed_at(operands.patches.data() + i * operands.patches_size, k, rows);
     M::template multiply<Init::kAdd>(k, columns, rows, patches, dtokens, room.gradient, kColumns);
+    move_sum(room.bias_total, room.bias, columns);
+    if (i % kGroup == kGroup - 1 || i == runs.count() - 1) move_sum(room.gradient_total, room.gradient, k * kColumns);
   }
   T *dweight = static_cast<T*>(a.dweight.data), *dbias = static_cast<T*>(a.dbias.data);
   for (int n = 0; n < columns; ++n) {
-    for (int i = 0; i < k; ++i) from_float(room.gradient[i * kColumns + n], dweight[int64_t{begin + n} * k + i]);
-    if (a.dbias) from_float(room.bias[n], dbias[begin + n]);
+    for (int i = 0; i < k; ++i)
+      from_float(static_cast<float>(room.gradient_total[i * kColumns + n]), dweight[int64_t{begin + n} * k + i]);
+    if (a.dbias) from_float(static_cast<float>(room.bias_total[n]), dbias[begin + n]);
   }
 }
 
