@@ -59,9 +59,9 @@ class Original(NamedTuple):
 def make_originals(folder: Path) -> list[Original]:
     """Pipelines of this package and of diffusers, a chat model, a run to resume, VAEs and text encoders to train with."""
     from test_chat import words as chat_words
-    from test_checkpoint import module
     from test_pipeline_wan import save as save_wan
     from test_pretrained_text import MODELS, tokenizer
+    from test_weights import module
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sora_model import SoraPipeline
