@@ -1,5 +1,6 @@
 """Checkpoints, batch files, prompts and paths of others: some of the cases of `reliability/documents.py`, and what was mended."""
 
+import inspect
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import struct
 import sys
 import tempfile
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from typer.testing import CliRunner
 from sora_model import Request, SoraPipeline
 from sora_model.caption.template import TemplateRefused, render
 from sora_model.cli import app
+from sora_model.cli.app import to_path
 from sora_model.cli.text import visible
 from sora_model.limits import Limits, limits, raised_limits, set_limits
 from sora_model.storage.documents import read_json_file
@@ -250,6 +253,30 @@ def test_schedulers_and_vaes_have_numbers_that_can_be(small, tmp_path) -> None:
             ValueError, match=r"scheduler_config\.json: num_train_timesteps: expected a whole number from 1 to 100000"
         ):
             SoraPipeline.from_pretrained(tmp_path / "a")
+
+
+def test_empty_paths_are_refused() -> None:
+    """They would be the present folder: every command reads its paths by `to_path`."""
+    read_by = {}
+    for one in app.registered_commands:
+        assert one.callback is not None
+        hints = get_type_hints(one.callback, include_extras=True)
+        for parameter in inspect.signature(one.callback).parameters.values():
+            found = parameter.annotation  # as text where the function itself is the command
+            kind, *metadata = get_args(hints[parameter.name] if isinstance(found, str) else found) or [None]
+            if Path in (kind, *get_args(kind)):
+                read_by[one.callback.__name__, parameter.name] = metadata[0].parser
+    assert len(read_by) > 20
+    assert not [name for name, parser in read_by.items() if parser is not to_path]
+    for words in (["export", "", "x"], ["export", "x", ""], ["scaling", ""]):
+        assert "expected a path, got ''" in refused(*words)
+
+
+def test_what_would_be_replaced_is_named_as_in_the_help(small, tmp_path) -> None:
+    (tmp_path / "a").touch()
+    assert "error: OUT: expected an empty folder or one with a checkpoint" in refused("export", small, tmp_path)
+    line = refused("train-captioner", tmp_path / "run", "--checkpoint", tmp_path)
+    assert "error: --checkpoint: expected an empty folder or one with a checkpoint" in line
 
 
 @pytest.fixture(scope="module")
