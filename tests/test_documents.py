@@ -1,31 +1,19 @@
-"""Checkpoints, batch files, prompts and paths of others: some of the cases of `reliability/documents.py`, and what was mended."""
+"""Checkpoints, batch files, prompts and texts of others: what of them is refused, and how."""
 
-import inspect
 import json
-import os
 import shutil
 import struct
-import sys
-import tempfile
-from pathlib import Path
-from typing import get_args, get_type_hints
 
-import numpy as np
 import pytest
 import torch
-import typer
-from reliability.arguments import draw_call
-from reliability.child import Ended, in_a_process
-from reliability.documents import KINDS, Documents
+from reliability.child import in_a_process
 from reliability.templates import TEMPLATES
 from safetensors.torch import load_file, save_file
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from sora_model import Request, SoraPipeline
 from sora_model.caption.template import TemplateRefused, render
 from sora_model.cli import app
-from sora_model.cli.app import to_path
 from sora_model.cli.text import visible
 from sora_model.limits import Limits, limits, raised_limits, set_limits
 from sora_model.storage.documents import read_json_file
@@ -192,13 +180,6 @@ def test_ids_without_a_vector_are_refused() -> None:
         tokenize(panics, ["a"], 2, "owner")
 
 
-def test_names_that_are_too_long_are_named(small, tmp_path) -> None:
-    name = "x" * 300 + ".mp4"
-    line = refused("extend", name, "a", "--checkpoint", small, "--out", tmp_path)
-    assert f"error: cannot read {name}: file name too long" in line
-    assert "error: batch: expected a JSON file, got xxx" in refused("batch", name, "--checkpoint", small, "--out", tmp_path)
-
-
 def test_a_vocabulary_that_is_no_text_is_named(tmp_path) -> None:
     (tmp_path / "vocab.txt").write_bytes(b"a\n\xff\n")
     with pytest.raises(ValueError, match=r"vocab\.txt: expected text in UTF-8"):
@@ -253,144 +234,3 @@ def test_schedulers_and_vaes_have_numbers_that_can_be(small, tmp_path) -> None:
             ValueError, match=r"scheduler_config\.json: num_train_timesteps: expected a whole number from 1 to 100000"
         ):
             SoraPipeline.from_pretrained(tmp_path / "a")
-
-
-def test_empty_paths_are_refused() -> None:
-    """They would be the present folder: every command reads its paths by `to_path`."""
-    read_by = {}
-    for one in app.registered_commands:
-        assert one.callback is not None
-        hints = get_type_hints(one.callback, include_extras=True)
-        for parameter in inspect.signature(one.callback).parameters.values():
-            found = parameter.annotation  # as text where the function itself is the command
-            kind, *metadata = get_args(hints[parameter.name] if isinstance(found, str) else found) or [None]
-            if Path in (kind, *get_args(kind)):
-                read_by[one.callback.__name__, parameter.name] = metadata[0].parser
-    assert len(read_by) > 20
-    assert not [name for name, parser in read_by.items() if parser is not to_path]
-    for words in (["export", "", "x"], ["export", "x", ""], ["scaling", ""]):
-        assert "expected a path, got ''" in refused(*words)
-
-
-def test_what_would_be_replaced_is_named_as_in_the_help(small, tmp_path) -> None:
-    (tmp_path / "a").touch()
-    assert "error: OUT: expected an empty folder or one with a checkpoint" in refused("export", small, tmp_path)
-    line = refused("train-captioner", tmp_path / "run", "--checkpoint", tmp_path)
-    assert "error: --checkpoint: expected an empty folder or one with a checkpoint" in line
-
-
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory) -> Documents:
-    return Documents(tmp_path_factory.mktemp("documents"))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_some_cases(kind, documents) -> None:
-    """Of another seed than the check's own; of each original one."""
-    for number in range(11):
-        case = documents.run(kind, 7, number)
-        assert not case.faults, case
-
-
-def test_what_is_tried_reaches_its_command(documents, tmp_path) -> None:
-    """A call that dies of its own options would try nothing."""
-    seen, commands = set(), get_command(app).commands  # type: ignore[attr-defined]
-    for number in range(400):
-        work = tmp_path / str(number)
-        (work / "out").mkdir(parents=True)
-        (work / "case").mkdir()
-        call = draw_call(documents.inputs, work, np.random.default_rng((7, number)))
-        refusal = None
-        try:
-            context = commands[call.words[0]].make_context(call.words[0], list(call.words[1:]))
-        except typer.BadParameter as error:  # by the value that is tried
-            refusal = error.format_message()
-        if refusal is not None:
-            assert any(name in refusal for name in call.named), (call, refusal)
-            continue
-        taken = [one for value in context.params.values() for one in (value if isinstance(value, list | tuple) else [value])]
-        # Numbers are read, and paths are of pathlib.
-        assert call.tried is None or {call.tried, str(Path(call.tried))} & set(map(str, taken)) or "=" in call.what, call
-        seen.add((call.words[0], call.what.partition(" ")[0]))
-    assert {("export", "out"), ("train", "out"), ("caption", "caption"), ("info", "checkpoint"), ("generate", "generate:")} <= seen
-
-
-def test_what_is_forbidden_is_seen(tmp_path) -> None:
-    """Of the check itself: each thing that must not happen is written down."""
-    import pickle
-    import socket
-    import subprocess
-
-    work = tmp_path / "work" / "3"
-    source, out, others = work / "case", work / "out", tmp_path / "originals"
-    for folder in (source, out, others):
-        folder.mkdir(parents=True)
-    (others / "x").write_text("x")
-    (out / "link").symlink_to(others)
-    elsewhere = Path(tempfile.gettempdir()) / f"{tmp_path.name}-{os.getpid()}"
-    (source / "evil.py").write_text("x = 1\n")
-
-    def connect() -> None:
-        with socket.socket() as one:
-            one.settimeout(0.1)
-            one.connect_ex(("127.0.0.1", 9))
-
-    def removes() -> None:
-        folder = os.open(others, os.O_RDONLY)
-        os.unlink("x", dir_fd=folder)
-
-    def imports() -> None:
-        sys.path.insert(0, str(source))
-        __import__("evil")
-
-    faults = {
-        "subprocess.Popen": lambda: subprocess.run(["true"], check=False),
-        "os.system": lambda: os.system("true"),
-        "socket.connect": connect,
-        "pickle.find_class": lambda: pickle.loads(pickle.dumps(Path)),
-        "runs ": imports,
-        "writes ": lambda: (source / "x").write_text(""),
-        f"writes '{work}/escaped'": lambda: (work / "escaped").write_text(""),
-        f"writes '{others}/x'": lambda: (others / "x").write_text("y"),
-        f"writes '{out}/link/y'": lambda: (out / "link" / "y").write_text(""),
-        f"writes '{elsewhere}'": lambda: (elsewhere.write_text(""), elsewhere.unlink()),
-        "os.mkdir": lambda: (source / "y").mkdir(),
-        "os.remove": removes,
-        "os.rename": lambda: (others / "x").rename(out / "x"),
-        # Of what is not written in Python, only what is left is seen.
-        f"changes {work}/native": lambda: save_file({"a": torch.zeros(1)}, work / "native"),
-        f"changes {others}/made": lambda: save_file({"a": torch.ones(1)}, others / "made"),
-    }
-    for name, fault in faults.items():
-        ended = in_a_process(fault, writable=out, untrusted=source, protected=tmp_path)
-        assert any(event.startswith(name) for event in ended.events), (name, ended)
-        assert ended.faults([], more=True)
-
-    def harmless() -> None:
-        (out / "x").write_text("")
-        (out / "link").unlink()  # the link, not what it leads to
-        with tempfile.NamedTemporaryFile() as file:
-            save_file({"a": torch.zeros(1)}, file.name)
-        Path(os.devnull).write_text("")
-
-    assert not in_a_process(harmless, writable=out, untrusted=source, protected=tmp_path).faults([], more=True)
-    ended = in_a_process(lambda: os.kill(os.getpid(), 9), writable=out, untrusted=source, protected=tmp_path)
-    assert "ended with -9" in ended.faults([], more=True)
-
-
-@pytest.mark.parametrize(
-    ("text", "fault"),
-    [
-        ("error: --out: no", ""),
-        ("a bar\nerror: --out: no\nmore", ""),
-        ("╭─ Error ─────╮\n│ Invalid value for '--out': no │\n╰───╯\n", ""),
-        ("error: --out: no\n" * 500, "expected one line of an error, got 500 errors"),
-        ("error: --steps: no\n--out", "names none of '--out'"),
-        ("--out: no", "expected one line of an error, got 0 errors"),
-        ("warning: error: --out", "expected one line of an error, got 0 errors"),
-        ("╭─ Error ─────╮\n│ --out: │\n│ no │\n╰───╯\n", "expected one line of an error, got 1 errors"),
-    ],
-)
-def test_one_line_names_what_is_wrong(text, fault) -> None:
-    """Of the check itself."""
-    assert Ended(2, 0.0, 0, 0, text, []).faults(["--out"]) == ([fault] if fault else [])

@@ -5,6 +5,7 @@ What they do is written in `training/recipes`; here are their options.
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -123,7 +124,7 @@ def export(
         with naming("OUT"):
             check_replaceable(out)
         # The weights that are read would lose their precision for good, or go with the folder that is replaced.
-        inner, outer = out.resolve(), checkpoint.resolve()
+        inner, outer = (Path(os.path.realpath(path)) for path in (out, checkpoint))  # resolve() raises for loops of links
         if same_file(out, checkpoint) or inner.is_relative_to(outer) or outer.is_relative_to(inner):
             raise ValueError(f"OUT: expected a folder that is neither CHECKPOINT nor in or around it, got {out}")
         if not out.is_dir() or any(out.iterdir()):

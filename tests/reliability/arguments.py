@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,13 +195,16 @@ def _path(inputs: Inputs, work: Path, rng: Rng) -> str:
     pipe = work / "case" / "pipe.mp4"
     if not pipe.exists():
         os.mkfifo(pipe)
-    (work / "case" / "folder.mp4").mkdir(exist_ok=True)
+    (work / "out" / "folder.mp4").mkdir(exist_ok=True)
     (work / "case" / "none.mp4").touch()
+    loop = work / "case" / "loop.mp4"
+    if not os.path.lexists(loop):
+        loop.symlink_to(loop)
     options = [
         "/dev/zero", "/dev/stdin", "/dev/random", "/etc/passwd", "/proc/self/mem", "/proc/kcore", "", ".", "..", "a\0b.mp4",
         "x" * 300 + ".mp4", "/" + "d/" * 3000 + "x.mp4", "http://127.0.0.1:1/a.mp4", "file:///etc/passwd", "concat:/etc/passwd",
         "pipe:0", "tcp://127.0.0.1:1", "lavfi:testsrc", "-", "\ud800.mp4", "~/a.mp4", "$HOME/a.mp4", str(pipe),
-        str(work / "case" / "folder.mp4"), str(work / "case" / "none.mp4"), f"{inputs.video}/x", f"{inputs.video}\n",
+        str(work / "out" / "folder.mp4"), str(work / "case" / "none.mp4"), str(loop), f"{inputs.video}/x", f"{inputs.video}\n",
         "subfile,,start,0,end,9,,:/etc/passwd", "data:video/mp4;base64,AAAA", "%d.png", "*.png",
     ]  # fmt: skip
     return str(pick(options, rng))
@@ -208,7 +212,8 @@ def _path(inputs: Inputs, work: Path, rng: Rng) -> str:
 
 def _paths(inputs: Inputs, work: Path, rng: Rng) -> Call:
     """Of what is read."""
-    path = _path(inputs, work, rng).replace("\0", "")
+    # What a process is started with has no NUL, and of halves of characters those alone that stand for bytes.
+    path = _path(inputs, work, rng).replace("\0", "").replace("\ud800", "\udcff")
     name = pick(["animate", "restyle", "extend", "join", "batch", "caption", "size", "data", "checkpoint", "chat", "export"], rng)
     made = [*_with(inputs), "--out", str(work / "out" / "made")]
     words, named = {
@@ -216,15 +221,15 @@ def _paths(inputs: Inputs, work: Path, rng: Rng) -> Call:
         "restyle": (["restyle", *made, "--", path, "a"], "VIDEO"),
         "extend": (["extend", "--frames", "2", *made, "--", path, "a"], "VIDEO"),
         "join": (["join", *made, "--", str(inputs.video), path, "a"], "LAST"),
-        "batch": (["batch", *made, "--", path], "batch: "),
+        "batch": (["batch", *made, "--", path], "REQUESTS"),
         "caption": (["caption", "--", path], "FILES"),
         "size": (["info", f"--size={path}", "--checkpoint", str(inputs.checkpoint)], "--size"),
-        "data": (["recaption", "--", path], "FOLDER"),
+        "data": (["recaption", "--", "." if path == ".." else path], "FOLDER"),  # which it writes to
         "checkpoint": (["info", f"--checkpoint={path}"], "--checkpoint"),
         "chat": (["expand", f"--chat-model={path}", "a"], "--chat-model"),
         "export": (["export", "--", path, str(work / "out" / "made")], "CHECKPOINT"),
     }[name]
-    return Call(f"{name} {path!r:.100}", words, [*_called(named), "cannot read "], path)
+    return Call(f"{name} {path!r:.100}", words, [*_called(named), "batch: ", "cannot read "], path)
 
 
 def _called(argument: str) -> list[str]:
@@ -237,11 +242,12 @@ def _out(inputs: Inputs, work: Path, rng: Rng) -> Call:
     (work / "out" / "file").touch()
     (work / "out" / "inner").mkdir()
     (work / "out" / "sheet" / "contact_sheet.png").mkdir(parents=True)
-    (work / "out" / "link").symlink_to("/proc")
+    (work / "out" / "link").symlink_to("/proc/self")
     (work / "out" / "dangling").symlink_to("nowhere/at/all")
     (work / "out" / "loop").symlink_to("loop")
     (work / "out" / "linked").mkdir()
-    (work / "out" / "linked" / "00-a-seed0.mp4").symlink_to(inputs.image)
+    # What is written through a link goes where it leads to, which --overwrite may replace; so it has to lie here.
+    (work / "out" / "linked" / "00-a-seed0.mp4").symlink_to(shutil.copy(inputs.image, work / "out" / "a.png"))
     closed = work / "out" / "closed"
     closed.mkdir(mode=0o500)
     base = str(work / "out")
