@@ -226,6 +226,17 @@ def test_moments_that_cannot_be_are_refused(small, tmp_path) -> None:
         assert f"{path}: {name}: {message}" in line
 
 
+def test_a_checkpoint_that_cannot_be_resumed_names_resume(small, tmp_path) -> None:
+    """Not the option --start, which nobody gave."""
+    run, options = tmp_path / "run", ["--start", str(small), "--size", "1x16x16", "--tokens", "32", "--steps"]
+    assert CliRunner().invoke(app, ["train", str(run), *options, "1"]).exit_code == 0
+    path = run / "checkpoint" / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "size": [1, 16, "2"]}))
+    line = refused("train", run, *options, "2", "--resume")
+    assert "error: --resume: " in line
+    assert "model_index.json: size: expected [T, H, W], each at least 1" in line
+
+
 def test_schedulers_and_vaes_have_numbers_that_can_be(small, tmp_path) -> None:
     path = shutil.copytree(small, tmp_path / "a") / "scheduler" / "scheduler_config.json"
     for value in (2**40, 0, "x", 1.5):

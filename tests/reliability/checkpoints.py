@@ -97,7 +97,7 @@ def make_originals(folder: Path) -> list[Original]:
         Original("t5", folder / "t5", (generate,), "--checkpoint"),
         Original("wan", folder / "wan", (("info", "--checkpoint", "{folder}"), (*generate, "--size", "1x16x16")), "--checkpoint"),
         Original("chat", folder / "chat", (("expand", "a red", "--chat-model", "{folder}"),), "--chat-model"),
-        Original("run", folder / "run", (("train", "{folder}", "--resume", "--data", "world:simple", *small),), "resume"),
+        Original("run", folder / "run", (("train", "{folder}", "--resume", "--data", "world:simple", *small),), "--resume"),
         Original("encoder", folder / "encoder", (("train", "{out}/run", "--text-encoder", "{folder}", *small),), "--text-encoder"),
         Original("vae", folder / "own" / "vae", (("train", "{out}/run", "--vae", "{folder}", *small),), "--vae"),
         Original("start", folder / "own", (("train", "{out}/run", "--start", "{folder}", *small),), "--start"),
