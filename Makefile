@@ -117,10 +117,10 @@ huge: $(READY)
 # The tests under the lowest versions of pyproject.toml (FLOORS keeps them for the next time), and those of the sdist.
 FLOORS := build/floors
 floors: $(READY)
-	$(BIN)/python -m tests.reliability.floors $(FLOORS)
+	$(BIN)/python -m tests.reliability.floors --all $(FLOORS)
 
 sdist-test: $(READY)
-	$(BIN)/python -m tests.reliability.sdist
+	$(BIN)/python -m tests.reliability.sdist --all
 
 # Takes hours. TARGETS="soak races" runs these alone, and leaves the page's other rows as they are.
 TARGETS :=

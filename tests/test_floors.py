@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from tests.reliability import floors, suite
+from tests.reliability import floors, sdist, suite
 
 ROOT = Path(__file__).parent.parent
 DECLARED = floors.project()
@@ -70,6 +70,43 @@ def test_a_run_that_ends_early_has_failed(tmp_path) -> None:
     assert [result.passed for result in suite.read_results(report, 2)] == [True, False]
     report.write_text('<s><testcase classname="t" name="a"><error/></testcase></s>')
     assert suite.read_results(report, 1) == [("t::a", False)]
+
+
+def test_a_python_that_does_not_run_is_named(tmp_path) -> None:
+    """Before any work. A shim of pyenv's stands on PATH for versions that are not there."""
+    floors.check_python(sys.executable, "--python")
+    shim = tmp_path / "python3.10"
+    shim.write_text('#!/bin/sh\necho "pyenv: python3.10: command not found\n" >&2\nexit 127\n')
+    shim.chmod(0o755)
+    for command, problem in ((shim, "which ends with 127: pyenv: python3.10: command"), (tmp_path / "none", "No such file")):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.reliability.floors", str(tmp_path / "floors"), "--python", str(command)],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode != 0
+        assert done.stderr.startswith("floors: --python: expected a Python"), done.stderr
+        assert problem in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "floors").exists()
+
+
+def test_an_sdist_takes_the_place_of_earlier_ones(tmp_path, monkeypatch) -> None:
+    """Of another version, say, in a folder that is kept."""
+
+    def makes(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "sora_kernels-2.0.tar.gz").touch()
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr(sdist, "run", makes)
+    for version in ("1.0", "3.0"):
+        (tmp_path / f"sora_kernels-{version}.tar.gz").touch()
+    assert sdist.made(tmp_path).name == "sora_kernels-2.0.tar.gz"
+
+
+def test_files_and_tests_of_the_sdist_are_two_outcomes() -> None:
+    found = [sdist.Check("a"), sdist.Check("b", "it is missing"), sdist.Check("t", "", sdist.TESTS)]
+    assert [(one.name, one.cases, one.failed) for one in sdist.outcomes(found)] == [(sdist.FILES, 2, 1), (sdist.TESTS, 1, 0)]
+    assert sdist.outcomes(found[:2])[1] == (sdist.TESTS, 1, 1, None, None), "no test ran"
 
 
 def run(code: str) -> list[str]:

@@ -345,6 +345,8 @@ def check_folder(path: Path, option: str = "--out") -> None:
         for name in path.absolute().relative_to(there.absolute()).parts or (".",):
             with contextlib.suppress(FileNotFoundError):
                 (there / name).lstat()  # names that are too long, folders that may not be entered
+        with contextlib.suppress(FileNotFoundError):
+            (path / ("x" * 255)).lstat()  # paths that are too long, with the name of a file
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
@@ -359,8 +361,8 @@ def check_new(path: Path, overwrite: bool, option: str = "--out") -> None:
 
 def check_media(path: Path, option: str) -> None:
     """Before the work is done: there is a folder to look for videos and images in."""
-    if not path.is_dir():
-        there = "which is a file" if path.exists() else "there is no such folder"
+    if not os.path.isdir(path):  # Path.is_dir fails for a name that is too long
+        there = "which is a file" if os.path.exists(path) else "there is no such folder"
         raise ValueError(f"{option}: expected a folder of videos and images, got {path} ({there})")
 
 
@@ -368,7 +370,7 @@ def check_file(path: Path, suffix: str, option: str = "--out") -> None:
     """Before the work is done: a file of that kind can be written there."""
     if path.suffix != suffix:
         raise ValueError(f"{option}: expected a file that ends in {suffix}, got {path}")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"{option}: expected a file, got the folder {path}")
     check_folder(path.parent, option)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import MAX_PIXELS, ChatModel, Loaded, check_folder, check_media, command, expanded, read_clip, say
+from .app import MAX_PIXELS, ChatModel, Loaded, check_folder, check_media, command, expanded, naming, read_clip, say
 from .files import is_contact_sheet
 
 
@@ -46,10 +46,11 @@ def recaption(
     from ..storage.files import whole_file
 
     pipeline = loaded.pipeline(captioner=True)
-    source: Any = FolderSource(
-        folder, multiple_of=pipeline.unit, first=pipeline.timing.first, max_frames=max_frames, max_pixels=max_pixels,
-        captions=False,
-    )  # fmt: skip
+    with naming("FOLDER"):
+        source: Any = FolderSource(
+            folder, multiple_of=pipeline.unit, first=pipeline.timing.first, max_frames=max_frames, max_pixels=max_pixels,
+            captions=False,
+        )  # fmt: skip
     written, sheets = 0, [path for path in source.paths if is_contact_sheet(path)]
     for index, path in enumerate(source.paths):
         if path in sheets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def generate(
     sizes = [parse_size(text) for text in size or []]
     if len(sizes) not in (0, 1, len(prompts)):
         raise ValueError(f"--size: expected 1 or {len(prompts)} (one per prompt), got {len(sizes)}")
-    if chat_model is not None and not chat_model.is_dir():
+    if chat_model is not None and not os.path.isdir(chat_model):  # Path.is_dir fails for a name that is too long
         raise ValueError(f"--chat-model: expected a folder, got {chat_model}")
     if expand and chat_model is None:
         call.check_captioner(" (--chat-model expands prompts, too)")

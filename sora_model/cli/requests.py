@@ -135,6 +135,8 @@ def read_requests(path: Path, negative: str, call: Call) -> list[Asked]:
         wanted = read_json_file(path)
     except ValueError as error:
         raise ValueError(f"batch: {path}: expected JSON, got {error}") from None
+    except OSError as error:
+        raise OSError(f"batch: cannot read {path}: {error.strerror}") from None
     if not isinstance(wanted, list) or not wanted or not all(isinstance(one, dict) for one in wanted):
         raise ValueError(f"batch: {path}: expected a list of objects with a task each")
     checked = [_checked(one, i) for i, one in enumerate(wanted)]

@@ -5,13 +5,14 @@ What they do is written in `training/recipes`; here are their options.
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .app import Overwrite, Precision, app, check_folder, check_new, command, naming, one_line_errors, parse_size, say
+from .app import Overwrite, Precision, app, check_folder, check_new, command, naming, one_line_errors, parse_size, say, to_path
 from .ending import STATUSES
 from .files import same_file
 from .run import Run, training
@@ -99,9 +100,12 @@ def train_captioner(
     run: Run,
 ) -> None:
     """Train a captioner on the latents of a pipeline's VAE, and put it into the pipeline's checkpoint."""
+    from ..storage.files import check_replaceable
     from ..training.recipes.captioner import CaptionerRecipe, train_captioner
 
     check_folder(checkpoint.absolute().parent, "--checkpoint")
+    with naming("--checkpoint"):
+        check_replaceable(checkpoint)
     with training(out) as it:
         recipe = CaptionerRecipe(checkpoint, frames, vocabulary, longest)
         it.end(train_captioner(out, recipe, run.settings(out), it.show), checkpoint)
@@ -109,17 +113,18 @@ def train_captioner(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write, another one.")],
+    checkpoint: Annotated[Path, typer.Argument(parser=to_path, help="Folder of a checkpoint.")],
+    out: Annotated[Path, typer.Argument(parser=to_path, help="Folder to write, another one.")],
     overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint with weights in float16, half as large; a text encoder of transformers keeps its own."""
     with one_line_errors():
         from ..storage.files import check_replaceable
 
-        check_replaceable(out)
+        with naming("OUT"):
+            check_replaceable(out)
         # The weights that are read would lose their precision for good, or go with the folder that is replaced.
-        inner, outer = out.resolve(), checkpoint.resolve()
+        inner, outer = (Path(os.path.realpath(path)) for path in (out, checkpoint))  # resolve() raises for loops of links
         if same_file(out, checkpoint) or inner.is_relative_to(outer) or outer.is_relative_to(inner):
             raise ValueError(f"OUT: expected a folder that is neither CHECKPOINT nor in or around it, got {out}")
         if not out.is_dir() or any(out.iterdir()):

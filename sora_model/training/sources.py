@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class TrainingData(Protocol):
 def training_data(name: str) -> TrainingData:
     """The data of a name, after looking whether it is there. Raises ValueError if it is not."""
     scheme, colon, rest = name.partition(":")
-    if not colon or not re.fullmatch(r"\w+", scheme) or Path(name).exists():
+    if not colon or not re.fullmatch(r"\w+", scheme) or os.path.exists(name):
         return FolderData(Path(name))
     if scheme not in rooms_with(MODULE):
         known = ", ".join(f"{room}:..." for room in rooms_with(MODULE)) or "none"
@@ -105,8 +106,8 @@ class FolderData:
     """A folder of videos and images, which are cut and scaled to what a batch holds unless limits are set."""
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            there = "which is a file" if folder.exists() else "there is no such folder"
+        if not os.path.isdir(folder):  # Path.is_dir fails for a name that is too long
+            there = "which is a file" if os.path.exists(folder) else "there is no such folder"
             raise ValueError(f"--data: expected a folder of videos and images, got {folder} ({there})")
         self.folder = folder
 

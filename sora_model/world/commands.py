@@ -23,6 +23,7 @@ from ..cli.app import (
     console,
     one_line_errors,
     say,
+    to_path,
 )
 from ..cli.run import errors_by_option
 
@@ -129,7 +130,7 @@ def demo(
 
 @app.command()
 def scaling(
-    out: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    out: Annotated[Path, typer.Argument(parser=to_path, help="Folder of the study.")],
     compute: Annotated[float, typer.Option(min=1, help="Floating-point operations that each model is trained with.")] = 2e13,
     seed: Annotated[int, typer.Option(min=0, max=2**32, help="Of everything random.")] = 0,
     overwrite: Overwrite = False,

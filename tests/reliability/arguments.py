@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,11 +39,14 @@ PROMPTS: dict[str, str] = {
 
 
 class Call(NamedTuple):
-    """A command. named: what the line of an error may name. may_end_well: whether it must not be refused."""
+    """A command. named: what the line of an error may name. tried: the argument that is tried, where it is one. may_end_well:
+    whether it must not be refused.
+    """
 
     what: str
     words: list[str]
     named: list[str]
+    tried: str | None = None
     may_end_well: bool = True
 
 
@@ -71,10 +75,14 @@ class Inputs(NamedTuple):
 
 
 def draw_call(inputs: Inputs, work: Path, rng: Rng) -> Call:
-    way = pick([_batch, _batch, _batch, _batch_text, _prompt, _prompt, _actions, _out, _out, _paths, _numbers], rng)
-    drawn: Call = way(inputs, work, rng)
-    # What a process is started with has no NUL and is no more than 128 KiB a word: the others come by a batch file.
-    return drawn._replace(words=[*drawn.words, "--checkpoint", str(inputs.checkpoint)])
+    ways = [_batch, _batch, _batch, _batch_text, _prompt, _prompt, _actions, _out, _out, _paths, _numbers]
+    way: Callable[[Inputs, Path, Rng], Call] = pick(ways, rng)
+    return way(inputs, work, rng)
+
+
+def _with(inputs: Inputs) -> list[str]:
+    """Options of whatever generates."""
+    return [*QUICK, "--checkpoint", str(inputs.checkpoint)]
 
 
 def _request(inputs: Inputs, rng: Rng) -> dict[str, Any]:
@@ -101,9 +109,10 @@ def _file(work: Path, text: str | bytes) -> Path:
     return path
 
 
-def _batched(work: Path, text: str | bytes, what: str, *named: str) -> Call:
+def _batched(inputs: Inputs, work: Path, text: str | bytes, what: str, *named: str) -> Call:
     path = _file(work, text)
-    return Call(f"batch: {what}", ["batch", str(path), *QUICK, "--out", str(work / "out")], ["request", path.name, *named])
+    words = ["batch", str(path), *_with(inputs), "--out", str(work / "out")]
+    return Call(f"batch: {what}", words, ["batch: request ", f"batch: {path}", f"cannot read {path}", *named])
 
 
 def _batch(inputs: Inputs, work: Path, rng: Rng) -> Call:
@@ -122,7 +131,7 @@ def _batch(inputs: Inputs, work: Path, rng: Rng) -> Call:
             request[name] = pick([*NUMBERS, *OTHERS, "9" * 10**5, "2x16x16x16", "2**9x1x1", "1x16x10000000"], rng)
     requests = [request] * pick([1, 1, 2], rng)
     text = json.dumps(requests, ensure_ascii=bool(rng.integers(2)))
-    return _batched(work, text, f"{str(request)[:300]}", "batch")
+    return _batched(inputs, work, text, f"{str(request)[:300]}")
 
 
 def _batch_text(inputs: Inputs, work: Path, rng: Rng) -> Call:
@@ -150,55 +159,52 @@ def _batch_text(inputs: Inputs, work: Path, rng: Rng) -> Call:
         "surrogate": lambda: good[:-2] + ', "negative_prompt": "\\ud800"}]',
     }
     name = pick(sorted(texts), rng)
-    return _batched(work, texts[name](), name)
+    return _batched(inputs, work, texts[name](), name)
 
 
 def _prompt(inputs: Inputs, work: Path, rng: Rng) -> Call:
     """Of any text, on the command line or in a batch file."""
     name = pick(sorted(PROMPTS), rng)
     text = PROMPTS[name]
-    if "\0" in text or len(text) > 2**17 or rng.random() < 0.3:
+    # What a process is started with has no NUL and is no more than 128 KiB a word: the others come by a batch file.
+    if "\0" in text or len(text.encode(errors="surrogatepass")) >= 2**17 or rng.random() < 0.3:
         request = {"prompt": text, "size": "2x16x16"}
         if rng.random() < 0.3:
             request = {"prompt": "a", "negative_prompt": text, "size": "2x16x16"}
-        return _batched(work, json.dumps([request]), f"prompt: {name}", "--negative")
+        return _batched(inputs, work, json.dumps([request]), f"prompt: {name}")
     command = pick(["generate", "generate", "loop", "long", "simulate", "negative"], rng)
-    more = {
-        "generate": ["generate", "--", text],
-        "loop": ["loop", "--", text],
-        "long": ["long", "--seconds", "0.5", "--", text, text],
-        "simulate": ["simulate", "--action", text, "--", text],
-        "negative": ["generate", "a", f"--negative={text}"],
+    options = [*_with(inputs), "--out", str(work / "out")]
+    words = {
+        "generate": ["generate", *options, "--", text],
+        "loop": ["loop", *options, "--", text],
+        "long": ["long", "--seconds", "0.5", *options, "--", text, text],
+        "simulate": ["simulate", f"--action={text}", *options, "--", text],
+        "negative": ["generate", *options, f"--negative={text}", "a"],
     }[command]
-    options = [*QUICK, "--out", str(work / "out"), "--checkpoint", str(inputs.checkpoint)]
-    words = [more[0], *options, *more[1:]]
-    named = ["PROMPT", "PROMPTS", "--negative", "prompt", "--action"]
-    return Call(f"{command}: {name}", words if "--" not in words else _before_dashes(words), named)
-
-
-def _before_dashes(words: list[str]) -> list[str]:
-    """So that options that are added count as such."""
-    place = words.index("--")
-    return [*words[:place], *[word if word else "" for word in words[place + 1 :] if not word.startswith("-")]]
+    named = {"negative": ["--negative"], "simulate": ["PROMPT", "--action"]}.get(command, ["PROMPT"])
+    return Call(f"{command}: {name}", words, named, text)
 
 
 def _actions(inputs: Inputs, work: Path, rng: Rng) -> Call:
     texts = [PROMPTS[pick(sorted(PROMPTS), rng)][:100_000].replace("\0", "") for _ in range(2)]
-    words = ["simulate", "a red circle moves up", *QUICK, "--out", str(work / "out")]
-    return Call(f"actions: {texts!r:.200}", [*words, *[f"--action={text}" for text in texts]], ["--action", "prompt"])
+    words = ["simulate", "a red circle moves up", *_with(inputs), "--out", str(work / "out")]
+    return Call(f"actions: {texts!r:.200}", [*words, *[f"--action={text}" for text in texts]], ["--action"], texts[1])
 
 
 def _path(inputs: Inputs, work: Path, rng: Rng) -> str:
     pipe = work / "case" / "pipe.mp4"
     if not pipe.exists():
         os.mkfifo(pipe)
-    (work / "case" / "folder.mp4").mkdir(exist_ok=True)
+    (work / "out" / "folder.mp4").mkdir(exist_ok=True)
     (work / "case" / "none.mp4").touch()
+    loop = work / "case" / "loop.mp4"
+    if not os.path.lexists(loop):
+        loop.symlink_to(loop)
     options = [
         "/dev/zero", "/dev/stdin", "/dev/random", "/etc/passwd", "/proc/self/mem", "/proc/kcore", "", ".", "..", "a\0b.mp4",
         "x" * 300 + ".mp4", "/" + "d/" * 3000 + "x.mp4", "http://127.0.0.1:1/a.mp4", "file:///etc/passwd", "concat:/etc/passwd",
         "pipe:0", "tcp://127.0.0.1:1", "lavfi:testsrc", "-", "\ud800.mp4", "~/a.mp4", "$HOME/a.mp4", str(pipe),
-        str(work / "case" / "folder.mp4"), str(work / "case" / "none.mp4"), f"{inputs.video}/x", f"{inputs.video}\n",
+        str(work / "out" / "folder.mp4"), str(work / "case" / "none.mp4"), str(loop), f"{inputs.video}/x", f"{inputs.video}\n",
         "subfile,,start,0,end,9,,:/etc/passwd", "data:video/mp4;base64,AAAA", "%d.png", "*.png",
     ]  # fmt: skip
     return str(pick(options, rng))
@@ -206,23 +212,29 @@ def _path(inputs: Inputs, work: Path, rng: Rng) -> str:
 
 def _paths(inputs: Inputs, work: Path, rng: Rng) -> Call:
     """Of what is read."""
-    path = _path(inputs, work, rng).replace("\0", "")
-    out = ["--out", str(work / "out" / "made")]
-    name = pick(["animate", "restyle", "extend", "join", "batch", "caption", "data", "checkpoint", "chat"], rng)
-    words = {
-        "animate": ["animate", path, "a", "--frames", "2", *QUICK, *out],
-        "restyle": ["restyle", path, "a", *QUICK, *out],
-        "extend": ["extend", path, "a", "--frames", "2", *QUICK, *out],
-        "join": ["join", str(inputs.video), path, "a", *QUICK, *out],
-        "batch": ["batch", path, *QUICK, *out],
-        "caption": ["info", "--size", path],
-        "data": ["recaption", path],
-        "checkpoint": ["info", "--checkpoint", path],
-        "chat": ["expand", "a", "--chat-model", path],
+    # What a process is started with has no NUL, and of halves of characters those alone that stand for bytes.
+    path = _path(inputs, work, rng).replace("\0", "").replace("\ud800", "\udcff")
+    name = pick(["animate", "restyle", "extend", "join", "batch", "caption", "size", "data", "checkpoint", "chat", "export"], rng)
+    made = [*_with(inputs), "--out", str(work / "out" / "made")]
+    words, named = {
+        "animate": (["animate", "--frames", "2", *made, "--", path, "a"], "IMAGE"),
+        "restyle": (["restyle", *made, "--", path, "a"], "VIDEO"),
+        "extend": (["extend", "--frames", "2", *made, "--", path, "a"], "VIDEO"),
+        "join": (["join", *made, "--", str(inputs.video), path, "a"], "LAST"),
+        "batch": (["batch", *made, "--", path], "REQUESTS"),
+        "caption": (["caption", "--", path], "FILES"),
+        "size": (["info", f"--size={path}", "--checkpoint", str(inputs.checkpoint)], "--size"),
+        "data": (["recaption", "--", "." if path == ".." else path], "FOLDER"),  # which it writes to
+        "checkpoint": (["info", f"--checkpoint={path}"], "--checkpoint"),
+        "chat": (["expand", f"--chat-model={path}", "a"], "--chat-model"),
+        "export": (["export", "--", path, str(work / "out" / "made")], "CHECKPOINT"),
     }[name]
-    named = ["IMAGE", "VIDEO", "FIRST", "LAST", "REQUESTS", "FOLDER", "--size", "--checkpoint", "--chat-model", "cannot read"]
-    named += ["batch: ", "--out", "No such option"]
-    return Call(f"{name} {path!r:.100}", words, named)
+    return Call(f"{name} {path!r:.100}", words, [*_called(named), "batch: ", "cannot read "], path)
+
+
+def _called(argument: str) -> list[str]:
+    """What errors call an argument or option: those of a command, of click, and of typer's own click."""
+    return [argument, f"'{argument}'", f"'{argument.lower()}'"]
 
 
 def _out(inputs: Inputs, work: Path, rng: Rng) -> Call:
@@ -230,11 +242,12 @@ def _out(inputs: Inputs, work: Path, rng: Rng) -> Call:
     (work / "out" / "file").touch()
     (work / "out" / "inner").mkdir()
     (work / "out" / "sheet" / "contact_sheet.png").mkdir(parents=True)
-    (work / "out" / "link").symlink_to("/proc")
+    (work / "out" / "link").symlink_to("/proc/self")
     (work / "out" / "dangling").symlink_to("nowhere/at/all")
     (work / "out" / "loop").symlink_to("loop")
     (work / "out" / "linked").mkdir()
-    (work / "out" / "linked" / "00-a-seed0.mp4").symlink_to(inputs.image)
+    # What is written through a link goes where it leads to, which --overwrite may replace; so it has to lie here.
+    (work / "out" / "linked" / "00-a-seed0.mp4").symlink_to(shutil.copy(inputs.image, work / "out" / "a.png"))
     closed = work / "out" / "closed"
     closed.mkdir(mode=0o500)
     base = str(work / "out")
@@ -246,21 +259,18 @@ def _out(inputs: Inputs, work: Path, rng: Rng) -> Call:
         f"{base}/a\nb", f"{base}/\udcff", f"{base}/\u202e", f"{base}/-rf", f"{base}/%s{{}}", f"{base}/http:/x", f"{base}/[red]x",
     ]  # fmt: skip
     out = str(pick(options, rng))
-    words = pick(
+    generate = ["generate", "a", *_with(inputs), f"--out={out}", "--size"]
+    words, named = pick(
         [
-            ["generate", "a", "--size", "2x16x16", *QUICK, f"--out={out}"],
-            ["generate", "a", "--size", "2x16x16", *QUICK, f"--out={out}", "--overwrite"],
-            ["generate", "../../x", "--size", "1x16x16", *QUICK, f"--out={out}"],
-            ["export", str(inputs.checkpoint), "--", out],
-            ["train", out, "--steps", "1", "--tokens", "64", "--size", "1x16x16"],
+            ([*generate, "2x16x16"], "--out"),
+            ([*generate, "2x16x16", "--overwrite"], "--out"),
+            ([*generate, "1x16x16", "../../x"], "--out"),
+            (["export", "--", str(inputs.checkpoint), out], "OUT"),
+            (["train", *QUICK, "--tokens", "64", "--size", "1x16x16", "--", out], "OUT"),
         ],
         rng,
     )
-    words = [word for word in words if word != "--"]
-    if words[0] in ("export", "train"):
-        # They take no --checkpoint, which is added to all: it is theirs to refuse.
-        return Call(f"out {out!r:.100} of {words[0]}", words, ["OUT", "No such option", "--out"])
-    return Call(f"out {out!r:.100} of {words[0]}", words, ["--out", "OUT", "cannot write"])
+    return Call(f"out {out!r:.100} of {words[0]}", words, [*_called(named), "cannot write"], out)
 
 
 def _numbers(inputs: Inputs, work: Path, rng: Rng) -> Call:
@@ -274,11 +284,7 @@ def _numbers(inputs: Inputs, work: Path, rng: Rng) -> Call:
         ],
         rng,
     )  # fmt: skip
-    words = ["generate", "a", "--size", "2x16x16", "--out", str(work / "out")]
-    words += [] if option == "--steps" else QUICK
+    words = ["generate", "a", *_with(inputs), "--size", "2x16x16", "--out", str(work / "out")]
     if option == "--steps" and value.lstrip("-").isdecimal() and int(value) > 100:
         value = "0"  # what takes long is what was asked for
-    named = [option, f"'{option}'", "not enough memory"]
-    if option in ("--size",):
-        words = [word for word in words if word not in ("--size", "2x16x16")]
-    return Call(f"{option}={value:.60}", [*words, f"{option}={value}"], named)
+    return Call(f"{option}={value:.60}", [*words, f"{option}={value}"], [option, "not enough memory"], value)

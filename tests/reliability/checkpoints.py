@@ -59,9 +59,9 @@ class Original(NamedTuple):
 def make_originals(folder: Path) -> list[Original]:
     """Pipelines of this package and of diffusers, a chat model, a run to resume, VAEs and text encoders to train with."""
     from test_chat import words as chat_words
-    from test_checkpoint import module
     from test_pipeline_wan import save as save_wan
     from test_pretrained_text import MODELS, tokenizer
+    from test_weights import module
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sora_model import SoraPipeline
@@ -97,7 +97,7 @@ def make_originals(folder: Path) -> list[Original]:
         Original("t5", folder / "t5", (generate,), "--checkpoint"),
         Original("wan", folder / "wan", (("info", "--checkpoint", "{folder}"), (*generate, "--size", "1x16x16")), "--checkpoint"),
         Original("chat", folder / "chat", (("expand", "a red", "--chat-model", "{folder}"),), "--chat-model"),
-        Original("run", folder / "run", (("train", "{folder}", "--resume", "--data", "world:simple", *small),), "resume"),
+        Original("run", folder / "run", (("train", "{folder}", "--resume", "--data", "world:simple", *small),), "--resume"),
         Original("encoder", folder / "encoder", (("train", "{out}/run", "--text-encoder", "{folder}", *small),), "--text-encoder"),
         Original("vae", folder / "own" / "vae", (("train", "{out}/run", "--vae", "{folder}", *small),), "--vae"),
         Original("start", folder / "own", (("train", "{out}/run", "--start", "{folder}", *small),), "--start"),

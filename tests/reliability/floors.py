@@ -146,6 +146,20 @@ def of_integration() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*.py")) if needs.search(path.read_text())]
 
 
+def check_python(command: str, option: str) -> None:
+    """Raises ValueError, naming the option, for a Python that does not run or cannot make environments.
+
+    What stands on PATH under its name may be a script of pyenv's, without that version.
+    """
+    try:
+        done = subprocess.run([command, "-c", "import ensurepip, venv"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ValueError(f"{option}: expected a Python, got {command}: {error.strerror}") from None
+    if done.returncode:
+        said = " ".join(done.stderr.split())
+        raise ValueError(f"{option}: expected a Python with venv, got {command}, which ends with {done.returncode}: {said[-500:]}")
+
+
 def main() -> None:
     declared = project()
     parser = argparse.ArgumentParser(prog="python -m tests.reliability.floors", description=__doc__)
@@ -155,6 +169,11 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every test but those of emulated GPU kernels and of the GPU driver")
     args = parser.parse_args()
 
+    try:
+        check_python(args.python, "--python")
+        check_python(args.integration_python, "--integration-python")
+    except ValueError as error:
+        sys.exit(f"floors: {error}")
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     tree = sdist.unpacked(sdist.made(folder), folder)

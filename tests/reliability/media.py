@@ -4,7 +4,7 @@ First come the bombs and tricks of `hostile.py`, then so many files that are mad
 draws. `sora caption`, `sora animate` and `sora train` run on each, in a process of its own. A command must end well or with one
 line that names the file; training, which has a sound file too, must go on without the other. A case fails where a command took
 more than 1 GiB or 10 seconds, was killed, began another process, opened a connection or wrote elsewhere. File i of a seed is always
-the same: --first i with a count of 1 repeats it.
+the same; a file that fails is printed with the command that repeats it alone.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import struct
 import sys
 import tempfile
 import zlib
+from collections.abc import Callable
 from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -27,6 +29,7 @@ from tests.reliability.child import Ended, in_a_process, sora
 from tests.reliability.hostile import Hostile, Listener, make_bombs, make_tricks
 from tests.reliability.outcome import Outcome
 
+KINDS = ("bombs", "tricks", "mutants")
 FAST = {"deadline": "realtime", "cpu-used": "8"}
 
 
@@ -142,11 +145,15 @@ def commands(path: Path, folder: Path) -> dict[str, list[str]]:
     }
 
 
-def run_all(path: Path, work: Path, *, well: bool = True) -> tuple[list[Ended], list[str]]:
-    """How the commands on a file ended, and what is wrong with that. well: whether it may be read."""
+def run_all(path: Path, base: Path, *, well: bool = True) -> tuple[list[Ended], list[str]]:
+    """How the commands on a file ended, and what is wrong with that.
+
+    base: the folder of all files. well: whether it may be read.
+    """
+    work = base / "work"
     endings, faults = [], []
     for command, arguments in commands(path, work).items():
-        ended = in_a_process(sora(arguments), writable=work, untrusted=path.parent)
+        ended = in_a_process(sora(arguments), writable=work, untrusted=path.parent, protected=base)
         endings.append(ended)
         if command != "train":
             found = ended.faults([path.name], well=well)
@@ -159,34 +166,53 @@ def run_all(path: Path, work: Path, *, well: bool = True) -> tuple[list[Ended], 
     return endings, faults
 
 
+class Case(NamedTuple):
+    """A file. number: among those of its kind."""
+
+    kind: str
+    number: int
+    file: Hostile
+
+
+def drawn(base: Path, port: int, count: int, first: int, seed: int, only: str | None) -> list[Case]:
+    """The files of a call of this program, made in a folder; port: as of `make_tricks`."""
+    makers: dict[str, Callable[[], list[Hostile]]] = {
+        "bombs": lambda: make_bombs(base / "bombs"),
+        "tricks": lambda: make_tricks(base / "tricks", port),
+        "mutants": lambda: [Hostile(path) for path in make_mutants(base / "mutants", first + count, seed)],
+    }
+    cases: list[Case] = []
+    for kind in [only] if only else KINDS if first == 0 else KINDS[-1:]:
+        files = [Case(kind, number, file) for number, file in enumerate(makers[kind]())]
+        cases += files[first : first + count] if only or kind == "mutants" else files
+    return cases
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", type=int, nargs="?", default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first file; bombs and tricks come with 0")
+    parser.add_argument("--only", choices=KINDS, help="COUNT files of this kind")
     options = parser.parse_args()
     for name in ("sora_model.cli", "sora_model.pipeline.pipeline", "sora_model.training.dit"):
         import_module(name)  # once, for all the forks
-    failed, cases, endings = 0, 0, []
+    failed, endings = 0, []
     with tempfile.TemporaryDirectory() as name, Listener() as listener:
-        folder = Path(name)
-        made: list[Hostile] = []
-        if options.first == 0:
-            made += [*make_bombs(folder / "bombs"), *make_tricks(folder / "tricks", listener.port)]
-        last = options.first + options.count
-        made += [Hostile(path) for path in make_mutants(folder / "media", last, options.seed)[options.first :]]
-        for number, one in enumerate(made):
-            work = folder / "work"
-            ended, faults = run_all(one.path, work, well=one.may_end_well)
+        base = Path(name)
+        cases = drawn(base, listener.port, options.count, options.first, options.seed, options.only)
+        for case in cases:
+            ended, faults = run_all(case.file.path, base, well=case.file.may_end_well)
             if listener.was_called():
                 faults.append("a connection was opened")
             endings += ended
-            cases += 1
             if faults:
                 failed += 1
-                print(f"seed {options.seed}, {one.path.parent.name} {one.path.name} (of all, number {number}):", *faults, sep="\n")
-    most, longest = max(one.memory for one in endings), max(one.seconds for one in endings)
-    print(Outcome("media files", cases, failed, seconds=longest, memory=most))
+                print(f"python -m tests.reliability.media 1 --only {case.kind} --seed {options.seed} --first {case.number}")
+                print(f"  {case.file.path.name}", *faults, sep="\n", flush=True)
+    most = max((one.memory for one in endings), default=0)
+    longest = max((one.seconds for one in endings), default=0.0)
+    print(Outcome("media files", len(cases), failed, seconds=longest, memory=most))
     return min(failed, 1)
 
 

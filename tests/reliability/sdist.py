@@ -23,6 +23,7 @@ from tests.reliability.suite import pytest_options, read_results
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = {".ci/run", ".gitignore"}  # of the repository, not of what it distributes
+FILES, TESTS = "files and commands of the sdist", "tests of the sdist"  # the outcomes
 CHOSEN = ("floors", "layout", "reliability", "setup", "words")
 COMMANDS = (
     ("-m", "sora_kernels.info"),
@@ -32,23 +33,29 @@ COMMANDS = (
 
 
 class Check(NamedTuple):
-    """What was looked at, and what was wrong with it, if anything."""
+    """What was looked at, and what was wrong with it, if anything. outcome: what it counts for."""
 
     name: str
     wrong: str = ""
+    outcome: str = FILES
 
 
 def made(folder: Path) -> Path:
-    """The archive of an sdist, made in a folder, one at a time: on its way it is a folder in the repository.
+    """The archive of an sdist, made in a folder, where it takes the place of earlier ones, of other versions too.
+
+    One at a time: on its way it is a folder in the repository.
 
     Raises:
         RuntimeError: with what setup.py says.
     """
+    for earlier in folder.glob("*.tar.gz"):
+        earlier.unlink()
     command = ["setup.py", "-q", "egg_info", "--egg-base", folder, "sdist", "--formats=gztar", "--dist-dir", folder]
     done = run(ROOT, *command)
     if done.returncode:
         raise RuntimeError(f"the sdist cannot be made: {done.stderr}")
-    return next(folder.glob("*.tar.gz"))
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
 
 
 def packed(archive: Path) -> set[str]:
@@ -135,7 +142,14 @@ def checks(folder: Path, all_tests: bool) -> Iterator[Check]:
     report = folder / "tests.xml"
     done = run(tree, "-m", "pytest", *pytest_options(report), *chosen, path=tree)
     for result in read_results(report, done.returncode):
-        yield Check(result.test, "" if result.passed else f"it fails in the sdist; pytest says\n{done.stdout[-3000:]}")
+        yield Check(result.test, "" if result.passed else f"it fails in the sdist; pytest says\n{done.stdout[-3000:]}", TESTS)
+
+
+def outcomes(found: list[Check]) -> list[Outcome]:
+    """Of files and commands, and of tests; where these did not run, as without a wheel, they are one that failed."""
+    tests = [check for check in found if check.outcome == TESTS] or [Check("no test ran", "no test ran", TESTS)]
+    files = [check for check in found if check.outcome == FILES]
+    return [Outcome(checks[0].outcome, len(checks), sum(bool(check.wrong) for check in checks)) for checks in (files, tests)]
 
 
 def main() -> None:
@@ -144,11 +158,12 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = list(checks(Path(folder), args.all))
-    wrong = [check for check in found if check.wrong]
-    for check in wrong:
-        print(f"failed: {check.name}: {check.wrong}")
-    print(Outcome("tests of the sdist", len(found), len(wrong)))
-    sys.exit(bool(wrong))
+    for check in found:
+        if check.wrong:
+            print(f"failed: {check.name}: {check.wrong}")
+    for outcome in outcomes(found):
+        print(outcome)
+    sys.exit(any(check.wrong for check in found))
 
 
 if __name__ == "__main__":

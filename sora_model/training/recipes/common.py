@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,5 +139,5 @@ def _text(value: Any) -> str | None:
     """A setting as a run's file keeps it. What a run does not have is None, so that it cannot go on with it either."""
     if isinstance(value, list):
         value = ["x".join(map(str, size)) for size in value]
-    value = value.resolve() if isinstance(value, Path) else value
+    value = os.path.realpath(value) if isinstance(value, Path) else value  # resolve() raises for loops of links
     return str(value) if value else None

@@ -97,7 +97,7 @@ def train_dit(out: str | Path, recipe: DiTRecipe, run: RunSettings, show: Run = 
     if before is None:
         pipeline = recipe.untrained(run.config.seed, prepared.device)
     else:
-        with of_setting(OWNER, "start"):
+        with of_setting(OWNER, "start" if before == recipe.start else "resume"):
             pipeline = SoraPipeline.from_pretrained(before, device=prepared.device)
     config = pipeline.dit.config
     what = "a VAE that compresses time, or patches of several frames"

@@ -73,7 +73,7 @@ def train_vae(out: str | Path, recipe: VAERecipe, run: RunSettings, show: Run = 
         channels, temporal, spatial = recipe.sizes
         vae = VideoVAE.small(latent_channels=channels, temporal=temporal, spatial=spatial)
     else:
-        with of_setting(OWNER, "start"):
+        with of_setting(OWNER, "start" if before == recipe.start else "resume"):
             vae = VideoVAE.from_pretrained(before)
     vae.to(prepared.device)
     budget = prepared.budget(vae, (1, 1, 1))
