@@ -17,7 +17,7 @@ import torch
 
 from ..limits import check_limit
 from .tokenizer import check_tokenizer, is_librarys
-from .weights import built, check_depth, read_json, read_shapes, read_tensors, weight_files
+from .weights import built, built_without_memory, check_depth, read_json, read_shapes, read_tensors, weight_files
 
 # What a checkpoint's tokenizer may be; "TokenizersBackend" is what PreTrainedTokenizerFast is called since transformers 5.
 TOKENIZERS = (
@@ -61,11 +61,11 @@ def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str,
     """
     files = weight_files(folder, "model", owner)
     shapes = read_shapes(files, owner)
-    check_depth(values, shapes, owner)
+    check_depth(values, shapes, f"{owner}: {folder / 'config.json'}")
     values = _own(values)
     config = built(kind.config_class.from_dict, {"config_dict": values}, owner, folder / "config.json")
-    with torch.device("meta"):
-        asked = sum(p.numel() for p in built(kind, {"config": config}, owner, folder / "config.json").parameters())
+    outline = built_without_memory(kind, {"config": config}, shapes, owner, folder / "config.json")
+    asked = sum(parameter.numel() for parameter in outline.parameters())
     held = sum(math.prod(shape) for shape in shapes.values())
     if asked > held:
         expected = f"a model of at most {held:,} weights, as many as lie beside it"

@@ -6,9 +6,13 @@ few kilobytes, say what a config may ask for before any memory is taken. Weights
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +20,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules import module as registration
 
 from ..limits import check_limit
 from .documents import read_json_file
 
 Module = TypeVar("Module", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
+DEEP = re.compile("depth|layer|blocks|attention_types")  # in the names of a config's numbers that say how deep a model is
+# Modules, parameters and buffers of a model, which take 0.1 ms each even without memory: at most so many for each tensor beside the
+# config, and as many more, but never more than PARTS. Models of diffusers and transformers have up to 5 for each.
+PARTS_EACH, PARTS_MORE, PARTS = 8, 1000, 2**15
+BUFFER_BYTES = 2**28  # of buffers, which no file need have; masks of GPT-Neo's layers take 2**27
 
 
 def read_json(path: Path, owner: str, *, constants: bool = False) -> dict[str, Any]:
@@ -75,6 +85,44 @@ def built(kind: Callable[..., Any], config: dict[str, Any], owner: str, file: st
         raise ValueError(text if text.startswith(owner) else f"{owner}: {file}: {text}") from None
 
 
+def built_without_memory(kind: Callable[..., Any], config: dict[str, Any], shapes: Shapes, owner: str, file: str | Path) -> Any:
+    """kind(**config), a module on the device "meta": what `built` would make, in sizes alone.
+
+    shapes: of the tensors beside the config. Raises as `built` does, and ValueError for a module of far more parts than there are
+    tensors, whatever in its config asks for them, or of larger buffers.
+    """
+    where = f"{owner}: {file}"
+    most = min(PARTS_EACH * len(shapes) + PARTS_MORE, PARTS)
+    with torch.device("meta"), _counting(most, f"{where}: expected a model for the {len(shapes)} tensors beside it"):
+        module = built(kind, config, owner, file)
+    size = sum(value.numel() * value.element_size() for value in module.buffers())
+    allowed = max(BUFFER_BYTES, 4 * sum(math.prod(shape) for shape in shapes.values()))
+    if size > allowed:
+        raise ValueError(f"{where}: expected a model with buffers of at most {allowed:,} bytes, got {size:,}")
+    return module
+
+
+@contextlib.contextmanager
+def _counting(most: int, where: str) -> Iterator[None]:
+    """Within it, this thread may build at most so many modules, parameters and buffers. where: how the error begins."""
+    count, builder = 0, threading.get_ident()
+
+    def look(*_: object) -> None:
+        nonlocal count
+        count += threading.get_ident() == builder  # the hooks are those of the whole process
+        if count > most:
+            raise ValueError(f"{where}, got one of more than {most:,} modules, parameters and buffers")
+
+    with contextlib.ExitStack() as hooks:
+        for register in (
+            registration.register_module_module_registration_hook,
+            registration.register_module_parameter_registration_hook,
+            registration.register_module_buffer_registration_hook,
+        ):
+            hooks.callback(register(look).remove)
+        yield
+
+
 def open_module(build: Callable[[], Module], config: Mapping[str, Any], folder: Path, owner: str, stem: str = "model") -> Module:
     """build() with the weights of a folder, in the dtype that it builds them in.
 
@@ -87,10 +135,9 @@ def open_module(build: Callable[[], Module], config: Mapping[str, Any], folder: 
         ValueError: a broken file; weights that are missing, left over, of another shape or not finite; a config that asks for more.
     """
     files = weight_files(folder, stem, owner)
-    shapes, where = read_shapes(files, owner), f"{owner}: {files[0]}"
-    check_depth(config, shapes, owner)
-    with torch.device("meta"):  # sizes without memory
-        check_shapes(built(build, {}, owner), shapes, where)
+    shapes, where, path = read_shapes(files, owner), f"{owner}: {files[0]}", folder / "config.json"
+    check_depth(config, shapes, f"{owner}: {path}")
+    check_shapes(built_without_memory(build, {}, shapes, owner, path), shapes, where)
     module = build()
     load_distinct(module, read_tensors(files, owner), where)
     return module
@@ -189,15 +236,19 @@ def check_finite(value: Tensor, where: str) -> None:
         raise ValueError(f"{where}: expected finite numbers, got {'NaN' if ends.isnan().any() else 'infinity'}")
 
 
-def check_depth(config: Mapping[str, Any], shapes: Shapes, owner: str) -> None:
-    """Raises ValueError for more layers than there are weights: even without memory they would take time to build."""
+def check_depth(config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
+    """Raises ValueError for more layers than there are weights, of which a class of config may make a list before any is built."""
     for name, value in config.items():
-        if isinstance(value, Mapping):
-            check_depth(value, shapes, owner)
-        for count in value if isinstance(value, list) else [value]:
-            if ("depth" in name or "layer" in name) and isinstance(count, int | float) and count > len(shapes):
+        left = [value]
+        while left:
+            one = left.pop()
+            if isinstance(one, Mapping):
+                check_depth(one, shapes, where)
+            elif isinstance(one, list):
+                left += one
+            elif DEEP.search(name) and isinstance(one, int | float) and one > len(shapes):
                 expected = f"at most {len(shapes)}, the number of tensors beside it"
-                raise ValueError(f"{owner}: config.json: {name}: expected {expected}, got {value}")
+                raise ValueError(f"{where}: {name}: expected {expected}, got {one:.40g}")
 
 
 def check_shapes(module: nn.Module, shapes: Shapes, where: str) -> None:
