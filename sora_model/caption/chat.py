@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..limits import check_text, limits
-from ..storage.pretrained import load_tokenizer, open_pretrained
+from ..storage.pretrained import load_tokenizer, most_positions, open_pretrained
 from ..storage.tokenizer import tokenize
 from ..storage.weights import read_json
 from .template import TemplateRefused, render
@@ -86,7 +86,7 @@ class ChatExpander:
         ids = tokenize(self.tokenizer, text, rows, "ChatExpander", **options)["input_ids"].to(self.model.device)
         if not ids.shape[1]:
             raise ValueError("ChatExpander: tokenizer: expected a chat template that takes a prompt, got one that writes nothing")
-        most = getattr(self.model.config, "max_position_embeddings", None)
+        most = most_positions(self.model.config, "ChatExpander")
         if most is not None and ids.shape[1] + self.longest > most:
             expected = f"at most {most - self.longest} tokens with its instruction"
             raise ValueError(f"ChatExpander: prompts: expected {expected}, got {ids.shape[1]}: {prompt!r}")

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from ..limits import check_limit
-from .tokenizer import check_tokenizer, is_librarys
+from .tokenizer import check_tokenizer_file, is_librarys, told_of_texts
 from .weights import built, built_without_memory, check_depth, read_json, read_shapes, read_tensors, weight_files
 
 # What a checkpoint's tokenizer may be; "TokenizersBackend" is what PreTrainedTokenizerFast is called since transformers 5.
@@ -34,10 +33,10 @@ TOKENIZER_FILES = (
     "spiece.model",
     "vocab.json",
     "merges.txt",
-    "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
 )
+TOKENS = "special_tokens_map.json"  # which overrules tokenizer_config.json
 # Entries of a config by which transformers would run code of a folder or of the hub, or open another folder.
 FOREIGN = (
     "auto_map",
@@ -114,12 +113,20 @@ def _without_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def most_positions(config: Any, owner: str) -> int | None:
+    """Tokens that a model takes, by its config; None for any number. Raises ValueError for what is no number of tokens."""
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and (type(most) is not int or most < 1):
+        raise ValueError(f"{owner}: config.json: max_position_embeddings: expected a whole number of at least 1, got {most!r}")
+    return most
+
+
 def load_tokenizer(folder: Path, owner: str, kind: str | None = None, *, any_class: bool = False) -> Any:
     """The tokenizer of a checkpoint.
 
     kind: of its model, where tokenizer_config.json does not name a class. any_class: read tokenizer.json, whatever class is named.
 
-    transformers looks at a folder that has nothing but the files of `TOKENIZER_FILES` and a config without paths and code.
+    transformers looks at a folder that has nothing but the files of `TOKENIZER_FILES` and what configs say of texts.
 
     Raises:
         ValueError: a class that is not in `TOKENIZERS`, or files that are broken or not there.
@@ -132,16 +139,16 @@ def load_tokenizer(folder: Path, owner: str, kind: str | None = None, *, any_cla
     name = "PreTrainedTokenizerFast" if any_class else name
     if name not in TOKENIZERS:
         raise ValueError(f"{owner}: {path}: expected tokenizer_class out of {', '.join(TOKENIZERS)}, got {name}")
-    config = {key: value for key, value in config.items() if key not in FOREIGN and not key.endswith(("_file", "_files"))}
+    config = told_of_texts(config, f"{owner}: {path}")
     plain = name in ("PreTrainedTokenizerFast", "TokenizersBackend")
     with tempfile.TemporaryDirectory() as shown:
         for file in TOKENIZER_FILES:
             if (folder / file).is_file():
-                size = (folder / file).stat().st_size
-                check_limit("tokenizer_bytes", size, f"{owner}: {folder / file}", "bytes")
+                check_tokenizer_file(folder / file, owner)
                 shutil.copyfile(folder / file, Path(shown, file))
-                if file == "tokenizer.json":
-                    check_tokenizer(folder / file, owner)
+        if (path := folder / TOKENS).is_file():
+            tokens = told_of_texts(read_json(path, owner), f"{owner}: {path}")
+            Path(shown, TOKENS).write_text(json.dumps(tokens), encoding="utf-8")
         Path(shown, "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}), encoding="utf-8")
         if kind is not None:
             Path(shown, "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from ..limits import check_limit
-from .documents import read_json_file
+from .documents import read_json_for
 
 Module = TypeVar("Module", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
@@ -41,10 +41,7 @@ def read_json(path: Path, owner: str, *, constants: bool = False) -> dict[str, A
     """
     if not os.path.isfile(path):  # Path.is_file fails for a name that is too long
         raise FileNotFoundError(f"{owner}: expected a folder with {path.name}, got {path.parent}")
-    try:
-        values = read_json_file(path, constants=constants)
-    except ValueError as error:
-        raise ValueError(f"{owner}: {path}: expected JSON, got {error}") from None
+    values = read_json_for(owner, path, constants=constants)
     if not isinstance(values, dict):
         raise ValueError(f"{owner}: {path}: expected an object, got {type(values).__name__}")
     return values
