@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from safetensors.torch import save_file
 from test_pretrained_text import MODELS, tokenizer
 from transformers import GPTNeoForCausalLM
 
 from sora_model.codec.vae import VideoVAE
+from sora_model.diffusion.sampling import sample
+from sora_model.diffusion.schedulers import CLASSES, FLOW, load_scheduler
 from sora_model.storage.pretrained import load_tokenizer, open_pretrained
 from sora_model.storage.tokenizer import tokenize
 from sora_model.storage.weights import built_without_memory
@@ -164,6 +167,7 @@ SPECIAL = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x"}
 @pytest.mark.parametrize(
     ("section", "message"),
     [
+        ({"model": {"type": "BPE", "vocab": [0] * (2**20 + 1)}}, "model: expected a vocabulary of at most 1048576 tokens, got"),
         ({"normalizer": PREPEND}, "expected rules that make a text at most 256 times as long"),
         ({"normalizer": {"normalizers": [{"prepend": "x" * 40}] * 2}}, "expected rules that make a text at most 256 times"),
         (
@@ -259,3 +263,36 @@ def test_positions_are_a_number(tmp_path) -> None:
         ValueError, match=r"PretrainedEncoder: config\.json: max_position_embeddings: expected a whole number of at"
     ):
         PretrainedEncoder(model, tokenizer())
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"solver_order": 2**40}, "solver_order: expected a whole number from 1 to 3, got 1099511627776"),
+        ({"solver_order": 0}, "solver_order: expected a whole number from 1 to 3, got 0"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps: expected a whole number from 1 to 100000"),
+        ({"trained_betas": [0.1] * 200_000}, "trained_betas: expected at most 100000 numbers, got 200000"),
+        ({"solver_p": 3}, "expected a scheduler that can make 4 steps, got 'int' object has no attribute 'set_timesteps'"),
+        ({"shift": 1e308, "flow_shift": 1e308, "trained_betas": [2.0] * 1000}, "expected a scheduler that can make 4 steps, got"),
+        ({"steps_offset": "x", "shift": "x", "flow_shift": "x", "timestep_spacing": "leading"}, ""),
+    ],
+)
+def test_schedulers_make_steps_before_they_are_taken(name, values, message, tmp_path) -> None:
+    flow = dict(FLOW.values()).get(name, {})
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": name, **flow}))
+    before = torch.random.get_rng_state()
+    load_scheduler(tmp_path, "owner")
+    assert torch.equal(before, torch.random.get_rng_state())
+    path.write_text(json.dumps({"_class_name": name, **flow, **values}))
+    if "solver_p" in values and name != "UniPCMultistepScheduler":
+        return
+    with pytest.raises(ValueError, match=rf"owner: .*scheduler_config\.json: {message}"):
+        load_scheduler(tmp_path, "owner")
+
+
+def test_a_number_of_steps_that_a_scheduler_cannot_make_is_named() -> None:
+    scheduler = UniPCMultistepScheduler(num_train_timesteps=3, **FLOW["unipc"][1])
+    with pytest.raises(ValueError, match="sample: scheduler: expected one that can make 4 steps, got AssertionError"):
+        sample(lambda latents, *_: latents, scheduler, [torch.zeros(1, 1, 2, 2)], num_inference_steps=4)

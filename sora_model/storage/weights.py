@@ -77,6 +77,8 @@ def built(kind: Callable[..., Any], config: dict[str, Any], owner: str, file: st
     """kind(**config); keys and values that it does not take are an error that says so. file: that has them."""
     try:
         return kind(**config)
+    except MemoryError:
+        raise
     except Exception as error:  # libraries have kinds of their own
         text = str(error) or type(error).__name__
         raise ValueError(text if text.startswith(owner) else f"{owner}: {file}: {text}") from None
