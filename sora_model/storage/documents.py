@@ -11,25 +11,40 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..limits import OverLimit, check_limit
+from ..limits import OverLimit, check_limit, hint, limits
 
 OBJECT = 4  # values that take as much memory as an object
 DIGITS = 40  # of a whole number; tokenizers say 10**30 where they have no limit
 
 
-def read_text_file(path: Path, limit: str, factor: int = 1) -> str:
+def read_text_file(path: Path, limit: str) -> str:
     """A text in UTF-8, with or without a byte order mark.
 
-    limit: the name of one of `Limits`, which holds for its bytes, `factor` times. A file that grows meanwhile is not read further.
+    limit: the name of one of `Limits`, which holds for its bytes.
 
-    Raises OverLimit for a longer one, ValueError for what is not UTF-8. OSError: it cannot be read.
+    Raises OverLimit for a longer one, ValueError for what is not UTF-8 and for what is no file. OSError: it cannot be read.
     """
+    return read_bytes_file(path, limit).decode("utf-8-sig")
+
+
+def read_bytes_file(path: Path, limit: str, each: int = 1) -> bytes:
+    """The bytes of a file, within the limit of that name.
+
+    each: bytes at most of a character, where the limit is of those. A file that grows meanwhile is not read further.
+
+    Raises OverLimit for more, ValueError for what is no file: a pipe would be waited for. OSError: it cannot be read.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path}: expected a file, got a pipe or a device, which might be waited for")
+    most = each * getattr(limits(), limit)
     with path.open("rb") as file:
-        size = max(path.stat().st_size, 0)
-        check_limit(limit, -(-size // factor), str(path), "bytes" if factor == 1 else "characters")
-        data = file.read(size + 1)
-    check_limit(limit, -(-len(data) // factor), str(path), "bytes" if factor == 1 else "characters")
-    return data.decode("utf-8-sig")
+        size = path.stat().st_size
+        data = file.read(most + 1) if size <= most else b""
+    size = max(size, len(data))
+    if size > most:  # a character has a byte at least
+        expected = f"{most // each} {'bytes' if each == 1 else 'characters'}"
+        raise OverLimit(f"{path}: expected at most {expected}, got {size} bytes; {hint(limit, size)}")
+    return data
 
 
 def read_json_file(path: Path, limit: str = "json_bytes", *, constants: bool = False) -> Any:

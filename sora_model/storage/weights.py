@@ -162,6 +162,8 @@ def weight_files(folder: Path, stem: str, owner: str) -> list[Path]:
 
 def check_header(path: Path, owner: str) -> None:
     """Raises ValueError for a safetensors file whose header, with its tensors' names, is over the limit or the file's size."""
+    if not path.is_file():
+        raise ValueError(f"{owner}: {path}: expected a file of safetensors, got something else")  # a pipe would be waited for
     with path.open("rb") as file:
         first, size = file.read(8), os.fstat(file.fileno()).st_size
     if len(first) < 8:
