@@ -118,7 +118,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     got = _checksum(metadata["state"], tensors)
     expected = metadata.get("checksum", got)  # files of earlier versions have none
     if got != expected:
-        hint = f"train --start {path.parent / 'checkpoint'} begins another run with its averaged weights"
+        hint = f"its averaged weights are in {path.parent / 'checkpoint'}"
         raise ValueError(f"Trainer: {path}: expected the checksum {expected}, got {got}: the file is damaged; {hint}")
     return tensors
 
