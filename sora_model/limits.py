@@ -96,9 +96,14 @@ class OverLimit(ValueError):
     """The message begins with what is over a limit and ends with how to raise it."""
 
 
-def check_limit(name: str, value: int, where: str, unit: str) -> None:
-    """Raises OverLimit for more than the limit `name`. where: what the error begins with."""
+def check_limit(name: str, value: int, where: str, unit: str, *, counted: bool = False) -> None:
+    """Raises OverLimit for more than the limit `name`.
+
+    where: what the error begins with. counted: there may be more, as counting stops at the limit; twice that is then named.
+    """
     most = getattr(_present, name)
+    if value > most and counted:
+        raise OverLimit(f"{where}: expected at most {most} {unit}, got more; {hint(name, 2 * most)}")
     if value > most:
         raise OverLimit(f"{where}: expected at most {most} {unit}, got {value}; {hint(name, value)}")
 
