@@ -107,7 +107,10 @@ class ChatExpander:
         return answer
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
-        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        special: dict[str, Any] = {  # transformers before 5 has lists of others among them, and gives templates these, too
+            name: [str(one) for one in token] if isinstance(token, list | tuple) else str(token)
+            for name, token in self.tokenizer.special_tokens_map.items()
+        }
         variables = {**special, "add_generation_prompt": True, "tools": None, "documents": None}
         variables["enable_thinking"] = False  # of Qwen3's template
         longest = 4 * (limits().text + len(self.instruction))
