@@ -136,7 +136,8 @@ class ChatExpander:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[name], None) if name in CONFIG_MAPPING else None
         if kind is None or config.get("quantization_config"):
             got = name if kind is None else f"a quantized {name}"
-            raise ValueError(f"{owner}: {folder}: expected model_type of a causal language model of transformers, got {got}")
+            expected = "expected model_type of a causal language model of transformers"
+            raise ValueError(f"{owner}: {folder / 'config.json'}: {expected}, got {got}")
         tokenizer = load_tokenizer(folder, owner, any_class=True)
         model = open_pretrained(kind, config, folder, owner, dtype).to(device)
         path = folder / "generation_config.json"

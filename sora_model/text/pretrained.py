@@ -131,7 +131,7 @@ class PretrainedEncoder(nn.Module):
         config = read_json(folder / "config.json", owner)
         kind = config.get("model_type")
         if kind not in CLASSES:
-            raise ValueError(f"{owner}: {folder}: expected model_type out of {', '.join(CLASSES)}, got {kind}")
+            raise ValueError(f"{owner}: {folder / 'config.json'}: expected model_type out of {', '.join(CLASSES)}, got {kind}")
         reader = load_tokenizer(folder if tokenizer is None else Path(tokenizer), owner, kind)
         if isinstance(config.get("text_config"), dict):  # a whole CLIP
             config = config["text_config"]

@@ -20,6 +20,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the helpers of tests, which import each other by their names
 
+from tests.reliability.greedy import ASKED, asked
 from tests.reliability.media import mutated
 from tests.reliability.templates import TEMPLATES
 
@@ -59,9 +60,9 @@ class Original(NamedTuple):
 def make_originals(folder: Path) -> list[Original]:
     """Pipelines of this package and of diffusers, a chat model, a run to resume, VAEs and text encoders to train with."""
     from test_chat import words as chat_words
-    from test_checkpoint import module
     from test_pipeline_wan import save as save_wan
     from test_pretrained_text import MODELS, tokenizer
+    from test_weights import module
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sora_model import SoraPipeline
@@ -135,6 +136,8 @@ def damage(folder: Path, rng: Rng) -> str:
     ways: list[Callable[[Path, Rng], str]] = [_bytes, _linked]
     if path.suffix == ".json":
         ways += [_value, _value, _value, _value, _key, _text, _text]
+    if path.name in ASKED:
+        ways += [asked, asked, asked]
     if path.suffix == ".safetensors":
         ways += [_header, _header, _header, _length, _weights, _weights, _pickled, _sharded]
     if path.suffix == ".jinja":
