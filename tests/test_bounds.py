@@ -18,7 +18,7 @@ from sora_model.diffusion.sampling import sample
 from sora_model.diffusion.schedulers import CLASSES, FLOW, load_scheduler
 from sora_model.storage.pretrained import load_tokenizer, open_pretrained
 from sora_model.storage.tokenizer import tokenize
-from sora_model.storage.weights import built_without_memory
+from sora_model.storage.weights import built_without_memory, read_index
 from sora_model.text.pretrained import PretrainedEncoder
 from sora_model.text.words import Vocabulary
 from sora_model.training.resume import read_state
@@ -296,3 +296,39 @@ def test_a_number_of_steps_that_a_scheduler_cannot_make_is_named() -> None:
     scheduler = UniPCMultistepScheduler(num_train_timesteps=3, **FLOW["unipc"][1])
     with pytest.raises(ValueError, match="sample: scheduler: expected one that can make 4 steps, got AssertionError"):
         sample(lambda latents, *_: latents, scheduler, [torch.zeros(1, 1, 2, 2)], num_inference_steps=4)
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_labels": 10**7}, {"return_dict": False}, {"torchscript": True}, {"output_attentions": True}]
+)
+def test_what_configs_of_other_tasks_say_is_left_out(values, tmp_path) -> None:
+    PretrainedEncoder(MODELS["t5"](), tokenizer()).save_pretrained(tmp_path)
+    before = PretrainedEncoder.from_pretrained(tmp_path)(["a red circle"])
+    rewrite(tmp_path / "config.json", **values)
+    assert torch.equal(PretrainedEncoder.from_pretrained(tmp_path)(["a red circle"]).tokens, before.tokens)
+
+
+def test_tables_that_are_no_buffers_are_bounded() -> None:
+    class Table(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.zeros(2**27)
+
+    with pytest.raises(
+        ValueError, match=r"owner: config\.json: expected a model with buffers of at most 268,435,456 bytes, got 536,870,912"
+    ):
+        built_without_memory(Table, {}, {}, "owner", "config.json")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"num_inference_steps": 10**9}, {"num_inference_steps": 2.5}, {"guidance_scale": -1}, {"guidance_from": 2}, {"fps": 0}],
+)
+def test_a_checkpoint_recommends_little(values, tmp_path) -> None:
+    (name,) = values
+    index = {"_class_name": "SoraPipeline", "size": [1, 16, 16], "vae": False, "captioner": False}
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "defaults": {name: 1}}))
+    read_index(tmp_path, "owner")
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "defaults": values}))
+    with pytest.raises(ValueError, match=rf"owner: model_index\.json: defaults: {name}: expected a .*number from"):
+        read_index(tmp_path, "owner")

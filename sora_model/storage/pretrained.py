@@ -37,7 +37,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 TOKENS = "special_tokens_map.json"  # which overrules tokenizer_config.json
-# Entries of a config by which transformers would run code of a folder or of the hub, or open another folder.
+# Entries of a config by which transformers would run code of a folder or of the hub, or open another folder; those of classifiers,
+# of which it makes a name each; and those by which a model returns something else.
 FOREIGN = (
     "auto_map",
     "quantization_config",
@@ -46,6 +47,13 @@ FOREIGN = (
     "experts_implementation",
     "_experts_implementation",
     "_name_or_path",
+    "num_labels",
+    "id2label",
+    "label2id",
+    "return_dict",
+    "torchscript",
+    "output_hidden_states",
+    "output_attentions",
 )
 
 

@@ -31,6 +31,8 @@ DEEP = re.compile("depth|layer|blocks|attention_types")  # in the names of a con
 # Modules, parameters and buffers of a model, which take 0.1 ms each even without memory: at most so many for each tensor beside the
 # config, and as many more, but never more than PARTS. Models of diffusers and transformers have up to 5 for each.
 PARTS_EACH, PARTS_MORE, PARTS = 8, 1000, 2**15
+# What a checkpoint may recommend for a call whose user says nothing: an option may be any number.
+DEFAULTS = {"num_inference_steps": (1, 1000), "guidance_scale": (0, 1000), "guidance_from": (0, 1), "fps": (0.01, 1000)}
 BUFFER_BYTES = 2**28  # of buffers, which no file need have; masks of GPT-Neo's layers take 2**27
 
 
@@ -63,10 +65,15 @@ def read_index(folder: Path, owner: str) -> dict[str, Any]:
     size = index["size"]
     if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and n >= 1 for n in size):
         raise ValueError(f"{owner}: model_index.json: size: expected [T, H, W], each at least 1, got {size!r}")
-    defaults, known = index["defaults"], {"num_inference_steps", "guidance_scale", "guidance_from", "fps"}
-    if not isinstance(defaults, dict) or not all(k in known and type(v) in (int, float) for k, v in defaults.items()):
-        expected = f"numbers for {', '.join(sorted(known))}"
+    defaults = index["defaults"]
+    if not isinstance(defaults, dict) or not all(k in DEFAULTS and type(v) in (int, float) for k, v in defaults.items()):
+        expected = f"numbers for {', '.join(sorted(DEFAULTS))}"
         raise ValueError(f"{owner}: model_index.json: defaults: expected {expected}, got {defaults!r}")
+    for name, value in defaults.items():
+        low, high = DEFAULTS[name]
+        if not low <= value <= high or (name == "num_inference_steps" and type(value) is not int):
+            kind = "a whole number" if name == "num_inference_steps" else "a number"
+            raise ValueError(f"{owner}: model_index.json: defaults: {name}: expected {kind} from {low} to {high}, got {value!r}")
     for part in ("vae", "captioner"):
         if not isinstance(index[part], bool):
             raise ValueError(f"{owner}: model_index.json: {part}: expected true or false, got {index[part]!r}")
@@ -94,7 +101,9 @@ def built_without_memory(kind: Callable[..., Any], config: dict[str, Any], shape
     most = min(PARTS_EACH * len(shapes) + PARTS_MORE, PARTS)
     with torch.device("meta"), _counting(most, f"{where}: expected a model for the {len(shapes)} tensors beside it"):
         module = built(kind, config, owner, file)
-    size = sum(value.numel() * value.element_size() for value in module.buffers())
+    # Some keep tables without registering them.
+    plain = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    size = sum(value.numel() * value.element_size() for value in (*module.buffers(), *plain))
     allowed = max(BUFFER_BYTES, 4 * sum(math.prod(shape) for shape in shapes.values()))
     if size > allowed:
         raise ValueError(f"{where}: expected a model with buffers of at most {allowed:,} bytes, got {size:,}")
