@@ -27,8 +27,9 @@ class Limits(NamedTuple):
         clip_pixels: of all frames that a command reads from one file, which are in memory at once: 4 GB.
         json_bytes: of a config, an index of weights, or the file of `sora batch`.
         json_depth: of lists and objects within each other in it.
+        json_items: of its lists, objects and values, as `sora_model.storage.documents.check_items` counts them: 100 bytes each.
         header_bytes: of a safetensors file.
-        tokenizer_bytes: of a tokenizer's file.
+        tokenizer_bytes: of a tokenizer's file; the largest have 33 million.
         text: characters of a prompt, a caption or an action. Attention over words takes memory by their square.
     """
 
@@ -38,8 +39,9 @@ class Limits(NamedTuple):
     clip_pixels: int = 2**28
     json_bytes: int = 2**24
     json_depth: int = 64
+    json_items: int = 2**22
     header_bytes: int = 2**24
-    tokenizer_bytes: int = 2**26
+    tokenizer_bytes: int = 2**25
     text: int = 20_000
 
 
@@ -90,13 +92,22 @@ def hint(name: str, value: int) -> str:
     return f"'sora --limit {name.replace('_', '-')}={value} ...' raises the limit"
 
 
-def check_limit(name: str, value: int, where: str, unit: str) -> None:
-    """Raises ValueError for more than the limit `name`. where: what the error begins with."""
+class OverLimit(ValueError):
+    """The message begins with what is over a limit and ends with how to raise it."""
+
+
+def check_limit(name: str, value: int, where: str, unit: str, *, counted: bool = False) -> None:
+    """Raises OverLimit for more than the limit `name`.
+
+    where: what the error begins with. counted: there may be more, as counting stops at the limit; twice that is then named.
+    """
     most = getattr(_present, name)
+    if value > most and counted:
+        raise OverLimit(f"{where}: expected at most {most} {unit}, got more; {hint(name, 2 * most)}")
     if value > most:
-        raise ValueError(f"{where}: expected at most {most} {unit}, got {value}; {hint(name, value)}")
+        raise OverLimit(f"{where}: expected at most {most} {unit}, got {value}; {hint(name, value)}")
 
 
 def check_text(text: str, where: str) -> None:
-    """Raises ValueError for a text over the limit. where: the op or option and its argument."""
+    """Raises OverLimit for a text over the limit. where: the op or option and its argument."""
     check_limit("text", len(text), where, "characters")

@@ -92,6 +92,21 @@ def test_templates_without_a_system_role(folder: Path) -> None:
             expander.expand([PROMPT])
 
 
+def test_templates_see_lists_of_tokens(folder: Path) -> None:
+    """As transformers before 5 has them."""
+
+    class Older:
+        special_tokens_map = {"eos_token": "<end>", "additional_special_tokens": ["<system>", "<user>"]}  # noqa: RUF012
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(tokenizer, name)
+
+    tokenizer = words("{{ eos_token }}{% for one in additional_special_tokens %} {{ one }}{% endfor %}")
+    expander = ChatExpander.from_pretrained(folder)
+    expander.tokenizer = Older()
+    assert expander._rendered([]) == "<end> <system> <user>"
+
+
 def test_commands(folder: Path, tmp_path: Path) -> None:
     assert sora("expand", PROMPT, "--chat-model", folder) == f"{ANSWER}\n"
     out = sora("generate", PROMPT, "--chat-model", folder, "--size", "1x32x32", "--steps", 1, "--out", tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import signal
 import sys
 
@@ -87,6 +88,16 @@ def test_another_signal_is_no_second_one(run, small, monkeypatch) -> None:
     assert state(run)[0] == 2
 
 
+def test_any_signal_that_comes_again_ends_it_at_once(run, small, monkeypatch) -> None:
+    """A terminal that is closed sends SIGHUP; what ends the session then sends SIGTERM until it is gone."""
+    numbers = (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM)
+    before_step(monkeypatch, 1, lambda: [signal.raise_signal(one) for one in numbers])
+    result = train(run, small, 3, "--resume")
+    assert result.exit_code == 143
+    assert "stopped by SIGTERM: --resume goes on from the last save, step 1" in result.output
+    assert state(run)[0] == 1
+
+
 def test_before_the_first_step_there_is_nothing_to_wait_for(small, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Preparation, "clips", lambda *_: signal.raise_signal(signal.SIGTERM))
     result = train(tmp_path / "run", small, 3)
@@ -150,7 +161,13 @@ def test_a_terminal_that_is_closed_costs_nothing(small, tmp_path, monkeypatch) -
 
 def test_a_lost_device_has_its_own_status(run, small, monkeypatch) -> None:
     before = (run / "training.safetensors").read_bytes()
-    for text in ("CUDA error: unspecified launch failure\nmore", "NCCL error: remote process exited", "Connection closed by peer"):
+    nccl = "NCCL error in: ProcessGroupNCCL.cpp:77, remote process exited or there was a network error, NCCL version 2.27.3"
+    for text in (
+        "CUDA error: unspecified launch failure\nmore",
+        nccl,
+        "CUDA error: hardware stack error",
+        "Connection closed by peer",
+    ):
         with monkeypatch.context() as patch:
             before_step(patch, 1, raised(torch.AcceleratorError(text)))
             result = train(run, small, 3, "--resume")
@@ -161,9 +178,18 @@ def test_a_lost_device_has_its_own_status(run, small, monkeypatch) -> None:
         assert (run / "training.safetensors").read_bytes() == before
 
 
-def test_a_fault_of_a_program_is_none_of_the_device(run, small, monkeypatch) -> None:
-    before_step(monkeypatch, 1, raised(RuntimeError("CUDA error: an illegal memory access was encountered")))
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "NCCL error in: ProcessGroupNCCL.cpp:77, invalid usage, NCCL version 2.27.3\nDuplicate GPU detected : rank 1",
+        "NCCL error in: ProcessGroupNCCL.cpp:77, invalid argument, NCCL version 2.27.3\nncclInvalidArgument: Invalid value",
+        "this operation is not supported on this hardware",
+    ],
+)
+def test_a_fault_of_a_program_is_none_of_the_device(text, run, small, monkeypatch) -> None:
+    before_step(monkeypatch, 1, raised(RuntimeError(text)))
+    with pytest.raises(RuntimeError, match=re.escape(text)):
         train(run, small, 3, "--resume")
 
 
@@ -213,7 +239,7 @@ def test_a_flipped_bit_is_seen(where, run, small) -> None:
     assert result.exit_code == 2
     text = result.output.replace("\n", "")
     assert "training.safetensors: expected the checksum" in text
-    assert f"the file is damaged; train --start {run / 'checkpoint'} begins another run" in text
+    assert f"the file is damaged; its averaged weights are in {run / 'checkpoint'}" in text
 
 
 def test_a_log_of_any_bytes_is_read(run, small) -> None:
@@ -222,6 +248,22 @@ def test_a_log_of_any_bytes_is_read(run, small) -> None:
         file.write(bytes(200_000) + b"\xff\n2,0.5")
     assert train(run, small, 2, "--resume").exit_code == 0
     assert [line.split(",")[0] for line in (run / "loss.csv").read_text().splitlines()] == ["step", "1", "2"]
+
+
+def test_a_log_without_lines_is_not_read_to_its_end(run, small) -> None:
+    with open(run / "loss.csv", "ab") as file:
+        file.truncate(2**40)  # zeros, which no disk has to hold
+    assert train(run, small, 2, "--resume").exit_code == 0
+    assert [line.split(",")[0] for line in (run / "loss.csv").read_text().splitlines()] == ["step", "1", "2"]
+
+
+@pytest.mark.parametrize("name", ["loss.csv", "training.safetensors"])
+def test_a_pipe_in_a_run_is_not_waited_for(name, run, small) -> None:
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    result = train(run, small, 2, "--resume")
+    assert result.exit_code == (0 if name == "loss.csv" else 2), result.output
+    assert train(run, small, 2).exit_code == 2
 
 
 def test_what_any_dead_call_left_in_a_folder_goes(tmp_path) -> None:

@@ -1,6 +1,7 @@
 """The files that commands write: names that are not taken, inputs that stay, and what each says about itself."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from sora_model import SoraPipeline
 from sora_model.cli import app, call
+from sora_model.cli.app import OneLine, say
 from sora_model.cli.files import free_paths, is_contact_sheet, write_files
 from sora_model.data import contact_sheet, read_comment, read_video, write_video
 from sora_model.storage.files import lock_file
@@ -49,6 +51,14 @@ def test_a_comment_of_a_gif_is_in_ascii(tmp_path) -> None:
     with Image.open(write_video(tmp_path / "a.gif", CLIP, comment="Kätzchen")) as image:
         assert image.info["comment"] == b"K\\xe4tzchen"
         assert image.n_frames == 2
+
+
+def test_a_name_writes_no_line(capsys) -> None:
+    record = logging.LogRecord("sora_model", logging.WARNING, "", 0, "left out: %s", ("a\nerror: b\r\u2028c.png",), None)
+    OneLine().emit(record)
+    assert capsys.readouterr().err == "warning: left out: a error: b c.png\n"
+    say("a\nb.mp4")
+    assert capsys.readouterr().out == "a b.mp4\n"
 
 
 def test_names_go_on_from_those_there(tmp_path) -> None:

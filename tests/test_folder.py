@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import struct
 from fractions import Fraction
@@ -14,6 +15,7 @@ from media_files import TURNS, encode, numbered
 from PIL import Image
 
 from sora_model.data import FolderSource, MediaError, PackedSampler, contact_sheet, probe, read_video, write_video
+from sora_model.limits import raised_limits
 from sora_model.world.config import WorldConfig
 from sora_model.world.world import World
 
@@ -173,6 +175,28 @@ def test_captions_that_cannot_be_read(folder, caplog, data):
     (folder / "d.txt").write_bytes(data)
     assert "d.png" not in [path.name for path in FolderSource(folder).paths]
     assert f"left out: {folder / 'd.png'} has no caption: d.txt " in caplog.text
+
+
+def test_captions_over_the_limit_say_so(folder, caplog):
+    """Whatever a character takes, and not that the bytes end within one; the limit that is named is enough."""
+    for text in ("x" * 20_001, "ж" * 50_001, "x" + "😀" * 20_001):
+        caplog.clear()
+        (folder / "d.txt").write_text(text)
+        assert "d.png" not in [path.name for path in FolderSource(folder).paths]
+        assert "d.txt: expected at most 20000 characters, got" in caplog.text
+        with raised_limits(text=int(re.search(r"'sora --limit text=(\d+) ", caplog.text)[1])):
+            assert "d.png" in [path.name for path in FolderSource(folder).paths]
+
+
+@pytest.mark.parametrize("name", ["d.txt", "d.detailed.txt"])
+def test_captions_that_would_be_waited_for(folder, caplog, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert "d.png" not in [path.name for path in FolderSource(folder).paths]
+    assert (
+        f"{name} cannot be read ({folder / name}: expected a file, got a pipe or a device, which might be waited for)"
+        in caplog.text
+    )
 
 
 def test_hidden_folders_are_not_looked_at(folder, caplog):

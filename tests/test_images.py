@@ -7,10 +7,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from media_files import encode, numbered
 from PIL import Image
 
-from sora_model.data import MediaError, probe, read_video
-from sora_model.limits import Limits
+from sora_model.data import MediaError, probe, read_video, write_video
+from sora_model.limits import Limits, raised_limits
 
 
 def read(path) -> np.ndarray:
@@ -133,6 +134,23 @@ def test_pictures_that_move_are_videos(tmp_path, name):
     part, fps = read_video(tmp_path / name, start=1, frame_stride=2, max_pixels=8 * 12)
     assert (fps, tuple(part.shape)) == (2.5, (3, 2, 8, 12))
     assert part[:, :, 4, 4].T.tolist() == [[20, 20, 250], [255, 255, 255]]
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.png", "a.gif", "a.avi"])
+def test_frames_are_counted_to_the_limit(tmp_path, name):
+    """Of each format; the limit that is named is enough where the number is known, and twice as high where it is not."""
+    path = write_video(tmp_path / "a.gif", torch.rand(3, 8, 16, 24) * 2 - 1)
+    if name == "a.avi":
+        encode(tmp_path / name, numbered(8))
+    elif name != "a.gif":
+        with Image.open(path) as image:
+            image.save(tmp_path / name, save_all=True)
+    with raised_limits(frames=5):
+        expected, limit = ("got 8", 8) if name == "a.webp" else ("got more", 10)
+        with pytest.raises(MediaError, match=rf"its length: expected at most 5 frames, {expected}; 'sora --limit frames={limit} "):
+            probe(tmp_path / name)
+        with raised_limits(frames=limit):
+            assert probe(tmp_path / name)[0] == 8
 
 
 def test_delays_that_no_browser_keeps(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..limits import check_text, limits
-from ..storage.pretrained import load_tokenizer, open_pretrained
+from ..storage.pretrained import load_tokenizer, most_positions, open_pretrained
 from ..storage.tokenizer import tokenize
 from ..storage.weights import read_json
 from .template import TemplateRefused, render
@@ -86,7 +86,7 @@ class ChatExpander:
         ids = tokenize(self.tokenizer, text, rows, "ChatExpander", **options)["input_ids"].to(self.model.device)
         if not ids.shape[1]:
             raise ValueError("ChatExpander: tokenizer: expected a chat template that takes a prompt, got one that writes nothing")
-        most = getattr(self.model.config, "max_position_embeddings", None)
+        most = most_positions(self.model.config, "ChatExpander")
         if most is not None and ids.shape[1] + self.longest > most:
             expected = f"at most {most - self.longest} tokens with its instruction"
             raise ValueError(f"ChatExpander: prompts: expected {expected}, got {ids.shape[1]}: {prompt!r}")
@@ -107,7 +107,10 @@ class ChatExpander:
         return answer
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
-        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        special: dict[str, Any] = {  # transformers before 5 has lists of others among them, and gives templates these, too
+            name: [str(one) for one in token] if isinstance(token, list | tuple) else str(token)
+            for name, token in self.tokenizer.special_tokens_map.items()
+        }
         variables = {**special, "add_generation_prompt": True, "tools": None, "documents": None}
         variables["enable_thinking"] = False  # of Qwen3's template
         longest = 4 * (limits().text + len(self.instruction))
@@ -133,7 +136,8 @@ class ChatExpander:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[name], None) if name in CONFIG_MAPPING else None
         if kind is None or config.get("quantization_config"):
             got = name if kind is None else f"a quantized {name}"
-            raise ValueError(f"{owner}: {folder}: expected model_type of a causal language model of transformers, got {got}")
+            expected = "expected model_type of a causal language model of transformers"
+            raise ValueError(f"{owner}: {folder / 'config.json'}: {expected}, got {got}")
         tokenizer = load_tokenizer(folder, owner, any_class=True)
         model = open_pretrained(kind, config, folder, owner, dtype).to(device)
         path = folder / "generation_config.json"

@@ -23,7 +23,7 @@ from typer.models import ArgumentInfo
 from ..limits import MOST, Limits, check_text, hint, limits, set_limits
 from ..missing import not_installed
 from ..sizes import Size
-from .text import is_utf8, visible
+from .text import is_utf8, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -175,7 +175,7 @@ class OneLine(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):  # a terminal that is gone is no reason to stop
             errors.print(f"[yellow]{record.levelname.lower()}:[/]", end=" ")
-            errors.print(visible(record.getMessage()), highlight=False, soft_wrap=True, markup=False)
+            errors.print(one_line(record.getMessage()), highlight=False, soft_wrap=True, markup=False)
 
 
 def _read_limits(texts: Sequence[str]) -> Limits:
@@ -256,11 +256,11 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def fail(line: str, status: int = 2) -> NoReturn:
     """Ends the command with an error of one line."""
-    line = re.sub(r"\s*\n\s*", " ", line.strip())  # libraries have errors of several
+    line = one_line(line)  # libraries have errors of several
     line = line if len(line) <= LINE else f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"
     with contextlib.suppress(OSError):  # the terminal may be gone
         errors.print("[bold red]error:[/]", end=" ")
-        errors.print(visible(line), highlight=False, soft_wrap=True, markup=False)
+        errors.print(line, highlight=False, soft_wrap=True, markup=False)
     raise typer.Exit(status) from None
 
 
@@ -284,7 +284,7 @@ def expanded(folder: Path, prompts: Sequence[str], device: str) -> list[str]:
 
 def say(text: str) -> None:
     """Prints a line as it is: paths, prompts and captions are no markup."""
-    console.print(visible(text), highlight=False, soft_wrap=True, markup=False)
+    console.print(one_line(text), highlight=False, soft_wrap=True, markup=False)
 
 
 def parse_size(text: str, option: str = "--size", example: str = "8x32x48") -> Size:

@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 
 STATUSES = """Exit status: 0 done; 1 a fault of the program, with a traceback; 2 a wrong option or file, a loss that is not finite,
 no memory, or a disk that cannot be written to; 75 the device or another process is lost, --resume on another machine; 128 + N
-stopped by signal N (130 SIGINT, 143 SIGTERM, 129 SIGHUP) and saved, --resume goes on."""
+stopped by signal N (130 SIGINT, 143 SIGTERM, 129 SIGHUP) and saved if a step was done, --resume goes on. torchrun ends with 1."""
 LOST = 75  # EX_TEMPFAIL of sysexits.h: trying again may help
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What CUDA says of a device that works no more, and NCCL and Gloo of another process that is gone. Not "an illegal memory access"
-# and "device-side assert triggered", which are faults of a program.
+# and "device-side assert triggered", which are faults of a program, nor NCCL's ncclInvalidUsage ("Duplicate GPU detected") and its
+# like: a script that tries again would do so for ever.
 LOST_DEVICE = re.compile(
-    "unspecified launch failure|uncorrectable|hardware|GPU is lost|device.s. is/are busy or unavailable|CUDA error: unknown error"
-    "|NVLink|driver shutting down|NCCL error|Connection closed by peer|Connection reset by peer",
+    "unspecified launch failure|uncorrectable|hardware (stack )?error|GPU is lost|device.s. is/are busy or unavailable"
+    "|CUDA error: unknown error|NVLink error|driver shutting down|ncclRemoteError|ncclSystemError|unhandled system error"
+    "|remote process exit|Connection closed by peer|Connection reset by peer",
     re.IGNORECASE,
 )
 
@@ -51,6 +53,7 @@ class Signals:
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
         self.number: int | None = None  # of the first one
+        self.heard: set[int] = set()
         self._before: dict[int, Any] = {}
         self._terminals: list[int] = []
 
@@ -71,9 +74,10 @@ class Signals:
             if not os.isatty(descriptor):  # it was closed: what is still said must not fail
                 with open(os.devnull, "w") as nowhere:
                     os.dup2(nowhere.fileno(), descriptor)
-        if self.trainer is None or number == self.number:
+        if self.trainer is None or number in self.heard:
             signal.signal(number, signal.SIG_DFL)  # a third one ends the process whatever it is in
             raise Stopped(number)
+        self.heard.add(number)
         self.number = self.number or number
         self.trainer.stop()
 

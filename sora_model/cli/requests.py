@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..limits import check_text
-from ..storage.documents import read_json_file
+from ..storage.documents import read_json_for
 from .app import parse_size
 from .text import is_utf8
 
@@ -131,12 +131,7 @@ def read_requests(path: Path, negative: str, call: Call) -> list[Asked]:
     """
     if not os.path.isfile(path):  # Path.is_file fails for a name that is too long
         raise FileNotFoundError(f"batch: expected a JSON file, got {path}")
-    try:
-        wanted = read_json_file(path)
-    except ValueError as error:
-        raise ValueError(f"batch: {path}: expected JSON, got {error}") from None
-    except OSError as error:
-        raise OSError(f"batch: cannot read {path}: {error.strerror}") from None
+    wanted = read_json_for("batch", path)
     if not isinstance(wanted, list) or not wanted or not all(isinstance(one, dict) for one in wanted):
         raise ValueError(f"batch: {path}: expected a list of objects with a task each")
     checked = [_checked(one, i) for i, one in enumerate(wanted)]

@@ -1,4 +1,4 @@
-"""Text that others wrote, as the command line takes and shows it: `is_utf8`, `visible`."""
+"""Text that others wrote, as the command line takes and shows it: `is_utf8`, `one_line`, `visible`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ def visible(text: str) -> str:
     'a \\\\x1b[31m cat'
     """
     return STEERING.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def one_line(text: str) -> str:
+    """The same on one line: a name with a line break in it may not write another line, such as a false error.
+
+    >>> one_line("a.png\\nerror: b.png")
+    'a.png error: b.png'
+    """
+    return visible(re.sub(r"\s*[\n\u2028\u2029]\s*", " ", text.strip()))
 
 
 def is_utf8(text: str) -> bool:

@@ -64,7 +64,7 @@ class ImageEncoder(nn.Module):
         folder, owner = Path(folder), "ImageEncoder.from_pretrained"
         config = read_json(folder / "config.json", owner)
         if (kind := config.get("model_type")) not in ("clip_vision_model", "clip"):
-            raise ValueError(f"{owner}: {folder}: expected model_type clip_vision_model, got {kind}")
+            raise ValueError(f"{owner}: {folder / 'config.json'}: expected model_type clip_vision_model, got {kind}")
         if isinstance(config.get("vision_config"), dict):  # a whole CLIP
             config = config["vision_config"]
         # The one that works on arrays, where transformers has two: the other needs torchvision.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..sizes import Size
 from ..storage.files import settle
-from ..storage.weights import built, check_depth, open_module, read_json, read_shapes, weight_files
+from ..storage.weights import built, built_without_memory, check_depth, open_module, read_json, read_shapes, weight_files
 from .codec import Progress, latent_size
 from .tiles import AT_ONCE, OVERLAP, TILE, Watch, by_size, ramp, tile_starts
 
@@ -113,10 +113,9 @@ class VideoVAE(nn.Module):
         """`compression` of a checkpoint, for which no weights are read; raises as `from_pretrained` does."""
         folder, owner = Path(folder), "VideoVAE.read_compression"
         kind, config = _read_kind(folder, owner)
-        check_depth(config, read_shapes(weight_files(folder, WEIGHTS, owner), owner), owner)
-        path = folder / "config.json"
-        with torch.device("meta"):
-            model = built(kind.from_config, {"config": config}, owner, path)
+        shapes, path = read_shapes(weight_files(folder, WEIGHTS, owner), owner), folder / "config.json"
+        check_depth(config, shapes, f"{owner}: {path}")
+        model = built_without_memory(kind.from_config, {"config": config}, shapes, owner, path)
         ct, ch = built(_compression, {"model": model}, owner, path)
         return ct, ch, ch
 

@@ -25,8 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..limits import hint, limits
+from ..limits import OverLimit, check_text
 from ..sizes import Size, Timing
+from ..storage.documents import read_bytes_file
 from .budget import Fit, Limits
 from .media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, scaled_size
 from .sample import Sample
@@ -143,17 +144,16 @@ class FolderSource:
 
     def _caption(self, text: Path, path: Path) -> str:
         try:
-            with text.open("rb") as file:
-                data = file.read(4 * limits().text + 1)
+            data = read_bytes_file(text, "text", each=4)
             marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
             caption = " ".join(data.decode("utf-16" if marked else "utf-8-sig").split())
+            check_text(caption, text.name)
         except FileNotFoundError:
             raise MediaError(f"{path} has no caption: {text.name} is not beside it") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except OverLimit as error:
+            raise MediaError(f"{path} has no caption: {error}") from None
+        except (OSError, ValueError) as error:
             raise MediaError(f"{path} has no caption: {text.name} cannot be read ({error})") from None
-        if len(data) > 4 * limits().text or len(caption) > limits().text:
-            size = max(len(caption), text.stat().st_size // 4)
-            raise MediaError(f"{path} has no caption: {text.name} has more than {limits().text} characters; {hint('text', size)}")
         if not caption:
             raise MediaError(f"{path} has no caption: {text.name} is empty")
         return caption

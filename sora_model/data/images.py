@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..limits import check_limit
 from .media import Geometry, PixelLimit, check_pixels, on_white, open_image, resized
 from .timeline import Timeline
 
@@ -50,7 +51,8 @@ class MovingWebP:
         with open_image(path) as image:
             check_pixels(*image.size, limit)
             self.geometry, self.frames = _geometry(image), image.n_frames  # type: ignore[attr-defined]
-        durations = _webp_durations(path)
+        check_limit("frames", self.frames, "its length", "frames")
+        durations = _webp_durations(path, self.frames + 1)
         if len(durations) != self.frames:
             raise ValueError(f"it says that it has {self.frames} frames, and holds {len(durations)}")
         self.timeline = Timeline.of_durations(durations, Fraction(1, 1000))
@@ -99,12 +101,12 @@ def _of_16_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def _webp_durations(path: Path) -> list[int]:
-    """Milliseconds of each frame, from the headers of its chunks. Pillow would decode all frames for them."""
-    durations = []
+def _webp_durations(path: Path, most: int) -> list[int]:
+    """Milliseconds of each of the first `most` frames, from the headers of its chunks. Pillow would decode all frames for them."""
+    durations: list[int] = []
     with path.open("rb") as file:
         file.seek(12)  # "RIFF", size, "WEBP"
-        while len(header := file.read(8)) == 8:
+        while len(durations) < most and len(header := file.read(8)) == 8:
             kind, size = struct.unpack("<4sI", header)
             after = file.tell() + size + size % 2
             if kind == b"ANMF":

@@ -63,7 +63,7 @@ class Video:
                 if not packet.size or packet.is_discard:  # the end; or cut out by an edit list
                     continue
                 stamps.append(packet.pts)
-                check_limit("frames", len(stamps), "its length", "frames")
+                check_limit("frames", len(stamps), "its length", "frames", counted=True)
                 if packet.pts is not None:
                     last = max(last, (packet.pts, packet.duration or 0))
                     if packet.is_keyframe and packet.dts is not None:

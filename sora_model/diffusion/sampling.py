@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,8 +63,9 @@ def sample(
     kept_latents = [frames.latent for frames in clean] if clean else []
     device = noise[0].device
     steppers = [copy.deepcopy(scheduler) for _ in noise]
-    for stepper in steppers:
-        stepper.set_timesteps(num_inference_steps, device=device)
+    with _naming_scheduler(num_inference_steps):
+        for stepper in steppers:
+            stepper.set_timesteps(num_inference_steps, device=device)
     options: list[dict[str, Any]] = [{} for _ in noise]
     if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
         options = [{"generator": generator} for generator in generators]
@@ -83,10 +85,22 @@ def sample(
             inputs = fill_clean(inputs, [kept_latents[i] for i in which], active)
         levels = frame_levels([t[None]] * len(which), inputs, active, patch_frames)
         for i, prediction in zip(which, denoise(inputs, levels, which), strict=True):
-            latents[i] = steppers[i].step(prediction.to(latents[i]), t, latents[i], **options[i], return_dict=False)[0]
+            with _naming_scheduler(num_inference_steps):
+                latents[i] = steppers[i].step(prediction.to(latents[i]), t, latents[i], **options[i], return_dict=False)[0]
         if callback is not None:
             callback(step, t, latents if masks is None else fill_clean(latents, kept_latents, masks))
     return latents if masks is None else fill_clean(latents, kept_latents, masks)
+
+
+@contextlib.contextmanager
+def _naming_scheduler(steps: int) -> Iterator[None]:
+    """Errors of any kind that diffusers' schedulers have for a number of steps that they cannot make."""
+    try:
+        yield
+    except (AssertionError, AttributeError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"sample: scheduler: expected one that can make {steps} steps, got {str(error) or type(error).__name__}"
+        ) from error
 
 
 def _start(scheduler: Any, times: Tensor, noise: Tensor, init: Init) -> tuple[int, Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 
 from ..storage.weights import built, read_json
 
@@ -18,21 +20,52 @@ FLOW: dict[str, tuple[str, dict[str, Any]]] = {
 # What a checkpoint may name. A name is never looked up anywhere else: diffusers has classes whose loading runs files of a folder.
 DDPM = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler")
 MOST_TIMESTEPS = 100_000
+WHOLE = {"num_train_timesteps": MOST_TIMESTEPS, "solver_order": 3}  # entries that take memory, and the most of each
+LISTS = "trained_betas", "disable_corrector"  # of at most MOST_TIMESTEPS numbers
+PROBED = 4  # steps that a scheduler makes before it is taken
 CLASSES = (*(name for name, _ in FLOW.values()), *DDPM)
 
 
 def load_scheduler(folder: Path, owner: str) -> Any:
-    """The scheduler of a checkpoint, from the numbers in its scheduler_config.json alone."""
+    """The scheduler of a checkpoint, from the numbers in its scheduler_config.json alone.
+
+    Raises ValueError for a class that is not in `CLASSES`, and for numbers with which it cannot make steps.
+    """
     path = folder / "scheduler_config.json"
     config = read_json(path, owner, constants=True)  # some have a number that may be infinite
     name = config.get("_class_name")
     if name not in CLASSES:
         raise ValueError(f"{owner}: {path}: expected _class_name out of {', '.join(CLASSES)}, got {name}")
-    steps = config.get("num_train_timesteps", 1000)  # each takes memory
-    if type(steps) is not int or not 1 <= steps <= MOST_TIMESTEPS:
-        expected = f"a whole number from 1 to {MOST_TIMESTEPS}"
-        raise ValueError(f"{owner}: {path}: num_train_timesteps: expected {expected}, got {steps!r}")
-    return built(getattr(diffusers, name).from_config, {"config": config}, owner, path)
+    for entry, most in WHOLE.items():
+        value = config.get(entry, 1)
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{owner}: {path}: {entry}: expected a whole number from 1 to {most}, got {value!r}")
+    for entry in LISTS:
+        if isinstance(value := config.get(entry), list) and len(value) > MOST_TIMESTEPS:
+            raise ValueError(f"{owner}: {path}: {entry}: expected at most {MOST_TIMESTEPS} numbers, got {len(value)}")
+    scheduler = built(getattr(diffusers, name).from_config, {"config": config}, owner, path)
+    expected = f"{owner}: {path}: expected a scheduler that can make {PROBED} steps"
+    try:
+        finite = _samples(scheduler)
+    except MemoryError:
+        raise
+    except Exception as error:  # of any kind, as values are not of theirs
+        raise ValueError(f"{expected}, got {str(error) or type(error).__name__}") from None
+    if not finite:
+        raise ValueError(f"{expected}, got one whose latents are not finite")
+    return scheduler
+
+
+def _samples(scheduler: Any) -> bool:
+    """Whether steps are finite. Only in a step does diffusers look at most numbers of a config; its errors are of any kind."""
+    stepper = copy.deepcopy(scheduler)
+    stepper.set_timesteps(PROBED)
+    latent = torch.ones(1, 1, 2, 2) * getattr(stepper, "init_noise_sigma", 1.0)
+    with torch.random.fork_rng(devices=[]):  # some draw noise
+        for t in stepper.timesteps:
+            seen = stepper.scale_model_input(latent, t) if hasattr(stepper, "scale_model_input") else latent
+            latent = stepper.step(torch.zeros_like(seen), t, latent, return_dict=False)[0]
+    return bool(latent.isfinite().all())
 
 
 def flow_scheduler(name: str, *, like: Any) -> Any:

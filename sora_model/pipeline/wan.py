@@ -15,7 +15,16 @@ from ..model.config import DiTConfig
 from ..model.convert.wan import TEXT_LENGTH, load_wan, wan_config
 from ..model.dit import DiT
 from ..model.experts import Experts
-from ..storage.weights import built, check_depth, check_shapes, open_tensors, read_json, read_shapes, weight_files
+from ..storage.weights import (
+    built,
+    built_without_memory,
+    check_depth,
+    check_shapes,
+    open_tensors,
+    read_json,
+    read_shapes,
+    weight_files,
+)
 from ..text.pretrained import PretrainedEncoder
 from .keyframes import TrainedKeyframes
 from .parts import Defaults, Outline, Parts, Weights, bytes_in, token_timing, token_unit
@@ -143,9 +152,8 @@ def _transformer(folder: Path, owner: str, dtype: torch.dtype | None, device: to
     values, files = _config(folder, owner), weight_files(folder, WEIGHTS, owner)
     config = _dit_config(folder, owner)
     shapes = {name: shape for name, shape in read_shapes(files, owner).items() if LEFT_OVER not in name}
-    check_depth(values, shapes, owner)
-    with torch.device("meta"):
-        model = built(WanTransformer3DModel.from_config, {"config": values}, owner)
+    check_depth(values, shapes, f"{owner}: {folder / 'config.json'}")
+    model = built_without_memory(WanTransformer3DModel.from_config, {"config": values}, shapes, owner, folder / "config.json")
     check_shapes(model, shapes, f"{owner}: {files[0]}")
     read = open_tensors(files, owner)
     if dtype is None:

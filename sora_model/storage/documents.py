@@ -1,4 +1,4 @@
-"""JSON and text that others wrote, within the limits of `sora_model.limits`: `read_json_file`, `read_text_file`.
+"""JSON and text that others wrote, within the limits of `sora_model.limits`: `read_json_file`, `read_json_for`, `read_text_file`.
 
 JSON is read strictly: a name comes once in an object, numbers are finite, and lists and objects are not nested without end.
 """
@@ -11,24 +11,40 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..limits import check_limit
+from ..limits import OverLimit, check_limit, hint, limits
 
+OBJECT = 4  # values that take as much memory as an object
 DIGITS = 40  # of a whole number; tokenizers say 10**30 where they have no limit
 
 
-def read_text_file(path: Path, limit: str, factor: int = 1) -> str:
+def read_text_file(path: Path, limit: str) -> str:
     """A text in UTF-8, with or without a byte order mark.
 
-    limit: the name of one of `Limits`, which holds for its bytes, `factor` times. A file that grows meanwhile is not read further.
+    limit: the name of one of `Limits`, which holds for its bytes.
 
-    Raises ValueError for a longer one and for what is not UTF-8. OSError: it cannot be read.
+    Raises OverLimit for a longer one, ValueError for what is not UTF-8 and for what is no file. OSError: it cannot be read.
     """
+    return read_bytes_file(path, limit).decode("utf-8-sig")
+
+
+def read_bytes_file(path: Path, limit: str, each: int = 1) -> bytes:
+    """The bytes of a file, within the limit of that name.
+
+    each: bytes at most of a character, where the limit is of those. A file that grows meanwhile is not read further.
+
+    Raises OverLimit for more, ValueError for what is no file: a pipe would be waited for. OSError: it cannot be read.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path}: expected a file, got a pipe or a device, which might be waited for")
+    most = each * getattr(limits(), limit)
     with path.open("rb") as file:
-        size = max(path.stat().st_size, 0)
-        check_limit(limit, -(-size // factor), str(path), "bytes" if factor == 1 else "characters")
-        data = file.read(size + 1)
-    check_limit(limit, -(-len(data) // factor), str(path), "bytes" if factor == 1 else "characters")
-    return data.decode("utf-8-sig")
+        size = path.stat().st_size
+        data = file.read(most + 1) if size <= most else b""
+    size = max(size, len(data))
+    if size > most:  # a character has a byte at least
+        expected = f"{most // each} {'bytes' if each == 1 else 'characters'}"
+        raise OverLimit(f"{path}: expected at most {expected}, got {size} bytes; {hint(limit, size)}")
+    return data
 
 
 def read_json_file(path: Path, limit: str = "json_bytes", *, constants: bool = False) -> Any:
@@ -36,9 +52,36 @@ def read_json_file(path: Path, limit: str = "json_bytes", *, constants: bool = F
 
     limit: of its bytes. constants: NaN and Infinity are numbers, too, as in some configs of transformers.
 
-    Raises ValueError that says what is wrong with it, but for the file's name where it is no JSON. OSError: it cannot be read.
+    Raises ValueError that says what is wrong with it, but for the file's name where it is no JSON; OverLimit names it, too.
+    OSError: it cannot be read.
     """
-    text = read_text_file(path, limit)
+    return read_json_text(read_text_file(path, limit), str(path), constants=constants)
+
+
+def check_items(text: str, where: str) -> None:
+    """Raises ValueError for more than the limit of lists, objects and values in JSON, which takes 50 times as much memory as text.
+
+    Signs within texts are counted, too. where: how the error begins.
+    """
+    items = 1 + text.count(",") + text.count("[") + OBJECT * text.count("{")
+    check_limit("json_items", items, where, "lists, objects and values")
+
+
+def read_json_for(owner: str, path: Path, limit: str = "json_bytes", *, constants: bool = False) -> Any:
+    """`read_json_file`, whose errors begin with `owner` and the file's name."""
+    try:
+        return read_json_file(path, limit, constants=constants)
+    except OverLimit as error:
+        raise ValueError(f"{owner}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{owner}: {path}: expected JSON, got {error}") from None
+    except OSError as error:
+        raise type(error)(f"{owner}: cannot read {path}: {error.strerror}") from None
+
+
+def read_json_text(text: str, where: str, *, constants: bool = False) -> Any:
+    """What a text in JSON holds, whose length is its caller's; raises as `read_json_file` does. where: what OverLimit names."""
+    check_items(text, where)
     try:
         values = json.loads(
             text,
@@ -49,7 +92,7 @@ def read_json_file(path: Path, limit: str = "json_bytes", *, constants: bool = F
         )
     except RecursionError:
         raise ValueError("lists and objects that are nested too deeply") from None
-    check_limit("json_depth", _depth(values), "its depth", "lists and objects within each other")
+    check_limit("json_depth", _depth(values), f"{where}: its depth", "lists and objects within each other")
     return values
 
 

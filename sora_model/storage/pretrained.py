@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from ..limits import check_limit
-from .tokenizer import check_tokenizer, is_librarys
-from .weights import built, check_depth, read_json, read_shapes, read_tensors, weight_files
+from .tokenizer import check_tokenizer_file, is_librarys, told_of_texts
+from .weights import built, built_without_memory, check_depth, read_json, read_shapes, read_tensors, weight_files
 
 # What a checkpoint's tokenizer may be; "TokenizersBackend" is what PreTrainedTokenizerFast is called since transformers 5.
 TOKENIZERS = (
@@ -34,11 +33,12 @@ TOKENIZER_FILES = (
     "spiece.model",
     "vocab.json",
     "merges.txt",
-    "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
 )
-# Entries of a config by which transformers would run code of a folder or of the hub, or open another folder.
+TOKENS = "special_tokens_map.json"  # which overrules tokenizer_config.json
+# Entries of a config by which transformers would run code of a folder or of the hub, or open another folder; those of classifiers,
+# of which it makes a name each; and those by which a model returns something else.
 FOREIGN = (
     "auto_map",
     "quantization_config",
@@ -47,6 +47,13 @@ FOREIGN = (
     "experts_implementation",
     "_experts_implementation",
     "_name_or_path",
+    "num_labels",
+    "id2label",
+    "label2id",
+    "return_dict",
+    "torchscript",
+    "output_hidden_states",
+    "output_attentions",
 )
 
 
@@ -61,11 +68,11 @@ def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str,
     """
     files = weight_files(folder, "model", owner)
     shapes = read_shapes(files, owner)
-    check_depth(values, shapes, owner)
+    check_depth(values, shapes, f"{owner}: {folder / 'config.json'}")
     values = _own(values)
     config = built(kind.config_class.from_dict, {"config_dict": values}, owner, folder / "config.json")
-    with torch.device("meta"):
-        asked = sum(p.numel() for p in built(kind, {"config": config}, owner, folder / "config.json").parameters())
+    outline = built_without_memory(kind, {"config": config}, shapes, owner, folder / "config.json")
+    asked = sum(parameter.numel() for parameter in outline.parameters())
     held = sum(math.prod(shape) for shape in shapes.values())
     if asked > held:
         expected = f"a model of at most {held:,} weights, as many as lie beside it"
@@ -114,12 +121,20 @@ def _without_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def most_positions(config: Any, owner: str) -> int | None:
+    """Tokens that a model takes, by its config; None for any number. Raises ValueError for what is no number of tokens."""
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and (type(most) is not int or most < 1):
+        raise ValueError(f"{owner}: config.json: max_position_embeddings: expected a whole number of at least 1, got {most!r}")
+    return most
+
+
 def load_tokenizer(folder: Path, owner: str, kind: str | None = None, *, any_class: bool = False) -> Any:
     """The tokenizer of a checkpoint.
 
     kind: of its model, where tokenizer_config.json does not name a class. any_class: read tokenizer.json, whatever class is named.
 
-    transformers looks at a folder that has nothing but the files of `TOKENIZER_FILES` and a config without paths and code.
+    transformers looks at a folder that has nothing but the files of `TOKENIZER_FILES` and what configs say of texts.
 
     Raises:
         ValueError: a class that is not in `TOKENIZERS`, or files that are broken or not there.
@@ -132,16 +147,16 @@ def load_tokenizer(folder: Path, owner: str, kind: str | None = None, *, any_cla
     name = "PreTrainedTokenizerFast" if any_class else name
     if name not in TOKENIZERS:
         raise ValueError(f"{owner}: {path}: expected tokenizer_class out of {', '.join(TOKENIZERS)}, got {name}")
-    config = {key: value for key, value in config.items() if key not in FOREIGN and not key.endswith(("_file", "_files"))}
+    config = told_of_texts(config, f"{owner}: {path}")
     plain = name in ("PreTrainedTokenizerFast", "TokenizersBackend")
     with tempfile.TemporaryDirectory() as shown:
         for file in TOKENIZER_FILES:
             if (folder / file).is_file():
-                size = (folder / file).stat().st_size
-                check_limit("tokenizer_bytes", size, f"{owner}: {folder / file}", "bytes")
+                check_tokenizer_file(folder / file, owner)
                 shutil.copyfile(folder / file, Path(shown, file))
-                if file == "tokenizer.json":
-                    check_tokenizer(folder / file, owner)
+        if (path := folder / TOKENS).is_file():
+            tokens = told_of_texts(read_json(path, owner), f"{owner}: {path}")
+            Path(shown, TOKENS).write_text(json.dumps(tokens), encoding="utf-8")
         Path(shown, "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}), encoding="utf-8")
         if kind is not None:
             Path(shown, "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")

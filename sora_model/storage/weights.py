@@ -6,9 +6,13 @@ few kilobytes, say what a config may ask for before any memory is taken. Weights
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +20,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules import module as registration
 
 from ..limits import check_limit
-from .documents import read_json_file
+from .documents import read_json_for
 
 Module = TypeVar("Module", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
+DEEP = re.compile("depth|layer|blocks|attention_types")  # in the names of a config's numbers that say how deep a model is
+# Modules, parameters and buffers of a model, which take 0.1 ms each even without memory: at most so many for each tensor beside the
+# config, and as many more, but never more than PARTS. Models of diffusers and transformers have up to 5 for each.
+PARTS_EACH, PARTS_MORE, PARTS = 8, 1000, 2**15
+# What a checkpoint may recommend for a call whose user says nothing: an option may be any number.
+DEFAULTS = {"num_inference_steps": (1, 1000), "guidance_scale": (0, 1000), "guidance_from": (0, 1), "fps": (0.01, 1000)}
+BUFFER_BYTES = 2**28  # of buffers, which no file need have; masks of GPT-Neo's layers take 2**27
 
 
 def read_json(path: Path, owner: str, *, constants: bool = False) -> dict[str, Any]:
@@ -31,10 +43,7 @@ def read_json(path: Path, owner: str, *, constants: bool = False) -> dict[str, A
     """
     if not os.path.isfile(path):  # Path.is_file fails for a name that is too long
         raise FileNotFoundError(f"{owner}: expected a folder with {path.name}, got {path.parent}")
-    try:
-        values = read_json_file(path, constants=constants)
-    except ValueError as error:
-        raise ValueError(f"{owner}: {path}: expected JSON, got {error}") from None
+    values = read_json_for(owner, path, constants=constants)
     if not isinstance(values, dict):
         raise ValueError(f"{owner}: {path}: expected an object, got {type(values).__name__}")
     return values
@@ -56,10 +65,15 @@ def read_index(folder: Path, owner: str) -> dict[str, Any]:
     size = index["size"]
     if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and n >= 1 for n in size):
         raise ValueError(f"{owner}: model_index.json: size: expected [T, H, W], each at least 1, got {size!r}")
-    defaults, known = index["defaults"], {"num_inference_steps", "guidance_scale", "guidance_from", "fps"}
-    if not isinstance(defaults, dict) or not all(k in known and type(v) in (int, float) for k, v in defaults.items()):
-        expected = f"numbers for {', '.join(sorted(known))}"
+    defaults = index["defaults"]
+    if not isinstance(defaults, dict) or not all(k in DEFAULTS and type(v) in (int, float) for k, v in defaults.items()):
+        expected = f"numbers for {', '.join(sorted(DEFAULTS))}"
         raise ValueError(f"{owner}: model_index.json: defaults: expected {expected}, got {defaults!r}")
+    for name, value in defaults.items():
+        low, high = DEFAULTS[name]
+        if not low <= value <= high or (name == "num_inference_steps" and type(value) is not int):
+            kind = "a whole number" if name == "num_inference_steps" else "a number"
+            raise ValueError(f"{owner}: model_index.json: defaults: {name}: expected {kind} from {low} to {high}, got {value!r}")
     for part in ("vae", "captioner"):
         if not isinstance(index[part], bool):
             raise ValueError(f"{owner}: model_index.json: {part}: expected true or false, got {index[part]!r}")
@@ -70,9 +84,51 @@ def built(kind: Callable[..., Any], config: dict[str, Any], owner: str, file: st
     """kind(**config); keys and values that it does not take are an error that says so. file: that has them."""
     try:
         return kind(**config)
+    except MemoryError:
+        raise
     except Exception as error:  # libraries have kinds of their own
         text = str(error) or type(error).__name__
         raise ValueError(text if text.startswith(owner) else f"{owner}: {file}: {text}") from None
+
+
+def built_without_memory(kind: Callable[..., Any], config: dict[str, Any], shapes: Shapes, owner: str, file: str | Path) -> Any:
+    """kind(**config), a module on the device "meta": what `built` would make, in sizes alone.
+
+    shapes: of the tensors beside the config. Raises as `built` does, and ValueError for a module of far more parts than there are
+    tensors, whatever in its config asks for them, or of larger buffers.
+    """
+    where = f"{owner}: {file}"
+    most = min(PARTS_EACH * len(shapes) + PARTS_MORE, PARTS)
+    with torch.device("meta"), _counting(most, f"{where}: expected a model for the {len(shapes)} tensors beside it"):
+        module = built(kind, config, owner, file)
+    # Some keep tables without registering them.
+    plain = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    size = sum(value.numel() * value.element_size() for value in (*module.buffers(), *plain))
+    allowed = max(BUFFER_BYTES, 4 * sum(math.prod(shape) for shape in shapes.values()))
+    if size > allowed:
+        raise ValueError(f"{where}: expected a model with buffers of at most {allowed:,} bytes, got {size:,}")
+    return module
+
+
+@contextlib.contextmanager
+def _counting(most: int, where: str) -> Iterator[None]:
+    """Within it, this thread may build at most so many modules, parameters and buffers. where: how the error begins."""
+    count, builder = 0, threading.get_ident()
+
+    def look(*_: object) -> None:
+        nonlocal count
+        count += threading.get_ident() == builder  # the hooks are those of the whole process
+        if count > most:
+            raise ValueError(f"{where}, got one of more than {most:,} modules, parameters and buffers")
+
+    with contextlib.ExitStack() as hooks:
+        for register in (
+            registration.register_module_module_registration_hook,
+            registration.register_module_parameter_registration_hook,
+            registration.register_module_buffer_registration_hook,
+        ):
+            hooks.callback(register(look).remove)
+        yield
 
 
 def open_module(build: Callable[[], Module], config: Mapping[str, Any], folder: Path, owner: str, stem: str = "model") -> Module:
@@ -87,10 +143,9 @@ def open_module(build: Callable[[], Module], config: Mapping[str, Any], folder: 
         ValueError: a broken file; weights that are missing, left over, of another shape or not finite; a config that asks for more.
     """
     files = weight_files(folder, stem, owner)
-    shapes, where = read_shapes(files, owner), f"{owner}: {files[0]}"
-    check_depth(config, shapes, owner)
-    with torch.device("meta"):  # sizes without memory
-        check_shapes(built(build, {}, owner), shapes, where)
+    shapes, where, path = read_shapes(files, owner), f"{owner}: {files[0]}", folder / "config.json"
+    check_depth(config, shapes, f"{owner}: {path}")
+    check_shapes(built_without_memory(build, {}, shapes, owner, path), shapes, where)
     module = build()
     load_distinct(module, read_tensors(files, owner), where)
     return module
@@ -116,6 +171,8 @@ def weight_files(folder: Path, stem: str, owner: str) -> list[Path]:
 
 def check_header(path: Path, owner: str) -> None:
     """Raises ValueError for a safetensors file whose header, with its tensors' names, is over the limit or the file's size."""
+    if not path.is_file():
+        raise ValueError(f"{owner}: {path}: expected a file of safetensors, got something else")  # a pipe would be waited for
     with path.open("rb") as file:
         first, size = file.read(8), os.fstat(file.fileno()).st_size
     if len(first) < 8:
@@ -189,15 +246,19 @@ def check_finite(value: Tensor, where: str) -> None:
         raise ValueError(f"{where}: expected finite numbers, got {'NaN' if ends.isnan().any() else 'infinity'}")
 
 
-def check_depth(config: Mapping[str, Any], shapes: Shapes, owner: str) -> None:
-    """Raises ValueError for more layers than there are weights: even without memory they would take time to build."""
+def check_depth(config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
+    """Raises ValueError for more layers than there are weights, of which a class of config may make a list before any is built."""
     for name, value in config.items():
-        if isinstance(value, Mapping):
-            check_depth(value, shapes, owner)
-        for count in value if isinstance(value, list) else [value]:
-            if ("depth" in name or "layer" in name) and isinstance(count, int | float) and count > len(shapes):
+        left = [value]
+        while left:
+            one = left.pop()
+            if isinstance(one, Mapping):
+                check_depth(one, shapes, where)
+            elif isinstance(one, list):
+                left += one
+            elif DEEP.search(name) and isinstance(one, int | float) and one > len(shapes):
                 expected = f"at most {len(shapes)}, the number of tensors beside it"
-                raise ValueError(f"{owner}: config.json: {name}: expected {expected}, got {value}")
+                raise ValueError(f"{where}: {name}: expected {expected}, got {one:.40g}")
 
 
 def check_shapes(module: nn.Module, shapes: Shapes, where: str) -> None:

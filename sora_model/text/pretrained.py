@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.conditioning import PackedText, TextEncoder
-from ..storage.pretrained import load_tokenizer, open_pretrained
+from ..storage.pretrained import load_tokenizer, most_positions, open_pretrained
 from ..storage.tokenizer import tokenize
 from ..storage.weights import open_module, read_json
 from .words import Vocabulary, WordEncoder
@@ -63,7 +63,7 @@ class PretrainedEncoder(nn.Module):
         self.dim = int(model.config.hidden_size)
         if longest is not None:
             tokenizer.model_max_length = longest  # which is saved with it
-        limits = tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or UNLIMITED
+        limits = tokenizer.model_max_length, most_positions(model.config, "PretrainedEncoder") or UNLIMITED
         self.warnings = 0
         self.longest = min(limits) if min(limits) < UNLIMITED else None
 
@@ -100,7 +100,7 @@ class PretrainedEncoder(nn.Module):
         """Warns of what the encoder leaves out of a caption, of the first MOST_WARNINGS captions: training has many."""
         if self.longest is None or self.warnings >= MOST_WARNINGS:
             return
-        for ids in self.tokenizer(captions, verbose=False)["input_ids"] if captions else []:
+        for ids in self._tokens(captions, verbose=False)["input_ids"] if captions else []:
             if len(ids) > self.longest:
                 rest = self.tokenizer.decode(ids[self.longest - 1 :], skip_special_tokens=True)
                 shown = rest if len(rest) <= SHOWN else f"{rest[:SHOWN]}..."
@@ -131,7 +131,7 @@ class PretrainedEncoder(nn.Module):
         config = read_json(folder / "config.json", owner)
         kind = config.get("model_type")
         if kind not in CLASSES:
-            raise ValueError(f"{owner}: {folder}: expected model_type out of {', '.join(CLASSES)}, got {kind}")
+            raise ValueError(f"{owner}: {folder / 'config.json'}: expected model_type out of {', '.join(CLASSES)}, got {kind}")
         reader = load_tokenizer(folder if tokenizer is None else Path(tokenizer), owner, kind)
         if isinstance(config.get("text_config"), dict):  # a whole CLIP
             config = config["text_config"]

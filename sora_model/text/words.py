@@ -21,6 +21,7 @@ from ..storage.files import save_module
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 VOCABULARY = "vocab.txt"
+WORDS = 2**20  # of it; all of English has fewer
 
 
 def hash_words(caption: str, buckets: int) -> list[tuple[int, int]]:
@@ -62,9 +63,13 @@ class Vocabulary(set[str]):
         if not path.is_file():
             return None
         try:
-            return cls(read_text_file(path, "tokenizer_bytes").split())
+            text = read_text_file(path, "tokenizer_bytes")
         except UnicodeDecodeError as error:
             raise ValueError(f"Vocabulary.read: {path}: expected text in UTF-8, got {error}") from None
+        words = text.split(maxsplit=WORDS)
+        if len(words) > WORDS:
+            raise ValueError(f"Vocabulary.read: {path}: expected at most {WORDS} words, got more")
+        return cls(words)
 
 
 class WordEncoder(nn.Module):

@@ -9,6 +9,7 @@ import csv
 import os
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from typing import Any
 from ..storage.files import flush, whole_file, writing
 
 COLUMNS = ("step", "loss", "learning_rate", "tokens_per_second", "seconds")
+LONGEST = 1000  # characters of a row, and more
 CURVES = ("loss", "learning_rate", "tokens_per_second")
 
 
@@ -47,7 +49,8 @@ class TrainLog:
         self.table, self.board = folder / "loss.csv", folder / "tensorboard"
         rows = _rows_until(self.table, step)
         with whole_file(self.table) as partial, open(partial, "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
+            csv.writer(file).writerow(COLUMNS)
+            csv.writer(file).writerows(rows)
         with writing(self.table):
             self._rows = open(self.table, "a", newline="", buffering=1)  # noqa: SIM115 (closed on leaving)
         with writing(self.board):
@@ -91,9 +94,15 @@ class TrainLog:
                 raise
 
 
-def _rows_until(path: Path, step: int) -> list[list[str]]:
-    """The rows up to a step, in order: a killed run may leave later ones, and half of one; a loss of power, any bytes."""
-    if step == 0 or not path.exists():
-        return []
-    rows = [line.split(",") for line in path.read_text(encoding="ascii", errors="replace").splitlines()]
-    return [row for row in rows if len(row) == len(COLUMNS) and row[0].isdecimal() and int(row[0]) <= step]
+def _rows_until(path: Path, step: int) -> Iterator[list[str]]:
+    """The rows up to a step, in order: a killed run may leave later ones, and half of one; a loss of power, any bytes.
+
+    A line that is longer than a row ends the log, however large the file is. What is no file, such as a pipe, has no rows.
+    """
+    if step == 0 or not path.is_file():
+        return
+    with path.open(encoding="ascii", errors="replace") as file:
+        while 0 < len(line := file.readline(LONGEST)) < LONGEST:
+            row = line.rstrip("\n").split(",")
+            if len(row) == len(COLUMNS) and row[0].isdecimal() and int(row[0]) <= step:
+                yield row

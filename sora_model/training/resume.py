@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..limits import OverLimit
+from ..storage.documents import read_json_text
 from ..storage.files import check_replaceable, locked, make_folder, settle, whole_file, writing
 from ..storage.weights import check_header
 from .config import SettingError, TrainConfig
@@ -82,10 +84,11 @@ def check_idle(folder: Path) -> None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """What a run's file says beside its tensors: step, seconds, config and settings."""
+    check_header(path, "Trainer")
     try:
-        check_header(path, "Trainer")
         with safe_open(path, "pt") as file:
-            state = json.loads(file.metadata()["state"])
+            text = file.metadata()["state"]
+        state = read_json_text(text, f"Trainer: {path}", constants=True)
         found = {name: state[name] for name in ("step", "seconds", "config", "settings")}
         step, seconds = found["step"], found["seconds"]
         if type(step) is not int or not 0 <= step < MOST_STEPS:
@@ -95,6 +98,8 @@ def read_state(path: Path) -> dict[str, Any]:
         if not isinstance(found["config"], dict) or not isinstance(found["settings"], dict):
             raise TypeError("a config or settings that are no objects")
         return found
+    except OverLimit:
+        raise
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"Trainer: {path}: expected the state of a run of this package, got {error}") from None
 
@@ -113,7 +118,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     got = _checksum(metadata["state"], tensors)
     expected = metadata.get("checksum", got)  # files of earlier versions have none
     if got != expected:
-        hint = f"train --start {path.parent / 'checkpoint'} begins another run with its averaged weights"
+        hint = f"its averaged weights are in {path.parent / 'checkpoint'}"
         raise ValueError(f"Trainer: {path}: expected the checksum {expected}, got {got}: the file is damaged; {hint}")
     return tensors
 

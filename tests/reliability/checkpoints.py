@@ -20,6 +20,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the helpers of tests, which import each other by their names
 
+from tests.reliability.greedy import ASKED, asked
 from tests.reliability.media import mutated
 from tests.reliability.templates import TEMPLATES
 
@@ -135,6 +136,8 @@ def damage(folder: Path, rng: Rng) -> str:
     ways: list[Callable[[Path, Rng], str]] = [_bytes, _linked]
     if path.suffix == ".json":
         ways += [_value, _value, _value, _value, _key, _text, _text]
+    if path.name in ASKED:
+        ways += [asked, asked, asked]
     if path.suffix == ".safetensors":
         ways += [_header, _header, _header, _length, _weights, _weights, _pickled, _sharded]
     if path.suffix == ".jinja":
