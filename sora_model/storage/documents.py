@@ -42,8 +42,8 @@ def read_bytes_file(path: Path, limit: str, each: int = 1) -> bytes:
         data = file.read(most + 1) if size <= most else b""
     size = max(size, len(data))
     if size > most:  # a character has a byte at least
-        expected = f"{most // each} {'bytes' if each == 1 else 'characters'}"
-        raise OverLimit(f"{path}: expected at most {expected}, got {size} bytes; {hint(limit, size)}")
+        expected, got = (f"{most} bytes", f"{size}") if each == 1 else (f"{most // each} characters", f"{size} bytes")
+        raise OverLimit(f"{path}: expected at most {expected}, got {got}; {hint(limit, size)}")
     return data
 
 

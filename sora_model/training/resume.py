@@ -84,8 +84,8 @@ def check_idle(folder: Path) -> None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """What a run's file says beside its tensors: step, seconds, config and settings."""
-    check_header(path, "Trainer")
     try:
+        check_header(path, "Trainer")
         with safe_open(path, "pt") as file:
             text = file.metadata()["state"]
         state = read_json_text(text, f"Trainer: {path}", constants=True)
