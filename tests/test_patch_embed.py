@@ -203,3 +203,14 @@ def test_large(d: int, dtype: torch.dtype) -> None:
 
 class TestContract(OpContract):
     """What every op is held to, for each of OPS."""
+
+
+def test_gradients_of_many_tokens_are_exact_sums() -> None:
+    """Beside a large sum in float32, equal summands would all be rounded the same way."""
+    video, cotangent = torch.ones(1, 1 << 20, 1, 1), torch.tensor(1.1)
+    weight, bias = torch.ones(1, 1, 1, 1, 1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    tokens, _ = ops.patch_embed_3d([video], weight, bias, patch_size=(1, 1, 1))
+    tokens.backward(cotangent.expand_as(tokens))
+    exact = len(tokens) * cotangent.double()
+    for gradient in (weight.grad, bias.grad):
+        assert abs(gradient.double().item() / exact - 1) < 1e-5
