@@ -121,7 +121,7 @@ MANY = [f"<{i}>" for i in range(40_000)]
         ("tokenizer_config", {"extra_special_tokens": MANY}, "extra_special_tokens: expected at most 8192 added tokens, got 40000"),
         ("special_tokens_map", {"additional_special_tokens": MANY}, "expected at most 8192 added tokens, got 40000"),
         ("tokenizer_config", {f"{one}_token": one for one in MANY}, "expected at most 8192 added tokens, got"),
-        ("tokenizer_config", {"added_tokens_decoder": {"1000000000": {"content": "x"}}}, "expected ids below 16777216"),
+        ("tokenizer_config", {"added_tokens_decoder": {"1000000000": {"content": "x"}}}, "expected ids below 4194304"),
         ("added_tokens", {one: i for i, one in enumerate(MANY)}, "expected at most 8192 added tokens, got 40000"),
         ("tokenizer", {"added_tokens": [{"id": i, "content": one} for i, one in enumerate(MANY)]}, "at most 8192 added tokens"),
         ("tokenizer_config", {"unk_token": "x" * 10**6}, "expected texts of at most 1024 bytes, got 'xxx"),
@@ -168,6 +168,8 @@ SPECIAL = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x"}
     ("section", "message"),
     [
         ({"model": {"type": "BPE", "vocab": [0] * (2**20 + 1)}}, "model: expected a vocabulary of at most 1048576 tokens, got"),
+        ({"model": {"type": "BPE", "vocab": {"a": 10**9}}}, "model: expected ids from 0 to 4194303, got 1000000000"),
+        ({"added_tokens": [{"id": 10**9, "content": "x"}]}, "added_tokens: expected ids from 0 to 4194303, got 1000000000"),
         ({"normalizer": PREPEND}, "expected rules that make a text at most 256 times as long"),
         ({"normalizer": {"normalizers": [{"prepend": "x" * 40}] * 2}}, "expected rules that make a text at most 256 times"),
         (

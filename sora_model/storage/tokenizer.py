@@ -14,7 +14,7 @@ GROWTH = 256  # times that the rules of a tokenizer may make a text longer; thos
 PARTS = 256  # of a template that puts special tokens around a text, and of their ids
 VOCABULARY = 2**20  # tokens; a million take 4 s to be read
 ADDED = 2**13  # tokens that are added to a vocabulary, of which transformers compares each with each; Gemma has 6,415
-IDS = 2**24  # of added tokens; transformers may fill what lies between
+IDS = 2**22  # of tokens; libraries have tables up to the highest
 TEXT = 1024  # bytes of a token, or of what a rule puts before or behind one: a text may have a copy for each of its characters
 WORD = 1000  # characters of a word that is cut into pieces, which takes their square
 # Entries of tokenizer_config.json and special_tokens_map.json that say how a text is read, beside names that end in "_token".
@@ -119,6 +119,7 @@ def check_tokenizer(path: Path, owner: str) -> None:
     added, model = values.get("added_tokens"), values.get("model")
     if isinstance(added, list):
         check_added(added, f"{where}: added_tokens")
+        _check_vocabulary({str(i): one.get("id") for i, one in enumerate(added) if isinstance(one, dict)}, f"{where}: added_tokens")
     merges = {"merges"}  # of tokens, or the file is refused
     told = {name: value for name, value in model.items() if name not in merges} if isinstance(model, dict) else model
     for name, part in {"added_tokens": added, "model": told, "post_processor": values.get("post_processor")}.items():
@@ -132,6 +133,9 @@ def check_tokenizer(path: Path, owner: str) -> None:
 def _check_vocabulary(tokens: Any, where: str) -> None:
     if isinstance(tokens, dict | list) and len(tokens) > VOCABULARY:
         raise ValueError(f"{where}: expected a vocabulary of at most {VOCABULARY} tokens, got {len(tokens)}")
+    ids = tokens.values() if isinstance(tokens, dict) else ()
+    if wrong := next((one for one in ids if type(one) is int and not 0 <= one < IDS), None):
+        raise ValueError(f"{where}: expected ids from 0 to {IDS - 1}, got {wrong}")
 
 
 def check_growth(rules: list[dict[str, Any]], where: str) -> None:
