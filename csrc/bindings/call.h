@@ -1,6 +1,7 @@
 // Checks what holds for every tensor of all entry points. A tensor is present, on the module's device, and its sizes and strides
-// reach no address that there is not. That its memory is there is its maker's promise: DLPack says nowhere how much was allocated. Outputs share no memory. Two outputs, or an output and an input, may not even interleave: their ranges
-// of addresses are compared. No Python here: tests/reliability/fuzz_dlpack.cpp runs this on tensors of any description.
+// reach no address that there is not. That its memory is there is its maker's promise: DLPack says nowhere how much was allocated.
+// Outputs share no memory. Two outputs, or an output and an input, may not even interleave: their ranges of addresses are compared.
+// No Python here: tests/reliability/fuzz_dlpack.cpp runs this on tensors of any description.
 #pragma once
 
 #include <algorithm>

@@ -1,10 +1,10 @@
 // Ends a process, or makes its disk fail, at the n-th system call that changes something below a folder.
 //
-// arm() begins the count. It has the kernel send a signal instead of every call of a table that may change a file (seccomp), whoever
-// makes it: Rust's libraries go past the C library, where LD_PRELOAD would not see them. io_uring has no calls, and goes past it. The handler counts, kills
-// or fails, and otherwise makes the call itself, from the one page whose calls the kernel lets through. What was done it writes
-// into a journal, from which disk.py works out what a loss of power leaves. Before a file loses its name it gets another one
-// elsewhere, so that its bytes can be put back.
+// arm() begins the count. It has the kernel send a signal instead of every call of a table that may change a file (seccomp),
+// whoever makes it: Rust's libraries go past the C library, where LD_PRELOAD would not see them. io_uring has no calls, and goes
+// past it. The handler counts, kills or fails, and otherwise makes the call itself, from the one page whose calls the kernel lets
+// through. What was done it writes into a journal, from which disk.py works out what a loss of power leaves. Before a file loses
+// its name it gets another one elsewhere, so that its bytes can be put back.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
