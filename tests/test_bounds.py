@@ -10,12 +10,16 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 from safetensors.torch import save_file
+from small_pipeline import small_pipeline
 from test_pretrained_text import MODELS, tokenizer
 from transformers import GPTNeoForCausalLM
+from typer.testing import CliRunner
 
+from sora_model.cli import app
 from sora_model.codec.vae import VideoVAE
 from sora_model.diffusion.sampling import sample
 from sora_model.diffusion.schedulers import CLASSES, FLOW, load_scheduler
+from sora_model.pipeline.parts import Defaults
 from sora_model.storage.pretrained import load_tokenizer, open_pretrained
 from sora_model.storage.tokenizer import tokenize
 from sora_model.storage.weights import built_without_memory, read_index
@@ -170,11 +174,11 @@ SPECIAL = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x"}
         ({"model": {"type": "BPE", "vocab": [0] * (2**20 + 1)}}, "model: expected a vocabulary of at most 1048576 tokens, got"),
         ({"model": {"type": "BPE", "vocab": {"a": 10**9}}}, "model: expected ids from 0 to 4194303, got 1000000000"),
         ({"added_tokens": [{"id": 10**9, "content": "x"}]}, "added_tokens: expected ids from 0 to 4194303, got 1000000000"),
-        ({"normalizer": PREPEND}, "expected rules that make a text at most 256 times as long"),
-        ({"normalizer": {"normalizers": [{"prepend": "x" * 40}] * 2}}, "expected rules that make a text at most 256 times"),
+        ({"normalizer": PREPEND}, "expected rules that make a text at most 160 times as long"),
+        ({"normalizer": {"normalizers": [{"prepend": "x" * 40}] * 2}}, "expected rules that make a text at most 160 times"),
         (
             {"normalizer": {"prepend": "x" * 40}, "pre_tokenizer": {"content": "x" * 40}},
-            "expected rules that make a text at most 256",
+            "expected rules that make a text at most 160",
         ),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap(b"x" * 300)}}, "expected rules that make a text"),
         ({"model": {"type": "BPE", "continuing_subword_prefix": "x" * 2000}}, "model: expected texts of at most 1024 bytes"),
@@ -212,7 +216,7 @@ def field(number: int, value: bytes) -> bytes:
     ("data", "message"),
     [
         (field(1, field(1, b"x" * 2000)), "expected pieces of at most 1024 bytes"),
-        (field(3, field(2, base64.b64decode(charsmap(b"x" * 300)))), "expected rules that make a text at most 256 times as long"),
+        (field(3, field(2, base64.b64decode(charsmap(b"x" * 300)))), "expected rules that make a text at most 160 times as long"),
         (b"\x0a" * 2**22, r"expected at most 4194304 lines or pieces, got 4194305; 'sora --limit json-items=4194305 "),
         (b"\xff" * 20, "expected a model of SentencePiece"),
         (field(1, b"x")[:-1], "expected a model of SentencePiece"),
@@ -334,3 +338,19 @@ def test_a_checkpoint_recommends_little(values, tmp_path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "defaults": values}))
     with pytest.raises(ValueError, match=rf"owner: model_index\.json: defaults: {name}: expected a .*number from"):
         read_index(tmp_path, "owner")
+    pipeline = small_pipeline().replaced(defaults=Defaults(**values))
+    with pytest.raises(ValueError, match=rf"SoraPipeline\.save_pretrained: defaults: {name}: expected a .*number from"):
+        pipeline.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_lead_to_nan_are_the_checkpoints(tmp_path) -> None:
+    pipeline = small_pipeline()
+    for value in pipeline.text_encoder.parameters():
+        value.data.fill_(torch.finfo(value.dtype).max)
+    pipeline.save_pretrained(tmp_path / "large")
+    command = ["generate", "a cat", "--checkpoint", tmp_path / "large", "--steps", 1, "--out", tmp_path / "out"]
+    result = CliRunner().invoke(app, [str(one) for one in command])
+    assert result.exit_code == 2, result.output
+    assert f"error: --checkpoint: {tmp_path / 'large'}: got NaN in the video of 'a cat'" in result.output
+    assert not (tmp_path / "out").exists()

@@ -154,7 +154,7 @@ def test_tokenizers_may_not_blow_up_a_text(tmp_path) -> None:
     for name, rules in (("normalizer", [rule] * 3), ("decoder", [{**rule, "pattern": {"Regex": "a*"}, "content": "x" * 999}])):
         path.write_text(json.dumps({name: {"type": "Sequence", "normalizers": rules}}))
         with pytest.raises(
-            ValueError, match=rf"owner: .*tokenizer\.json: {name}: expected rules that make a text at most 256 times"
+            ValueError, match=rf"owner: .*tokenizer\.json: {name}: expected rules that make a text at most 160 times"
         ):
             check_tokenizer(path, "owner")
     path.write_text(json.dumps({"post_processor": {"single": [{}] * 257}}))

@@ -328,7 +328,13 @@ class Call(Loaded):
         """One file each and a contact sheet, which carry what they were made with; says where and of which seed.
 
         by_video: settings of each video, which come before those of all, `settings` and the command's options.
+
+        Raises ValueError for a video with NaN, before any file.
         """
+        for prompt, video in zip(prompts, videos, strict=True):
+            if video.isnan().any():
+                reason = "its weights, --guidance or --precision lead beyond all numbers"
+                raise ValueError(f"--checkpoint: {self.folder}: got NaN in the video of {prompt!r}; {reason}")
         fps = [self.rate(input_fps) for input_fps in rates or [0.0] * len(videos)]
         seeds = seeds or [self.seed + i for i in range(len(videos))]
         common = {

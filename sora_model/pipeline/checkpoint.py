@@ -16,7 +16,7 @@ from ..model.config import DiTConfig
 from ..model.dit import DiT
 from ..model.experts import Experts
 from ..storage.files import save_module, settle, whole_folder
-from ..storage.weights import built, open_module, read_index, read_json
+from ..storage.weights import built, check_defaults, open_module, read_index, read_json
 from ..text.pretrained import load_text_encoder
 from . import wan
 from .keyframes import TrainedKeyframes, known_keyframes
@@ -91,6 +91,8 @@ def save_parts(parts: Parts, directory: str | Path, dtype: torch.dtype | None = 
     if parts.image_encoder is not None:
         expected = "None (to_diffusers_wan converts the transformer)"
         raise ValueError(f"SoraPipeline.save_pretrained: image_encoder: expected {expected}, got ImageEncoder")
+    defaults = {name: value for name, value in parts.defaults._asdict().items() if value is not None}
+    check_defaults(defaults, "SoraPipeline.save_pretrained: defaults")
     with whole_folder(directory) as folder:
         save_module(parts.dit, parts.dit.config.to_dict(), folder / "dit", dtype)
         parts.text_encoder.save_pretrained(folder / "text_encoder", dtype=dtype)
@@ -102,7 +104,7 @@ def save_parts(parts: Parts, directory: str | Path, dtype: torch.dtype | None = 
         present = {"vae": isinstance(codec, VideoVAE), "captioner": captioner is not None}
         index: dict[str, Any] = {"_class_name": "SoraPipeline", "size": list(parts.size), **present}
         if parts.defaults != Defaults():
-            index["defaults"] = {name: value for name, value in parts.defaults._asdict().items() if value is not None}
+            index["defaults"] = defaults
         if parts.trained_keyframes is not TrainedKeyframes.ANY:
             index["trained_keyframes"] = parts.trained_keyframes.value
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

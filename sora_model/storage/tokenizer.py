@@ -10,7 +10,7 @@ from typing import Any
 from ..limits import check_limit
 from .documents import read_json_for
 
-GROWTH = 256  # times that the rules of a tokenizer may make a text longer; those of T5 could 136 times
+GROWTH = 160  # times that the rules of a tokenizer may make a text longer; those of T5 could 136 times
 PARTS = 256  # of a template that puts special tokens around a text, and of their ids
 VOCABULARY = 2**20  # tokens; a million take 4 s to be read
 ADDED = 2**13  # tokens that are added to a vocabulary, of which transformers compares each with each; Gemma has 6,415

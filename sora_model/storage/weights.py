@@ -65,19 +65,22 @@ def read_index(folder: Path, owner: str) -> dict[str, Any]:
     size = index["size"]
     if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and n >= 1 for n in size):
         raise ValueError(f"{owner}: model_index.json: size: expected [T, H, W], each at least 1, got {size!r}")
-    defaults = index["defaults"]
-    if not isinstance(defaults, dict) or not all(k in DEFAULTS and type(v) in (int, float) for k, v in defaults.items()):
-        expected = f"numbers for {', '.join(sorted(DEFAULTS))}"
-        raise ValueError(f"{owner}: model_index.json: defaults: expected {expected}, got {defaults!r}")
-    for name, value in defaults.items():
-        low, high = DEFAULTS[name]
-        if not low <= value <= high or (name == "num_inference_steps" and type(value) is not int):
-            kind = "a whole number" if name == "num_inference_steps" else "a number"
-            raise ValueError(f"{owner}: model_index.json: defaults: {name}: expected {kind} from {low} to {high}, got {value!r}")
+    check_defaults(index["defaults"], f"{owner}: model_index.json: defaults")
     for part in ("vae", "captioner"):
         if not isinstance(index[part], bool):
             raise ValueError(f"{owner}: model_index.json: {part}: expected true or false, got {index[part]!r}")
     return index
+
+
+def check_defaults(defaults: Any, where: str) -> None:
+    """Raises ValueError, which begins with `where`, for what a checkpoint cannot recommend."""
+    if not isinstance(defaults, dict) or not all(k in DEFAULTS and type(v) in (int, float) for k, v in defaults.items()):
+        raise ValueError(f"{where}: expected numbers for {', '.join(sorted(DEFAULTS))}, got {defaults!r}")
+    for name, value in defaults.items():
+        low, high = DEFAULTS[name]
+        if not low <= value <= high or (name == "num_inference_steps" and type(value) is not int):
+            kind = "a whole number" if name == "num_inference_steps" else "a number"
+            raise ValueError(f"{where}: {name}: expected {kind} from {low} to {high}, got {value!r}")
 
 
 def built(kind: Callable[..., Any], config: dict[str, Any], owner: str, file: str | Path = "config.json") -> Any:
