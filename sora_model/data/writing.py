@@ -6,15 +6,17 @@ PosixPath('cat.gif')
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
+from av.container import OutputContainer
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageFont
 
@@ -154,10 +156,17 @@ def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageF
     return lines
 
 
+@contextlib.contextmanager
+def _container(path: Path, format: str, options: dict[str, str] | None = None) -> Iterator[OutputContainer]:
+    """A file to write frames to. Python writes it, as FFmpeg gives up on a write that a signal interrupts."""
+    with path.open("wb") as file, av.open(file, "w", format=format, options=options or {}) as container:
+        yield container
+
+
 def _encode_mp4(path: Path, frames: np.ndarray, fps: float, comment: str | None) -> None:
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with av.open(f"file:{path}", "w", format="mp4") as container:
+    with _container(path, "mp4") as container:
         if comment is not None:
             container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
@@ -178,7 +187,7 @@ def _encode_gif(path: Path, frames: np.ndarray, fps: float, loop: bool) -> None:
     tick = Fraction(1, 100)
     starts = [math.floor(i / (fps * tick) + 0.5) for i in range(len(frames) + 1)]
     options = {"loop": "0" if loop else "-1", "final_delay": str(starts[-1] - starts[-2])}
-    with av.open(f"file:{path}", "w", format="gif", options=options) as container:
+    with _container(path, "gif", options) as container:
         stream = container.add_stream("gif", rate=100)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "pal8"
