@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from reliability.crashes import Case, Crashes
 from reliability.disk import LOSSES, Call, Disk
 from reliability.interposed import Fault, Interposed, in_child
 from reliability.outcome import outcomes
 from reliability.saves import Shared
 
+from sora_model.data import write_video
 from sora_model.storage.files import WriteError
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +106,22 @@ def test_a_loss_of_power_takes_what_was_not_flushed(tmp_path) -> None:
     assert dict(disk.left("names lost")) == {"a": b"safe and"}
     disk.follow(Call(5, "truncate", f"{root}/a", "2"))  # and written again, in place
     assert dict(disk.left("bytes zeroed")) == {"a": b"sa" + bytes(10)}
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("suffix", ["gif", "mp4", "png"])
+def test_a_video_survives_signals(suffix, at, tmp_path) -> None:
+    """Every other call is interrupted, as on a file system of a network."""
+    interposed, folder = Interposed(), tmp_path / "folder"
+    folder.mkdir()
+
+    def act() -> None:
+        interposed.arm(folder, tmp_path / "spare", at, Fault.interrupted)
+        write_video(folder / f"a.{suffix}", torch.zeros(3, 1, 16, 16))
+        interposed.disarm()
+
+    ended = in_child(act, tmp_path / "log")
+    assert ended.status == 0, ended.output
 
 
 def test_what_says_that_it_saved_has(tmp_path) -> None:
