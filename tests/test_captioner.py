@@ -1,9 +1,13 @@
 """The captioner: packed latents of any sizes to text, prompts made longer, saved and loaded, and a tiny one that learns."""
 
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from reliability.interposed import in_child
 from typer.testing import CliRunner
 
 from sora_model import SoraPipeline
@@ -13,6 +17,8 @@ from sora_model.cli.files import write_files
 from sora_model.codec.codec import PixelCodec
 from sora_model.data import Batch, Sample, write_video
 from sora_model.model.patches import embed_patches, uniform_frames
+from sora_model.storage.files import whole_folder
+from sora_model.storage.tokenizer import save_tokenizer
 from sora_model.training.captioner import CaptionObjective
 from sora_model.world.config import WorldConfig
 from sora_model.world.source import WorldSource
@@ -150,6 +156,29 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0, result.output
     assert "a red circle -> " in result.output
     assert sora("expand", "a red circle", "--checkpoint", checkpoint).exit_code == 0
+
+
+def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path: Path) -> None:
+    """By a process that was killed between two renames."""
+    checkpoint = tmp_path / "model"
+    SoraPipeline.from_preset("tiny", patch=(1, 8, 8)).save_pretrained(checkpoint)
+
+    def killed() -> None:
+        with whole_folder(checkpoint) as folder:
+            checkpoint.rename(folder.parent / "old")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(killed, tmp_path / "log").status == -signal.SIGKILL
+    assert not checkpoint.exists()
+    world = ["--data", "world:simple", "--size", "6x24x24", "--tokens", 128, "--steps", 1]
+    result = sora("train-captioner", tmp_path / "run", "--checkpoint", checkpoint, *world)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_tokenizer_on_a_full_disk_is_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["a red circle"], 280)
+    with pytest.raises(OSError, match="No such file"):
+        save_tokenizer(SimpleNamespace(save_pretrained=lambda _: tokenizer.backend_tokenizer.save("/none/a.json")), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from ..model.dit import PLACES, places
 from ..model.patches import embed_patches
 from ..storage.files import save_module, settle
 from ..storage.pretrained import load_tokenizer
-from ..storage.tokenizer import tokenize
+from ..storage.tokenizer import save_tokenizer, tokenize
 from ..storage.weights import open_module, read_json
 from ..text.words import WordEncoder
 
@@ -171,7 +171,7 @@ class Captioner(nn.Module):
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes config.json, model.safetensors and the tokenizer into a folder."""
         save_module(self, asdict(self.config), Path(folder), dtype)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Captioner:

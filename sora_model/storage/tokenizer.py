@@ -1,4 +1,4 @@
-"""What tokenizers of others may be and do to a text: `check_tokenizer_file`, `told_of_texts`, `tokenize`."""
+"""What tokenizers of others may be and do to a text: `check_tokenizer_file`, `told_of_texts`, `tokenize`; and `save_tokenizer`."""
 
 from __future__ import annotations
 
@@ -269,6 +269,16 @@ def is_librarys(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return False
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """tokenizer.save_pretrained(folder). OSError: it cannot be written, which the tokenizers library says by a plain Exception."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from None
 
 
 def tokenize(tokenizer: Any, texts: Any, rows: int, owner: str, **options: Any) -> Any:

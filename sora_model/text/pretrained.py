@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..model.conditioning import PackedText, TextEncoder
 from ..storage.pretrained import load_tokenizer, most_positions, open_pretrained
-from ..storage.tokenizer import tokenize
+from ..storage.tokenizer import save_tokenizer, tokenize
 from ..storage.weights import open_module, read_json
 from .words import Vocabulary, WordEncoder
 
@@ -110,7 +110,7 @@ class PretrainedEncoder(nn.Module):
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes model and tokenizer as transformers does; weights keep their dtype, as T5 overflows in float16."""
         self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
 
     @classmethod
     def from_pretrained(

@@ -11,7 +11,7 @@ import torch
 
 from ...caption.captioner import Captioner, CaptionerConfig, train_tokenizer
 from ...pipeline.pipeline import SoraPipeline
-from ...storage.files import check_replaceable
+from ...storage.files import check_replaceable, settle
 from ...storage.weights import read_index
 from ..captioner import CaptionObjective
 from ..config import SettingError, of_setting
@@ -55,6 +55,7 @@ class CaptionerRecipe:
 
 def train_captioner(out: str | Path, recipe: CaptionerRecipe, run: RunSettings, show: Run = quiet) -> Trainer:
     """Trains a captioner on the latents of a pipeline's VAE, and puts it into the pipeline's checkpoint."""
+    settle(recipe.checkpoint)
     check_replaceable(recipe.checkpoint)
     prepared = Preparation(out, run, "captioner", vars(recipe))
     with of_setting(OWNER, "checkpoint"):
