@@ -110,16 +110,16 @@ def error(actual: Tensor, exact: Tensor) -> float:
     return largest((actual.double() - exact).masked_fill(infinite, 0).nan_to_num(nan=torch.inf))
 
 
-def allowed_error(plain: Tensor, exact: Tensor, dtype: torch.dtype, times: float = TIMES_PLAIN) -> float:
-    """The rule, for a result stored in `dtype` where plain PyTorch computes `plain`. times: that of plain's error."""
+def allowed_error(plain: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    """The rule, for a result stored in `dtype` where plain PyTorch computes `plain`."""
     finite = exact.masked_fill(exact.isinf(), 0)
     if dtype == torch.float64:
         return AGREE_FLOAT64 * max(1, largest(finite))
     stored = finite.to(dtype)
-    return times * error(plain, exact) + ROUNDINGS * largest((stored + 0.3 - 0.3) - stored)
+    return TIMES_PLAIN * error(plain, exact) + ROUNDINGS * largest((stored + 0.3 - 0.3) - stored)
 
 
-def check_accuracy(op: Callable, plain: Callable, exact: Callable, inputs: dict[str, Tensor], times: float = TIMES_PLAIN) -> Run:
+def check_accuracy(op: Callable, plain: Callable, exact: Callable, inputs: dict[str, Tensor]) -> Run:
     """Holds the outputs and all gradients of `op` to the rule; `plain` runs at the inputs' dtype, `exact` in float64.
 
     `plain` in float64 must give what `exact` gives, so that the reference itself has a witness.
@@ -131,7 +131,7 @@ def check_accuracy(op: Callable, plain: Callable, exact: Callable, inputs: dict[
         for i, (got, at_dtype, right) in enumerate(zip(*results, strict=True)):
             name = f"{kind} {i if kind == 'output' else list(inputs)[i]}"
             drawn = right[:count] if kind == "gradient" else right
-            distance, allowed = error(got, drawn), allowed_error(at_dtype, right, got.dtype, times)
+            distance, allowed = error(got, drawn), allowed_error(at_dtype, right, got.dtype)
             assert distance <= allowed < torch.inf, f"{name} {list(right.shape)}: error {distance:.3g} exceeds {allowed:.3g}"
 
     witness = run(plain, doubles)

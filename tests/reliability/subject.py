@@ -86,13 +86,13 @@ class Subject:
         return replace(self, samples=samples)
 
     def with_other_signs(self) -> Subject:
-        """Its samples, and each seven times more with other signs of what kernels take; masks stay."""
+        """Its samples, and each 63 times more with other signs of what kernels take; masks stay."""
         generator = torch.Generator().manual_seed(0)
 
         def changed(i: int, x: Tensor) -> Tensor:
             return x if i in self.by_torch else x * (1 - 2 * torch.randint(2, x.shape, generator=generator)).to(x.dtype)
 
-        others = [s._replace(tensors=[changed(i, x) for i, x in enumerate(s.tensors)]) for _ in range(7) for s in self.samples]
+        others = [s._replace(tensors=[changed(i, x) for i, x in enumerate(s.tensors)]) for _ in range(63) for s in self.samples]
         return self.of([*self.samples, *others])
 
     def arguments(self, tensors: list[list[Tensor]], behind: dict[int, Tensor] | None = None) -> list[Tensor]:
