@@ -135,6 +135,20 @@ def test_gradients_of_lse_have_any_strides(target: Target, strided: str) -> None
     assert got[0].any()
 
 
+def test_gradient_of_a_query_with_one_key(target: Target) -> None:
+    """out = v and lse = scale q . k, so dq = scale dlse k, however large dout is; GPU kernels round dout . (v - out)."""
+    q, k, v = (target.randn(3, 1, 2, 64) for _ in range(3))
+    q.requires_grad_()
+    out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
+    dout, dlse = 1000 * torch.randn_like(out), torch.randn_like(lse)
+    (dq,) = torch.autograd.grad((out, lse), q, (dout, dlse))
+    expected = 64**-0.5 * dlse.transpose(1, 2)[..., None] * k.double()
+    rounding = torch.finfo(target.dtype).eps * expected.abs()
+    if target.backend not in ("cpu", "reference"):
+        rounding += torch.finfo(torch.float32).eps * (dout * v).double().abs().sum(-1, keepdim=True) * k.double().abs()
+    assert ((dq.double() - expected).abs() <= 2 * rounding).all()
+
+
 def test_autocast_takes_the_lower_dtype() -> None:
     """As torch's own attention does, of any mixture of dtypes; float64 stays."""
     q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))

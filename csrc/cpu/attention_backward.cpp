@@ -37,8 +37,8 @@ void panel_statistics(const Attention& a, const Sample& s, int head, int64_t beg
 }
 
 // Scores and dP [num_keys, kPanel] -> P and dS = P (dP - delta + dlse), as the operands that the products want. Where the block is
-// all that the panel sees, delta is taken as sum_j P dP, from the very numbers it is subtracted from: a query with a single key
-// gets exactly 0.
+// all that the panel sees, delta is taken as sum_j P dP, from the very numbers it is subtracted from: dP - delta of a query with a
+// single key is exactly 0. dlse is added to the difference, as a rounding of delta - dlse would be left of it.
 template <class M>
 struct Gradients {
   typename M::Left p, ds;
@@ -48,16 +48,15 @@ struct Gradients {
                bool whole) {
     complete_pairs(scores, dp, num_keys, kPanel, 0, kPanel);
     for (int c = 0; c < count; c += 2 * W) {
-      vf maximum[2], inverse[2], delta[2];
+      vf maximum[2], inverse[2], delta[2], dlse[2];
       for (int n = 0; n < 2; ++n) {
         maximum[n] = load(row.maximum + c + n * W), inverse[n] = load(row.inverse + c + n * W);
-        delta[n] = load(row.delta + c + n * W);
+        delta[n] = load(row.delta + c + n * W), dlse[n] = load(row.dlse + c + n * W);
         if (whole) {
           delta[n] = vf{};
           for (int at = c + n * W; at < num_keys * kPanel; at += kPanel)
             delta[n] += exp2<M::kRough>((load(scores + at) - maximum[n]) * log2_scale) * inverse[n] * load(dp + at);
         }
-        delta[n] -= load(row.dlse + c + n * W);
       }
       int j = 0;
       for (; j < num_keys; j += 2) {
@@ -68,7 +67,7 @@ struct Gradients {
           for (int n = 0; n < 2; ++n) {
             const int at = (j + m) * kPanel + c + n * W;
             probability[m][n] = exp2<M::kRough>((load(scores + at) - maximum[n]) * log2_scale) * inverse[n];
-            gradient[m][n] = probability[m][n] * (load(dp + at) - delta[n]);
+            gradient[m][n] = probability[m][n] * (load(dp + at) - delta[n] + dlse[n]);
             if (slopes != nullptr) gradient[m][n] *= load(slopes + at);
           }
         put(j, c, probability, gradient);
