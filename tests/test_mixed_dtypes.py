@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tolerance import Target, largest, random_like
+from tolerance import Target, largest, random_cotangents
 from torch import Tensor
 
 from sora_kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
@@ -99,8 +99,7 @@ def eager(function: Callable, tensors: list[Tensor]) -> Result:
     """Outputs and gradients."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     outputs = function(*leaves)
-    cotangents = [random_like(y.detach()) for y in outputs]
-    return [y.detach() for y in outputs], list(torch.autograd.grad(outputs, leaves, cotangents))
+    return [y.detach() for y in outputs], list(torch.autograd.grad(outputs, leaves, random_cotangents(outputs)))
 
 
 def compiled(function: Callable, tensors: list[Tensor]) -> Result:
@@ -121,13 +120,14 @@ def autocasted(function: Callable, tensors: list[Tensor]) -> Result:
 
 def by_vjp(function: Callable, tensors: list[Tensor]) -> Result:
     outputs, pullback = torch.func.vjp(function, *tensors)
-    return list(outputs), list(pullback(tuple(map(random_like, outputs))))
+    return list(outputs), list(pullback(tuple(random_cotangents(outputs))))
 
 
 def by_func_grad(function: Callable, tensors: list[Tensor]) -> Result:
     def product(*given: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         outputs = function(*given)
-        return sum((y.double() * random_like(y).double()).sum() for y in outputs), outputs
+        cotangents = random_cotangents(outputs)
+        return sum((y.double() * x.double()).sum() for y, x in zip(outputs, cotangents, strict=True)), outputs
 
     grads, outputs = torch.func.grad(product, tuple(range(len(tensors))), has_aux=True)(*tensors)
     return list(outputs), list(grads)

@@ -16,7 +16,7 @@ from mpmath import mp, mpf
 from reliability.layouts import Setting
 from reliability.properties import OPS, SETTINGS
 from reliability.subject import Subject
-from tolerance import AGREE_FLOAT64, allowed_error, error, largest, random_like, run
+from tolerance import AGREE_FLOAT64, allowed_error, error, largest, random_cotangents, random_like, run
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, rms_norm
 
@@ -49,7 +49,7 @@ def check_differences(subject: Subject) -> None:
     generator = torch.Generator().manual_seed(1)
     directions = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in inputs]
     derivative = sum(float((g * u).sum()) for g, u in zip(gradients, directions, strict=True))
-    weights = [random_like(y) for y in outputs]
+    weights = random_cotangents(outputs)
     size = max(1.0, abs(derivative), *(float((y * w).abs().sum()) for y, w in zip(outputs, weights, strict=True)))
 
     def at(t: float) -> list[Tensor]:

@@ -70,22 +70,27 @@ def forward(function: Callable, inputs: Iterable[Tensor]) -> Run:
     return leaves, list(result) if isinstance(result, tuple | list) else [result]
 
 
-def backward(leaves: list[Tensor], outputs: list[Tensor], cotangent: Callable, retain_graph: bool = False) -> list[Tensor]:
-    cotangents = [cotangent(output.detach()) for output in outputs]
+def random_cotangents(outputs: Sequence[Tensor], draw: int = 0) -> list[Tensor]:
+    """Each output has its own, so that gradients of outputs that change places are found."""
+    return [random_like(output.detach(), draw * len(outputs) + i) for i, output in enumerate(outputs)]
+
+
+def backward(leaves: list[Tensor], outputs: list[Tensor], cotangents: list[Tensor], retain_graph: bool = False) -> list[Tensor]:
     options = {"retain_graph": retain_graph, "allow_unused": True, "materialize_grads": True}
     return list(torch.autograd.grad(outputs, leaves, cotangents, **options))
 
 
-def run(function: Callable, inputs: Iterable[Tensor], cotangent: Callable[[Tensor], Tensor] = random_like) -> Run:
-    """Outputs and gradients of `function(*inputs)`."""
+def run(function: Callable, inputs: Iterable[Tensor], cotangent: Callable[[Tensor], Tensor] | None = None) -> Run:
+    """Outputs and gradients of `function(*inputs)`. cotangent: of an output; default random ones."""
     leaves, outputs = forward(function, inputs)
-    return [output.detach() for output in outputs], backward(leaves, outputs, cotangent)
+    results = [output.detach() for output in outputs]
+    return results, backward(leaves, outputs, random_cotangents(outputs) if cotangent is None else list(map(cotangent, results)))
 
 
 def run_draws(function: Callable, inputs: Iterable[Tensor], count: int = DRAWS) -> Run:
     """Outputs, and the gradients for each of `count` cotangents, stacked."""
     leaves, outputs = forward(function, inputs)
-    draws = [backward(leaves, outputs, partial(random_like, draw=draw), retain_graph=True) for draw in range(count)]
+    draws = [backward(leaves, outputs, random_cotangents(outputs, draw), retain_graph=True) for draw in range(count)]
     return [output.detach() for output in outputs], [torch.stack(gradients) for gradients in zip(*draws, strict=True)]
 
 
