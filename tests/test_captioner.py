@@ -1,6 +1,7 @@
 """The captioner: packed latents of any sizes to text, prompts made longer, saved and loaded, and a tiny one that learns."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +117,21 @@ def sora(*args):
     return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
 
 
+def check_names_of_captions(image: Path, folder: Path, checkpoint: Path) -> None:
+    """No file's caption becomes another's, and one name that leaves no room for `.detailed.txt` ends nothing."""
+    folder.mkdir()
+    for name in ("a.jpg", "a.png", "a.detailed.png", "b.png", f"{'x' * 248}.png"):
+        shutil.copy(image, folder / name)
+    result = sora("recaption", folder, "--checkpoint", checkpoint)
+    assert result.exit_code == 0, result.output
+    assert "4 captions written for 5 files" in result.output
+    output = result.output.replace("\n", "")
+    assert f"left out: {folder / 'a.png'}: a.txt has the caption of a.jpg" in output
+    assert f"left out: {folder / 'a.detailed.png'}: a.detailed.txt has the caption of a.jpg" in output
+    assert ".detailed.txt would be longer than 255 bytes" in output
+    assert sorted(path.name for path in folder.glob("*.txt")) == ["a.detailed.txt", "a.txt", "b.detailed.txt", "b.txt"]
+
+
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train a captioner into a checkpoint, caption files, caption a folder, and expand prompts before generating."""
     checkpoint, clips = tmp_path / "model", tmp_path / "clips"
@@ -151,6 +167,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"left out: {sheet}: a contact sheet" in result.output
     assert "2 captions written for 4 files" in result.output, "the video is a file like others"
     assert not list(clips.rglob("contact_sheet*.txt"))
+    check_names_of_captions(files[-1], tmp_path / "names", checkpoint)
     out = ["--size", "2x16x16", "--steps", 1, "--out", tmp_path / "out"]
     result = sora("generate", "a red circle", "--expand", "--checkpoint", checkpoint, *out)
     assert result.exit_code == 0, result.output

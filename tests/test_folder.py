@@ -199,6 +199,23 @@ def test_captions_that_would_be_waited_for(folder, caplog, name):
     )
 
 
+@pytest.mark.parametrize("name", ["d.txt", "d.png"])
+def test_files_of_the_kernel_are_not_waited_for(folder, caplog, name):
+    """/proc/kmsg never ends. Such files have no size, whatever they hold."""
+    (folder / name).unlink()
+    (folder / name).symlink_to("/proc/self/status")
+    assert "d.png" not in [path.name for path in FolderSource(folder).paths]
+    assert f"{name} is empty" in caplog.text or f"{name}: it is empty" in caplog.text
+
+
+def test_a_name_that_leaves_no_room_for_that_of_a_detailed_caption(folder):
+    name = "x" * 251
+    shutil.copy(folder / "d.png", folder / f"{name}.png")
+    (folder / f"{name}.txt").write_text("a long name")
+    source = FolderSource(folder)
+    assert source.captions[source.paths.index(folder / f"{name}.png")] == "a long name"
+
+
 def test_hidden_folders_are_not_looked_at(folder, caplog):
     for hidden in (".ipynb_checkpoints", "sub/.cache/deep"):
         shutil.copytree(folder / "sub", folder / hidden, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))

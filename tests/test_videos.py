@@ -177,6 +177,15 @@ def test_too_many_pixels_are_refused(tmp_path):
             call(path, pixel_limit=5000)
 
 
+@pytest.mark.parametrize(("codec", "suffix"), [("h264", "mp4"), ("mpeg4", "avi"), ("libvpx-vp9", "webm")])
+def test_frames_of_the_limit_are_read(tmp_path, codec, suffix):
+    """Though decoders hold more pixels than a frame has. The limit that an error names is one that suffices."""
+    path = encode(tmp_path / f"a.{suffix}", np.zeros((2, 482, 642, 3), np.uint8), codec=codec)
+    assert read_video(path, pixel_limit=482 * 642)[0].shape == (3, 2, 482, 642)
+    with pytest.raises(MediaError, match=r"its frames of 642x482 .* more than the limit of 309443 pixels"):
+        read_video(path, pixel_limit=482 * 642 - 1)
+
+
 def test_a_header_that_hides_large_frames(tmp_path):
     """The file says 16x16, the stream 96x64."""
     data = encode(tmp_path / "a.mkv", np.zeros((1, 64, 96, 3), np.uint8)).read_bytes()

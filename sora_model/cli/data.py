@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,11 @@ def caption(
         say(f"{file}: {text}")
 
 
+def _captions_of(path: Path) -> dict[bool, Path]:
+    """The files of a short and of a detailed caption."""
+    return {False: path.with_suffix(".txt"), True: path.with_suffix(".detailed.txt")}
+
+
 @command(Loaded)
 def recaption(
     folder: Annotated[Path, typer.Argument(help="Folder of videos and images, and all folders in it.")],
@@ -38,12 +44,12 @@ def recaption(
 ) -> None:
     """Caption a training folder: a detailed caption beside each file, and a short one where there is none.
 
-    Contact sheets that commands wrote are left alone.
+    Contact sheets that commands wrote are left alone. Where files of captions would have the same name, one file has them.
     """
     check_media(folder, "FOLDER")
     check_folder(folder, "FOLDER")
     from ..data import FolderSource, MediaError
-    from ..storage.files import whole_file
+    from ..storage.files import NAME_BYTES, whole_file
 
     pipeline = loaded.pipeline(captioner=True)
     with naming("FOLDER"):
@@ -52,12 +58,22 @@ def recaption(
             captions=False,
         )  # fmt: skip
     written, sheets = 0, [path for path in source.paths if is_contact_sheet(path)]
+    owners: dict[Path, Path] = {}  # of the files of captions
+    for path in sorted(source.paths, key=lambda path: len(path.name)):  # a.png before a.detailed.png
+        for file in _captions_of(path).values():
+            owners.setdefault(file, path)
     for index, path in enumerate(source.paths):
         if path in sheets:
             say(f"left out: {path}: a contact sheet")
             continue
-        wanted = {False: path.with_suffix(".txt"), True: path.with_suffix(".detailed.txt")}
-        wanted = {long: file for long, file in wanted.items() if overwrite or not file.exists()}
+        wanted = _captions_of(path)
+        if other := next((file for file in wanted.values() if owners[file] != path), None):
+            say(f"left out: {path}: {other.name} has the caption of {owners[other].name}")
+            continue
+        if long := next((file for file in wanted.values() if len(os.fsencode(file.name)) > NAME_BYTES), None):
+            say(f"left out: {path}: {long.name} would be longer than {NAME_BYTES} bytes")
+            continue
+        wanted = {detailed: file for detailed, file in wanted.items() if overwrite or not os.path.exists(file)}
         if not wanted:
             continue
         try:
@@ -65,8 +81,8 @@ def recaption(
         except MediaError as error:
             say(f"left out: {error}")
             continue
-        for long, file in wanted.items():
-            (text,) = pipeline.caption([clip], detailed=long)
+        for detailed, file in wanted.items():
+            (text,) = pipeline.caption([clip], detailed=detailed)
             if not text:
                 say(f"left out: {path}: the captioner found nothing to say")
                 continue

@@ -89,7 +89,7 @@ class FolderSource:
             try:
                 caption = self._caption(path.with_suffix(".txt"), path) if captions else ""
                 long = path.with_suffix(".detailed.txt")
-                detailed, native = self._caption(long, path) if captions and long.exists() else None, probe(path)
+                detailed, native = self._caption(long, path) if captions and os.path.exists(long) else None, probe(path)
                 limits, most = self._limits(path, native, fit), self._most(native)
                 size = self._planned_size(path, native, limits)
             except MediaError as error:

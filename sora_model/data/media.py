@@ -38,6 +38,8 @@ def reading(path: Path) -> Iterator[None]:
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):  # which fails for a name that is too long
             raise MediaError(f"cannot read {path}: expected a file, got a pipe or a device, which might be waited for")
+        if path.is_file() and path.stat().st_size == 0:  # files of the kernel are waited for, too, and have no size
+            raise MediaError(f"cannot read {path}: it is empty")
         yield
     except MediaError:
         raise

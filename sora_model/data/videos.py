@@ -25,6 +25,7 @@ from .timeline import Timeline
 SEEK_FROM = 64  # frames: below this, decoding from the beginning is as quick as seeking
 LARGE_FRAMES = 2**24  # pixels of frames that may be decoded at once, a thread each
 BT709, BT601 = 1, 6  # AVColorSpace
+MARGIN = 64  # pixels: what decoders add to a side at most, for whole blocks
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 NO_MATRIX = (0, 2, 3)  # RGB, unspecified, reserved: what a YCbCr frame that is not tagged may say
 HD = 720  # rows from which a video that is not tagged counts as BT.709
@@ -136,6 +137,7 @@ class Video:
                 for frame in decoder.decode(packet if packet.size else None):
                     stamp = frame.pts if self.stamped else count
                     count += 1
+                    check_pixels(frame.width, frame.height, self.limit)
                     if stamp is not None:
                         yield stamp, frame
 
@@ -150,13 +152,15 @@ def _stream(container: av.container.InputContainer) -> av.VideoStream:
 def _decoder(stream: av.VideoStream, limit: PixelLimit) -> av.VideoCodecContext:
     """The stream's decoder; where VP8 and VP9 have transparency, libvpx's, as FFmpeg's own leaves it out."""
     decoder = stream.codec_context
-    check_pixels(decoder.width, decoder.height, limit)
+    width, height = decoder.width, decoder.height
+    check_pixels(width, height, limit)
     if stream.metadata.get("alpha_mode") == "1" and decoder.name in WITH_ALPHA:
         decoder = av.CodecContext.create(WITH_ALPHA[decoder.name], "r")  # type: ignore[assignment]
-    pixels = max(stream.codec_context.width * stream.codec_context.height, 1)
     decoder.thread_type = "AUTO"
-    decoder.thread_count = max(min(os.cpu_count() or 1, LARGE_FRAMES // pixels), 1)
-    decoder.options = {"max_pixels": str(limit.most)}  # for streams whose frames are larger than their file's header says
+    decoder.thread_count = max(min(os.cpu_count() or 1, LARGE_FRAMES // max(width * height, 1)), 1)
+    # For streams whose frames are larger than their file's header says.
+    most = limit.most + MARGIN * (width + height + MARGIN)
+    decoder.options = {"max_pixels": str(most)}
     return decoder
 
 

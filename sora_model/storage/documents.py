@@ -39,7 +39,7 @@ def read_bytes_file(path: Path, limit: str, each: int = 1) -> bytes:
     most = each * getattr(limits(), limit)
     with path.open("rb") as file:
         size = path.stat().st_size
-        data = file.read(most + 1) if size <= most else b""
+        data = file.read(most + 1) if 0 < size <= most else b""  # files of the kernel have no size, and may be waited for
     size = max(size, len(data))
     if size > most:  # a character has a byte at least
         expected, got = (f"{most} bytes", f"{size}") if each == 1 else (f"{most // each} characters", f"{size} bytes")
