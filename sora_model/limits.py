@@ -89,7 +89,7 @@ def changed(old: Limits, changes: dict[str, int], owner: str) -> Limits:
 
 def hint(name: str, value: int) -> str:
     """How an error ends that says what is over a limit."""
-    return f"'sora --limit {name.replace('_', '-')}={value} ...' raises the limit"
+    return f"'sora --limit {name.replace('_', '-')}={value} COMMAND ...' raises the limit"
 
 
 class OverLimit(ValueError):

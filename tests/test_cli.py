@@ -1,5 +1,6 @@
 """What the command line refuses: everything that can be, in one line that names the option, before a model is loaded."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from sora_model import SoraPipeline
 from sora_model.cli import app
-from sora_model.cli.app import check_folder
+from sora_model.cli.app import check_folder, main, say
 from sora_model.data import read_video, write_video
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +54,14 @@ def refused(*args) -> str:
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
     return " ".join(result.output.replace("│", " ").split())
+
+
+def test_letters_that_a_terminal_lacks(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    main()
+    say("a \u0451\u0436")
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"a \\u0451\\u0436\n"
 
 
 TASKS = {
@@ -208,7 +217,11 @@ NO_CAPTIONER = "captioner: expected a checkpoint with a captioner, got one witho
         (["train", "{media}/new", "--learning-rate", "1e300"], "--learning-rate: expected a number of at most 1e+30, got 1e+300"),
         (["train", "{media}/new", "--data", ""], "--data: expected a folder or a source, got ''"),
         (["train", "{media}/new", "--steps", "0"], "steps: expected a number above 0, got 0"),
-        (["train", "{media}/new", "--resume"], "training.safetensors, which is not there"),
+        (["train", "{media}/new", "--resume"], "training.safetensors, which is not there: nothing was saved"),
+        (["train", "{media}/new", "--accumulation", "9" * 30], "--accumulation: expected at most 4096, got 999"),
+        (["train", "{media}/new", "--patch", ""], "--patch: expected TxHxW, such as 8x32x48, got ''"),
+        (["train", "{media}/new", "--device", "cuda:" + "9" * 5000], "--device: expected cpu, cuda or cuda:N, got 'cuda:999"),
+        (["train", "{media}/new", "--device", "cuda:\u0663"], "--device: expected cpu, cuda or cuda:N, got 'cuda:"),
         (["train-vae", "{media}/new", "--ema", "2"], "--ema: expected a number from 0 to 1, got 2"),
         (
             ["train-captioner", "{media}/new", "--checkpoint", "{media}"],
@@ -276,7 +289,7 @@ def test_a_clip_that_is_too_long_to_be_held_is_refused(media, unloaded) -> None:
     message = "a.mp4: expected at most 3 frames of 16x16, got 4; cut it, or take a smaller --max-pixels"
     line = refused("--limit", f"clip-pixels={3 * 16 * 16}", "restyle", media / "a.mp4", "x", "--out", media / "new")
     assert message in line
-    assert "'sora --limit clip-pixels=1024 ...' raises the limit" in line
+    assert "'sora --limit clip-pixels=1024 COMMAND ...' raises the limit" in line
 
 
 def test_names_with_a_colon(small, media, tmp_path) -> None:

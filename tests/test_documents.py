@@ -95,6 +95,9 @@ def test_limits_are_checked() -> None:
         pass
     with pytest.raises(TypeError, match="set_limits: new: expected Limits, got int"):
         set_limits(3)  # type: ignore[arg-type]
+    line = refused("--limit", "text=1.5e8", "vocabulary")
+    assert "error: --limit: text: expected a whole number, such as 20000 or 1e8, got '1.5e8'" in line
+    assert "error: --limit: expected NAME=NUMBER, NAME out of picture-pixels, " in refused("--limit", "pixels=3", "vocabulary")
     for text in ("", "text", "text=", "text=-1", "text=1.5", "pixels=3", "text=1e99", "text=0"):
         assert "error: --limit: " in refused("--limit", text, "vocabulary")
 
@@ -102,7 +105,10 @@ def test_limits_are_checked() -> None:
 def test_texts_have_a_limit(small, tmp_path) -> None:
     long = "a" * 20_001
     line = refused("generate", long, "--checkpoint", small, "--out", tmp_path)
-    assert "error: PROMPTS: expected at most 20000 characters, got 20001; 'sora --limit text=20001 ...' raises the limit" in line
+    assert (
+        "error: PROMPTS: expected at most 20000 characters, got 20001; 'sora --limit text=20001 COMMAND ...' raises the limit"
+        in line
+    )
     (tmp_path / "a.json").write_text(json.dumps([{"prompt": "a", "negative_prompt": long}]))
     line = refused("batch", tmp_path / "a.json", "--checkpoint", small, "--out", tmp_path)
     assert "error: batch: request 0: negative_prompt: expected at most 20000 characters" in line

@@ -14,7 +14,7 @@ from typer.main import get_command
 import sora_model.cli.ending
 import sora_model.training.trainer
 from sora_model.cli import app
-from sora_model.storage.files import settle_folder, whole_file
+from sora_model.storage.files import WriteError, settle_folder, whole_file
 from sora_model.training.recipes.common import Preparation
 from sora_model.training.trainer import Trainer
 
@@ -52,7 +52,7 @@ def before_step(monkeypatch, number: int, action) -> None:
 
 
 def raised(error: Exception):
-    def action() -> None:
+    def action(*_) -> None:
         raise error
 
     return action
@@ -191,6 +191,14 @@ def test_a_fault_of_a_program_is_none_of_the_device(text, run, small, monkeypatc
     before_step(monkeypatch, 1, raised(RuntimeError(text)))
     with pytest.raises(RuntimeError, match=re.escape(text)):
         train(run, small, 3, "--resume")
+
+
+def test_a_full_disk_says_where_the_run_goes_on(run, small, monkeypatch) -> None:
+    full = WriteError("cannot write training.safetensors: No space left on device")
+    monkeypatch.setattr(sora_model.training.trainer, "write_state", raised(full))
+    result = train(run, small, 3, "--resume")
+    assert result.exit_code == 2
+    assert "No space left on device; --resume goes on from the last save, step 1" in result.output.replace("\n", "")
 
 
 def test_no_memory_is_one_line(run, small, monkeypatch) -> None:

@@ -292,6 +292,26 @@ def test_a_run_is_not_overwritten(run, clips):
     assert "already holds a run" in result.output
 
 
+def test_weights_are_not_overwritten(run, clips, tmp_path):
+    """Somebody's checkpoint, or what a run saved that had no disk left for its state."""
+    shutil.copytree(run[0] / "checkpoint", tmp_path / "run" / "checkpoint")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    result = sora("train", tmp_path / "run", "--data", clips, "--steps", 1, *TINY)
+    assert result.exit_code == 2
+    assert "OUT: expected a folder without weights, got " in result.output
+    result = sora("train", tmp_path / "run", "--data", clips, "--steps", 1, *TINY, "--resume")
+    assert result.exit_code == 2
+    assert f"only the weights in {tmp_path / 'run' / 'checkpoint'} were saved" in result.output.replace("\n", "")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_is_over_says_what_limits_it(clips, tmp_path):
+    for more in ([], ["--resume"]):
+        result = sora("train", tmp_path / "run", "--data", clips, "--steps", 1, *TINY, *more)
+        assert result.exit_code == 0, result.output
+    assert "nothing left to train: step 1 was the last one; a higher --steps adds some" in result.output
+
+
 def test_parse_size():
     assert parse_size("8x32x48") == (8, 32, 48)
 

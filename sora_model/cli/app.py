@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import io
 import logging
 import math
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -183,8 +185,10 @@ def _read_limits(texts: Sequence[str]) -> Limits:
     found = {}
     for text in texts:
         name, _, number = text.partition("=")
-        if name not in LIMITS or not re.fullmatch(r"[0-9]{1,18}(e[0-9]{1,2})?", number):
+        if name not in LIMITS:
             raise ValueError(f"--limit: expected NAME=NUMBER, NAME out of {', '.join(LIMITS)}, got {text!r}")
+        if not re.fullmatch(r"[0-9]{1,18}(e[0-9]{1,2})?", number):
+            raise ValueError(f"--limit: {name}: expected a whole number, such as 20000 or 1e8, got {number!r}")
         digits, _, zeros = number.partition("e")
         value = int(digits) * 10 ** int(zeros or 0)
         if not 1 <= value <= MOST:
@@ -206,9 +210,15 @@ def main(
     version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)] = False,
     limit: Annotated[
         list[str] | None,
-        typer.Option(help=f"NAME=NUMBER, what a file of others may ask for; NAME is {', '.join(LIMITS)}. Repeat for several."),
+        typer.Option(
+            help=f"NAME=NUMBER, before the command: the most that a file of others may ask for. NUMBER may be 1e8; NAME is one of"
+            f" {', '.join(LIMITS)}. Repeat for several."
+        ),
     ] = None,
 ) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # letters that a terminal lacks are no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
         set_limits(_read_limits(limit or []))
     except ValueError as error:
@@ -327,7 +337,7 @@ def known_device(device: str) -> str:
     """The name of a device that is there."""
     import torch
 
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", device)
     if match is None:
         raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {device!r}")
     count = torch.cuda.device_count()

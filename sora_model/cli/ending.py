@@ -91,6 +91,12 @@ def endings(out: Path) -> Iterator[Signals]:
     except Stopped as stopped:
         _say(f"stopped by {stopped}: {_last_save(out)}")
         raise typer.Exit(128 + stopped.number) from None
+    except OSError as error:
+        from ..storage.files import WriteError
+
+        if not isinstance(error, WriteError):
+            raise
+        raise WriteError(f"{error}; {_last_save(out)}") from error
     except RuntimeError as error:
         if LOST_DEVICE.search(str(error)) is None:
             raise

@@ -44,7 +44,7 @@ class Run:
         int, typer.Option(min=1, help="Tokens in a packed batch, as a batch of short samples; long ones count for more.")
     ] = 2048
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None
-    minutes: Annotated[float | None, typer.Option(help="Wall-clock limit.")] = None
+    minutes: Annotated[float | None, typer.Option(help="Wall-clock limit, of all sessions of a run together.")] = None
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3
     accumulation: Annotated[int, typer.Option(help="Batches whose gradients make one step.")] = 1
     precision: Annotated[Precision, typer.Option(help="bf16 multiplies matrices in bfloat16.")] = Precision.no

@@ -32,7 +32,8 @@ def run_training(trainer: Trainer, console: Console) -> list[float]:
     """Trains behind a progress bar; returns the losses."""
     losses: list[float] = []
     if trainer.progress >= 1:
-        console.print(f"nothing left to train: the limit was reached at step {trainer.step}")
+        longer = "--steps" if trainer.config.steps and trainer.step >= trainer.config.steps else "--minutes"
+        console.print(f"nothing left to train: step {trainer.step} was the last one; a higher {longer} adds some", highlight=False)
     columns = (TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("starting", total=1.0)

@@ -54,7 +54,7 @@ def train(
             model=model,
             vae=vae,
             text_encoder=text_encoder,
-            patch=parse_size(patch, "--patch") if patch else None,
+            patch=None if patch is None else parse_size(patch, "--patch"),
             prediction=prediction and prediction.value,
             detailed=detailed,
             frames=frames,

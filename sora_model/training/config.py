@@ -42,6 +42,9 @@ def check_shares(owner: str, settings: dict[str, float]) -> None:
             raise SettingError(owner, name, f"expected a number from 0 to 1, got {value}")
 
 
+MOST_ACCUMULATION = 4096  # batches, which are in memory at once
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train.
@@ -55,7 +58,7 @@ class TrainConfig:
             all. Muon's steps are scaled to AdamW's size, so one learning rate serves both.
         weight_decay: on matrices only.
         gradient_clip: largest norm of all gradients together.
-        accumulation: batches whose gradients make one step.
+        accumulation: batches whose gradients make one step, at most 4096.
         mixed_precision: "no", or "bf16": matrices multiplied in bfloat16, weights and their averages kept in float32.
         ema_decay: of the averaged weights; the first steps average over fewer.
         save_minutes: between checkpoints; one is always written at the end.
@@ -82,6 +85,8 @@ class TrainConfig:
             raise ValueError("TrainConfig: steps, minutes: expected a limit, got None for both")
         above = ("steps", "minutes", "learning_rate", "gradient_clip", "accumulation", "save_minutes")
         check_above(owner, {name: getattr(self, name) for name in above})
+        if self.accumulation > MOST_ACCUMULATION:
+            raise SettingError(owner, "accumulation", f"expected at most {MOST_ACCUMULATION}, got {self.accumulation}")
         check_shares(owner, {"ema_decay": self.ema_decay, "final_rate": self.final_rate})
         for name in ("warmup", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:

@@ -34,21 +34,26 @@ def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | 
     """Brings to an end what a killed process left half-written in a run's folder, and says whether a run can begin or go on there.
 
     Raises:
-        SettingError: nothing to resume; a fresh run where there is one already; settings that are not those that the run began
-            with (see `Trainer`).
+        SettingError: nothing to resume; a fresh run where there is one already, or weights; settings that are not those that the
+            run began with (see `Trainer`).
         ValueError: files of others in checkpoint/.
     """
-    path = folder / STATE
+    path, checkpoint = folder / STATE, folder / "checkpoint"
     for name in ("checkpoint", STATE, "loss.csv"):
         settle(folder / name)
-    check_replaceable(folder / "checkpoint")
+    check_replaceable(checkpoint)
+    weights = checkpoint.is_dir() and any(checkpoint.iterdir())
     if not resume and path.exists():
         at = read_state(path)["step"]
         raise SettingError("Trainer", "folder", f"{folder} already holds a run, at step {at}; resume it or choose another folder")
+    if not resume and weights:  # of another, or of a run that ended before its first state was whole
+        choice = "choose another folder, which can start from these weights, or remove them"
+        raise SettingError("Trainer", "folder", f"expected a folder without weights, got {checkpoint}; {choice}")
     if not resume:
         return
     if not path.is_file():
-        raise SettingError("Trainer", "resume", f"expected {path}, which is not there: nothing was saved; begin without resume")
+        found = f"only the weights in {checkpoint} were" if weights else "nothing was"
+        raise SettingError("Trainer", "resume", f"expected {path}, which is not there: {found} saved; begin without resume")
     began = read_state(path)["settings"]
     other = [
         f"{name}: expected {began[name]}, as the run began with, got {value}"

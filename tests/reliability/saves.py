@@ -143,7 +143,14 @@ class Training:
             assert not ended, "the state of step 1 is lost"
             nothing = self.run(shared, root, 3, "--resume")
             assert nothing.exit_code == 2, nothing.output
-            assert "nothing was saved; begin without resume" in nothing.output.replace("\n", "")
+            said = nothing.output.replace("\n", "")
+            assert "saved; begin without resume" in said
+            if (run / "checkpoint").exists():  # whole, and the state is not
+                assert f"only the weights in {run / 'checkpoint'} were saved" in said
+                fresh = self.run(shared, root, 3)
+                assert fresh.exit_code == 2, fresh.output
+                assert f"expected a folder without weights, got {run / 'checkpoint'}" in fresh.output.replace("\n", "")
+                shutil.rmtree(run / "checkpoint")
             done(self.run(shared, root, 3))
         assert_same_run(run, self.whole(shared) / "run")
         if self.name == "train-captioner":
