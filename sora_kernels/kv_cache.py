@@ -50,7 +50,8 @@ def flash_attn_with_kvcache(
         q: [B, S, H, d].
         k_cache: [B, Sc, Hk, d], contiguous, or each call copies it.
         v_cache: [B, Sc, Hk, dv]; each call copies a cache of fewer channels than the other.
-        k, v: [B, Sn, Hk, d] and [B, Sn, Hk, dv], written into the caches in place; both or neither.
+        k, v: [B, Sn, Hk, d] and [B, Sn, Hk, dv], written into the caches in place; both or neither. Where they are written, no two
+            elements of the caches may be one, and caches made under torch.inference_mode are refused outside of it.
         cache_seqlens: int32 [B], or an int for all: tokens that the cache holds already; required with k. None is all of Sc. On the
             CPU one that is negative or leaves no room for k is an error, before anything is written; elsewhere it is not read and
             counts as the nearest possible one.
@@ -93,6 +94,9 @@ def flash_attn_with_kvcache(
     cu_q, cu_k = (torch.arange(batch + 1, dtype=torch.int32, device=q.device) * n for n in (length, room))
     cu_q, cu_k, lengths = used_keys(op, "cache_seqlens", cu_q, cu_k, lengths, (batch * length, batch * room), new)
     if k is not None and v is not None:
+        if not torch.compiler.is_compiling():  # which looks after shared memory itself
+            _check_writable(op, k_cache, v_cache)
+            k, v = (x.clone() if any(_shares_memory(x, cache) for cache in (k_cache, v_cache)) else x for x in (k, v))
         samples = torch.arange(batch, device=q.device)[:, None]
         places = lengths[:, None] + torch.arange(new, device=q.device)
         k_cache[samples, places] = k
@@ -116,6 +120,58 @@ def _check_new(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor |
     if k.shape[1] > k_cache.shape[1]:
         fail(op, "k", f"at most {k_cache.shape[1]} tokens, as many as the cache has room for", f"{k.shape[1]}")
     return k.shape[1]
+
+
+def _check_writable(op: str, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Before anything is written: the caches can be, and no element of them is another one, too."""
+    for name, cache in {"k_cache": k_cache, "v_cache": v_cache}.items():
+        if cache.is_inference() and not torch.is_inference_mode_enabled():
+            fail(op, name, "a tensor that was made outside of torch.inference_mode, as k is written", "one that was made in it")
+        if not _are_apart(*_axes(cache)):
+            fail(op, name, "elements that do not overlap, as k is written", f"strides {list(cache.stride())}")
+    if _shares_memory(k_cache, v_cache) and not _are_interleaved(k_cache, v_cache):
+        fail(op, "v_cache", "memory of its own, as k is written", "some of k_cache's")
+
+
+Axis = tuple[int, int]  # stride and size
+
+
+def _axes(x: Tensor) -> list[Axis]:
+    return [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
+def _are_apart(*axes: Axis) -> bool:
+    """Along the axes from the smallest stride on, each steps over all of those before."""
+    reach = 0
+    for stride, size in sorted(axes):
+        if stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return True
+
+
+def _ends(x: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and of the one behind the last."""
+    count = 1 + sum((size - 1) * stride for stride, size in _axes(x)) if x.numel() else 0
+    return x.data_ptr(), x.data_ptr() + count * x.element_size()
+
+
+def _shares_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether their ranges of addresses overlap."""
+    (begin, end), (start, stop) = _ends(one), _ends(other)
+    return max(begin, start) < min(end, stop)
+
+
+def _are_interleaved(one: Tensor, other: Tensor) -> bool:
+    """Whether they are parts of one tensor, as cache[:, :, 0] and cache[:, :, 1] or cache[..., :d] and cache[..., d:] are."""
+    if one.stride() != other.stride():
+        return False
+    lower, upper = sorted((one, other), key=Tensor.data_ptr)
+    step, rest = divmod(upper.data_ptr() - lower.data_ptr(), lower.element_size())
+    lowest, highest = (sum((size - 1) * stride for stride, size in _axes(x) if stride < step) for x in (lower, upper))
+    outer = {axis for x in (lower, upper) for axis in _axes(x) if axis[0] >= step}
+    # One block of both, from the first element to the last, is stepped over.
+    return rest == 0 and lowest < step and _are_apart((1, step + highest + 1), *outer)
 
 
 def _lengths(op: str, q: Tensor, cache_seqlens: object, room: int, new: int) -> Tensor | None:

@@ -105,7 +105,17 @@ def test_signature() -> None:
 
 
 Q, CACHE, NEW, TWO = torch.zeros(2, 1, 4, 8), torch.zeros(2, 6, 2, 8), torch.zeros(2, 2, 2, 8), torch.tensor([1, 4]).int()
+ROWS = torch.zeros(13, 2, 8)
+with torch.inference_mode():
+    MADE_IN_INFERENCE = CACHE.clone()
 BAD = [
+    ({"k_cache": CACHE[:1].expand(CACHE.shape)}, "k_cache: expected elements that do not overlap~, got strides [0, 16, 8, 1]"),
+    ({"k_cache": CACHE, "v_cache": CACHE}, "v_cache: expected memory of its own~, got some of k_cache's"),
+    (
+        {"k_cache": ROWS[:12].view(CACHE.shape), "v_cache": ROWS[1:].view(CACHE.shape)},
+        "v_cache: expected memory of its own~, got some of k_cache's",
+    ),
+    ({"v_cache": MADE_IN_INFERENCE}, "v_cache: expected a tensor that was made outside~, got one that was made in it"),
     ({"rotary_cos": CACHE}, "rotary_cos: expected None (not supported), got Tensor"),
     ({"rotary_sin": CACHE}, "rotary_sin: expected None (not supported), got Tensor"),
     ({"cache_batch_idx": TWO}, "cache_batch_idx: expected None (not supported), got Tensor"),
@@ -140,6 +150,34 @@ def test_bad_input(wrong: dict, message: str) -> None:
     check_rejected(flash_attn_with_kvcache, {**good, **wrong}, f"flash_attn_with_kvcache: {message}")
     assert not k_cache.any()
     assert not v_cache.any()
+
+
+@pytest.mark.parametrize(
+    "caches",
+    [torch.zeros(2, 2, 6, 2, 8).unbind(0), torch.zeros(2, 6, 2, 2, 8).unbind(2), torch.zeros(2, 6, 2, 16).split(8, dim=-1)],
+)
+def test_caches_can_be_parts_of_one_tensor(caches: tuple[Tensor, Tensor]) -> None:
+    k_cache, v_cache = caches
+    k, v = torch.randn(2, *NEW.shape)
+    flash_attn_with_kvcache(Q, k_cache, v_cache, k, v, cache_seqlens=1)
+    assert torch.equal(k_cache[:, 1:3], k)
+    assert torch.equal(v_cache[:, 1:3], v)
+
+
+def test_new_keys_can_be_keys_of_the_cache() -> None:
+    k_cache, v_cache = torch.randn(2, *CACHE.shape)
+    k, v = k_cache[:, :3], v_cache[:, :3]
+    before = k.clone(), v.clone()
+    flash_attn_with_kvcache(Q, k_cache, v_cache, k, v, cache_seqlens=1)
+    assert torch.equal(k_cache[:, 1:4], before[0])
+    assert torch.equal(v_cache[:, 1:4], before[1])
+
+
+def test_caches_of_inference_mode_are_written_in_it() -> None:
+    with torch.inference_mode():
+        k_cache, v_cache = MADE_IN_INFERENCE.clone(), MADE_IN_INFERENCE.clone()
+        flash_attn_with_kvcache(Q, k_cache, v_cache, NEW + 1, NEW + 1, cache_seqlens=TWO)
+    assert (k_cache[0, 1:3] == 1).all()
 
 
 def test_nothing_is_written_where_an_option_is_wrong() -> None:
