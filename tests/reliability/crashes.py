@@ -167,12 +167,12 @@ def points_of(fault: Fault, count: int) -> Iterable[int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", type=int, nargs="?")
+    parser.add_argument("count", type=int, nargs="?", help="cases, spread over saves, calls and faults; default all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only")
-    parser.add_argument("--at", type=int)
-    parser.add_argument("--fault", type=lambda name: Fault[name])
-    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--only", help="the save of this name, as a failure prints it")
+    parser.add_argument("--at", type=int, help="the call of this number of it alone")
+    parser.add_argument("--fault", type=lambda name: Fault[name], help=f"this one alone: {', '.join(one.name for one in Fault)}")
+    parser.add_argument("--verbose", action="store_true", help="a line for each case")
     options = parser.parse_args()
     totals: dict[str, list[Checked]] = {KILLED: [], POWER: [], DISK: []}
     memory = Path("/dev/shm")  # a loss of power is worked out, so no disk needs to be waited for

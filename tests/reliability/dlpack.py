@@ -92,7 +92,7 @@ def fuzz(seconds: int, runs: int = -1, seed: int = 1) -> tuple[Outcome, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seconds", type=int)
+    parser.add_argument("seconds", type=int, help="of libFuzzer")
     parser.add_argument("--runs", type=int, default=-1, help="so many inputs, if that takes less time")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()

@@ -112,10 +112,10 @@ class Documents:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", type=int, nargs="?", default=500)
+    parser.add_argument("count", type=int, nargs="?", default=500, help="cases of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--only", choices=list(KINDS))
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--only", choices=list(KINDS), help="this kind alone")
     options = parser.parse_args()
     failed = 0
     with tempfile.TemporaryDirectory() as name:
@@ -124,7 +124,7 @@ def main() -> int:
             cases = [documents.run(kind, options.seed, options.first + number) for number in range(options.count)]
             wrong = sum(bool(case.faults) for case in cases)
             failed += wrong
-            print(f"{sum(not case.ended.code for case in cases)} commands end well")
+            print(f"commands that end well: {sum(not case.ended.code for case in cases)}")
             most = max((case.ended.more for case in cases), default=0)
             longest = max((case.ended.seconds for case in cases), default=0.0)
             print(Outcome(KINDS[kind], options.count, wrong, seconds=longest, memory=max(most, 0)), flush=True)

@@ -378,11 +378,11 @@ def per_tier(options: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", default="cpu", choices=["cpu", "reference", "triton"])
-    parser.add_argument("--only", nargs="+", metavar=("OP", "PROPERTY"))
-    parser.add_argument("--blob")
+    parser.add_argument("count", type=int, help="cases in all: of every tier, op and property a share, and one at least")
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--backend", default="cpu", choices=["cpu", "reference", "triton"], help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", metavar=("OP", "PROPERTY"), help=argparse.SUPPRESS)
+    parser.add_argument("--blob", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only and (options.only[0] not in OPS or options.only[1:] not in [[], *([name] for name in PROPERTIES)]):
         parser.error(f"--only: expected an op of {', '.join(OPS)} and none or one property of {', '.join(PROPERTIES)}")

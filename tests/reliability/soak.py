@@ -117,9 +117,9 @@ def soak_steps(seconds: float, seed: int) -> Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seconds", type=float)
+    parser.add_argument("seconds", type=float, help="in all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=SHARES)
+    parser.add_argument("--only", choices=SHARES, help="all the time for this part")
     parser.add_argument("--step", type=int, help="run the ops of this step only")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
