@@ -27,8 +27,8 @@ JSON, PAGE = ROOT / "docs" / "reliability.json", ROOT / "docs" / "reliability.md
 TARGETS = {
     "property": "Random layouts, masks, windows and dtypes, forward and backward. Results are within twice plain PyTorch's error "
     "(accuracy). Samples are what each is alone (packed), in any order (permuted). Rows of no sample (slack), samples without "
-    "tokens (blank) and what either holds (poisoned) change nothing. NaNs stay in their sample (nans). Threads (threaded) and strides "
-    "(strided) change nothing",
+    "tokens (blank) and what either holds (poisoned) change nothing. NaNs stay in their sample (nans). Threads (threaded) "
+    "and strides (strided) change nothing",
     "fuzz-calls": "Wrong calls, under AddressSanitizer and UndefinedBehaviorSanitizer",
     "fuzz-files": "Damaged and malicious files, prompts and paths",
     "crashes": "Saves that are killed, lose power or find the disk full, at every system call",
