@@ -90,7 +90,7 @@ fuzz-calls: sanitized
 	exit $$status
 
 fuzz-files: $(READY)
-	status=0; for check in media documents; do $(BIN)/python -m tests.reliability.$$check 500 || status=1; done; exit $$status
+	export OMP_NUM_THREADS=1; status=0; for check in media documents; do $(BIN)/python -m tests.reliability.$$check 500 || status=1; done; exit $$status
 
 property: $(READY)
 	export OMP_NUM_THREADS=1; status=0; $(BIN)/python -m tests.reliability.properties 10000 || status=1; \

@@ -44,11 +44,12 @@ PATCH = (1, 8, 8)
 ROUND = 100  # steps between two saves, and between two looks at the probe
 LOOKS = 200  # at what is used, at most
 SHARES = {"steps": 0.7, "threads": 0.15, "forks": 0.15}  # of the seconds
+WORDS = 1000
 CACHE_MB = 32  # of memory that is kept for outputs: less than fill_cache gives back
 
 
 class Noise:
-    """An endless source of clips of random sizes."""
+    """An endless source of clips of random sizes. The text encoder keeps the words that it has seen, so captions have few."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -59,7 +60,7 @@ class Noise:
 
     def load(self, index: int, epoch: int = 0) -> Sample:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        return Sample(torch.rand(3, *self.size(index), generator=generator) * 2 - 1, f"noise number {index}")
+        return Sample(torch.rand(3, *self.size(index), generator=generator) * 2 - 1, f"noise number {index % WORDS}")
 
 
 def training(folder: Path, seed: int) -> Iterator[int]:
