@@ -198,7 +198,7 @@ def main() -> int:
                     print(case, f"{checked.seconds:.2f} s", flush=True)
     for kind, found in totals.items():
         failed = sum(one.problem is not None for one in found)
-        print(Outcome(kind, len(found), failed, max((one.seconds for one in found), default=0.0)))
+        print(Outcome(kind, len(found), failed, max((one.seconds for one in found), default=0.0)), flush=True)
     return int(any(one.problem for found in totals.values() for one in found))
 
 
