@@ -1,5 +1,8 @@
 """A share of `python -m tests.reliability.soak`, and that it finds what it looks for."""
 
+import ctypes
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +44,31 @@ def test_threads_at_once_get_the_bits_of_one(known: together.Known) -> None:
         together.time.sleep(2)
     assert callers.calls > 0
     assert callers.failures == []
+
+
+def hang() -> None:
+    """With Python's lock, as `ctypes.PyDLL` keeps it."""
+    with mock.patch.object(together, "HANGS", 1), together.Callers(together.Known(0), "hangs"):
+        ctypes.PyDLL(None).sleep(60)
+
+
+def test_a_hang_with_pythons_lock_ends_the_process() -> None:
+    command = [sys.executable, "-c", "from tests.test_soak import hang; hang()"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=50, env=environment)
+    assert done.returncode == 1
+    assert "in hang" in done.stderr
+
+
+def test_threads_share_no_leaf(known: together.Known) -> None:
+    leaves = [x for work, _ in known.cases for x in work.inputs if x.requires_grad]
+    assert leaves
+    used: list[torch.Tensor] = []
+    with mock.patch.multiple(together, results=lambda work: used.extend(work.inputs), same=lambda *_: True):
+        for seed in range(50):
+            known.wrong(random.Random(seed))
+    assert not {id(x) for x in used} & {id(x) for x in leaves}
+    assert {x.data_ptr() for x in used} & {x.data_ptr() for x in leaves}
 
 
 def test_children_of_such_a_process_get_them_too(known: together.Known) -> None:
