@@ -33,6 +33,7 @@ DEEP = re.compile("depth|layer|blocks|attention_types")  # in the names of a con
 PARTS_EACH, PARTS_MORE, PARTS = 8, 1000, 2**15
 # What a checkpoint may recommend for a call whose user says nothing: an option may be any number.
 DEFAULTS = {"num_inference_steps": (1, 1000), "guidance_scale": (0, 1000), "guidance_from": (0, 1), "fps": (0.01, 1000)}
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 BUFFER_BYTES = 2**28  # of buffers, which no file need have; masks of GPT-Neo's layers take 2**27
 
 
@@ -159,7 +160,9 @@ def weight_files(folder: Path, stem: str, owner: str) -> list[Path]:
     whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if whole.is_file() or not index.is_file():
         if not whole.is_file():
-            raise FileNotFoundError(f"{owner}: expected a folder with {whole.name}, got {folder}")
+            pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+            only = f" with {pickles[0]}: pickles are not read" if pickles else ""
+            raise FileNotFoundError(f"{owner}: expected a folder with {whole.name}, got {folder}{only}")
         return [whole]
     places = read_json(index, owner).get("weight_map")
     if not isinstance(places, dict) or not places:
