@@ -74,6 +74,17 @@ def test_each_failure_is_one_case(monkeypatch: pytest.MonkeyPatch, capsys: pytes
             assert re.search(said, line)
 
 
+def test_memory_that_malloc_had_free_counts() -> None:
+    """In a process of its own, as it changes how malloc works: it keeps 256 MiB, of which the call takes 64."""
+    code = (
+        "import ctypes, torch; from tests.reliability.children import measured; libc = ctypes.CDLL(None);"
+        "[libc.mallopt(option, 1 << 30) for option in (-1, -3)]; torch.ones(1 << 26);"
+        "print(measured(lambda: torch.ones(1 << 24).sum() and None)[2] >> 20)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 60 <= int(done.stdout) <= 80
+
+
 def test_a_failure_is_repeated_by_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same directory, tier and sanitizer."""
     monkeypatch.setenv("SORA_KERNELS_ISA", "avx2")

@@ -1,11 +1,15 @@
 """Paths on the command line: what is wrong with one is said in a line that names its option, before any work."""
 
+import errno
 import inspect
+import os
 from pathlib import Path
 from typing import get_args, get_type_hints
+from unittest import mock
 
 from test_documents import refused
 
+import sora_model.storage.documents
 from sora_model.cli import app
 from sora_model.cli.app import to_path
 
@@ -59,8 +63,17 @@ def test_links_that_lead_to_themselves_are_named(small, tmp_path) -> None:
         assert "expected a folder with " in line
 
 
-def test_a_batch_file_that_cannot_be_read_is_named(small, tmp_path) -> None:
-    assert "error: batch: cannot read /proc/self/mem: " in refused("batch", "/proc/self/mem", "--checkpoint", small)
+def test_a_batch_file_that_cannot_be_read_is_named(small, tmp_path, monkeypatch) -> None:
+    (tmp_path / "a.json").write_text("[]")
+    lost = OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(sora_model.storage.documents, "read_bytes_file", mock.Mock(side_effect=lost))
+    line = refused("batch", tmp_path / "a.json", "--checkpoint", small)
+    assert f"error: batch: cannot read {tmp_path / 'a.json'}: Input/output error" in line
+
+
+def test_a_batch_file_of_the_kernel_is_empty(small) -> None:
+    line = refused("batch", "/proc/self/mem", "--checkpoint", small)
+    assert "error: batch: /proc/self/mem: expected JSON, got Expecting value: line 1 column 1" in line
 
 
 def test_a_folder_without_media_is_named(tmp_path) -> None:

@@ -6,6 +6,7 @@ about to run, and what came of it. So the parent knows which case a child died i
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import gc
 import json
@@ -59,6 +60,7 @@ def memory_line(name: str) -> int:
 
 def measured(call: Callable[[], str | None]) -> tuple[str | None, float, int]:
     """What is wrong with a call, its seconds, and its peak of resident memory beyond what there was before."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was free already would not count
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, start = memory_line("VmRSS"), time.perf_counter()
     wrong = call()
