@@ -94,7 +94,8 @@ def flash_attn_with_kvcache(
     cu_q, cu_k = (torch.arange(batch + 1, dtype=torch.int32, device=q.device) * n for n in (length, room))
     cu_q, cu_k, lengths = used_keys(op, "cache_seqlens", cu_q, cu_k, lengths, (batch * length, batch * room), new)
     if k is not None and v is not None:
-        if not torch.compiler.is_compiling():  # which looks after shared memory itself
+        # A compiled function looks after shared memory itself; a tensor on meta has none.
+        if not torch.compiler.is_compiling() and not q.is_meta:
             _check_writable(op, k_cache, v_cache)
             k, v = (x.clone() if any(_shares_memory(x, cache) for cache in (k_cache, v_cache)) else x for x in (k, v))
         samples = torch.arange(batch, device=q.device)[:, None]

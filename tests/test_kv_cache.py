@@ -164,6 +164,11 @@ def test_caches_can_be_parts_of_one_tensor(caches: tuple[Tensor, Tensor]) -> Non
     assert torch.equal(v_cache[:, 1:3], v)
 
 
+def test_caches_without_memory() -> None:
+    q, k_cache, v_cache, k, v = (x.to("meta") for x in (Q, CACHE, CACHE, NEW, NEW))
+    assert flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=1).shape == Q.shape
+
+
 def test_new_keys_can_be_keys_of_the_cache() -> None:
     k_cache, v_cache = torch.randn(2, *CACHE.shape)
     k, v = k_cache[:, :3], v_cache[:, :3]

@@ -168,7 +168,7 @@ def run_apart(name: str, elements: int) -> Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("elements", type=int, help="more than these has the largest tensor of each case")
+    parser.add_argument("elements", type=int, help="the largest tensor of each case has more")
     parser.add_argument("--case", choices=CASES, help="this one alone")
     options = parser.parse_args()
     if options.case:

@@ -44,7 +44,7 @@ PATCH = (1, 8, 8)
 ROUND = 100  # steps between two saves, and between two looks at the probe
 LOOKS = 200  # at what is used, at most
 SHARES = {"steps": 0.7, "threads": 0.15, "forks": 0.15}  # of the seconds
-WORDS = 1000
+WORDS = 1000  # of captions
 CACHE_MB = 32  # of memory that is kept for outputs: less than fill_cache gives back
 
 
