@@ -195,6 +195,16 @@ def test_a_header_that_hides_large_frames(tmp_path):
         read_video(tmp_path / "a.mkv", pixel_limit=5000)
 
 
+def test_a_long_header_raises_no_limit(tmp_path, monkeypatch):
+    """The file says 255x1, the stream 96x64: its decoder refuses that, before there are frames to check."""
+    data = encode(tmp_path / "a.mkv", np.zeros((1, 64, 96, 3), np.uint8)).read_bytes()
+    at = data.index(b"\xb0\x81\x60\xba\x81\x40")  # PixelWidth 96, PixelHeight 64
+    (tmp_path / "a.mkv").write_bytes(data[:at] + b"\xb0\x81\xff\xba\x81\x01" + data[at + 6 :])
+    monkeypatch.setattr(videos, "check_pixels", lambda *_: None)
+    with pytest.raises(MediaError, match=r"cannot read .*a\.mkv: "):
+        read_video(tmp_path / "a.mkv", pixel_limit=3000)
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "list.mp4", "stream.mkv", "script.avi"])
 def test_no_file_opens_another(tmp_path, name):
     """Playlists and scripts under the suffix of a video."""

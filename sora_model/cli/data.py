@@ -59,7 +59,7 @@ def recaption(
         )  # fmt: skip
     written, sheets = 0, [path for path in source.paths if is_contact_sheet(path)]
     owners: dict[Path, Path] = {}  # of the files of captions
-    for path in sorted(source.paths, key=lambda path: len(path.name)):  # a.png before a.detailed.png
+    for path in sorted(set(source.paths) - set(sheets), key=lambda path: (len(path.name), path)):  # a.png before a.detailed.png
         for file in _captions_of(path).values():
             owners.setdefault(file, path)
     for index, path in enumerate(source.paths):

@@ -158,8 +158,8 @@ def _decoder(stream: av.VideoStream, limit: PixelLimit) -> av.VideoCodecContext:
         decoder = av.CodecContext.create(WITH_ALPHA[decoder.name], "r")  # type: ignore[assignment]
     decoder.thread_type = "AUTO"
     decoder.thread_count = max(min(os.cpu_count() or 1, LARGE_FRAMES // max(width * height, 1)), 1)
-    # For streams whose frames are larger than their file's header says.
-    most = limit.most + MARGIN * (width + height + MARGIN)
+    # For streams whose frames are larger than their file's header says; one that says 2^24 x 1 must not raise the limit either.
+    most = limit.most + min(MARGIN * (width + height + MARGIN), limit.most // 2)
     decoder.options = {"max_pixels": str(most)}
     return decoder
 

@@ -52,8 +52,9 @@ def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | 
     if not resume:
         return
     if not path.is_file():
-        found = f"only the weights in {checkpoint} were" if weights else "nothing was"
-        raise SettingError("Trainer", "resume", f"expected {path}, which is not there: {found} saved; begin without resume")
+        only = f"only the weights in {checkpoint} were saved; another run, elsewhere, can start from them"
+        saved = only if weights else "nothing was saved; begin without resume"
+        raise SettingError("Trainer", "resume", f"expected {path}, which is not there: {saved}")
     began = read_state(path)["settings"]
     other = [
         f"{name}: expected {began[name]}, as the run began with, got {value}"

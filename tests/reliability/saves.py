@@ -144,8 +144,9 @@ class Training:
             nothing = self.run(shared, root, 3, "--resume")
             assert nothing.exit_code == 2, nothing.output
             said = nothing.output.replace("\n", "")
-            assert "saved; begin without resume" in said
-            if (run / "checkpoint").exists():  # whole, and the state is not
+            if not (run / "checkpoint").exists():
+                assert "nothing was saved; begin without resume" in said
+            else:  # whole, and the state is not
                 assert f"only the weights in {run / 'checkpoint'} were saved" in said
                 fresh = self.run(shared, root, 3)
                 assert fresh.exit_code == 2, fresh.output
