@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ._torch_private import transforms_active
 from .attention_arguments import check_options, check_unpaged, run
 from .attention_op import Longest
 from .checks import AttentionNames, check_bool, check_int, check_tensor, fail
@@ -94,8 +95,7 @@ def flash_attn_with_kvcache(
     cu_q, cu_k = (torch.arange(batch + 1, dtype=torch.int32, device=q.device) * n for n in (length, room))
     cu_q, cu_k, lengths = used_keys(op, "cache_seqlens", cu_q, cu_k, lengths, (batch * length, batch * room), new)
     if k is not None and v is not None:
-        # A compiled function looks after shared memory itself; a tensor on meta has none.
-        if not torch.compiler.is_compiling() and not q.is_meta:
+        if _have_memory(q, k_cache, v_cache, k, v):
             _check_writable(op, k_cache, v_cache)
             k, v = (x.clone() if any(_shares_memory(x, cache) for cache in (k_cache, v_cache)) else x for x in (k, v))
         samples = torch.arange(batch, device=q.device)[:, None]
@@ -121,6 +121,16 @@ def _check_new(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor |
     if k.shape[1] > k_cache.shape[1]:
         fail(op, "k", f"at most {k_cache.shape[1]} tokens, as many as the cache has room for", f"{k.shape[1]}")
     return k.shape[1]
+
+
+def _have_memory(*tensors: Tensor) -> bool:
+    """Whether they have addresses that can be compared: not where they trace, transform or stand for others, nor on meta.
+
+    A compiled function looks after shared memory itself.
+    """
+    if torch.compiler.is_compiling() or transforms_active():
+        return False
+    return all(type(x) in (Tensor, nn.Parameter) and not x.is_meta for x in tensors)
 
 
 def _check_writable(op: str, k_cache: Tensor, v_cache: Tensor) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tolerance import Target, assert_bit_equal, check_rejected
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sora_kernels.attention import flash_attn_func
 from sora_kernels.kv_cache import flash_attn_with_kvcache
@@ -167,6 +168,21 @@ def test_caches_can_be_parts_of_one_tensor(caches: tuple[Tensor, Tensor]) -> Non
 def test_caches_without_memory() -> None:
     q, k_cache, v_cache, k, v = (x.to("meta") for x in (Q, CACHE, CACHE, NEW, NEW))
     assert flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=1).shape == Q.shape
+
+
+def test_fake_caches() -> None:
+    with FakeTensorMode():
+        q, k_cache, v_cache, k, v = (torch.empty(x.shape) for x in (Q, CACHE, CACHE, NEW, NEW))
+        assert flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=1).shape == Q.shape
+
+
+def test_mapped_caches_are_written() -> None:
+    q, k_cache, v_cache, k, v = (torch.randn(3, *x.shape) for x in (Q, CACHE, CACHE, NEW, NEW))
+    caches, apart = (k_cache, v_cache), (k_cache.clone(), v_cache.clone())
+    outs = torch.func.vmap(lambda *one: flash_attn_with_kvcache(*one, cache_seqlens=1))(q, *caches, k, v)
+    for i, out in enumerate(outs):
+        assert torch.equal(out, flash_attn_with_kvcache(q[i], apart[0][i], apart[1][i], k[i], v[i], cache_seqlens=1))
+    assert_bit_equal(caches, apart)
 
 
 def test_new_keys_can_be_keys_of_the_cache() -> None:
