@@ -201,6 +201,23 @@ def test_a_full_disk_says_where_the_run_goes_on(run, small, monkeypatch) -> None
     assert "No space left on device; --resume goes on from the last save, step 1" in result.output.replace("\n", "")
 
 
+def test_a_full_disk_of_a_first_save(small, tmp_path, monkeypatch) -> None:
+    """The checkpoint is written before the state."""
+    full = WriteError("cannot write training.safetensors: No space left on device")
+    monkeypatch.setattr(sora_model.training.trainer, "write_state", raised(full))
+    result = train(tmp_path / "run", small, 1)
+    assert result.exit_code == 2
+    said = result.output.replace("\n", "")
+    assert f"No space left on device; only the weights in {tmp_path / 'run' / 'checkpoint'} were saved; another run, " in said
+
+
+def test_a_state_that_cannot_be_read_is_no_missing_one(run, small, monkeypatch) -> None:
+    before_step(monkeypatch, 1, lambda: [os.truncate(run / "training.safetensors", 100), raised(WriteError("cannot write"))()])
+    result = train(run, small, 3, "--resume")
+    assert result.exit_code == 2
+    assert "cannot write; the last save cannot be read: Trainer: " in result.output.replace("\n", "")
+
+
 def test_no_memory_is_one_line(run, small, monkeypatch) -> None:
     before_step(monkeypatch, 1, raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")))
     result = train(run, small, 3, "--resume")

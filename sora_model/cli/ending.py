@@ -104,11 +104,14 @@ def endings(out: Path) -> Iterator[Signals]:
 
 
 def _last_save(out: Path) -> str:
-    from ..training.resume import STATE, read_state
+    from ..training.resume import STATE, read_state, saved_alone
 
-    with contextlib.suppress(ValueError, OSError):
+    if not (out / STATE).exists():
+        return saved_alone(out)
+    try:
         return f"--resume goes on from the last save, step {read_state(out / STATE)['step']}"
-    return "nothing was saved"
+    except (ValueError, OSError) as error:
+        return f"the last save cannot be read: {error}"
 
 
 def _say(line: str) -> None:

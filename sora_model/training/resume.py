@@ -21,7 +21,7 @@ from ..storage.files import check_replaceable, locked, make_folder, settle, whol
 from ..storage.weights import check_header
 from .config import SettingError, TrainConfig
 
-STATE = "training.safetensors"
+STATE, CHECKPOINT = "training.safetensors", "checkpoint"
 MOST_STEPS = 2**48
 
 
@@ -38,11 +38,11 @@ def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | 
             run began with (see `Trainer`).
         ValueError: files of others in checkpoint/.
     """
-    path, checkpoint = folder / STATE, folder / "checkpoint"
-    for name in ("checkpoint", STATE, "loss.csv"):
+    path, checkpoint = folder / STATE, folder / CHECKPOINT
+    for name in (CHECKPOINT, STATE, "loss.csv"):
         settle(folder / name)
     check_replaceable(checkpoint)
-    weights = checkpoint.is_dir() and any(checkpoint.iterdir())
+    weights = has_weights(checkpoint)
     if not resume and path.exists():
         at = read_state(path)["step"]
         raise SettingError("Trainer", "folder", f"{folder} already holds a run, at step {at}; resume it or choose another folder")
@@ -52,9 +52,8 @@ def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | 
     if not resume:
         return
     if not path.is_file():
-        only = f"only the weights in {checkpoint} were saved; another run, elsewhere, can start from them"
-        saved = only if weights else "nothing was saved; begin without resume"
-        raise SettingError("Trainer", "resume", f"expected {path}, which is not there: {saved}")
+        begin = "" if weights else "; begin without resume"
+        raise SettingError("Trainer", "resume", f"expected {path}, which is not there: {saved_alone(folder)}{begin}")
     began = read_state(path)["settings"]
     other = [
         f"{name}: expected {began[name]}, as the run began with, got {value}"
@@ -63,6 +62,17 @@ def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | 
     ]
     if other:
         raise SettingError("Trainer", "resume", "; ".join(other))
+
+
+def has_weights(checkpoint: Path) -> bool:
+    return checkpoint.is_dir() and any(checkpoint.iterdir())
+
+
+def saved_alone(folder: Path) -> str:
+    """What a run has saved that has no state."""
+    if has_weights(folder / CHECKPOINT):
+        return f"only the weights in {folder / CHECKPOINT} were saved; another run, elsewhere, can start from them"
+    return "nothing was saved"
 
 
 @contextlib.contextmanager
