@@ -71,6 +71,7 @@ class Video:
                         keys.append(Key(packet.pts, packet.dts, len(stamps) - 1))
             if first is None or not stamps or stream.time_base is None:
                 raise ValueError("it has no frames")
+            check_pixels(first.width, first.height, limit)
             stated = stream.average_rate or stream.guessed_rate
             self.stamped = None not in stamps and first.pts is not None
             if self.stamped:
