@@ -24,10 +24,11 @@ class Limits(NamedTuple):
         picture_pixels: of a picture that is decoded: 8192 x 4096.
         video_pixels: of a video's frame; decoders hold several at once.
         frames: of a video file, whose time stamps are listed: nine hours at 30 a second.
-        clip_pixels: of all frames that a command reads from one file, which are in memory at once: 4 GB.
+        clip_pixels: of all frames that a command reads from one file, or from all that a batch file names: 3.2 GB in float32.
         json_bytes: of a config, an index of weights, or the file of `sora batch`.
         json_depth: of lists and objects within each other in it.
         json_items: of its lists, objects and values, as `sora_model.storage.documents.check_items` counts them: 100 bytes each.
+        requests: of `sora batch`, which one pass makes together.
         header_bytes: of a safetensors file.
         tokenizer_bytes: of a tokenizer's file; the largest have 33 million.
         text: characters of a prompt, a caption or an action. Attention over words takes memory by their square.
@@ -40,6 +41,7 @@ class Limits(NamedTuple):
     json_bytes: int = 2**24
     json_depth: int = 64
     json_items: int = 2**22
+    requests: int = 1024
     header_bytes: int = 2**24
     tokenizer_bytes: int = 2**25
     text: int = 20_000

@@ -350,6 +350,7 @@ SHARE = "a number above 0 and up to 1"
         ("[]", "expected a list of objects with a task each"),
         ("5", "expected a list of objects with a task each"),
         ("[5]", "expected a list of objects with a task each"),
+        (json.dumps([{"prompt": "x"}] * 1025), "expected at most 1024 requests, got 1025; 'sora --limit requests=1025 COMMAND"),
         ("[" * 100_000, "expected JSON, got"),
         ("", "expected JSON, got"),
     ],
@@ -366,7 +367,7 @@ def test_requests_are_read_as_utf_8(media, tmp_path) -> None:
     """With or without a mark of it, whatever the locale says."""
     path = tmp_path / "requests.json"
     code = "import sys, pathlib\nfrom sora_model.cli.requests import read_requests\n"
-    code += "print(ascii(read_requests(pathlib.Path(sys.argv[1]), '', None)[0].fields['prompt']))"
+    code += "print(ascii(read_requests(pathlib.Path(sys.argv[1]), '', print)[0].fields['prompt']))"
     for encoding in ("utf-8", "utf-8-sig"):
         path.write_text('[{"prompt": "ein Kätzchen"}]', encoding=encoding)
         environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from sora_model import SoraPipeline
-from sora_model.cli import app, estimate, terminal
+from sora_model.cli import app, call, estimate, terminal
 from sora_model.cli.actions import about
+from sora_model.cli.app import read_clip
 from sora_model.cli.requests import ALIASES, COMMON, TASKS
 from sora_model.cli.run import errors_by_option
 from sora_model.data import probe, read_comment, read_video, write_video
@@ -340,6 +341,20 @@ def test_each_file_of_a_batch_says_what_its_request_was(small, media, tmp_path) 
         assert {name: comment[name] for name in settings} == settings
         assert comment["command"] == "batch"
     assert not {"strength", "overlap", "video"} & set(comments[0])
+
+
+def test_a_file_that_many_requests_name_is_read_once(small, media, tmp_path, monkeypatch) -> None:
+    read = []
+    monkeypatch.setattr(call, "read_clip", lambda path, *rest: read.append(path) or read_clip(path, *rest))
+    (tmp_path / "link.mp4").symlink_to(media / "a.mp4")
+    names = [media / "a.mp4", media / "b.mp4", media / ".." / media.name / "a.mp4", "link.mp4", media / "b.mp4"]
+    wanted = [{"task": "restyle", "prompt": "x", "video": str(name), "strength": 0.5} for name in names]
+    (tmp_path / "requests.json").write_text(json.dumps(wanted))
+    options = ["batch", tmp_path / "requests.json", "--checkpoint", small, "--steps", 1, "--out", tmp_path / "out"]
+    sora("--limit", "clip-pixels=2560", *options)
+    assert read == names[:2]
+    said = sora("--limit", "clip-pixels=2559", *options, code=2)
+    assert "the files of its requests: expected at most 2559 pixels of all frames, got 2560" in said
 
 
 def test_a_request_that_joins_other_speeds_is_named(media, unloaded, tmp_path) -> None:

@@ -307,7 +307,7 @@ def batch(
     *,
     call: Call,
 ) -> None:
-    asked = read_requests(requests, call.negative, call)
+    asked = read_requests(requests, call.negative, call.read)
     call.kept.append(requests)
     for one in asked:
         if call.is_unguided and one.fields["negative_prompt"]:

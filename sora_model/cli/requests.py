@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..limits import check_text
+from ..limits import check_limit, check_text
 from ..storage.documents import read_json_for
 from .app import parse_size
 from .text import is_utf8
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..pipeline.parts import Outline
     from ..pipeline.request import Request
-    from .call import Call
+
+    Read = Callable[[Path, int | None, tuple[int, int] | None, str], tuple[Tensor, float]]
 
 
 class Kind(NamedTuple):
@@ -122,8 +125,8 @@ class Asked:
             raise ValueError(f"batch: request {self.number}: {error}") from None
 
 
-def read_requests(path: Path, negative: str, call: Call) -> list[Asked]:
-    """The requests of a file in UTF-8; negative: the negative prompt of those that have none; call: reads their files.
+def read_requests(path: Path, negative: str, read: Read) -> list[Asked]:
+    """The requests of a file in UTF-8; negative: the negative prompt of those that have none; read: `Call.read`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -134,8 +137,24 @@ def read_requests(path: Path, negative: str, call: Call) -> list[Asked]:
     wanted = read_json_for("batch", path)
     if not isinstance(wanted, list) or not wanted or not all(isinstance(one, dict) for one in wanted):
         raise ValueError(f"batch: {path}: expected a list of objects with a task each")
+    check_limit("requests", len(wanted), f"batch: {path}", "requests")
     checked = [_checked(one, i) for i, one in enumerate(wanted)]
-    return [_read(task, fields, i, path.parent, negative, call) for i, (task, fields) in enumerate(checked)]
+    read = _once(read, f"batch: {path}: the files of its requests")
+    return [_read(task, fields, i, path.parent, negative, read) for i, (task, fields) in enumerate(checked)]
+
+
+def _once(read: Read, where: str) -> Read:
+    """Reads a file that many requests name once, under whatever names; all files together hold no more pixels than one may."""
+    known: dict[tuple[Any, ...], tuple[Tensor, float]] = {}
+
+    def reading(path: Path, *how: Any) -> tuple[Tensor, float]:
+        key = os.path.realpath(path), *how
+        if key not in known:
+            known[key] = read(path, *how)
+            check_limit("clip_pixels", sum(clip[0].numel() for clip, _ in known.values()), where, "pixels of all frames")
+        return known[key]
+
+    return reading
 
 
 def _checked(one: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
@@ -161,7 +180,7 @@ def _checked(one: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
     return task, fields
 
 
-def _read(task: str, fields: dict[str, Any], number: int, folder: Path, negative: str, call: Call) -> Asked:
+def _read(task: str, fields: dict[str, Any], number: int, folder: Path, negative: str, read: Read) -> Asked:
     """A request with its videos and images in place of their names."""
     fields, rates = {"negative_prompt": negative, **fields}, []
     files: dict[str, Path] = {name: folder / fields[name] for name in ("image", "video", "first", "last") if name in fields}
@@ -170,7 +189,7 @@ def _read(task: str, fields: dict[str, Any], number: int, folder: Path, negative
         before = "image" if images else "first"
         size = tuple(fields[before].shape[2:]) if name == "last" else None  # read before
         try:
-            fields[name], rate = call.read(path, 1 if images else None, size, f", as {before} has them" if size else "")
+            fields[name], rate = read(path, 1 if images else None, size, f", as {before} has them" if size else "")
         except (ValueError, OSError) as error:
             raise ValueError(f"batch: request {number}: {name}: {error}") from None
         rates += [] if images else [rate]
