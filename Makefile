@@ -67,6 +67,7 @@ sanitized: $(READY)
 	cd $(SANITIZED) && SORA_KERNELS_CUDA=0 SORA_KERNELS_SANITIZE=1 $(abspath $(BIN))/python setup.py build_ext --inplace
 
 sanitize: sanitized
+	test -n "$(TIERS)"  # a shell loop over nothing is a success
 	set -e; cd $(SANITIZED); export $(SANITIZER_OPTIONS); for tier in $(TIERS); do export SORA_KERNELS_ISA=$$tier; echo $$tier; \
 	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -m 'not emulated' -k 'not compiled and not limit and not scratch and not failed' $(SANITIZED_TESTS); done
 
@@ -157,4 +158,4 @@ bench-gate: $(READY)
 	$(BIN)/python -m benchmarks.gate docs/benchmarks
 
 clean:
-	rm -rf build outputs *.egg-info sora_kernels/*.so
+	rm -rf build outputs *.egg-info sora_kernels/*.so $(READY)

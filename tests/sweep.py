@@ -100,7 +100,7 @@ class Case:
     softcap: float = 0.0
     mask: list[Tensor] | None = None  # [H, Sq, Sk] of each
     call: Any = None
-    told: dict[str, Any] = field(default_factory=dict)
+    drawn: dict[str, Any] = field(default_factory=dict)
 
 
 def drawn(draw: Draw) -> Case:
@@ -156,8 +156,8 @@ def masked(draw: Draw) -> Case:
     samples = [(slice(b * n, b * n + n), slice(b * m, b * m + m)) for b in range(batch)]
     masks = None if bias is None else list(bias)
     seen = [torch.ones(n, m, dtype=torch.bool)] * batch
-    told = {"n": n, "m": m, "d": d, "heads": heads, "of keys": key_heads, "mask": shape, "magnitude": magnitude, "scale": scale}
-    return Case("masked", dtype, rows(q), rows(k), rows(v), samples, seen, scale, 0.0, masks, call, told)
+    values = {"n": n, "m": m, "d": d, "heads": heads, "of keys": key_heads, "mask": shape, "magnitude": magnitude, "scale": scale}
+    return Case("masked", dtype, rows(q), rows(k), rows(v), samples, seen, scale, 0.0, masks, call, values)
 
 
 def packed(draw: Draw) -> Case:
@@ -186,8 +186,8 @@ def packed(draw: Draw) -> Case:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flash_attn_varlen_func(q, k, v, cu_q, cu_k, causal=causal, window_size=window, softcap=softcap)
 
-    told = {"lengths": lengths, "d": d, "heads": heads, "of keys": key_heads, "causal": causal, "window": window}
-    return Case("packed", dtype, q, k, v, samples, visible, d**-0.5, softcap, None, call, {**told, "softcap": softcap})
+    values = {"lengths": lengths, "d": d, "heads": heads, "of keys": key_heads, "causal": causal, "window": window}
+    return Case("packed", dtype, q, k, v, samples, visible, d**-0.5, softcap, None, call, {**values, "softcap": softcap})
 
 
 def spans(draw: Draw) -> Case:
@@ -232,8 +232,16 @@ def spans(draw: Draw) -> Case:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return spatiotemporal_attention(q, k, v, layout, window=window, causal=causal, softmax_scale=scale)
 
-    told = {"spans": layout.spans, "window": window, "causal": causal, "d": d, "heads": heads, "of keys": key_heads, "scale": scale}
-    return Case("spans", dtype, q, k, v, samples, visible, scale, 0.0, None, call, told)
+    values = {
+        "spans": layout.spans,
+        "window": window,
+        "causal": causal,
+        "d": d,
+        "heads": heads,
+        "of keys": key_heads,
+        "scale": scale,
+    }
+    return Case("spans", dtype, q, k, v, samples, visible, scale, 0.0, None, call, values)
 
 
 def axis(size: int, window: int, past: bool) -> Tensor:
@@ -300,7 +308,7 @@ def run(cases: range, seed: int, backend: str, longest: int) -> list[str]:
         with backends.use_backend(backend):
             wrong = failure(case)
         if wrong is not None:
-            failures.append(f"case {number}: {case.kind} {str(case.dtype)[6:]}: {wrong}: {case.told}")
+            failures.append(f"case {number}: {case.kind} {str(case.dtype)[6:]}: {wrong}: {case.drawn}")
     return failures
 
 

@@ -1,9 +1,11 @@
 """A sample of what reliability/crashes.py interrupts; and what it is made of finds what it is made for."""
 
 import contextlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +27,14 @@ def test_some_of_all_crash_points() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert [one.failed for one in outcomes(done.stdout)] == [0, 0, 0]
     assert sum(one.cases for one in outcomes(done.stdout)) >= 24
+
+
+def test_a_recovery_that_dies_in_silence_fails(tmp_path) -> None:
+    crashes = object.__new__(Crashes)
+    crashes.root, crashes.shared, crashes.log, crashes._seen = tmp_path / "root", None, tmp_path / "log", {}
+    crashes.saves = {"save": mock.Mock(recover=lambda *_: signal.raise_signal(signal.SIGKILL))}
+    for _ in range(2):  # a state that was looked at before is not looked at again
+        assert crashes._recovered("save", {}, complete=True) == "going on from it ends with status -9: "
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from reliability.child import in_a_process
+from reliability.guarded import in_a_process
 from reliability.templates import TEMPLATES
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner

@@ -29,6 +29,21 @@ def test_every_package_has_a_lowest_version() -> None:
     assert "sora-kernels" not in versions
 
 
+def test_a_command_that_dies_in_silence_fails() -> None:
+    for code, failure in (("0", ""), ("3", "it ended with status 3\n")):
+        assert sdist.ended(sdist.run(ROOT, "-c", f"import os; os._exit({code})")) == failure
+
+
+def test_another_python_is_not_taken_in_silence(tmp_path) -> None:
+    environment = floors.Environment(tmp_path, tmp_path)
+    for path, version in ((environment.python, "3.10.1"), (tmp_path / "python", "3.12.1")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\necho Python {version}\n")
+        path.chmod(0o755)
+    with pytest.raises(SystemExit, match=r"expected .* without an environment, or with one of Python 3.12.1, got Python 3.10.1"):
+        environment.make(str(tmp_path / "python"), {})
+
+
 @pytest.mark.parametrize("text", ["ninja", "torch!=2.10", "torch<3"])
 def test_what_has_no_lowest_version_is_named(text: str) -> None:
     with pytest.raises(ValueError, match=f"pyproject.toml: {text}: expected one lowest version"):

@@ -91,9 +91,9 @@ def test_a_failure_is_repeated_by_one_command(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("ASAN_OPTIONS", "a=1:b=2 3")
     command = children.again("tests.reliability.entries", "1", "--seed 4")
     assert command.startswith(f"cd {os.getcwd()} && ASAN_OPTIONS='a=1:b=2 3' ")
-    assert command.endswith(" SORA_KERNELS_ISA=avx2 python -m tests.reliability.entries 1 --seed 4")
+    assert command.endswith(f" SORA_KERNELS_ISA=avx2 {sys.executable} -m tests.reliability.entries 1 --seed 4")
     code = "import os; print(os.environ['SORA_KERNELS_ISA'], os.environ['ASAN_OPTIONS'])"
-    shown = command.partition("python -m")[0] + f'{sys.executable} -c "{code}"'
+    shown = command.partition(" -m ")[0] + f' -c "{code}"'
     done = subprocess.run(shown, shell=True, capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]})
     assert done.stdout == "avx2 a=1:b=2 3\n"
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from media_files import encode, numbered
 from PIL import Image
-from reliability.media import make_mutants, make_seeds
+from reliability.hostile import Listener
+from reliability.media import drawn, make_mutants, make_seeds, run_all
 from typer.testing import CliRunner
 
 from sora_model.cli import app
@@ -74,3 +75,22 @@ def test_training_goes_on_without_bombs(tmp_path, tokens):
     assert "long.png" in text
     assert "1videoiscutto2framesandscaledto" in text
     assert "1imageisscaledto" in text
+
+
+@pytest.mark.parametrize(("kind", "first"), [("mutants", 0), ("mutants", 3), ("tricks", 0), ("tricks", 5)])
+def test_guarded_commands_on_bad_files(kind, first, tmp_path) -> None:
+    with Listener() as listener:
+        (case,) = drawn(tmp_path, listener.port, 1, first, 0, kind)
+        endings, faults = run_all(case.file.path, tmp_path, well=case.file.may_end_well)
+        assert not listener.was_called()
+    assert not faults
+    assert len(endings) == 3
+
+
+def test_a_bad_file_that_is_taken_is_a_fault(tmp_path) -> None:
+    path = encode(tmp_path / "a.mp4", numbered(4, 16, 16))
+    assert run_all(path, tmp_path)[1] == []
+    caption, animate, train = run_all(path, tmp_path, well=False)[1]
+    assert caption.startswith("caption: ended well\n")
+    assert animate.startswith("animate: ended well\n")
+    assert train.startswith("train: takes the file\n")

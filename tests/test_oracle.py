@@ -86,7 +86,7 @@ def test_a_wrong_gradient_differs() -> None:
             return dout * (1 + 1e-5)
 
     x = torch.randn(3, 4, dtype=torch.float64)
-    unused = {"told": {}, "names": ("x",), "samples": [], "shared": [x], "call": None, "plain": None, "rows": None}
+    unused = {"drawn": {}, "names": ("x",), "samples": [], "shared": [x], "call": None, "plain": None, "rows": None}
     check_differences(Subject(**unused, exact=lambda _, given, shared: [shared[0] ** 2], joined=False))
     with pytest.raises(AssertionError, match="of the outputs off"):
         check_differences(Subject(**unused, exact=lambda _, given, shared: [Wrong.apply(shared[0]) ** 2], joined=False))

@@ -23,7 +23,7 @@ def test_what_is_printed_is_what_is_read() -> None:
 
 def run(*lines: str, status: int = 0) -> program.Run:
     code = f"import sys; print({chr(10).join(lines)!r}); sys.exit({status})"
-    return program.attacked("fuzz-calls", [sys.executable, "-c", code])
+    return program.attacked("fuzz-calls", [sys.executable, "-c", code], program.versions(), program.where())
 
 
 def test_every_name_can_be_read() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 import typer
 from reliability.arguments import draw_call
-from reliability.child import Ended, in_a_process
 from reliability.documents import KINDS, Documents
+from reliability.guarded import Ended, in_a_process
 from safetensors.torch import save_file
 from typer.main import get_command
 

@@ -1,10 +1,12 @@
 """A share of `python -m tests.reliability.soak`, and that it finds what it looks for."""
 
 import ctypes
+import itertools
 import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -92,6 +94,33 @@ def test_other_bits_are_found(known: together.Known) -> None:
         wrong = probe.wrong()
     assert wrong
     assert all(line.startswith("probe: rope_3d") for line in wrong)
+
+
+def test_a_call_that_raises_is_found(known: together.Known) -> None:
+    """Also one by what surrounds the op: its thread goes on and keeps what it found before."""
+    with mock.patch.object(backends, "record", side_effect=RuntimeError("no record")), together.Callers(known, "seed") as callers:
+        time.sleep(1)
+    assert any("RuntimeError: no record" in failure for failure in callers.failures)
+    assert callers.calls > len(callers.failures)
+
+
+class Hanging:
+    """Works that hang in a child of a child."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+
+    def wrong(self, _: random.Random) -> str | None:
+        if self.process not in (os.getpid(), os.getppid()):
+            time.sleep(1000)
+        return None
+
+
+def test_a_child_of_a_child_that_hangs_is_killed(capfd) -> None:
+    """It would keep whoever reads its output waiting for ever."""
+    name = next(name for name in map(str, itertools.count()) if random.Random(name).random() < 0.2)
+    assert together.forked(Hanging(), name, 2) == f"{name} ended with status 1"
+    assert f"{name}: {name} and its child hangs" in capfd.readouterr().out
 
 
 def leak() -> None:

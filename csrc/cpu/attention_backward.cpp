@@ -38,7 +38,7 @@ void panel_statistics(const Attention& a, const Sample& s, int head, int64_t beg
 
 // Scores and dP [num_keys, kPanel] -> P and dS = P (dP - delta + dlse), as the operands that the products want. Where the block is
 // all that the panel sees, delta is taken as sum_j P dP, from the very numbers it is subtracted from: dP - delta of a query with a
-// single key is exactly 0. dlse is added to the difference, as a rounding of delta - dlse would be left of it.
+// single key is exactly 0. dlse is added behind that: taken from delta first, its rounding would be left where dP - delta is 0.
 template <class M>
 struct Gradients {
   typename M::Left p, ds;

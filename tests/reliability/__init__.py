@@ -1,4 +1,4 @@
-"""Checks that attack the packages, each a program: python -m tests.reliability.<name> COUNT [--seed S].
+"""Checks that attack the packages, and what they share. Makefile has the programs: python -m tests.reliability.<name> --help.
 
 They share the helpers of tests/, which pytest imports by their bare names, and so do programs.
 """

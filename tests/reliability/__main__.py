@@ -26,9 +26,9 @@ JSON, PAGE = ROOT / "docs" / "reliability.json", ROOT / "docs" / "reliability.md
 # In the order of the page: what attacks what, and what a case is.
 TARGETS = {
     "property": "Random layouts, masks, windows and dtypes, forward and backward. Results are within twice plain PyTorch's error "
-    "(accuracy). Samples are what each is alone (packed), in any order (permuted). Rows of no sample (slack), samples without "
-    "tokens (blank) and what either holds (poisoned) change nothing. NaNs stay in their sample (nans). Threads (threaded) "
-    "and strides (strided) change nothing",
+    "(accuracy). Samples are what each is alone (packed), in any order (permuted). Rows of no sample (slack) and samples without "
+    "tokens (blank) change nothing, whatever they hold. NaN and infinity in one sample change no bit of the others (poisoned). "
+    "NaNs of any bits act alike (nans). Threads (threaded) and strides (strided) change nothing",
     "fuzz-calls": "Wrong calls, under AddressSanitizer and UndefinedBehaviorSanitizer",
     "fuzz-files": "Damaged and malicious files, prompts and paths",
     "crashes": "Saves that are killed, lose power or find the disk full, at every system call",
@@ -69,9 +69,9 @@ def where() -> str:
     return f"{model[1] if model else platform.machine()}, {commit.stdout.strip() or 'no commit'}, {datetime.date.today()}"
 
 
-def attacked(target: str, command: list[str]) -> Run:
+def attacked(target: str, command: list[str], versions: str, where: str) -> Run:
     """Runs a command, shows what it prints, and keeps its outcomes; to end badly or to try nothing is a failure, too."""
-    versions_and_place, began = (versions(), where()), time.perf_counter()
+    began = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     assert process.stdout is not None
     found: list[Outcome] = []
@@ -84,7 +84,7 @@ def attacked(target: str, command: list[str]) -> Run:
         found = [Outcome(f"{target}, which reported nothing and ended with status {status}", 1, 1)]
     elif status and not any(one.failed for one in found):
         found.append(Outcome(f"{target}, which ended with status {status}", 1, 1))
-    return Run(target, found, time.perf_counter() - began, *versions_and_place)
+    return Run(target, found, time.perf_counter() - began, versions, where)
 
 
 def summed(found: Iterable[Outcome]) -> list[Outcome]:
@@ -110,7 +110,9 @@ def page(runs: list[Run]) -> str:
         "# Reliability",
         "",
         "`make reliability` attacks the packages and writes this page. `make` and a name of the first column repeats a part of it.",
-        "Each failing case is printed with what repeats it alone. [security.md](security.md) says what is promised, and to whom.",
+        "Where cases are drawn, each that fails is printed with what repeats it alone. [security.md](security.md) says what is",
+        "promised, and to whom. Memory is what a case takes beyond what its process began with; of soak and huge, all of it. The",
+        "longest case of fuzz-files is in seconds of a processor.",
         "",
         "| target | cases of | cases | failures | longest case | most memory | seconds in all | Python / torch / Triton |",
         "|---|---|---:|---:|---:|---:|---:|---|",
@@ -140,9 +142,9 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := [name for name in options.targets if name not in TARGETS]:
         parser.error(f"TARGET: expected some of {', '.join(TARGETS)}, got {', '.join(unknown)}")
-    failed = 0
+    failed, versions_and_place = 0, (versions(), where())  # before the page that is written makes the tree dirty
     for target in options.targets or TARGETS:
-        run = attacked(target, ["make", "--no-print-directory", target])
+        run = attacked(target, ["make", "--no-print-directory", target], *versions_and_place)
         failed += run.failed
         runs = [*(one for one in read(JSON) if one.target != target), run]
         runs.sort(key=lambda one: list(TARGETS).index(one.target))

@@ -151,11 +151,11 @@ def flash(draw: DrawFn, name: str, setting: Setting) -> Subject:
 
         return run
 
-    told = {"dtype": dtype, "lengths": found, "d": d, "heads": (h, hk), **options, "lse": with_lse}
+    drawn = {"dtype": dtype, "lengths": found, "d": d, "heads": (h, hk), **options, "lse": with_lse}
     groups = () if not packed else ((0,),) if alike else ((0,), tuple(range(1, len(names))))
     empty = [(place, sample(lengths_of(0, 0))) for place in draw(placed_blanks(count))] if packed else []
     return Subject(
-        told, names, [sample(own) for own in found], [], call, bind(plain_varlen), bind(exact_varlen),
+        drawn, names, [sample(own) for own in found], [], call, bind(plain_varlen), bind(exact_varlen),
         rows_of_queries if packed else (lambda _: 1), slack=groups, blanks=empty, differentiable=not cached,
     )  # fmt: skip
 
@@ -246,7 +246,7 @@ def masked(draw: DrawFn, name: str, setting: Setting) -> Subject:
         return [reference.attention(*dense, None, None, bias, None, scale, 2**30, right, 0.0)[0].transpose(1, 2)]
 
     found = [sample() for _ in range(count)]
-    told = {
+    drawn = {
         "dtype": dtype,
         "batch": count,
         "n": n,
@@ -258,7 +258,7 @@ def masked(draw: DrawFn, name: str, setting: Setting) -> Subject:
         "learned": learned,
     }
     return Subject(
-        told, ("q", "k", "v", "mask")[: len(found[0].tensors)], found, [], call, plain, exactly, lambda _: 1,
+        drawn, ("q", "k", "v", "mask")[: len(found[0].tensors)], found, [], call, plain, exactly, lambda _: 1,
         differentiable=not (int8 or beyond), by_torch=(3,) if learned else (), near=NEAR_INT8 if int8 else None,
     )  # fmt: skip
 
@@ -325,9 +325,9 @@ def windowed(draw: DrawFn, setting: Setting) -> Subject:
         tables = layout.cu_seqlens, layout.cu_spans, layout.grid, layout.step
         return [reference.spatiotemporal_attention(*given, *tables, sides, causal, d**-0.5)[0]]
 
-    told = {"dtype": dtype, "spans": found, "window": window, "causal": causal, "d": d, "heads": (h, hk)}
+    drawn = {"dtype": dtype, "spans": found, "window": window, "causal": causal, "d": d, "heads": (h, hk)}
     return Subject(
-        told, ("q", "k", "v"), [sample(own) for own in found], [], call, plain, exactly, layouts.size, slack=((0, 1, 2),),
+        drawn, ("q", "k", "v"), [sample(own) for own in found], [], call, plain, exactly, layouts.size, slack=((0, 1, 2),),
         blanks=[(place, sample(())) for place in draw(placed_blanks(len(found)))],
         stretched=[draw(layouts.with_empty_spans(own)) for own in found],
         function=None if any(window) or any(causal) else "attention_forward",
@@ -379,9 +379,9 @@ def by_blocks(draw: DrawFn, setting: Setting) -> Subject:
         return of_queries(out, lse if with_lse else None)
 
     samples = [sample(own) for own in found]
-    told = {"dtype": dtype, "spans": found, "blocks": shape, "heads": (h, hk), "of mask": num_heads, "seen": kept, "d": d}
+    drawn = {"dtype": dtype, "spans": found, "blocks": shape, "heads": (h, hk), "of mask": num_heads, "seen": kept, "d": d}
     return Subject(
-        told | {"lse": with_lse}, ("q", "k", "v"), samples, [], call, plain, exactly, lambda own: layouts.size(own.spans),
+        drawn | {"lse": with_lse}, ("q", "k", "v"), samples, [], call, plain, exactly, lambda own: layouts.size(own.spans),
         slack=((0,), (1, 2)), blanks=[(place, sample(())) for place in draw(placed_blanks(len(found)))],
         stretched=[Blocks(draw(layouts.with_empty_spans(own.layout.spans)), own.layout.table) for own in samples],
     )  # fmt: skip

@@ -197,7 +197,7 @@ def _complaint(made: Call, error: Exception) -> str | None:
     if isinstance(error, ValueError | TypeError | IndexError):
         for name in {made.name, "Span"}:  # which others make of what they are passed
             argument = "|".join(map(re.escape, inspect.signature(FUNCTIONS[name]).parameters))
-            if re.match(rf"{re.escape(name)}: \S*({argument})\S*: expected .+, got ", text, re.DOTALL):
+            if re.match(rf"{re.escape(name)}: ({argument})([.\[]\S*)?: expected .+, got ", text, re.DOTALL):
                 return None
     large, invalid = is_large(values), any(map(is_invalid, values))
     if large and (isinstance(error, MemoryError | OverflowError) or NO_MEMORY.search(text) or COUNTED.search(text)):

@@ -28,7 +28,7 @@ from .outcome import Outcome
 
 SECONDS, MEMORY = 10.0, 1 << 30  # what one case may take
 BATCH = 250  # cases of a child
-ADDRESSES = 4 << 30  # what a child may map beyond the memory that it starts with: more is a MemoryError, and no machine that swaps
+ADDRESSES = 4 << 30  # what a child may map beyond the memory that it starts with: more is a MemoryError before the machine swaps
 # What a case depends on besides our own variables.
 VARIABLES = ("ASAN_OPTIONS", "LD_PRELOAD", "OMP_NUM_THREADS", "TSAN_OPTIONS", "UBSAN_OPTIONS")
 SANITIZED = 1 << 40  # AddressSanitizer maps more than this, and cannot do with less
@@ -147,7 +147,7 @@ def again(module: str, *arguments: str) -> str:
     """A shell command that runs a module where and as this process runs, but for what does not change a case."""
     names = [name for name in sorted(os.environ) if name.startswith("SORA_KERNELS_") or name in VARIABLES]
     assigned = [f"{name}={shlex.quote(os.environ[name])}" for name in names]
-    return " ".join(["cd", shlex.quote(os.getcwd()), "&&", *assigned, "python -m", module, *arguments])
+    return " ".join(["cd", shlex.quote(os.getcwd()), "&&", *assigned, shlex.quote(sys.executable), "-m", module, *arguments])
 
 
 def run(name: str, numbers: Sequence[int], prepare: Callable[[int], Case], hint: str = "") -> Outcome:

@@ -22,12 +22,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from .children import again
 from .disk import LOSSES, Disk, read_journal
 from .fork import FAILED
 from .interposed import Ended, Fault, Interposed, emptied, in_child
 from .outcome import Outcome
 
 KILLED, POWER, DISK = "crash points of a save", "power losses", "full disk, read-only, I/O errors"
+FAULTS = [fault for fault in Fault if fault is not Fault.nothing]
 Files = dict[str, bytes | None]  # of a folder, by path; None: a folder
 
 
@@ -136,7 +138,7 @@ class Crashes:
         if key not in self._seen:
             write(files, emptied(self.root))
             ended = in_child(lambda: self.saves[name].recover(self.shared, self.root, complete), self.log)
-            self._seen[key] = None if ended.status == 0 else ended.output
+            self._seen[key] = None if ended.status == 0 else f"going on from it ends with status {ended.status}: {ended.output}"
         return self._seen[key]
 
 
@@ -169,37 +171,41 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", type=int, nargs="?", help="cases, spread over saves, calls and faults; default all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="the save of this name, as a failure prints it")
-    parser.add_argument("--at", type=int, help="the call of this number of it alone")
-    parser.add_argument("--fault", type=lambda name: Fault[name], help=f"this one alone: {', '.join(one.name for one in Fault)}")
+    parser.add_argument("--only", metavar="SAVE", help="this save alone; the first line of a run names all")
+    parser.add_argument("--at", type=int, help="the call of this number of it alone, from 1")
+    parser.add_argument("--fault", choices=[one.name for one in FAULTS], help="this one alone")
     parser.add_argument("--verbose", action="store_true", help="a line for each case")
     options = parser.parse_args()
     totals: dict[str, list[Checked]] = {KILLED: [], POWER: [], DISK: []}
     memory = Path("/dev/shm")  # a loss of power is worked out, so no disk needs to be waited for
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as work:
         crashes = Crashes(Path(work).resolve())
+        if options.only not in (None, *crashes.saves):
+            parser.error(f"--only: expected one of {', '.join(crashes.saves)}, got {options.only!r}")
         names = [options.only] if options.only else list(crashes.saves)
         points = {name: crashes.prepare(name) for name in names}
         print(", ".join(f"{name}: {count} calls" for name, count in points.items()), flush=True)
         cases = [
             Case(name, at, fault)
             for name, count in points.items()
-            for fault in ([options.fault] if options.fault else list(Fault)[1:])
-            for at in ([options.at] if options.at else points_of(fault, count))
+            for fault in ([Fault[options.fault]] if options.fault else FAULTS)
+            for at in ([options.at] if options.at is not None else points_of(fault, count))
         ]
         if options.count is not None:
             cases = sorted(random.Random(options.seed).sample(cases, min(options.count, len(cases))))
+        alone = again("tests.reliability.crashes")
         for case in cases:
             for checked in crashes.check(case, points[case.save]):
                 totals[checked.kind].append(checked)
-                if checked.problem:
-                    print(f"FAILED: --only '{case.save}' --at {case.at} --fault {case.fault.name}: {checked.problem}", flush=True)
+                if checked.problem is not None:
+                    one = f"--only '{case.save}' --at {case.at} --fault {case.fault.name}"
+                    print(f"FAILED: {alone} {one}: {checked.problem}", flush=True)
                 elif options.verbose:
                     print(case, f"{checked.seconds:.2f} s", flush=True)
     for kind, found in totals.items():
         failed = sum(one.problem is not None for one in found)
         print(Outcome(kind, len(found), failed, max((one.seconds for one in found), default=0.0)), flush=True)
-    return int(any(one.problem for found in totals.values() for one in found))
+    return int(any(one.problem is not None for found in totals.values() for one in found))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import transformers
 
 from tests.reliability.arguments import Inputs, draw_call
 from tests.reliability.checkpoints import Original, damage, make_originals
-from tests.reliability.child import Ended, in_a_process, sora
+from tests.reliability.guarded import Ended, in_a_process, sora
 from tests.reliability.outcome import Outcome
 
 MODULES = (
@@ -52,7 +52,7 @@ def run_checkpoint(originals: list[Original], base: Path, work: Path, seed: int,
     what = f"{original.name}: {damage(folder, rng)}"
     command = original.commands[int(rng.integers(len(original.commands)))]
     ended = _ended(original, command, folder, base, work)
-    # A loss that is not finite, and ids without a vector, show only once it trains: of what, is said no more.
+    # A loss that is not finite, and ids without a vector, show only once it trains: these errors do not name the file.
     named = [f"{original.option}: ", str(folder), "Trainer: the loss is ", "tokenizer: expected ids from "]
     faults = ended.faults(named, more=True)
     faults += ["code ran"] if any(place.rglob("ran")) else []

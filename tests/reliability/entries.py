@@ -223,6 +223,8 @@ def main() -> int:
     torch.manual_seed(0)
     module = load(options.module)
     calls = recorded_of(module)
+    if options.entry not in (None, *calls):
+        parser.error(f"--entry: expected one of {', '.join(calls)}, got {options.entry}")
 
     def prepare(number: int) -> Case:
         name, args, moved = mutated(calls, options.seed, number, options.module == "_cpu")

@@ -110,6 +110,9 @@ class Environment(NamedTuple):
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.python.exists():
             subprocess.run([python, "-m", "venv", self.folder / "venv"], check=True)
+        has, asked = (subprocess.check_output([one, "--version"], text=True).strip() for one in (self.python, python))
+        if has != asked:
+            sys.exit(f"floors: expected {self.folder} without an environment, or with one of {asked}, got {has}")
         file = self.folder / "constraints.txt"
         file.write_text(constraints(versions))
         self.need("pip", "-m", "pip", "install", "--disable-pip-version-check", "-c", file, *sorted(versions))

@@ -33,7 +33,7 @@ from .outcome import LINE, Outcome, outcomes
 ROOT = Path(__file__).parents[2]
 NAME = "numel beyond 2**31"
 MOST = 20 << 30  # bytes
-BYTES_AN_ELEMENT = 9  # that a case takes at most, to know whether it fits
+BYTES_AN_ELEMENT = 10  # that a case takes at most, to know whether it fits
 ROUNDING = 2.0**-7  # of bfloat16
 OF_LARGEST = 2.0**-9  # of the largest gradient: that of many rows is summed in float32
 PATIENCE = 1800  # seconds until there is enough memory

@@ -361,7 +361,10 @@ def per_tier(options: argparse.Namespace) -> int:
     def apart(count: int, *more: str, **environment: str) -> None:
         nonlocal status
         command = [sys.executable, "-m", "tests.reliability.properties", str(count), *more, *blob]
-        status |= subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, check=False).returncode
+        ended = subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, check=False).returncode
+        if ended not in (0, 1):  # it did not come to its outcomes
+            print(Outcome(f"{' '.join(environment.values()) or 'reference'}, which ended with status {ended}", 1, 1), flush=True)
+        status |= ended != 0
 
     for i, name in enumerate(names):
         if not options.only or options.only[0] in able:

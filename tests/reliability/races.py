@@ -155,13 +155,6 @@ def run(count: int, seed: int, seconds: float) -> None:
     print(f"{len(made)} calls of {len(set(made))} kernels, {module.isa()}")
 
 
-def tiers() -> list[str]:
-    """Those of module _cpu that this processor has."""
-    from sora_kernels import backends
-
-    return [name for name, supported in backends.BACKENDS["cpu"].load().isa_tiers() if supported]
-
-
 def add_up(library: str, racy: bool) -> None:
     function = ctypes.CDLL(library).add_up
     function.argtypes, function.restype = [ctypes.c_int64, ctypes.c_bool], ctypes.c_int64
@@ -197,6 +190,8 @@ def main() -> int:
         add_up(options.library, options.racy)
         return 0
     if options.tiers:
+        from tests.sweep import tiers
+
         print(*tiers())
         return 0
     if options.run:

@@ -22,7 +22,7 @@ MOST_DRIFT, MOST_ALLOCATED = 0.02, 0.002
 
 
 class Usage(NamedTuple):
-    """Bytes in memory, those of them that malloc does not have free in pieces, those in use of malloc's; open files, threads."""
+    """Bytes and counts: resident (RSS), RSS without malloc's free chunks, handed out by malloc; open files, threads."""
 
     resident: int
     held: int
@@ -80,7 +80,7 @@ class Drift(NamedTuple):
 
 
 def drift(values: Sequence[float]) -> Drift:
-    """Of ten windows' medians; values from the warm-up are left out by the caller."""
+    """Of the medians of WINDOWS windows, or up to twice as many; values from the warm-up are left out by the caller."""
     size = max(1, len(values) // WINDOWS)
     medians = [statistics.median(values[i : i + size]) for i in range(0, len(values) - size + 1, size)]
     pairs = [(i, j) for j in range(len(medians)) for i in range(j)]

@@ -23,6 +23,7 @@ from tests.reliability.suite import pytest_options, read_results
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = {".ci/run", ".gitignore"}  # of the repository, not of what it distributes
+ARCHIVES = "sora_kernels-*.tar.gz"
 FILES, TESTS = "files and commands of the sdist", "tests of the sdist"  # the outcomes
 CHOSEN = ("floors", "layout", "reliability", "setup", "words")
 COMMANDS = (
@@ -41,20 +42,20 @@ class Check(NamedTuple):
 
 
 def made(folder: Path) -> Path:
-    """The archive of an sdist, made in a folder, where it takes the place of earlier ones, of other versions too.
+    """The archive of an sdist, made in a folder, where it takes the place of this package's earlier ones, of other versions too.
 
     One at a time: on its way it is a folder in the repository.
 
     Raises:
         RuntimeError: with what setup.py says.
     """
-    for earlier in folder.glob("*.tar.gz"):
+    for earlier in folder.glob(ARCHIVES):
         earlier.unlink()
     command = ["setup.py", "-q", "egg_info", "--egg-base", folder, "sdist", "--formats=gztar", "--dist-dir", folder]
     done = run(ROOT, *command)
     if done.returncode:
         raise RuntimeError(f"the sdist cannot be made: {done.stderr}")
-    (archive,) = folder.glob("*.tar.gz")
+    (archive,) = folder.glob(ARCHIVES)
     return archive
 
 
@@ -97,6 +98,11 @@ def run(folder: Path, *arguments: str | Path, path: Path | None = None) -> subpr
     return subprocess.run([sys.executable, *arguments], cwd=folder, env=variables, capture_output=True, text=True, check=False)
 
 
+def ended(done: subprocess.CompletedProcess[str]) -> str:
+    """How a command failed; "" of one that did not."""
+    return f"it ended with status {done.returncode}\n{done.stdout}{done.stderr}" if done.returncode else ""
+
+
 def wheel_checks(wheel: Path, names: list[str]) -> Iterator[Check]:
     """All of both packages, the compiled module, and nothing else."""
     with zipfile.ZipFile(wheel) as archive:
@@ -120,7 +126,7 @@ def checks(folder: Path, all_tests: bool) -> Iterator[Check]:
             yield Check(f"sdist has {name}", "" if name in inside else "it is missing: see MANIFEST.in")
 
     done = run(folder, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, archive)
-    yield Check("a wheel is built from the sdist", done.stderr if done.returncode else "")
+    yield Check("a wheel is built from the sdist", ended(done))
     if done.returncode:
         return
     (wheel,) = folder.glob("*.whl")
@@ -132,7 +138,7 @@ def checks(folder: Path, all_tests: bool) -> Iterator[Check]:
         archived.extractall(site)
     for command in COMMANDS:
         done = run(elsewhere, *command, path=site)
-        yield Check(f"installed: python {' '.join(command)}", (done.stdout + done.stderr) if done.returncode else "")
+        yield Check(f"installed: python {' '.join(command)}", ended(done))
     yield Check("a picture was generated", "" if list(elsewhere.glob("out/*.png")) else "there is none")
 
     tree = unpacked(archive, folder)

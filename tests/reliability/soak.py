@@ -6,8 +6,8 @@ several Python threads call ops at once, and must get the bits that one thread g
 threads, and workers of a DataLoader, must get them too.
 
 What must not happen: a bit that differs from the same call earlier, a result that is not finite, a cache beyond its limit, memory
-that drifts by more than 2 % after a warm-up, files or threads that are left. The ops of step n follow from the seed and n: --step n
-repeats them alone.
+that drifts by more than 2 % after a warm-up, or by 0.2 % of what malloc has handed out, files or threads that are left. The ops of
+step n follow from the seed and n: --step n repeats them alone.
 """
 
 from __future__ import annotations

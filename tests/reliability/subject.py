@@ -16,7 +16,7 @@ Function = Callable[[list[Any], list[Tensor], list[Tensor]], list[Tensor]]
 
 
 class Sample(NamedTuple):
-    """What the op is told of it (its length, spans, mask), a tensor for each column of the batch, and whose cotangents it gets."""
+    """What the op gets of it (its length, spans, mask), a tensor for each column of the batch, and whose cotangents it gets."""
 
     layout: Any
     tensors: list[Tensor]
@@ -33,7 +33,7 @@ class Subject:
     """`call(layouts, columns, shared)` -> outputs, of a batch of samples.
 
     Attributes:
-        told: what was drawn; it is all that is printed.
+        drawn: what was drawn; it is all that is printed.
         names: of the columns, each the samples' tensors one behind the other.
         shared: tensors that all samples share: weights.
         plain, exact: the same in plain PyTorch at the inputs' dtype, and in float64.
@@ -50,7 +50,7 @@ class Subject:
         function: the backend function that it runs, if not the op's usual one.
     """
 
-    told: dict[str, Any]
+    drawn: dict[str, Any]
     names: tuple[str, ...]
     samples: list[Sample]
     shared: list[Tensor]
@@ -68,7 +68,7 @@ class Subject:
     function: str | None = None
 
     def __repr__(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.told.items())
+        return ", ".join(f"{name}={value!r}" for name, value in self.drawn.items())
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))

@@ -93,12 +93,12 @@ def adaln(draw: DrawFn, name: str, functions: tuple, tokens: tuple[str, ...], ro
 
     op, plain, exact = functions
     shared = [make.randn(width, scale=0.3, wide=n in wide) + (n == "weight") for n in weights]
-    told = {"dtype": dtype, "rows": lengths, "D": width, "of rows": used, "weights": weights, "float32": wide, "times": scale}
+    drawn = {"dtype": dtype, "rows": lengths, "D": width, "of rows": used, "weights": weights, "float32": wide, "times": scale}
     blanks = (
         [] if dense else [(place, sample(draw(st.sampled_from([(0,), (), (0, 0)])))) for place in draw(placed_blanks(len(lengths)))]
     )
     return Subject(
-        {**told, "dense": dense, "bounded": bounded, **options}, columns, [sample(own) for own in lengths], shared,
+        {**drawn, "dense": dense, "bounded": bounded, **options}, columns, [sample(own) for own in lengths], shared,
         bind(op, dense), bind(plain, False), bind(exact, False), sum,
         slack=() if dense or not bounded else (tuple(range(len(tokens))),), blanks=blanks,
     )  # fmt: skip
@@ -162,9 +162,9 @@ def rotated(draw: DrawFn, name: str, setting: Setting) -> Subject:
             return [reference.norm_rope(x, w, angles, interleaved, **norm)[0] for x, w in sides]
         return [reference.rotate(x, angles, interleaved) for x in given]
 
-    told = {"dtype": dtype, "spans": found, "heads": heads, "d": d, "weights": used, "float32": wide, "times": scale}
+    drawn = {"dtype": dtype, "spans": found, "heads": heads, "d": d, "weights": used, "float32": wide, "times": scale}
     return Subject(
-        {**told, **norm, **options}, names, [sample(own) for own in found], shared, call, plain, exact, layouts.size,
+        {**drawn, **norm, **options}, names, [sample(own) for own in found], shared, call, plain, exact, layouts.size,
         slack=(tuple(range(len(names))),), blanks=[(place, sample(())) for place in draw(placed_blanks(len(found)))],
         stretched=[draw(layouts.with_empty_spans(own)) for own in found],
     )  # fmt: skip
@@ -237,11 +237,11 @@ def by_tables(draw: DrawFn, name: str, setting: Setting) -> Subject:
         *(tables(lengths[0]) if dense else []),
         *(make.randn(sizes, scale=0.3, wide=n in wide) + (n == "weight") for n in used),
     ]
-    told = {"dtype": dtype, "lengths": lengths, "dense": dense, "heads": h, "d": d, "pairs": pairs, "tables": has_tables}
-    told |= {"per head": per_head, "float32 tables": wide_tables, "weights": used, "float32": wide, "interleaved": interleaved}
+    drawn = {"dtype": dtype, "lengths": lengths, "dense": dense, "heads": h, "d": d, "pairs": pairs, "tables": has_tables}
+    drawn |= {"per head": per_head, "float32 tables": wide_tables, "weights": used, "float32": wide, "interleaved": interleaved}
     names = ("x", "cos", "sin")[: 1 if dense or not has_tables else 3]
     return Subject(
-        {**told, "times": scale, **options}, names, [sample(n) for n in lengths], shared,
+        {**drawn, "times": scale, **options}, names, [sample(n) for n in lengths], shared,
         call, plain, exact, (lambda _: 1) if dense else (lambda n: n),
         blanks=[] if dense else [(place, sample(0)) for place in draw(placed_blanks(count))],
     )  # fmt: skip
@@ -260,9 +260,9 @@ def gelu(draw: DrawFn, setting: Setting) -> Subject:
     def bind(function: Any) -> Any:
         return lambda _, given, shared: [function(*given, *(shared or [None]))]
 
-    told = {"dtype": dtype, "lengths": lengths, "D": width, "biased": biased, "times": scale}
+    drawn = {"dtype": dtype, "lengths": lengths, "D": width, "biased": biased, "times": scale}
     return Subject(
-        told, ("x",), [sample(n) for n in lengths], [make.randn(width)] if biased else [],
+        drawn, ("x",), [sample(n) for n in lengths], [make.randn(width)] if biased else [],
         bind(sora_kernels.bias_gelu), bind(plain_gelu), bind(gelu_reference.bias_gelu), lambda n: n,
         blanks=[(place, sample(0)) for place in draw(placed_blanks(len(lengths)))],
     )  # fmt: skip
@@ -316,11 +316,11 @@ def patches(draw: DrawFn, name: str, setting: Setting) -> Subject:
         return [patch_reference.patchify(given, patch)]
 
     shared = [make.randn(d, channels, *patch, scale=0.2), *([make.randn(d)] if biased else [])] if embeds else []
-    told = {"dtype": dtype, "grids": found, "patch": patch, "channels": channels, "times": scale}
-    told |= {"D": d, "biased": biased} if embeds else {}
+    drawn = {"dtype": dtype, "grids": found, "patch": patch, "channels": channels, "times": scale}
+    drawn |= {"D": d, "biased": biased} if embeds else {}
     blanks = [(place, sample(draw(st.sampled_from([(0, 2, 3), (2, 0, 1)])))) for place in draw(placed_blanks(len(found)))]
     return Subject(
-        told, ("tokens",) if back else ("videos",), [sample(grid) for grid in found], shared, call, plain, exact,
+        drawn, ("tokens",) if back else ("videos",), [sample(grid) for grid in found], shared, call, plain, exact,
         None if back else layouts.tokens, slack=((0,),) if back else (), blanks=blanks, joined=back,
     )  # fmt: skip
 

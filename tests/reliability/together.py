@@ -61,19 +61,23 @@ class Callers:
         chance, calls = random.Random(name), 0
         failures: list[str] = []
         while not self._stopping.is_set():
-            forced = backends.use_backend("cpu") if chance.random() < 0.3 else contextlib.nullcontext()
-            with forced, backends.record() if chance.random() < 0.3 else contextlib.nullcontext([("", "")]) as recorded:
-                try:
-                    problem = self.known.wrong(chance)
-                except Exception as error:
-                    problem = f"{type(error).__name__}: {error}"
-            if not recorded or {backend for _, backend in recorded} - {"", "cpu"}:
-                problem = problem or f"recorded {recorded}"
+            try:
+                problem = self._wrong(chance)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
             calls += 1
             failures += [f"thread {name}, call {calls}: {problem}"] if problem else []
         with self._lock:
             self.calls += calls
             self.failures += failures
+
+    def _wrong(self, chance: random.Random) -> str | None:
+        forced = backends.use_backend("cpu") if chance.random() < 0.3 else contextlib.nullcontext()
+        with forced, backends.record() if chance.random() < 0.3 else contextlib.nullcontext([("", "")]) as recorded:
+            problem = self.known.wrong(chance)
+        if not recorded or {backend for _, backend in recorded} - {"", "cpu"}:
+            problem = problem or f"recorded {recorded}"
+        return problem
 
     def __enter__(self) -> Callers:
         # A thread that hangs with Python's lock lets no other one say so: this ends the process, with all stacks and status 1.
@@ -125,21 +129,22 @@ class Children(Dataset):
         return self.known.wrong(random.Random(f"{self.seed} {index}")) or ""
 
 
-def forked(known: Known, name: str) -> str | None:
-    """What is wrong in a child that runs some works and in its own child."""
+def forked(known: Known, name: str, limit: float = CHILD_LIMIT) -> str | None:
+    """What is wrong in a child that runs some works and in its own child. limit: seconds, after which it is killed."""
 
     def run() -> bool:
         chance = random.Random(name)
         problems = [known.wrong(chance) for _ in range(4)]
         if chance.random() < 0.2:
-            problems.append(forked(known, f"{name} and its child"))
+            # Its clock must end first: a child that is killed while it waits would leave one that hangs behind.
+            problems.append(forked(known, f"{name} and its child", limit / 2))
         for problem in filter(None, problems):
             print(f"{name}: {problem}")
         # Of other threads' contexts nothing is left.
         return any(problems) or backends.forced_backend() is not None
 
     child = fork(run)
-    end = time.monotonic() + CHILD_LIMIT
+    end = time.monotonic() + limit
     while time.monotonic() < end:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:

@@ -191,24 +191,24 @@ def _watch(noted: int, writable: Sequence[Path], untrusted: Path) -> None:
         return any(real == place or real.startswith(place + os.sep) for place in places)
 
     def heard(event: str, args: tuple) -> None:
-        told = None
+        forbidden = None
         if event == "subprocess.Popen" and args[1][1:] == [TEMPLATES]:  # a process of little memory and time
             return
         if event in FORBIDDEN:
-            told = f"{event} {args[:2]!r:.200}"
+            forbidden = f"{event} {args[:2]!r:.200}"
         elif event == "open" and isinstance(args[2], int) and args[2] & WRITES and not is_writable(args[0]):
-            told = f"writes {args[0]!r}"
+            forbidden = f"writes {args[0]!r}"
         elif event in CHANGES:
             paths = [(args[path], None if place is None else args[place]) for path, place in CHANGES[event]]
             if not all(is_writable(*one, follow=event in FOLLOWING) for one in paths):
-                told = f"{event} {args[:2]!r}"
+                forbidden = f"{event} {args[:2]!r}"
         elif event == "exec":
             if os.path.realpath(args[0].co_filename).startswith(source + os.sep):
-                told = f"runs {args[0].co_filename}"
+                forbidden = f"runs {args[0].co_filename}"
         elif event == "import" and isinstance(args[1], str) and os.path.realpath(args[1]).startswith(source + os.sep):
-            told = f"imports {args[1]}"
-        if told is not None:
-            os.write(noted, (json.dumps(told) + "\n").encode())
+            forbidden = f"imports {args[1]}"
+        if forbidden is not None:
+            os.write(noted, (json.dumps(forbidden) + "\n").encode())
 
     sys.addaudithook(heard)
 
