@@ -333,6 +333,7 @@ SHARE = "a number above 0 and up to 1"
         (extend('"overlap": 1'), f"request 0: frames: expected {COUNT} for extend, got none"),
         (extend('"frames": 2, "video": "none.mp4"'), "expected JSON, got video twice in one object"),
         (extend('"frames": 2').replace("a.mp4", "none.mp4"), "request 0: video: "),
+        (extend('"frames": 2').replace("a.mp4", r"a\u0000.mp4"), "request 0: video: cannot read "),
         (extend('"frames": 2').replace('"a.mp4"', '["a.mp4"]'), 'request 0: video: expected the name of a file, got ["a.mp4"]'),
         (restyle('"0.5"'), f'request 0: strength: expected {SHARE}, got "0.5"'),
         (restyle("1.5"), f"request 0: strength: expected {SHARE}, got 1.5"),

@@ -148,7 +148,7 @@ def _once(read: Read, where: str) -> Read:
     known: dict[tuple[Any, ...], tuple[Tensor, float]] = {}
 
     def reading(path: Path, *how: Any) -> tuple[Tensor, float]:
-        key = os.path.realpath(path), *how
+        key = os.path.realpath(path) if os.path.exists(path) else path, *how
         if key not in known:
             known[key] = read(path, *how)
             check_limit("clip_pixels", sum(clip[0].numel() for clip, _ in known.values()), where, "pixels of all frames")
