@@ -163,7 +163,7 @@ def check_device(op: str, argument: str, device: object) -> torch.device:
         fail(op, argument, "a device", repr(device), TypeError)
     try:
         return torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # of a text, of a number
         fail(op, argument, "a device", repr(device))
 
 

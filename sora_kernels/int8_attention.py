@@ -138,7 +138,7 @@ def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 _forward = register_inference(
-    "int8_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_q, Tensor? cu_k, Tensor? bias, float scale, SymInt left, "
+    "int8_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_q, Tensor? cu_k, Tensor? attn_mask, float scale, SymInt left, "
     "SymInt right) -> (Tensor, Tensor)",
     _run,
     _fake,

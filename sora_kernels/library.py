@@ -43,15 +43,20 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
 
 
 def register_inference(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Defines torch.ops.sora_kernels.<name>, for inference, and returns it: where a derivative is needed it raises ValueError."""
+    """Defines torch.ops.sora_kernels.<name>, for inference, and returns it: where a derivative is needed it raises ValueError.
+
+    Tensors have the names in the schema that they have where the op is called, as the error names the one that needs a gradient.
+    """
     op = define(schema, run, fake)
     name = schema.partition("(")[0].removesuffix("_forward")
+    arguments = [argument.name for argument in op._schema.arguments]
 
     def autograd(keyset: Any, *args: Any) -> Any:
         if carry_tangents(args):
             fail(name, "inputs", "tensors without tangents (it has no derivatives)", "forward-mode differentiation")
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            fail(name, "inputs", "tensors that need no gradient (it has none), or torch.no_grad()", "requires_grad=True")
+        for argument, x in zip(arguments, args, strict=True) if torch.is_grad_enabled() else ():
+            if isinstance(x, Tensor) and x.requires_grad:
+                fail(name, argument, "a tensor that needs no gradient (the op has none), or torch.no_grad()", "requires_grad=True")
         with below_autograd():
             return op.redispatch(past_autograd(keyset), *args)
 

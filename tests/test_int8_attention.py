@@ -238,20 +238,23 @@ def test_gradients_are_refused(target32: Target) -> None:
     """Of every kind, and none where none is needed: never zero in silence."""
     call, inputs = packed(target32)
     wanted = [x.clone().requires_grad_() for x in inputs]
-    message = r"int8_attention: inputs: expected tensors that need no gradient \(it has none\), or torch.no_grad\(\), got requires"
-    for i in range(3):
-        with pytest.raises(ValueError, match=message):
+    message = r"expected a tensor that needs no gradient \(the op has none\), or torch.no_grad\(\), got requires_grad=True"
+    for i, name in enumerate("qkv"):
+        with pytest.raises(ValueError, match=f"int8_attention: {name}: {message}"):
             call(*inputs[:i], wanted[i], *inputs[i + 1 :])
     with torch.no_grad():
         assert_bit_equal(call(*wanted), call(*inputs))
-    with pytest.raises(ValueError, match="int8_attention: inputs"):
+    dense = [x[None, :3] for x in inputs[:3]]
+    with pytest.raises(ValueError, match=f"int8_attention: attn_mask: {message}"):
+        int8_attention(*dense, attn_mask=torch.zeros(3, 3, device=target32.device, requires_grad=True))
+    with pytest.raises(ValueError, match=f"int8_attention: q: {message}"):
         torch.func.grad(lambda q: call(q, *inputs[1:])[0].sum())(inputs[0])
     with pytest.raises(ValueError, match="int8_attention: inputs"):
         torch.func.jvp(lambda q: call(q, *inputs[1:])[0], (inputs[0],), (inputs[0],))
     with forward_ad.dual_level(), pytest.raises(ValueError, match="int8_attention: inputs: expected tensors without tangents"):
         call(forward_ad.make_dual(inputs[0], inputs[0]), *inputs[1:])
     torch.compiler.reset()
-    with pytest.raises(Exception, match="int8_attention: inputs: expected tensors that need no gradient"):
+    with pytest.raises(Exception, match="int8_attention: q: expected a tensor that needs no gradient"):
         torch.compile(call, backend="aot_eager")(*wanted)
 
 

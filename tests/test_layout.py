@@ -147,6 +147,8 @@ def test_repr_is_readable(layout):
             TypeError,
             "PackedLayout.to: device: expected a device, got torch.float32",
         ),
+        (lambda: PackedLayout.from_grids([]).to("cup"), ValueError, "PackedLayout.to: device: expected a device, got 'cup'"),
+        (lambda: PackedLayout.from_grids([]).to(2**70), ValueError, f"PackedLayout.to: device: expected a device, got {2**70}"),
         (lambda: PackedLayout.from_grids([(1, 1, 2)]).select([1]), IndexError, "PackedLayout.select: samples: .* got 1"),
         (lambda: PackedLayout.from_grids([(1, 1, 2)]).pack([torch.zeros(3)]), ValueError, r"expected lengths \[2\], got \[3\]"),
         (lambda: PackedLayout.from_grids([(1, 1, 2)]).unpack(torch.zeros(1)), ValueError, "expected at least 2 rows, got shape"),
