@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sora_kernels import backends
+
 from .children import Case, again, run
 from .mutations import DTYPES, Mutation, copied, described, has_memory, tensors_in
 from .right_arguments import FUNCTIONS, RIGHT, call, right
@@ -149,7 +151,7 @@ def drawn(names: list[str], seed: int, index: int) -> Call:
             return torch.rand_like(value).to(dtype).requires_grad_(learns)
         return type(value)(map(started, value)) if type(value) in (tuple, list) else copied(value)
 
-    torch.manual_seed(index)
+    torch.default_generator.manual_seed(index)  # torch.manual_seed seeds those of all devices, and takes most of the time
     arguments = {key: started(value) for key, value in arguments.items()}
     mutate = PublicMutation(chance, tensors_in(list(arguments.values())))
     for key in chance.sample(list(arguments), min(len(arguments), chance.randint(1, 3))):
@@ -224,6 +226,8 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # no threads before a fork
+    for name in ("cpu", "reference"):
+        backends.BACKENDS[name].load()  # once, for all the forks
     names = list(FUNCTIONS)
 
     def prepare(number: int) -> Case:
