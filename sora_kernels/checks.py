@@ -77,6 +77,8 @@ def check_boundaries(op: str, argument: str, boundaries: Tensor, num_tokens: int
     """
     if not boundaries.is_cpu:
         return
+    if boundaries.shape[0] > 2**31:  # an expanded tensor: NumPy would refuse it without a name
+        fail(op, argument, "at most 2**31 entries", str(boundaries.shape[0]))
     # Where torch.func transforms, not even tensors that it leaves alone can lend NumPy their memory.
     values = np.array(boundaries.tolist()) if transforms_active() else boundaries.numpy()
     if values[0] != 0:

@@ -370,5 +370,11 @@ def test_bad_boundaries(argument: str, bounds: Tensor, message: str) -> None:
     check_rejected(ops.flash_attn_varlen_func, arguments, f"flash_attn_varlen_func: {argument}: {message}")
 
 
+def test_more_boundaries_than_are_counted() -> None:
+    bounds = torch.zeros(1, dtype=torch.int32).expand(2**62)
+    with pytest.raises(ValueError, match=rf"qkvpacked_func: cu_seqlens: expected at most 2\*\*31 entries, got {2**62}"):
+        ops.flash_attn_varlen_qkvpacked_func(torch.zeros(4, 3, 2, 8), bounds, 4)
+
+
 class TestContract(PackedContract):
     """What every op is held to, for each of OPS."""
