@@ -54,9 +54,11 @@ def register_inference(schema: str, run: Callable[..., Any], fake: Callable[...,
     def autograd(keyset: Any, *args: Any) -> Any:
         if carry_tangents(args):
             fail(name, "inputs", "tensors without tangents (it has no derivatives)", "forward-mode differentiation")
-        for argument, x in zip(arguments, args, strict=True) if torch.is_grad_enabled() else ():
-            if isinstance(x, Tensor) and x.requires_grad:
-                fail(name, argument, "a tensor that needs no gradient (the op has none), or torch.no_grad()", "requires_grad=True")
+        if torch.is_grad_enabled():
+            for argument, x in zip(arguments, args, strict=True):
+                if isinstance(x, Tensor) and x.requires_grad:
+                    expected = "a tensor that needs no gradient (the op has none), or torch.no_grad()"
+                    fail(name, argument, expected, "requires_grad=True")
         with below_autograd():
             return op.redispatch(past_autograd(keyset), *args)
 

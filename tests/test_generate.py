@@ -354,7 +354,7 @@ def test_a_file_that_many_requests_name_is_read_once(small, media, tmp_path, mon
     sora("--limit", "clip-pixels=2560", *options)
     assert read == names[:2]
     said = sora("--limit", "clip-pixels=2559", *options, code=2)
-    assert "the files of its requests: expected at most 2559 pixels of all frames, got 2560" in said
+    assert "error: batch: request 1: video: with the files before it: expected at most 2559 pixels, got 2560; " in said
 
 
 def test_a_request_that_joins_other_speeds_is_named(media, unloaded, tmp_path) -> None:

@@ -106,9 +106,9 @@ def endings(out: Path) -> Iterator[Signals]:
 def _last_save(out: Path) -> str:
     from ..training.resume import STATE, read_state, saved_alone
 
-    if not (out / STATE).exists():
-        return saved_alone(out)
     try:
+        if not (out / STATE).exists():
+            return saved_alone(out)
         return f"--resume goes on from the last save, step {read_state(out / STATE)['step']}"
     except (ValueError, OSError) as error:
         return f"the last save cannot be read: {error}"

@@ -139,11 +139,11 @@ def read_requests(path: Path, negative: str, read: Read) -> list[Asked]:
         raise ValueError(f"batch: {path}: expected a list of objects with a task each")
     check_limit("requests", len(wanted), f"batch: {path}", "requests")
     checked = [_checked(one, i) for i, one in enumerate(wanted)]
-    read = _once(read, f"batch: {path}: the files of its requests")
+    read = _once(read)
     return [_read(task, fields, i, path.parent, negative, read) for i, (task, fields) in enumerate(checked)]
 
 
-def _once(read: Read, where: str) -> Read:
+def _once(read: Read) -> Read:
     """Reads a file that many requests name once, under whatever names; all files together hold no more pixels than one may."""
     known: dict[tuple[Any, ...], tuple[Tensor, float]] = {}
 
@@ -151,7 +151,7 @@ def _once(read: Read, where: str) -> Read:
         key = os.path.realpath(path) if os.path.exists(path) else path, *how
         if key not in known:
             known[key] = read(path, *how)
-            check_limit("clip_pixels", sum(clip[0].numel() for clip, _ in known.values()), where, "pixels of all frames")
+            check_limit("clip_pixels", sum(clip[0].numel() for clip, _ in known.values()), "with the files before it", "pixels")
         return known[key]
 
     return reading

@@ -34,7 +34,7 @@ from ..storage.weights import check_finite, distinct_state, load_distinct
 from .config import TrainConfig
 from .log import Step, TrainLog
 from .optimizers import KernelMuon, muon_parameters, schedule
-from .resume import STATE, all_settings, check_run, only_run, read_state, read_tensors, write_state
+from .resume import CHECKPOINT, STATE, all_settings, check_run, only_run, read_state, read_tensors, write_state
 
 
 class Objective(Protocol):
@@ -212,7 +212,7 @@ class Trainer:
         first = not (self.folder / STATE).exists()
         if not first:
             write_state(self.folder / STATE, tensors, state)
-        self.objective.save(self.averaged_model(), self.folder / "checkpoint")
+        self.objective.save(self.averaged_model(), self.folder / CHECKPOINT)
         if first:
             write_state(self.folder / STATE, tensors, state)
 
