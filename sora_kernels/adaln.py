@@ -224,4 +224,4 @@ def _check_norm(op: str, x: Tensor, norm: str, weight: Tensor | None, bias: Tens
             check_tensor(op, name, value, (x.shape[-1],), dtype=or_float32(x), like=x)
     if norm == "rms" and bias is not None:
         fail(op, "bias", 'None with norm="rms"', "a tensor")
-    return norm == "rms", check_float32(op, "eps", eps, at_least=0)
+    return norm == "rms", check_float32(op, "eps", eps, x, at_least=0)

@@ -110,7 +110,8 @@ def flash_attn_kvpacked_func(
 ) -> Any:
     """`flash_attn_func` on q [B, S, H, d] and a fused projection kv [B, Sk, 2, Hk, d] -> [B, S, H, d]."""
     op = "flash_attn_kvpacked_func"
-    check_tensor(op, "kv", kv, ("B", "Sk", 2, "Hk", "d"))
+    check_tensor(op, "q", q, ("B", "S", "H", "d"))
+    check_tensor(op, "kv", kv, (q.shape[0], "Sk", 2, "Hk", q.shape[3]))
     k, v = kv.unbind(2)
     return attend(
         op, q, k, v, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
@@ -215,7 +216,8 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Any:
     """`flash_attn_varlen_func` on q [Nq, H, d] and a fused projection kv [Nk, 2, Hk, d] -> [Nq, H, d]."""
     op = "flash_attn_varlen_kvpacked_func"
-    check_tensor(op, "kv", kv, ("Nk", 2, "Hk", "d"))
+    check_tensor(op, "q", q, ("Nq", "H", "d"))
+    check_tensor(op, "kv", kv, ("Nk", 2, "Hk", q.shape[2]))
     k, v = kv.unbind(1)
     return attend(
         op, q, k, v, (cu_seqlens_q, cu_seqlens_k), dropout_p, softmax_scale, causal, window_size, softcap,

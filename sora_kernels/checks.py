@@ -77,7 +77,7 @@ def check_boundaries(op: str, argument: str, boundaries: Tensor, num_tokens: int
     """
     if not boundaries.is_cpu:
         return
-    if boundaries.shape[0] > 2**31:  # an expanded tensor: NumPy would refuse it without a name
+    if boundaries.shape[0] > 2**31:  # an expanded tensor, for which what follows would take far more memory than it has itself
         fail(op, argument, "at most 2**31 entries", str(boundaries.shape[0]))
     # Where torch.func transforms, not even tensors that it leaves alone can lend NumPy their memory.
     values = np.array(boundaries.tolist()) if transforms_active() else boundaries.numpy()
@@ -138,7 +138,7 @@ def check_qkv(
         fail(op, names.v, "a head dim of at least 1", "0")
     if check_number(op, "dropout_p", dropout_p) != 0.0:
         fail(op, "dropout_p", "0 (attention dropout is not supported)", repr(dropout_p))
-    return width**-0.5 if softmax_scale is None else check_float32(op, names.scale, softmax_scale)
+    return width**-0.5 if softmax_scale is None else check_float32(op, names.scale, softmax_scale, q)
 
 
 UNBOUNDED = 2**30  # a side of a window without a limit: no sample that fits into memory is as long
@@ -216,9 +216,14 @@ def check_number(op: str, argument: str, value: object, at_least: float | None =
     return number
 
 
-def check_float32(op: str, argument: str, value: object, at_least: float | None = None) -> float:
-    """A number that kernels take as float32: it becomes neither infinite there nor, unless it is 0, 0."""
+def check_float32(op: str, argument: str, value: object, beside: Tensor, at_least: float | None = None) -> float:
+    """A number that kernels take as float32: it becomes neither infinite there nor, unless it is 0, 0.
+
+    Beside a float64 tensor it is any number.
+    """
     number = check_number(op, argument, value, at_least)
+    if beside.dtype is torch.float64:  # the reference's, which computes in it
+        return number
     if abs(number) > FLOAT32_MAX or 0 < abs(number) < _FLOAT32_LEAST:
         fail(op, argument, "a number that float32 has", repr(value))
     return number

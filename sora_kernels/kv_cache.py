@@ -52,7 +52,8 @@ def flash_attn_with_kvcache(
         k_cache: [B, Sc, Hk, d], contiguous, or each call copies it.
         v_cache: [B, Sc, Hk, dv]; each call copies a cache of fewer channels than the other.
         k, v: [B, Sn, Hk, d] and [B, Sn, Hk, dv], written into the caches in place; both or neither. Where they are written, no two
-            elements of the caches may be one, and caches made under torch.inference_mode are refused outside of it.
+            elements of the caches may be one (of subclasses of Tensor this is not checked), and caches made under
+            torch.inference_mode are refused outside of it.
         cache_seqlens: int32 [B], or an int for all: tokens that the cache holds already; required with k. None is all of Sc. On the
             CPU one that is negative or leaves no room for k is an error, before anything is written; elsewhere it is not read and
             counts as the nearest possible one.
@@ -95,9 +96,10 @@ def flash_attn_with_kvcache(
     cu_q, cu_k = (torch.arange(batch + 1, dtype=torch.int32, device=q.device) * n for n in (length, room))
     cu_q, cu_k, lengths = used_keys(op, "cache_seqlens", cu_q, cu_k, lengths, (batch * length, batch * room), new)
     if k is not None and v is not None:
-        if _have_memory(q, k_cache, v_cache, k, v):
-            _check_writable(op, k_cache, v_cache)
-            k, v = (x.clone() if any(_shares_memory(x, cache) for cache in (k_cache, v_cache)) else x for x in (k, v))
+        caches = {name: x for name, x in (("k_cache", k_cache), ("v_cache", v_cache)) if _has_memory(x)}
+        _check_writable(op, caches)
+        written = [_addresses(cache) for cache in caches.values()]
+        q, k, v = (x.clone() if _has_memory(x) and any(_overlap(_addresses(x), one) for one in written) else x for x in (q, k, v))
         samples = torch.arange(batch, device=q.device)[:, None]
         places = lengths[:, None] + torch.arange(new, device=q.device)
         k_cache[samples, places] = k
@@ -123,24 +125,22 @@ def _check_new(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor |
     return k.shape[1]
 
 
-def _have_memory(*tensors: Tensor) -> bool:
-    """Whether they have addresses that can be compared: not where they trace, transform or stand for others, nor on meta.
+def _has_memory(x: Tensor) -> bool:
+    """Whether it has addresses that can be compared: not where it traces, transforms or stands for others, nor on meta.
 
     A compiled function looks after shared memory itself.
     """
-    if torch.compiler.is_compiling() or transforms_active():
-        return False
-    return all(type(x) in (Tensor, nn.Parameter) and not x.is_meta for x in tensors)
+    return not torch.compiler.is_compiling() and not transforms_active() and type(x) in (Tensor, nn.Parameter) and not x.is_meta
 
 
-def _check_writable(op: str, k_cache: Tensor, v_cache: Tensor) -> None:
+def _check_writable(op: str, caches: dict[str, Tensor]) -> None:
     """Before anything is written: the caches can be, and no element of them is another one, too."""
-    for name, cache in {"k_cache": k_cache, "v_cache": v_cache}.items():
+    for name, cache in caches.items():
         if cache.is_inference() and not torch.is_inference_mode_enabled():
             fail(op, name, "a tensor that was made outside of torch.inference_mode, as k is written", "one that was made in it")
-        if not _are_apart(*_axes(cache)):
+        if not cache.is_contiguous() and not _are_apart(*_axes(cache)):
             fail(op, name, "elements that do not overlap, as k is written", f"strides {list(cache.stride())}")
-    if _shares_memory(k_cache, v_cache) and not _are_interleaved(k_cache, v_cache):
+    if len(caches) == 2 and _overlap(*map(_addresses, caches.values())) and not _are_interleaved(*caches.values()):
         fail(op, "v_cache", "memory of its own, as k is written", "some of k_cache's")
 
 
@@ -161,22 +161,18 @@ def _are_apart(*axes: Axis) -> bool:
     return True
 
 
-def _ends(x: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte and of the one behind the last."""
-    count = 1 + sum((size - 1) * stride for stride, size in _axes(x)) if x.numel() else 0
-    return x.data_ptr(), x.data_ptr() + count * x.element_size()
+def _addresses(x: Tensor) -> range:
+    """From its first byte to its last."""
+    count = x.numel() if x.is_contiguous() else 1 + sum((size - 1) * stride for stride, size in _axes(x))
+    return range(x.data_ptr(), x.data_ptr() + count * x.element_size())
 
 
-def _shares_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether their ranges of addresses overlap."""
-    (begin, end), (start, stop) = _ends(one), _ends(other)
-    return max(begin, start) < min(end, stop)
+def _overlap(one: range, other: range) -> bool:
+    return max(one.start, other.start) < min(one.stop, other.stop)
 
 
 def _are_interleaved(one: Tensor, other: Tensor) -> bool:
     """Whether they are parts of one tensor, as cache[:, :, 0] and cache[:, :, 1] or cache[..., :d] and cache[..., d:] are."""
-    if one.stride() != other.stride():
-        return False
     lower, upper = sorted((one, other), key=Tensor.data_ptr)
     step, rest = divmod(upper.data_ptr() - lower.data_ptr(), lower.element_size())
     lowest, highest = (sum((size - 1) * stride for stride, size in _axes(x) if stride < step) for x in (lower, upper))

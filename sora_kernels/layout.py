@@ -138,8 +138,9 @@ class PackedLayout:
         op = "PackedLayout.from_grids"
         listed = check_list(op, "grids", "a list of (T, H, W)", grids)
         sizes = [triple(op, f"grids[{i}]", grid, int) for i, grid in enumerate(listed)]
+        samples = [[Span((t, h, w))] for t, h, w in sizes]
         _check_tokens(op, "grids", sum([t * h * w for t, h, w in sizes]))
-        return cls([[Span((t, h, w))] for t, h, w in sizes], None if device is None else check_device(op, "device", device))
+        return cls(samples, None if device is None else check_device(op, "device", device))
 
     @classmethod
     def from_spans(cls, spans: Iterable[Iterable[Span]], device: torch.device | str | None = None) -> PackedLayout:

@@ -102,7 +102,7 @@ def norm_rope(
             check_tensor(op, name, parameter, (size,), dtype=or_float32(x), like=x)
     if norm == "rms" and bias is not None:
         fail(op, "bias", "None with norm 'rms'", "a tensor")
-    rest = norm == "layer", across_heads, check_bool(op, "interleaved", interleaved), check_float32(op, "eps", eps, at_least=0)
+    rest = norm == "layer", across_heads, check_bool(op, "interleaved", interleaved), check_float32(op, "eps", eps, x, 0)
     tables = of_one_dtype(x, cos, sin, float32=True)
     return shaped_as(_norm_rope(heads, *of_one_dtype(x, weight, bias), *tables, *rest)[0], x)
 

@@ -124,13 +124,13 @@ def qk_norm_rope_3d(
     for name, weight, x in (("q_weight", q_weight, q), ("k_weight", k_weight, k)):
         if weight is not None:
             size, all_heads = x.shape[2], x.shape[1] * x.shape[2]
-            check_tensor(op, name, weight, dtype=or_float32(q), like=q)
+            check_tensor(op, name, weight, dtype=or_float32(q), like=q)  # before its shape, which names the option for all heads
             if not across_heads and size != all_heads and weight.shape == (all_heads,):
                 fail(op, name, f"shape [{size}], or across_heads=True for a norm of all heads", str(list(weight.shape)))
             check_tensor(op, name, weight, (all_heads if across_heads else size,), dtype=None)
     tables = _check_layout(op, layout, q)
     angles = _check_angles(op, q.shape[-1], theta, axes_dim)
-    rest = check_bool(op, "interleaved", interleaved), across_heads, check_float32(op, "eps", eps, at_least=0)
+    rest = check_bool(op, "interleaved", interleaved), across_heads, check_float32(op, "eps", eps, q, at_least=0)
     return _norm_rope(q, k, *of_one_dtype(q, q_weight, k_weight), *tables, *angles, *rest)[:2]
 
 

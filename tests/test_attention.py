@@ -307,6 +307,7 @@ X, P, CU = torch.zeros(2, 6, 4, 8), torch.zeros(12, 4, 8), torch.tensor([0, 6, 1
 GOOD = {
     "flash_attn_func": {"q": X, "k": X, "v": X},
     "flash_attn_qkvpacked_func": {"qkv": X[:, :, None].expand(2, 6, 3, 4, 8)},
+    "flash_attn_kvpacked_func": {"q": X, "kv": X[:, :, None].expand(2, 6, 2, 4, 8)},
     "flash_attn_varlen_func": {"q": P, "k": P, "v": P, "cu_seqlens_q": CU, "cu_seqlens_k": CU},
     "flash_attn_varlen_kvpacked_func": {"q": P, "kv": P[:, None].expand(12, 2, 4, 8), "cu_seqlens_q": CU, "cu_seqlens_k": CU},
     "flash_attn_varlen_qkvpacked_func": {"qkv": P[:, None].expand(12, 3, 4, 8), "cu_seqlens": CU},
@@ -330,7 +331,17 @@ BAD = [
     ("flash_attn_varlen_func", {"cu_seqlens_q": CU.long()}, "cu_seqlens_q: expected dtype int32, got int64"),
     ("flash_attn_varlen_func", {"cu_seqlens_k": CU[:2]}, "cu_seqlens_k: expected shape [3], got [2]"),
     ("flash_attn_varlen_func", {"block_table": CU}, "block_table: expected None~, got Tensor"),
-    ("flash_attn_varlen_kvpacked_func", {"kv": P}, "kv: expected shape [Nk, 2, Hk, d], got [12, 4, 8]"),
+    ("flash_attn_varlen_kvpacked_func", {"kv": P}, "kv: expected shape [Nk, 2, Hk, 8], got [12, 4, 8]"),
+    (
+        "flash_attn_varlen_kvpacked_func",
+        {"kv": P[:, None, :, :4].expand(12, 2, 4, 4)},
+        "kv: expected shape [Nk, 2, Hk, 8], got [12, 2, 4, 4]",
+    ),
+    (
+        "flash_attn_kvpacked_func",
+        {"kv": X[:, :, None, :, :4].expand(2, 6, 2, 4, 4)},
+        "kv: expected shape [2, Sk, 2, Hk, 8], got [2, 6, 2, 4, 4]",
+    ),
     ("varlen_attn", {"key": P[:, :2], "value": P[:, :2]}, "key: expected 4 heads (or enable_gqa=True), got 2"),
     ("scaled_dot_product_attention", {"key": X[0, 0, 0]}, "key: expected shape [..., H, S, d] or [S, d], got [8]"),
     ("scaled_dot_product_attention", {"attn_mask": X[0]}, "attn_mask: expected a shape that ~, got [6, 4, 8]"),

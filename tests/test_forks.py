@@ -37,6 +37,22 @@ def in_a_process(code: str, **environment: str) -> str:
     return done.stdout
 
 
+def test_a_module_that_is_loaded_twice_forks():
+    """The pool's lock, which is not recursive, is taken once."""
+    code = """
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from sora_kernels import _cpu
+loader = ExtensionFileLoader("other._cpu", _cpu.__file__)
+loader.exec_module(module_from_spec(spec_from_loader("other._cpu", loader)))
+child = os.fork()
+if child == 0:
+    os._exit(0)
+print(ended(child))
+"""
+    assert in_a_process(code) == "0\n"
+
+
 def test_kernels_of_several_threads_run_in_a_child_and_in_its_child():
     """GCC's OpenMP runtime would wait there for threads that only the parent has."""
     code = """

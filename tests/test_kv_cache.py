@@ -153,13 +153,22 @@ def test_bad_input(wrong: dict, message: str) -> None:
     assert not v_cache.any()
 
 
+UNEVEN = torch.zeros(2, 6, 24)  # room for heads of two widths
+
+
 @pytest.mark.parametrize(
     "caches",
-    [torch.zeros(2, 2, 6, 2, 8).unbind(0), torch.zeros(2, 6, 2, 2, 8).unbind(2), torch.zeros(2, 6, 2, 16).split(8, dim=-1)],
+    [
+        torch.zeros(2, 2, 6, 2, 8).unbind(0),
+        torch.zeros(2, 6, 2, 2, 8).unbind(2),
+        torch.zeros(2, 6, 2, 16).split(8, dim=-1),
+        (UNEVEN[..., :16].unflatten(2, (2, 8)), UNEVEN[..., 16:].unflatten(2, (2, 4))),
+        (UNEVEN[..., :8].unsqueeze(2), UNEVEN[..., 8:].unflatten(2, (1, 16))),
+    ],
 )
 def test_caches_can_be_parts_of_one_tensor(caches: tuple[Tensor, Tensor]) -> None:
     k_cache, v_cache = caches
-    k, v = torch.randn(2, *NEW.shape)
+    k, v = (torch.randn(2, 2, *x.shape[2:]) for x in caches)
     flash_attn_with_kvcache(Q, k_cache, v_cache, k, v, cache_seqlens=1)
     assert torch.equal(k_cache[:, 1:3], k)
     assert torch.equal(v_cache[:, 1:3], v)
@@ -192,6 +201,23 @@ def test_new_keys_can_be_keys_of_the_cache() -> None:
     flash_attn_with_kvcache(Q, k_cache, v_cache, k, v, cache_seqlens=1)
     assert torch.equal(k_cache[:, 1:4], before[0])
     assert torch.equal(v_cache[:, 1:4], before[1])
+
+
+def test_queries_can_be_keys_of_the_cache() -> None:
+    """They count as they were, though the new keys take their place."""
+    k_cache, v_cache, k, v = (torch.randn(2, 6, 2, 8) for _ in range(4))
+    q = k_cache[:, 3:4]
+    expected = flash_attn_with_kvcache(q.clone(), k_cache.clone(), v_cache.clone(), k[:, :2], v[:, :2], cache_seqlens=3)
+    assert torch.equal(flash_attn_with_kvcache(q, k_cache, v_cache, k[:, :2], v[:, :2], cache_seqlens=3), expected)
+
+
+def test_a_subclass_beside_the_caches_leaves_them_checked() -> None:
+    class Subclass(Tensor):
+        pass
+
+    cache = CACHE[:1].expand(CACHE.shape)
+    with pytest.raises(ValueError, match="k_cache: expected elements that do not overlap"):
+        flash_attn_with_kvcache(Q.as_subclass(Subclass), cache, CACHE.clone(), NEW, NEW, cache_seqlens=1)
 
 
 def test_caches_of_inference_mode_are_written_in_it() -> None:

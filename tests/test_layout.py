@@ -127,6 +127,7 @@ def test_repr_is_readable(layout):
             TypeError,
             "PackedLayout.from_spans: spans: expected Span objects, got tuple",
         ),
+        (lambda: PackedLayout.from_grids([(-(2**16), -(2**16), 1)]), ValueError, "Span: grid: expected sizes >= 0, got"),
         (lambda: PackedLayout.from_grids([(2**15, 2**15, 2)]), ValueError, r"fewer than 2\*\*31 tokens, got 2147483648"),
         (lambda: PackedLayout.concat([]), ValueError, "PackedLayout.concat: layouts: expected at least one layout, got none"),
         (lambda: PackedLayout.concat(1), TypeError, "PackedLayout.concat: layouts: expected a list of layouts, got 1"),

@@ -21,7 +21,9 @@ inline void survive_forks() {
     Pool::instance().hold();
   };
   const auto after = [] { Pool::instance().release(); };
-  if (pthread_atfork(before, after, after) != 0) throw std::bad_alloc();
+  // Once, though a module can be loaded twice: the pool's lock is not recursive.
+  static const int registered = pthread_atfork(before, after, after);
+  if (registered != 0) throw std::bad_alloc();
 }
 
 }  // namespace sora

@@ -8,8 +8,7 @@
 //   x y = x0 y0 + x0 y1 + x1 y0 + x0 y2 + x1 y1 + x2 y0 + ...    6 products for float32, 3 for float16, 1 for bfloat16
 //
 // and what is left out is 2**-23 of x y at most, 2**-16 for float16, whose numbers have 11 bits. The sums round like float32 sums.
-// What differs: the rest of an infinite number is NaN, and so is the product; numbers within 0.2% of the largest of float32 round
-// to infinity; subnormal numbers count as zero.
+// What differs: the rest of an infinite number is NaN, and so is the product; subnormal numbers count as zero.
 //
 // An operand is stored as tiles of 1 KiB that hold pairs of numbers adjacent along the sum's index k:
 //   Left   A [rows, depth]      tile[i][k / 2] = (A[i][k], A[i][k + 1])      16 rows x 32
