@@ -66,6 +66,12 @@ def test_uniform_frames_are_embedded_as_images_at_their_times() -> None:
         embed_patches(clips, weight, bias, patch_size=(3, 2, 2), num_frames=3)
 
 
+@pytest.mark.parametrize("number", ["x", 0, 1.5, True])
+def test_frames_are_a_number(number: object) -> None:
+    with pytest.raises(ValueError, match="num_frames: expected a number of at least 1 or None, got"):
+        CaptionerConfig(num_frames=number)  # type: ignore[arg-type]
+
+
 def test_the_tokenizer_writes_any_text() -> None:
     tokenizer = train_tokenizer(CAPTIONS, 320)
     assert len(tokenizer) <= 320

@@ -147,7 +147,10 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
         ChatExpander.from_pretrained(plain)
     ids = edited(folder, tmp_path / "ids")
     (ids / "generation_config.json").write_text('{"eos_token_id": [1, "x"]}')
-    with pytest.raises(ValueError, match=r"eos_token_id: expected ids of tokens, got \[1, 'x'\]"):
+    with pytest.raises(ValueError, match=r"eos_token_id: expected ids of tokens, from 0 to \d+, got \[1, 'x'\]"):
+        ChatExpander.from_pretrained(ids)
+    (ids / "generation_config.json").write_text('{"eos_token_id": 1000000000000000000000000000000}')
+    with pytest.raises(ValueError, match="eos_token_id: expected ids of tokens, from 0 to"):
         ChatExpander.from_pretrained(ids)
     with pytest.raises(ValueError, match="longest: expected a number of tokens of at least 1, got 0"):
         ChatExpander.from_pretrained(folder, longest=0)

@@ -328,6 +328,7 @@ SHARE = "a number above 0 and up to 1"
         (extend('"frames": "8"'), f'request 0: frames: expected {COUNT}, got "8"'),
         (extend('"frames": true'), f"request 0: frames: expected {COUNT}, got true"),
         (extend('"frames": 2.0'), f"request 0: frames: expected {COUNT}, got 2.0"),
+        (extend('"frames": 1099511627776'), "request 0: expected videos that the memory of "),
         (extend('"frames": 0'), f"request 0: frames: expected {COUNT}, got 0"),
         (extend('"frames": 2, "overlap": -1'), "request 0: overlap: expected a whole number of at least 0, got -1"),
         (extend('"overlap": 1'), f"request 0: frames: expected {COUNT} for extend, got none"),

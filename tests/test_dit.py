@@ -1,6 +1,7 @@
 """The DiT: packed as alone, equal to diffusers' DiT where both can run, and every wrong input named."""
 
 import json
+import math
 from itertools import pairwise
 
 import pytest
@@ -347,6 +348,9 @@ def test_wrong_inputs_are_named() -> None:
         classes(latents[:1], levels[:1], labels=torch.tensor([3]))
 
 
+NOT_NUMBERS = [{name: value} for name in ("rope_theta", "mlp_ratio", "timestep_shift") for value in ("x", None, True, math.nan, -1)]
+
+
 def test_config() -> None:
     config = DiTConfig.preset("XL", patch=(1, 2, 2), in_channels=4, text_dim=256)
     assert (config.depth, config.hidden_size, config.num_heads) == (28, 1152, 16)
@@ -355,7 +359,14 @@ def test_config() -> None:
         DiTConfig.from_dict({"hidden": 3, "depth": 2, "width": 1})
     with pytest.raises(ValueError, match="name: expected one of tiny, XS, S, B, L, XL, got 'XXL'"):
         DiTConfig.preset("XXL", patch=(1, 2, 2), in_channels=4)
-    for wrong in ({"hidden_size": 50}, {"patch_size": (2, 2)}, {"positions": "none"}, {"depth": 0}, {"num_classes": 0}):
+    for wrong in (
+        {"hidden_size": 50},
+        {"patch_size": (2, 2)},
+        {"positions": "none"},
+        {"depth": 0},
+        {"num_classes": 0},
+        *NOT_NUMBERS,
+    ):
         with pytest.raises(ValueError, match=f"DiTConfig: {next(iter(wrong))}: expected"):
             small(**wrong)
     with pytest.raises(ValueError, match="qk_norm: expected False with positions='sincos'"):

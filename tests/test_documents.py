@@ -5,7 +5,9 @@ import shutil
 import struct
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from reliability.guarded import in_a_process
 from reliability.templates import TEMPLATES
 from safetensors.torch import load_file, save_file
@@ -14,10 +16,10 @@ from typer.testing import CliRunner
 from sora_model import Request, SoraPipeline
 from sora_model.caption.template import TemplateRefused, render
 from sora_model.cli import app
-from sora_model.cli.text import visible
+from sora_model.cli.text import one_line, visible
 from sora_model.limits import Limits, limits, raised_limits, set_limits
 from sora_model.storage.documents import read_json_file
-from sora_model.storage.tokenizer import check_tokenizer, tokenize
+from sora_model.storage.tokenizer import check_tokenizer, detokenize, tokenize
 from sora_model.storage.weights import read_json, read_shapes
 from sora_model.text.words import Vocabulary
 
@@ -122,6 +124,12 @@ def test_texts_have_a_limit(small, tmp_path) -> None:
     assert said.exit_code == 0, said.output
 
 
+def test_a_line_takes_time_by_its_length() -> None:
+    """A million blanks took hours."""
+    blanks = " " * 10**6
+    assert one_line(f"a{blanks}b \n c\u2028d\te\n") == f"a{blanks}b c d\te"
+
+
 def test_no_text_steers_the_terminal(small, tmp_path) -> None:
     assert visible("a\x1b]0;x\x07\u202eb\ud800\tc\n") == "a\\x1b]0;x\\x07\\u202eb\\ud800\tc\n"
     path = shutil.copytree(small, tmp_path / "evil") / "model_index.json"
@@ -186,6 +194,13 @@ def test_ids_without_a_vector_are_refused() -> None:
         tokenize(panics, ["a"], 2, "owner")
 
 
+def test_a_decoder_that_panics_is_named() -> None:
+    reader = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    reader.decoder = tokenizers.decoders.Strip("a", 1, 1)
+    with pytest.raises(ValueError, match="owner: tokenizer: expected one that can write the ids, got "):
+        detokenize(transformers.PreTrainedTokenizerFast(tokenizer_object=reader), [0], "owner")
+
+
 def test_a_vocabulary_that_is_no_text_is_named(tmp_path) -> None:
     (tmp_path / "vocab.txt").write_bytes(b"a\n\xff\n")
     with pytest.raises(ValueError, match=r"vocab\.txt: expected text in UTF-8"):
@@ -224,7 +239,8 @@ def test_moments_that_cannot_be_are_refused(small, tmp_path) -> None:
         metadata = {"state": file.metadata()["state"]}  # without a checksum, which would say so first
     name = next(name for name in weights if name.startswith("optimizer.") and weights[name].ndim > 1)
     for value, message in (
-        (weights[name].flatten()[:3], "expected floats"),
+        (weights[name].flatten()[:3], "expected float32 ["),
+        (weights[name].new_zeros(()), "expected float32 ["),
         (weights[name] * float("nan"), "expected finite numbers"),
     ):
         save_file({**weights, name: value.contiguous()}, path, metadata)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import typer
 from reliability.runs import assert_same_run, state, train
 from typer.main import get_command
 
@@ -15,6 +16,7 @@ import sora_model.cli.ending
 import sora_model.training.trainer
 from sora_model.cli import app
 from sora_model.storage.files import WriteError, settle_folder, whole_file
+from sora_model.training.optimizers import KernelMuon, check_moments
 from sora_model.training.recipes.common import Preparation
 from sora_model.training.trainer import Trainer
 
@@ -252,6 +254,47 @@ def test_a_moment_that_is_lost_is_not_saved(run, small, monkeypatch) -> None:
     assert result.exit_code == 2
     assert "exp_avg_sq: expected finite numbers, got infinity" in result.output.replace("\n", "")
     assert (run / "training.safetensors").read_bytes() == before
+
+
+MOMENTS = {"step": torch.ones(()), "exp_avg": torch.zeros(2, 3), "exp_avg_sq": torch.zeros(2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        ({**MOMENTS, "exp_avg": torch.zeros(())}, "exp_avg: expected float32 [2, 3], got float32 []"),
+        ({**MOMENTS, "exp_avg_sq": torch.zeros(2, 3).half()}, "exp_avg_sq: expected float32 [2, 3], got float16 [2, 3]"),
+        ({**MOMENTS, "step": torch.ones(6)}, "step: expected float32 [], got float32 [6]"),
+        ({**MOMENTS, "max_exp_avg_sq": torch.zeros(2, 3)}, "max_exp_avg_sq: expected none, got float32 [2, 3]"),
+        ({"step": MOMENTS["step"]}, "exp_avg: expected float32 [2, 3], got none"),
+        ({"momentum_buffer": torch.zeros(2, 3)}, "step: expected float32 [], got none"),
+    ],
+)
+def test_moments_are_those_of_the_optimizer(moments, message) -> None:
+    """It would compute with others, beyond the memory of one that is too small."""
+    parameter = torch.nn.Parameter(torch.zeros(2, 3))
+    adamw, muon = torch.optim.AdamW([parameter]), KernelMuon([parameter], 0.1, 0.0)
+    check_moments(MOMENTS, adamw, parameter, "here")
+    with pytest.raises(ValueError, match=rf"^here\.{re.escape(message)}$"):
+        check_moments(moments, adamw, parameter, "here")
+    check_moments({"momentum_buffer": torch.zeros(2, 3)}, muon, parameter, "here")
+    with pytest.raises(ValueError, match=r"^here\.momentum_buffer: expected float32 \[2, 3\], got "):
+        check_moments({**moments, "momentum_buffer": torch.zeros(())}, muon, parameter, "here")
+
+
+def test_what_is_said_of_a_state_steers_no_terminal(run, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sora_model.training.resume.read_state", raised(ValueError("a key of \x1b]0;others")))
+    with pytest.raises(typer.Exit), sora_model.cli.ending.endings(run):
+        raise sora_model.cli.ending.Stopped(signal.SIGTERM)
+    assert r"a key of \x1b]0;others" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_a_state_that_cannot_be_mapped_is_named(run, small, monkeypatch) -> None:
+    """As one is that is larger than memory."""
+    monkeypatch.setattr("sora_model.training.resume.safe_open", raised(RuntimeError("unable to mmap: Cannot allocate memory (12)")))
+    result = train(run, small, 2, "--resume")
+    assert result.exit_code == 2
+    assert "training.safetensors: expected a file that this machine can map, got unable to mmap" in result.output.replace("\n", "")
 
 
 @pytest.mark.parametrize("where", [0.3, 0.6, 0.999])

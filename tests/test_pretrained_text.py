@@ -1,5 +1,6 @@
 """Text encoders of transformers from a local folder: packed as they are alone, frozen, saved with a pipeline and loaded again."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
 
 from sora_model import SoraPipeline
 from sora_model.data import Batch
-from sora_model.text.pretrained import PretrainedEncoder, load_text_encoder
+from sora_model.text.pretrained import MOST_TOKENS, PretrainedEncoder, load_text_encoder
 from sora_model.training.dit import DiffusionObjective
 from sora_model.world.config import WorldConfig
 from sora_model.world.source import WorldSource
@@ -101,3 +102,27 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         load_text_encoder(tmp_path)
     with pytest.raises(ValueError, match="model: expected one of t5, umt5, clip, clip_text_model, got bert"):
         PretrainedEncoder(bert, tokenizer())
+    (tmp_path / "config.json").write_text('{"model_type": []}')
+    with pytest.raises(ValueError, match=r"expected model_type out of t5, umt5, clip, clip_text_model, got \[\]"):
+        PretrainedEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("distance", [0, 8, -1, "x", True])
+def test_distances_that_t5_cannot_count(distance: object, tmp_path: Path) -> None:
+    """Its buckets would be numbers that no table has."""
+    PretrainedEncoder(MODELS["t5"](), tokenizer()).save_pretrained(tmp_path)
+    PretrainedEncoder.from_pretrained(tmp_path)(["a red circle moves right " * 9])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "relative_attention_max_distance": distance}))
+    with pytest.raises(ValueError, match=r"config\.json: relative_attention_max_distance: expected a distance above a quarter of"):
+        PretrainedEncoder.from_pretrained(tmp_path)
+
+
+def test_captions_are_bounded_whatever_a_tokenizer_says() -> None:
+    reader = tokenizer()
+    reader.model_max_length = 10**30
+    encoder = PretrainedEncoder(MODELS["t5"](), reader)
+    assert encoder.longest == MOST_TOKENS
+    assert len(encoder(["a " * 9000]).tokens) == MOST_TOKENS
+    with pytest.raises(ValueError, match=f"longest: expected 1 to {MOST_TOKENS} tokens, got 10000"):
+        PretrainedEncoder(MODELS["t5"](), reader, longest=10_000)

@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from sora_model.cli import app
 from sora_model.codec.vae import VideoVAE
 from sora_model.diffusion import schedulers
 from sora_model.storage.files import save_whole
-from sora_model.storage.weights import check_finite
+from sora_model.storage.weights import check_finite, open_tensors, read_tensors
 from sora_model.text.pretrained import PretrainedEncoder, load_text_encoder, load_tokenizer
 
 RUNS_CODE = "import pathlib\npathlib.Path({marker!r}).touch()\nclass EvilPipeline:\n    pass\nclass Evil:\n    pass\n"
@@ -258,6 +259,23 @@ def test_every_kind_of_weight_is_looked_at(dtype) -> None:
     broken[1] = float("nan")
     with pytest.raises(ValueError, match="x: expected finite numbers, got NaN"):
         check_finite(broken, "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "message"),
+    [
+        ("F4", 4, "weight: expected real numbers of 8 bits or more, got float4"),
+        ("C64", 64, "weight: expected real numbers of 8 bits or more, got complex64"),
+        ("F6_E2M3", 6, "expected safetensors, got "),
+    ],
+)
+def test_kinds_of_numbers_that_no_model_has_are_refused(name, length, message, tmp_path) -> None:
+    header = json.dumps({"weight": {"dtype": name, "shape": [8], "data_offsets": [0, length]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(length))
+    for read in (lambda: read_tensors([path], "owner"), lambda: open_tensors([path], "owner")("weight")):
+        with pytest.raises(ValueError, match=rf"^owner: .*model\.safetensors: {message}"):
+            read()
 
 
 def test_a_text_encoder_that_is_no_numbers_is_named(encoder) -> None:

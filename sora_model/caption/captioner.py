@@ -28,7 +28,7 @@ from ..model.dit import PLACES, places
 from ..model.patches import embed_patches
 from ..storage.files import save_module, settle
 from ..storage.pretrained import load_tokenizer
-from ..storage.tokenizer import save_tokenizer, tokenize
+from ..storage.tokenizer import detokenize, save_tokenizer, tokenize
 from ..storage.weights import open_module, read_json
 from ..text.words import WordEncoder
 
@@ -62,6 +62,8 @@ class CaptionerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if self.num_frames is not None and (type(self.num_frames) is not int or self.num_frames < 1):
+            raise ValueError(f"CaptionerConfig: num_frames: expected a number of at least 1 or None, got {self.num_frames!r}")
         if self.num_frames is not None and self.patch_size[0] != 1:
             raise ValueError(
                 f"CaptionerConfig: num_frames: expected None (tubelets) with patches of several frames {self.patch_size}, "
@@ -166,7 +168,7 @@ class Captioner(nn.Module):
             pad_token_id=self.pad,  # not in the config: the decoder would warn of every caption that ends before others do
             do_sample=False,
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return [detokenize(self.tokenizer, row, "Captioner").strip() for row in ids]
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes config.json, model.safetensors and the tokenizer into a folder."""

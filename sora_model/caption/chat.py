@@ -16,7 +16,7 @@ import torch
 
 from ..limits import check_text, limits
 from ..storage.pretrained import load_tokenizer, most_positions, open_pretrained
-from ..storage.tokenizer import tokenize
+from ..storage.tokenizer import IDS, detokenize, tokenize
 from ..storage.weights import read_json
 from .template import TemplateRefused, render
 
@@ -100,7 +100,7 @@ class ChatExpander:
         )[0, ids.shape[1] :]
         if made[-1].item() not in self.end:
             logger.warning("the chat model's answer to %r is cut at %d tokens", prompt, self.longest)
-        answer = re.sub(r"(?s)^.*</think>|<think>.*", "", self.tokenizer.decode(made, skip_special_tokens=True))
+        answer = re.sub(r"(?s)^.*</think>|<think>.*", "", detokenize(self.tokenizer, made, "ChatExpander"))
         answer = re.sub(r"\s+", " ", answer).strip().strip('"“”').strip()
         if not answer:
             raise ValueError(f"ChatExpander: expected an answer to {prompt!r}, got none")
@@ -143,6 +143,6 @@ class ChatExpander:
         path = folder / "generation_config.json"
         end = (read_json(path, owner) if path.is_file() else config).get("eos_token_id")
         listed = end if isinstance(end, list) else [] if end is None else [end]
-        if not all(type(one) is int for one in listed):
-            raise ValueError(f"{owner}: {folder}: eos_token_id: expected ids of tokens, got {end!r}")
+        if not all(type(one) is int and 0 <= one < IDS for one in listed):
+            raise ValueError(f"{owner}: {folder}: eos_token_id: expected ids of tokens, from 0 to {IDS - 1}, got {end!r}")
         return cls(model, tokenizer, end=listed, **options)

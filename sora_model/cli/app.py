@@ -52,7 +52,7 @@ LIMITS = {name.replace("_", "-"): name for name in Limits._fields}
 LINE = 2000  # characters of an error, in which there may be a value of a file
 # What torch says where it gets no memory, on the CPU and on GPUs, and where a size does not even fit a number.
 NO_MEMORY = re.compile(
-    "can't allocate memory|not enough memory|out of memory|too many elements"
+    "can't allocate memory|cannot allocate memory|not enough memory|out of memory|too many elements"
     "|Storage size calculation overflowed|numel: integer multiplication overflow",
     re.IGNORECASE,
 )

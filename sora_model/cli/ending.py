@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .app import errors, fail
+from .text import one_line
 
 if TYPE_CHECKING:
     from ..training.trainer import Trainer
@@ -116,4 +117,4 @@ def _last_save(out: Path) -> str:
 
 def _say(line: str) -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone
-        errors.print(line, highlight=False, soft_wrap=True, markup=False)
+        errors.print(one_line(line), highlight=False, soft_wrap=True, markup=False)

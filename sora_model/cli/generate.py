@@ -307,6 +307,8 @@ def batch(
     *,
     call: Call,
 ) -> None:
+    from .estimate import check_pixels
+
     asked = read_requests(requests, call.negative, call.read)
     call.kept.append(requests)
     for one in asked:
@@ -318,6 +320,7 @@ def batch(
     settings, made = [one.settings for one in asked], [one.request(outline) for one in asked]
     for one, request in zip(asked, made, strict=True):
         with naming(f"batch: request {one.number}"):
+            check_pixels("batch", [request.stitched_size], call.device)
             call.check_keyframes([request])
     call.run(made, "REQUESTS", rates, settings, command="batch")
 

@@ -6,6 +6,7 @@ import re
 
 # Control characters but for line breaks and tabs, marks that turn the direction of writing, and halves of characters.
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+BREAK = re.compile("[\n\u2028\u2029]")
 
 
 def visible(text: str) -> str:
@@ -23,7 +24,8 @@ def one_line(text: str) -> str:
     >>> one_line("a.png\\nerror: b.png")
     'a.png error: b.png'
     """
-    return visible(re.sub(r"\s*[\n\u2028\u2029]\s*", " ", text.strip()))
+    # Of whole runs of blanks: an expression that looks for a break in one would take the square of its length.
+    return visible(re.sub(r"\s+", lambda run: " " if BREAK.search(run[0]) else run[0], text.strip()))
 
 
 def is_utf8(text: str) -> bool:

@@ -75,8 +75,8 @@ class ImageEncoder(nn.Module):
             sides = values.get(name, {}).values() if isinstance(values.get(name, {}), dict) else [values[name]]
             if not all(type(n) is int and 1 <= n <= LARGEST for n in sides):
                 raise ValueError(f"{owner}: {path}: {name}: expected sides of 1 to {LARGEST} pixels, got {values[name]!r}")
-        reader = built(image_processor.from_dict, {"image_processor_dict": values}, owner)
-        pixels = built(reader, {"images": np.zeros((8, 8, 3), np.uint8), "return_tensors": "pt"}, owner)["pixel_values"]
+        reader = built(image_processor.from_dict, {"image_processor_dict": values}, owner, path)
+        pixels = built(reader, {"images": np.zeros((8, 8, 3), np.uint8), "return_tensors": "pt"}, owner, path)["pixel_values"]
         if tuple(pixels.shape) != (1, 3, side, side):
             raise ValueError(
                 f"{owner}: {path}: expected images of {side} pixels a side, as the model takes, got {list(pixels.shape)}"

@@ -219,7 +219,8 @@ class VideoVAE(nn.Module):
             latents = torch.cat([latents, latents[:, :, -1:]], dim=2)
         video = torch.cat([self._decode(part)[:, :, :frames] for part in self._parts(latents)])
         if video.shape[2] != frames:
-            raise RuntimeError(f"VideoVAE: {type(self.model).__name__} decoded {video.shape[2]} frames, expected {frames}")
+            expected = f"a model that decodes {latents.shape[2]} latent frames to {frames}, by its config"
+            raise ValueError(f"VideoVAE: {type(self.model).__name__}: expected {expected}, got {video.shape[2]}")
         return video
 
     def _decode(self, part: Tensor) -> Tensor:

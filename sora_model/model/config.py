@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -157,6 +158,12 @@ class DiTConfig:
         for field in fields(self):
             if isinstance(field.default, bool) and not isinstance(getattr(self, field.name), bool):
                 self._fail(field.name, "true or false", getattr(self, field.name))
+        for name in ("mlp_ratio", "rope_theta"):
+            number = getattr(self, name)
+            if type(number) not in (int, float) or not 0 < number < math.inf:
+                self._fail(name, "a number above 0", number)
+        if type(self.timestep_shift) is not int or not 0 <= self.timestep_shift < 128:
+            self._fail("timestep_shift", "a whole number from 0 to 127", self.timestep_shift)
         if not isinstance(self.eps, int | float) or not 0 < self.eps < 1:
             self._fail("eps", "a number between 0 and 1", self.eps)
         for name, needed in (

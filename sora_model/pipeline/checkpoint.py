@@ -29,7 +29,8 @@ def read_outline(directory: str | Path) -> Outline:
     if wan.is_wan(folder, owner):
         return wan.read_outline(folder, owner)
     index = read_index(folder, owner)
-    config: Any = built(DiTConfig.from_dict, {"values": read_json(folder / "dit" / "config.json", owner)}, owner)
+    path = folder / "dit" / "config.json"
+    config: Any = built(DiTConfig.from_dict, {"values": read_json(path, owner)}, owner, path)
     compression = VideoVAE.read_compression(folder / "vae") if index["vae"] else PixelCodec.compression
     # Read as float32, whatever the files have.
     text, dit, vae, captioner = (bytes_in(folder / part, 4) for part in ("text_encoder", "dit", "vae", "captioner"))

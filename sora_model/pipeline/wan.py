@@ -189,7 +189,7 @@ def _check_parts(folder: Path, config: DiTConfig, owner: str) -> None:
 
 def _dit_config(folder: Path, owner: str) -> DiTConfig:
     """config.json of a transformer, as that of a `DiT`."""
-    return built(wan_config, {"values": _config(folder, owner), "owner": f"{owner}: {folder}"}, owner)
+    return built(wan_config, {"values": _config(folder, owner), "owner": f"{owner}: {folder}"}, owner, folder / "config.json")
 
 
 def _config(folder: Path, owner: str) -> dict[str, Any]:

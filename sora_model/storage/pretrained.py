@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .tokenizer import check_tokenizer_file, is_librarys, told_of_texts
+from .tokenizer import check_tokenizer_file, is_librarys, known_entries
 from .weights import built, built_without_memory, check_depth, read_json, read_shapes, read_tensors, weight_files
 
 # What a checkpoint's tokenizer may be; "TokenizersBackend" is what PreTrainedTokenizerFast is called since transformers 5.
@@ -147,7 +147,7 @@ def load_tokenizer(folder: Path, owner: str, kind: str | None = None, *, any_cla
     name = "PreTrainedTokenizerFast" if any_class else name
     if name not in TOKENIZERS:
         raise ValueError(f"{owner}: {path}: expected tokenizer_class out of {', '.join(TOKENIZERS)}, got {name}")
-    config = told_of_texts(config, f"{owner}: {path}")
+    config = known_entries(config, f"{owner}: {path}")
     plain = name in ("PreTrainedTokenizerFast", "TokenizersBackend")
     with tempfile.TemporaryDirectory() as shown:
         for file in TOKENIZER_FILES:
@@ -155,7 +155,7 @@ def load_tokenizer(folder: Path, owner: str, kind: str | None = None, *, any_cla
                 check_tokenizer_file(folder / file, owner)
                 shutil.copyfile(folder / file, Path(shown, file))
         if (path := folder / TOKENS).is_file():
-            tokens = told_of_texts(read_json(path, owner), f"{owner}: {path}")
+            tokens = known_entries(read_json(path, owner), f"{owner}: {path}")
             Path(shown, TOKENS).write_text(json.dumps(tokens), encoding="utf-8")
         Path(shown, "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}), encoding="utf-8")
         if kind is not None:

@@ -1,4 +1,5 @@
-"""What tokenizers of others may be and do to a text: `check_tokenizer_file`, `told_of_texts`, `tokenize`; and `save_tokenizer`."""
+"""What tokenizers of others may be and do to a text: `check_tokenizer_file`, `known_entries`, `tokenize`, `detokenize`; and
+`save_tokenizer`."""
 
 from __future__ import annotations
 
@@ -9,8 +10,11 @@ from typing import Any
 
 from ..limits import check_limit
 from .documents import read_json_for
+from .expressions import check_expression
 
+FORMS = {"NFKC": 11, "NFKD": 11, "NFC": 3, "NFD": 3}  # bytes that Unicode's normal forms make of one at most, of U+FDFA and others
 GROWTH = 160  # times that the rules of a tokenizer may make a text longer; those of T5 could 136 times
+EXPRESSIONS = 16  # regular ones; DeepSeek's has three
 PARTS = 256  # of a template that puts special tokens around a text, and of their ids
 VOCABULARY = 2**20  # tokens; a million take 4 s to be read
 ADDED = 2**13  # tokens that are added to a vocabulary, of which transformers compares each with each; Gemma has 6,415
@@ -37,7 +41,7 @@ ENTRIES = (
 )
 
 
-def told_of_texts(values: dict[str, Any], where: str) -> dict[str, Any]:
+def known_entries(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The entries of tokenizer_config.json or special_tokens_map.json that transformers may see. where: the file.
 
     Raises ValueError for too many or too long tokens, and for numbers that no tokenizer has.
@@ -60,9 +64,12 @@ def told_of_texts(values: dict[str, Any], where: str) -> dict[str, Any]:
             check_added(tokens, f"{where}: {name}")
     check_added([name for name in kept if name.endswith("_token")], where)
     check_lengths({name: value for name, value in kept.items() if name != "chat_template"}, where)
-    for key in kept.get("added_tokens_decoder") or {}:
+    decoder = kept.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(f"{where}: added_tokens_decoder: expected an object, got {type(decoder).__name__}")
+    for key in decoder:
         if not (isinstance(key, str) and key.isdecimal() and len(key) < 10 and int(key) < IDS):
-            raise ValueError(f"{where}: added_tokens_decoder: expected ids below {IDS}, got {key[:TEXT]!r}")
+            raise ValueError(f"{where}: added_tokens_decoder: expected ids below {IDS}, got {key!r}")
     return kept
 
 
@@ -115,19 +122,28 @@ def check_tokenizer(path: Path, owner: str) -> None:
         raise ValueError(f"{where}: expected an object, got {type(values).__name__}")
     check_growth([rule for name in ("normalizer", "pre_tokenizer") for rule in _objects(values.get(name))], f"{where}: normalizer")
     check_growth(_objects(values.get("decoder")), f"{where}: decoder")
+    _check_expressions([rule for name in ("normalizer", "pre_tokenizer", "decoder") for rule in _objects(values.get(name))], where)
     _check_templates(_objects(values.get("post_processor")), where)
     added, model = values.get("added_tokens"), values.get("model")
     if isinstance(added, list):
         check_added(added, f"{where}: added_tokens")
         _check_vocabulary({str(i): one.get("id") for i, one in enumerate(added) if isinstance(one, dict)}, f"{where}: added_tokens")
-    merges = {"merges"}  # of tokens, or the file is refused
-    told = {name: value for name, value in model.items() if name not in merges} if isinstance(model, dict) else model
-    for name, part in {"added_tokens": added, "model": told, "post_processor": values.get("post_processor")}.items():
+    # Merges are of tokens of the vocabulary; the library refuses others.
+    rest = {name: value for name, value in model.items() if name != "merges"} if isinstance(model, dict) else model
+    for name, part in {"added_tokens": added, "model": rest, "post_processor": values.get("post_processor")}.items():
         check_lengths(part, f"{where}: {name}")
     _check_vocabulary(model.get("vocab") if isinstance(model, dict) else None, f"{where}: model")
     word = model.get("max_input_chars_per_word", 1) if isinstance(model, dict) else 1
     if type(word) is not int or not 0 <= word <= WORD:
         raise ValueError(f"{where}: model: max_input_chars_per_word: expected a whole number from 0 to {WORD}, got {word!r}")
+
+
+def _check_expressions(rules: list[dict[str, Any]], where: str) -> None:
+    expressions = [rule["Regex"] for rule in rules if isinstance(rule.get("Regex"), str)]
+    if len(expressions) > EXPRESSIONS:
+        raise ValueError(f"{where}: expected rules with at most {EXPRESSIONS} regular expressions, got {len(expressions)}")
+    for text in expressions:
+        check_expression(text, where)
 
 
 def _check_vocabulary(tokens: Any, where: str) -> None:
@@ -150,7 +166,7 @@ def check_growth(rules: list[dict[str, Any]], where: str) -> None:
 def _growth(rule: dict[str, Any]) -> int:
     """How many times as long a rule may make a text."""
     content, pattern, front, table = (rule.get(name) for name in ("content", "pattern", "prepend", "precompiled_charsmap"))
-    growth = 1
+    growth = FORMS.get(str(rule.get("type")), 1)
     if isinstance(table, str):
         growth *= _longest(_decoded(table))
     if isinstance(front, str):  # before each piece between added tokens, which may be one character
@@ -210,20 +226,23 @@ def _copies(parts: list[Any]) -> int:
 def _check_sentencepiece(data: bytes, where: str) -> None:
     """Raises ValueError for a spiece.model with a longer piece than a token, or whose table makes a text longer without bounds."""
     try:
-        for field, value in _fields(data):
+        for field, value in _fields(data, where):
             if field == 1 and len(value) > TEXT:
                 raise ValueError(f"{where}: expected pieces of at most {TEXT} bytes, got one of {len(value)}")
             if field == 3:  # its rules for a text
-                for inner, table in _fields(value):
+                for inner, table in _fields(value, where):
                     if inner == 2 and _longest(table) > GROWTH:
                         raise ValueError(f"{where}: expected rules that make a text at most {GROWTH} times as long")
     except IndexError:
         raise ValueError(f"{where}: expected a model of SentencePiece, got something else") from None
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Numbers and bytes of a message's fields, as protocol buffers write them; IndexError for what is none."""
-    place = 0
+def _fields(data: bytes, where: str) -> Iterator[tuple[int, bytes]]:
+    """Numbers and bytes of a message's fields, as protocol buffers write them; IndexError for what is none.
+
+    Raises ValueError for more of them than a vocabulary and a few rules.
+    """
+    place = count = 0
 
     def number() -> int:
         nonlocal place
@@ -247,6 +266,9 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
             size = number()
         if place + size > len(data):
             raise IndexError
+        count += 1
+        if count > VOCABULARY + PARTS:
+            raise ValueError(f"{where}: expected a vocabulary of at most {VOCABULARY} tokens, got more")
         yield key >> 3, data[place : place + size]
         place += size
 
@@ -279,6 +301,16 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
         if type(error) is not Exception:
             raise
         raise OSError(str(error)) from None
+
+
+def detokenize(tokenizer: Any, ids: Any, owner: str) -> str:
+    """The text of ids, without special tokens. Raises ValueError for a tokenizer that fails on them."""
+    try:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    except BaseException as error:
+        if not is_librarys(error):
+            raise
+        raise ValueError(f"{owner}: tokenizer: expected one that can write the ids, got {error}") from None
 
 
 def tokenize(tokenizer: Any, texts: Any, rows: int, owner: str, **options: Any) -> Any:

@@ -29,7 +29,7 @@ Module = TypeVar("Module", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
 DEEP = re.compile("depth|layer|blocks|attention_types")  # in the names of a config's numbers that say how deep a model is
 # Modules, parameters and buffers of a model, which take 0.1 ms each even without memory: at most so many for each tensor beside the
-# config, and as many more, but never more than PARTS. Models of diffusers and transformers have up to 5 for each.
+# config, and PARTS_MORE, but never more than PARTS. Models of diffusers and transformers have up to 5 for each.
 PARTS_EACH, PARTS_MORE, PARTS = 8, 1000, 2**15
 # What a checkpoint may recommend for a call whose user says nothing: an option may be any number.
 DEFAULTS = {"num_inference_steps": (1, 1000), "guidance_scale": (0, 1000), "guidance_from": (0, 1), "fps": (0.01, 1000)}
@@ -84,7 +84,7 @@ def check_defaults(defaults: Any, where: str) -> None:
             raise ValueError(f"{where}: {name}: expected {kind} from {low} to {high}, got {value!r}")
 
 
-def built(kind: Callable[..., Any], config: dict[str, Any], owner: str, file: str | Path = "config.json") -> Any:
+def built(kind: Callable[..., Any], config: dict[str, Any], owner: str, file: str | Path) -> Any:
     """kind(**config); keys and values that it does not take are an error that says so. file: that has them."""
     try:
         return kind(**config)
@@ -193,15 +193,25 @@ def read_shapes(files: Sequence[Path], owner: str) -> Shapes:
     """The shapes of all tensors in safetensors files, from their headers."""
     shapes: Shapes = {}
     for path in files:
-        check_header(path, owner)
-        try:
-            with safe_open(path, "pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{owner}: {path}: expected safetensors, got {error}") from None
-        except RuntimeError as error:  # a file that is larger than memory cannot be mapped
-            raise ValueError(f"{owner}: {path}: expected a file that this machine can map, got {error}") from None
+        with opened(path, owner) as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
     return shapes
+
+
+@contextlib.contextmanager
+def opened(path: Path, owner: str) -> Iterator[Any]:
+    """A safetensors file, whose tensors are read within this.
+
+    Raises ValueError for another file, and for one that is larger than memory: it cannot be mapped.
+    """
+    check_header(path, owner)
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{owner}: {path}: expected safetensors, got {error}") from None
+    except RuntimeError as error:
+        raise ValueError(f"{owner}: {path}: expected a file that this machine can map, got {error}") from None
 
 
 def read_tensors(files: Sequence[Path], owner: str) -> dict[str, Tensor]:
@@ -226,15 +236,11 @@ def open_tensors(files: Sequence[Path], owner: str) -> Callable[[str], Tensor]:
     """
     homes: dict[str, Path] = {}
     for path in files:
-        check_header(path, owner)
-        try:
-            with safe_open(path, "pt") as file:
-                homes |= dict.fromkeys(file.keys(), path)
-        except SafetensorError as error:
-            raise ValueError(f"{owner}: {path}: expected safetensors, got {error}") from None
+        with opened(path, owner) as file:
+            homes |= dict.fromkeys(file.keys(), path)
 
     def read(name: str) -> Tensor:
-        with safe_open(homes[name], "pt") as file:
+        with opened(homes[name], owner) as file:
             value = file.get_tensor(name)
         check_finite(value, f"{owner}: {homes[name]}: {name}")
         return value
@@ -243,7 +249,9 @@ def open_tensors(files: Sequence[Path], owner: str) -> Callable[[str], Tensor]:
 
 
 def check_finite(value: Tensor, where: str) -> None:
-    """Raises ValueError for NaN and infinity."""
+    """Raises ValueError for NaN and infinity, and for kinds of numbers that no model has, where torch could not tell."""
+    if value.is_complex() or value.dtype is torch.float4_e2m1fn_x2:
+        raise ValueError(f"{where}: expected real numbers of 8 bits or more, got {str(value.dtype).removeprefix('torch.')}")
     if not value.is_floating_point() or not value.numel():
         return
     # One pass without a mask in memory, which NaN passes through. Types of 8 bits have no such function.

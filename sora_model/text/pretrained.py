@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..model.conditioning import PackedText, TextEncoder
 from ..storage.pretrained import load_tokenizer, most_positions, open_pretrained
-from ..storage.tokenizer import save_tokenizer, tokenize
+from ..storage.tokenizer import detokenize, save_tokenizer, tokenize
 from ..storage.weights import open_module, read_json
 from .words import Vocabulary, WordEncoder
 
@@ -27,7 +27,7 @@ CLASSES = {
 }
 logger = logging.getLogger(__name__)
 SHOWN, MOST_WARNINGS = 100, 10  # characters of what was cut
-UNLIMITED = 10**6  # tokens; tokenizers without a limit have one of 10**30
+MOST_TOKENS = 4096  # of a caption: attention takes memory by their square, and some tokenizers have no limit of their own
 
 
 def clean_caption(text: str) -> str:
@@ -50,7 +50,8 @@ class PretrainedEncoder(nn.Module):
     Args:
         model: of transformers, on any device; it is frozen.
         tokenizer: its tokenizer.
-        longest: tokens of a caption, behind which it is cut; default: as many as the model or its tokenizer can take.
+        longest: tokens of a caption, behind which it is cut, at most MOST_TOKENS; default: as many as the model or its tokenizer
+            can take.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, longest: int | None = None) -> None:
@@ -62,10 +63,12 @@ class PretrainedEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.dim = int(model.config.hidden_size)
         if longest is not None:
+            if not 1 <= longest <= MOST_TOKENS:
+                raise ValueError(f"PretrainedEncoder: longest: expected 1 to {MOST_TOKENS} tokens, got {longest}")
             tokenizer.model_max_length = longest  # which is saved with it
-        limits = tokenizer.model_max_length, most_positions(model.config, "PretrainedEncoder") or UNLIMITED
+        positions = most_positions(model.config, "PretrainedEncoder") or MOST_TOKENS
+        self.longest = min(tokenizer.model_max_length, positions, MOST_TOKENS)
         self.warnings = 0
-        self.longest = min(limits) if min(limits) < UNLIMITED else None
 
     def train(self, mode: bool = True) -> PretrainedEncoder:
         return self  # frozen: dropout never runs
@@ -77,7 +80,7 @@ class PretrainedEncoder(nn.Module):
             raise TypeError("PretrainedEncoder: captions: expected a list of strings, got one string")
         captions = [clean_caption(caption) for caption in captions]
         batch = self._tokens(captions, padding=True, return_tensors="pt", verbose=False)
-        if self.longest is not None and batch["input_ids"].shape[1] > self.longest:
+        if batch["input_ids"].shape[1] > self.longest:
             self._warn_of_cuts(captions)
             cut = {"truncation": True, "max_length": self.longest}
             batch = self._tokens(captions, padding=True, return_tensors="pt", **cut)
@@ -98,11 +101,11 @@ class PretrainedEncoder(nn.Module):
 
     def _warn_of_cuts(self, captions: Sequence[str]) -> None:
         """Warns of what the encoder leaves out of a caption, of the first MOST_WARNINGS captions: training has many."""
-        if self.longest is None or self.warnings >= MOST_WARNINGS:
+        if self.warnings >= MOST_WARNINGS:
             return
         for ids in self._tokens(captions, verbose=False)["input_ids"] if captions else []:
             if len(ids) > self.longest:
-                rest = self.tokenizer.decode(ids[self.longest - 1 :], skip_special_tokens=True)
+                rest = detokenize(self.tokenizer, ids[self.longest - 1 :], "PretrainedEncoder")
                 shown = rest if len(rest) <= SHOWN else f"{rest[:SHOWN]}..."
                 self.warnings += 1
                 logger.warning("a prompt of %d tokens is cut to %d, without: %s", len(ids), self.longest, shown)
@@ -130,12 +133,21 @@ class PretrainedEncoder(nn.Module):
         folder, owner = Path(folder), "PretrainedEncoder.from_pretrained"
         config = read_json(folder / "config.json", owner)
         kind = config.get("model_type")
-        if kind not in CLASSES:
+        if not isinstance(kind, str) or kind not in CLASSES:
             raise ValueError(f"{owner}: {folder / 'config.json'}: expected model_type out of {', '.join(CLASSES)}, got {kind}")
         reader = load_tokenizer(folder if tokenizer is None else Path(tokenizer), owner, kind)
         if isinstance(config.get("text_config"), dict):  # a whole CLIP
             config = config["text_config"]
+        _check_distances(config, f"{owner}: {folder / 'config.json'}")
         return cls(open_pretrained(getattr(transformers, CLASSES[kind]), config, folder, owner, dtype), reader, **options)
+
+
+def _check_distances(config: Mapping[str, Any], where: str) -> None:
+    """T5 counts small distances between words one by one, in a quarter of its buckets, and larger ones by their logarithm."""
+    buckets, most = config.get("relative_attention_num_buckets", 32), config.get("relative_attention_max_distance", 128)
+    if not all(type(one) is int for one in (buckets, most)) or buckets < 4 or most <= buckets // 4:
+        expected = "a distance above a quarter of the buckets, of which there are at least 4"
+        raise ValueError(f"{where}: relative_attention_max_distance: expected {expected}, got {most!r} for {buckets!r} buckets")
 
 
 def load_text_encoder(folder: str | Path) -> TextEncoder:

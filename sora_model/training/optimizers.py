@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class KernelMuon(torch.optim.Muon):
@@ -22,6 +23,26 @@ class KernelMuon(torch.optim.Muon):
             if view is not kernel:
                 view.grad = None if kernel.grad is None else kernel.grad.view_as(view)
         return super().step(closure)
+
+
+def check_moments(moments: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, parameter: Tensor, where: str) -> None:
+    """Raises ValueError for other moments than an optimizer has of a parameter; it would compute with any, beyond their memory too.
+
+    where: how the error begins; the moment's name follows.
+    """
+    shape = list(parameter.shape)
+    expected = (
+        {"momentum_buffer": shape} if isinstance(optimizer, KernelMuon) else {"step": [], "exp_avg": shape, "exp_avg_sq": shape}
+    )
+    for name in {**expected, **moments}:
+        value = moments.get(name)
+        got = "none" if value is None else f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        if name not in expected:
+            raise ValueError(f"{where}.{name}: expected none, got {got}")
+        dtype = torch.float32 if name == "step" else parameter.dtype
+        if value is None or list(value.shape) != expected[name] or value.dtype is not dtype:
+            wanted = f"{str(dtype).removeprefix('torch.')} {expected[name]}"
+            raise ValueError(f"{where}.{name}: expected {wanted}, got {got}")
 
 
 def muon_parameters(model: nn.Module) -> set[str]:

@@ -118,6 +118,8 @@ def read_state(path: Path) -> dict[str, Any]:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"Trainer: {path}: expected the state of a run of this package, got {error}") from None
+    except RuntimeError as error:  # a file that is larger than memory cannot be mapped
+        raise ValueError(f"Trainer: {path}: expected a file that this machine can map, got {error}") from None
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -127,7 +129,7 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, A
         save_file(contiguous, temporary, {"state": text, "checksum": _checksum(text, contiguous)})
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_state_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a run's file. Raises ValueError if a bit of it is not as it was written."""
     with safe_open(path, "pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

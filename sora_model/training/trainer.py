@@ -33,8 +33,8 @@ from ..data import Batch, PackedSampler
 from ..storage.weights import check_finite, distinct_state, load_distinct
 from .config import TrainConfig
 from .log import Step, TrainLog
-from .optimizers import KernelMuon, muon_parameters, schedule
-from .resume import CHECKPOINT, STATE, all_settings, check_run, only_run, read_state, read_tensors, write_state
+from .optimizers import KernelMuon, check_moments, muon_parameters, schedule
+from .resume import CHECKPOINT, STATE, all_settings, check_run, only_run, read_state, read_state_tensors, write_state
 
 
 class Objective(Protocol):
@@ -227,7 +227,7 @@ class Trainer:
 
     def _load(self) -> None:
         path = self.folder / STATE
-        state, tensors = read_state(path), read_tensors(path)
+        state, tensors = read_state(path), read_state_tensors(path)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -238,13 +238,8 @@ class Trainer:
         load_distinct(self.average, part("average."), f"Trainer: resume: {path}")
         for name, optimizer, parameter in self._moments:
             moments = {key: value.to(parameter.device) for key, value in part(f"optimizer.{name}.").items()}
-            for key, value in moments.items():
-                shapes = ((), tuple(parameter.shape))  # a count of steps; a moment
-                if tuple(value.shape) not in shapes or not value.is_floating_point():
-                    got = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-                    where = f"Trainer: resume: {path}: optimizer.{name}.{key}"
-                    raise ValueError(f"{where}: expected floats {list(parameter.shape)} or one, got {got}")
-            if moments:
+            if moments:  # there are none of what had no gradient yet
+                check_moments(moments, optimizer, parameter, f"Trainer: resume: {path}: optimizer.{name}")
                 optimizer.state[parameter] = moments
         self.step, self.seconds = state["step"], state["seconds"]
 

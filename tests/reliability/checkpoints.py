@@ -323,7 +323,7 @@ def _weights(path: Path, rng: Rng) -> str:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     name = pick(sorted(weights), rng)
-    what = pick(["nan", "inf", "double", "half", "integers", "empty", "flat", "missing", "huge", "state"], rng)
+    what = pick(["nan", "inf", "double", "half", "integers", "empty", "flat", "missing", "huge", "state", "scalar"], rng)
     value = weights[name]
     if what in ("nan", "inf") and value.is_floating_point() and value.numel():
         value.view(-1)[-1] = float(what)
@@ -335,6 +335,8 @@ def _weights(path: Path, rng: Rng) -> str:
         weights[name] = value.reshape(-1)
     elif what == "missing":
         del weights[name]
+    elif what == "scalar":
+        weights[name] = value.new_zeros(())
     elif what == "huge" and value.is_floating_point():
         weights[name] = torch.full_like(value, torch.finfo(value.dtype).max)
     elif what == "state" and metadata and "state" in metadata:
@@ -343,6 +345,8 @@ def _weights(path: Path, rng: Rng) -> str:
         container[key] = pick([*NUMBERS, *OTHERS], rng)
         metadata["state"] = json.dumps(state)
         what = f"state: {key}: {container[key]!r:.60}"
+    if metadata and rng.random() < 0.5:  # what is behind it is looked at, too
+        metadata.pop("checksum", None)
     save_file(weights, path, metadata)
     return f"weights: {what}, {name}"
 

@@ -29,6 +29,9 @@ ASKED: dict[str, list[dict[str, Any]]] = {
             "max_position_embeddings": 200_000,
         },
         {"max_position_embeddings": "512"},
+        {"relative_attention_max_distance": 8},
+        {"timestep_shift": "x", "rope_theta": "x", "num_frames": "x"},
+        {"model_type": []},
     ],
     "scheduler_config.json": [
         {"solver_order": 2**40},
@@ -46,9 +49,12 @@ ASKED: dict[str, list[dict[str, Any]]] = {
         {"added_tokens_decoder": {str(2**31): {"content": "x"}}},
         {"unk_token": "x" * 10**6},
         {"model_max_length": "512"},
+        {"added_tokens_decoder": [5]},
         {"gguf_file": "x", "vocab": {"a": 0}, "init_inputs": [1], "model_input_names": []},
     ],
     "tokenizer.json": [
+        {"decoder": {"type": "Strip", "content": "a", "start": 1, "stop": 1}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKD"}] * 3}},
         {"normalizer": {"type": "Prepend", "prepend": "x" * 2**18}},
         {"normalizer": PIECE},
         {"post_processor": {"type": "Sequence", "processors": [TEXT_TWICE] * 30}},
