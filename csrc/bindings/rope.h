@@ -35,7 +35,7 @@ inline void check_part(const QkNorm& p, bool across_heads, const Tensor& q) {
   for (const Tensor* t : {&p.weight, &p.dweight})
     if (*t) shape(*t, {across_heads ? p.x.size[1] * p.x.size[2] : p.x.size[2]});
   if (p.dout && p.weight && !p.dweight) fail(p.dweight, "a tensor, as there is a weight", "None");
-  if (p.dweight && !p.weight) fail(p.dweight, "None, as there is no weight", "a tensor");  // the CUDA kernel would leave it unwritten
+  if (p.dweight && !p.weight) fail(p.dweight, "None, as there is no weight", "a tensor");  // CUDA would leave it unwritten
 }
 
 inline void check_parts(const QkNorm (&parts)[2], bool across_heads) {

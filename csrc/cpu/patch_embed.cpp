@@ -267,7 +267,8 @@ void video_gradient(const PatchEmbed& a, const Operands<T>& operands, const Runs
   const auto room = on_scratch<VideoRoom<T>>(d, width);
   const T* from = static_cast<const T*>(a.dtokens.data) + (g.first + run.begin) * stride;
   const typename M::Left dtokens = M::left(from, stride, rows, d, room.dtokens);
-  M::template multiply<Init::kZero>(rows, k, d, dtokens, M::right_room(operands.weight.data(), d, k), room.dpatches, width);
+  // The sum over d may be the longest of this op's, and one sum of it rounds more than plain PyTorch's.
+  M::multiply_precisely(rows, k, d, dtokens, M::right_room(operands.weight.data(), d, k), room.dpatches, width);
   const int pt = a.patch[0], ph = a.patch[1], pw = a.patch[2];
   const float* dpatches = room.dpatches;
   const Tensor& video = a.dvideos[run.video];
