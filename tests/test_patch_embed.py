@@ -19,6 +19,7 @@ from tolerance import (
 from torch import Tensor
 from torch.nn.functional import conv3d
 
+from sora_kernels import backends
 from sora_kernels import patch_embed as ops
 from sora_kernels.layout import PackedLayout, Span
 from sora_kernels.reference import patch_embed as reference
@@ -225,4 +226,5 @@ def test_gradients_of_videos_are_sums_in_parts() -> None:
     tokens.backward(cotangent)
     patches = (cotangent.double() @ weight.double().flatten(1)).unflatten(0, (2, 8, 8)).unflatten(3, (16, 2, 2))
     exact = patches.permute(3, 0, 1, 4, 2, 5).reshape(video.shape)
-    assert (video.grad.double() - exact).norm() < 3e-7 * exact.norm()
+    bound = 2e-6 if backends.BACKENDS["cpu"].load().isa() == "amx" else 3e-7  # tiles have one sum
+    assert (video.grad.double() - exact).norm() < bound * exact.norm()
