@@ -75,7 +75,7 @@ fuzz: fuzz-calls fuzz-files
 
 # Compiled entries on every tier, so many calls of each over all of them, no two alike, and public functions, on the sanitized kernels; CUDA's
 # entries in the harness of tests/simt; DLPack's decoding by libFuzzer, with clang's sanitizers (Debian: clang, libclang-rt-14-dev).
-# All of them run, whichever fails.
+# All of them run, whichever fails. The last words of Triton's library may lack the end of their line.
 ENTRY_CALLS := 2000
 PUBLIC_CALLS := 5000
 fuzz-calls: ASAN_LIMITS = max_allocation_size_mb=4096:quarantine_size_mb=64
@@ -84,7 +84,7 @@ fuzz-calls: sanitized
 	for tier in $(TIERS); do \
 	  SORA_KERNELS_ISA=$$tier $(abspath $(BIN))/python -m tests.reliability.entries $$calls --seed $$seed || status=1; seed=$$((seed + 1)); \
 	done; \
-	$(abspath $(BIN))/python -m tests.reliability.calls $(PUBLIC_CALLS) || status=1; \
+	$(abspath $(BIN))/python -m tests.reliability.calls $(PUBLIC_CALLS) || status=1; echo; \
 	unset LD_PRELOAD; cd $(CURDIR); \
 	$(BIN)/python -m tests.reliability.entries $(ENTRY_CALLS) --module _cuda || status=1; \
 	$(BIN)/python -m tests.reliability.dlpack 300 || status=1; \

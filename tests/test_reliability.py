@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from reliability.outcome import Outcome, outcomes
@@ -23,7 +24,8 @@ def test_what_is_printed_is_what_is_read() -> None:
 
 def run(*lines: str, status: int = 0) -> program.Run:
     code = f"import sys; print({chr(10).join(lines)!r}); sys.exit({status})"
-    return program.attacked("fuzz-calls", [sys.executable, "-c", code], program.versions(), program.where())
+    with mock.patch.dict(program.TARGETS, sound=program.Target("", ("a",))):
+        return program.attacked("sound", [sys.executable, "-c", code], program.versions(), program.where())
 
 
 def test_every_name_can_be_read() -> None:
@@ -39,11 +41,12 @@ def test_processes_of_one_name_are_one_row(capfd) -> None:
 
 
 def test_one_that_dies_is_a_failure() -> None:
-    assert run("a: 3 cases, 0 failed", status=66).outcomes[1] == Outcome("fuzz-calls, which ended with status 66", 1, 1)
+    assert run("a: 3 cases, 0 failed", status=66).outcomes[1] == Outcome("sound, which ended with status 66", 1, 1)
 
 
 def test_one_that_tries_nothing_is_a_failure() -> None:
-    assert run("done").outcomes == [Outcome("fuzz-calls, which reported nothing and ended with status 0", 1, 1)]
+    assert run("done").outcomes == [Outcome("a, which reported nothing", 1, 1)]
+    assert run("b: 3 cases, 2 failed").outcomes == [Outcome("b", 3, 2), Outcome("a, which reported nothing", 1, 1)]
     assert run("a: 0 cases, 0 failed").outcomes == [Outcome("a", 0, 1)]
 
 
@@ -66,6 +69,14 @@ def test_the_page_is_the_file() -> None:
 def test_every_target_is_one_of_the_makefile() -> None:
     found = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(program.TARGETS) <= set(found)
+
+
+def test_every_outcome_on_the_page_is_one_of_its_target() -> None:
+    """But for those that say what went wrong."""
+    for one in program.read(program.JSON):
+        assert {outcome.name for outcome in one.outcomes if ", which " not in outcome.name} <= set(
+            program.TARGETS[one.target].outcomes
+        )
 
 
 def test_another_target_is_one_line(monkeypatch, capsys) -> None:
