@@ -32,6 +32,7 @@ class Limits(NamedTuple):
         header_bytes: of a safetensors file.
         tokenizer_bytes: of a tokenizer's file; the largest have 33 million.
         text: characters of a prompt, a caption or an action. Attention over words takes memory by their square.
+        batch_text: characters of all texts of `sora batch`, which are encoded together.
     """
 
     picture_pixels: int = 2**25
@@ -45,6 +46,7 @@ class Limits(NamedTuple):
     header_bytes: int = 2**24
     tokenizer_bytes: int = 2**25
     text: int = 20_000
+    batch_text: int = 200_000
 
 
 _present = Limits()

@@ -284,6 +284,9 @@ def test_positions_are_a_number(tmp_path) -> None:
         ({"solver_order": 0}, "solver_order: expected a whole number from 1 to 3, got 0"),
         ({"num_train_timesteps": 10**9}, "num_train_timesteps: expected a whole number from 1 to 100000"),
         ({"trained_betas": [0.1] * 200_000}, "trained_betas: expected at most 100000 numbers, got 200000"),
+        ({"trained_betas": [0.1] * 9}, "trained_betas: expected 1000 numbers, as num_train_timesteps says, got 9"),
+        ({"shift": -0.5}, "shift: expected a number above 0, got -0.5"),
+        ({"flow_shift": 0}, "flow_shift: expected a number above 0, got 0"),
         ({"solver_p": 3}, "expected a scheduler that can make 4 steps, got 'int' object has no attribute 'set_timesteps'"),
         ({"shift": 1e308, "flow_shift": 1e308, "trained_betas": [2.0] * 1000}, "expected a scheduler that can make 4 steps, got"),
         ({"steps_offset": "x", "shift": "x", "flow_shift": "x", "timestep_spacing": "leading"}, ""),
@@ -300,6 +303,13 @@ def test_schedulers_make_steps_before_they_are_taken(name, values, message, tmp_
     if "solver_p" in values and name != "UniPCMultistepScheduler":
         return
     with pytest.raises(ValueError, match=rf"owner: .*scheduler_config\.json: {message}"):
+        load_scheduler(tmp_path, "owner")
+
+
+def test_flow_matching_predicts_velocities(tmp_path) -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "prediction_type": "epsilon"}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="prediction_type: expected flow_prediction for FlowMatchEulerDiscreteScheduler, got 'eps"):
         load_scheduler(tmp_path, "owner")
 
 

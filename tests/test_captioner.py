@@ -72,6 +72,12 @@ def test_frames_are_a_number(number: object) -> None:
         CaptionerConfig(num_frames=number)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("number", ["x", 1, 200_000, True])
+def test_captions_end(number: object) -> None:
+    with pytest.raises(ValueError, match="longest: expected a number of tokens from 2 to 4096, got"):
+        CaptionerConfig(longest=number)  # type: ignore[arg-type]
+
+
 def test_the_tokenizer_writes_any_text() -> None:
     tokenizer = train_tokenizer(CAPTIONS, 320)
     assert len(tokenizer) <= 320
@@ -167,6 +173,14 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (clips / "deep" / "0.txt").read_text() == "a caption\n"
     assert not list(clips.rglob(".*")), "nothing half-written"
     assert "0 captions written" in sora("recaption", clips, "--checkpoint", checkpoint).output
+    (tmp_path / "mine").write_text("something else")
+    write_video(clips / "linked.png", SOURCE.load(0).video[:, :1])
+    (clips / "linked.txt").symlink_to(tmp_path / "mine")
+    linked = sora("recaption", clips, "--checkpoint", checkpoint, "--overwrite").output
+    assert "linked.txt is a link, and what it leads to would be written" in linked.replace("\n", " ")
+    assert (tmp_path / "mine").read_text() == "something else"
+    for path in clips.glob("linked.*"):
+        path.unlink()
     assert "6 captions written" in sora("recaption", clips, "--checkpoint", checkpoint, "--overwrite").output
     *_, sheet = write_files([SOURCE.load(0).video], ["a circle"], clips / "made", [8.0], 1, "mp4")
     result = sora("recaption", clips, "--checkpoint", checkpoint)

@@ -82,6 +82,18 @@ def test_prompts_are_answered(folder: Path, caplog: pytest.LogCaptureFixture) ->
     assert ChatExpander.from_pretrained(folder, dtype=torch.bfloat16).model.dtype == torch.bfloat16
 
 
+def test_a_model_that_cannot_answer_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some configs say only then what their model cannot do, such as more experts for a token than there are."""
+    expander = ChatExpander.from_pretrained(folder)
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("selected index k out of range")
+
+    monkeypatch.setattr(expander.model, "generate", fails)
+    with pytest.raises(ValueError, match="ChatExpander: model: expected one that can answer, got selected index k out of range"):
+        expander.expand([PROMPT])
+
+
 def test_templates_without_a_system_role(folder: Path) -> None:
     expander = ChatExpander.from_pretrained(folder)
     expander.tokenizer.chat_template = STRICT

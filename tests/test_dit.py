@@ -369,6 +369,8 @@ def test_config() -> None:
     ):
         with pytest.raises(ValueError, match=f"DiTConfig: {next(iter(wrong))}: expected"):
             small(**wrong)
+    with pytest.raises(ValueError, match="text_length: expected at most 1048576 tokens, got"):
+        small(text_dim=8, text_projection=True, text_length=2**70)
     with pytest.raises(ValueError, match="qk_norm: expected False with positions='sincos'"):
         small(positions="sincos")
     with pytest.raises(ValueError, match="learn_sigma: expected False with prediction='clean'"):

@@ -210,9 +210,10 @@ def test_a_vocabulary_that_is_no_text_is_named(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step": -1}, "got step -1"),
-        ({"step": 2**60}, "got step 1152921504606846976"),
+        ({"step": -1}, "got step -1 after 1 s"),
+        ({"step": 2**60}, "got step 1152921504606846976 after 1 s"),
         ({"step": True}, "got step True"),
+        ({"step": 10**6}, "got step 1000000 after 1 s"),
         ({"seconds": "x"}, "got seconds 'x'"),
         ({"seconds": float("nan")}, "got seconds nan"),
         ({"settings": [1]}, "got a config or settings that are no objects"),

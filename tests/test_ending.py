@@ -282,6 +282,18 @@ def test_moments_are_those_of_the_optimizer(moments, message) -> None:
         check_moments({**moments, "momentum_buffer": torch.zeros(())}, muon, parameter, "here")
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "training.safetensors", "loss.csv", "tensorboard"])
+def test_a_link_in_a_run_is_not_written_through(name, run, small, tmp_path) -> None:
+    """A run of others would have another file overwritten."""
+    (run / name).rename(tmp_path / "elsewhere")
+    (run / name).symlink_to(tmp_path / "elsewhere")
+    result = train(run, small, 2, "--resume")
+    assert result.exit_code == 2
+    assert f"--resume: expected what the run has written in its folder, got the link {run / name}" in result.output.replace(
+        "\n", ""
+    )
+
+
 def test_what_is_said_of_a_state_steers_no_terminal(run, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sora_model.training.resume.read_state", raised(ValueError("a key of \x1b]0;others")))
     with pytest.raises(typer.Exit), sora_model.cli.ending.endings(run):

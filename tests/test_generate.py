@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from sora_model import SoraPipeline
@@ -355,6 +356,26 @@ def test_a_file_that_many_requests_name_is_read_once(small, media, tmp_path, mon
     assert read == names[:2]
     said = sora("--limit", "clip-pixels=2559", *options, code=2)
     assert "error: batch: request 1: video: with the files before it: expected at most 2559 pixels, got 2560; " in said
+
+
+def test_all_texts_of_a_batch_have_a_limit(unloaded, tmp_path) -> None:
+    path = tmp_path / "requests.json"
+    path.write_text(json.dumps([{"prompt": "x" * 7}, {"prompt": "x", "negative_prompt": "y" * 2}]))
+    said = sora("--limit", "batch-text=9", "batch", path, "--out", tmp_path / "out", code=2)
+    assert f"error: batch: {path}: prompts: expected at most 9 characters, got 10; 'sora --limit batch-text=10 " in said
+
+
+def test_frames_that_are_enlarged_count_as_they_become(small, media, tmp_path) -> None:
+    options = ["extend", media / "a.mp4", "x", "--frames", 2, "--size", "160x160", "--checkpoint", small, "--out", tmp_path / "out"]
+    said = sora("--limit", "clip-pixels=50000", *options, code=2)
+    assert "a.mp4: with frames of 160x160: expected at most 50000 pixels, got 102400; " in said
+
+
+def test_a_file_that_is_too_slow_is_refused_before_the_work(unloaded, tmp_path) -> None:
+    frames = [Image.new("RGB", (16, 16), (i, 0, 0)) for i in (0, 200)]
+    frames[0].save(tmp_path / "slow.gif", save_all=True, append_images=frames[1:], duration=655_350)
+    said = sora("restyle", tmp_path / "slow.gif", "x", "--out", tmp_path / "out", code=2)
+    assert "error: --fps: expected at least 0.01, got 0.0015" in said
 
 
 def test_a_request_that_joins_other_speeds_is_named(media, unloaded, tmp_path) -> None:

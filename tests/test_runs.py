@@ -18,6 +18,7 @@ from reliability.runs import assert_same_run, sora, state, train
 from sora_model import SoraPipeline
 from sora_model.data import write_video
 from sora_model.diffusion.task_mix import TaskMix  # noqa: F401
+from sora_model.training.resume import only_run
 from sora_model.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +161,16 @@ def test_a_vae_goes_on_without_its_checkpoint(tmp_path) -> None:
             assert result.exit_code == 0, result.output
     (_, one), (_, other) = (state(tmp_path / name) for name in ("whole", "parts"))
     assert all(torch.equal(one[name], value) for name, value in other.items())
+
+
+def test_a_captioner_is_not_put_into_a_run_that_goes_on(small, tmp_path) -> None:
+    """The run's next save would have the parts that it began with."""
+    assert train(tmp_path / "run", small, 1).exit_code == 0
+    with only_run(tmp_path / "run", fresh=False):
+        result = sora("train-captioner", tmp_path / "captioner", "--checkpoint", tmp_path / "run" / "checkpoint", "--steps", 1)
+    assert result.exit_code == 2
+    expected = f"--checkpoint: expected the checkpoint of a run that has ended, got that of {tmp_path / 'run'}"
+    assert expected in result.output.replace("\n", "")
 
 
 def test_a_captioner_goes_on_without_its_checkpoint(small, tmp_path) -> None:

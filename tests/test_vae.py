@@ -1,5 +1,6 @@
 """Causal video VAEs of diffusers behind one interface: sizes, causality, tiles, normalisation, and training a small one."""
 
+import json
 from pathlib import Path
 
 import diffusers
@@ -15,10 +16,11 @@ from sora_model.world.config import WorldConfig
 from sora_model.world.source import WorldSource
 from sora_model.world.world import World
 
+WAN = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+
 
 def wan():
-    options = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
-    return diffusers.AutoencoderKLWan(**options, latents_mean=[0.5] * 4, latents_std=[2.0] * 4)
+    return diffusers.AutoencoderKLWan(**WAN, latents_mean=[0.5] * 4, latents_std=[2.0] * 4)
 
 
 def cogvideox():
@@ -370,6 +372,28 @@ def test_what_cannot_be_is_named(tmp_path: Path) -> None:
         VideoVAE.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "UNet"}')
     with pytest.raises(ValueError, match=r"expected _class_name out of .*, got UNet"):
+        VideoVAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("scale_factor_spatial", 64),
+        ("spatial_compression_ratio", 128),
+        ("scale_factor_temporal", 8),
+        ("in_channels", 4),
+        ("out_channels", 4),
+    ],
+)
+def test_sizes_are_those_that_the_config_says(name: str, value: int, tmp_path: Path) -> None:
+    """diffusers keeps entries that its models do not have, and those of the sizes are believed."""
+    model = wan()
+    if name.endswith("channels"):
+        model = diffusers.AutoencoderKLWan(**{**WAN, name: value})
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(ValueError, match=r"config\.json: expected a VAE that (de)?codes .*, got "):
         VideoVAE.from_pretrained(tmp_path)
 
 

@@ -37,6 +37,18 @@ def without_a_weight(folder: Path) -> None:
     save_file(weights, path)
 
 
+def test_weights_that_are_left_over_are_few(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A file is opened for each weight, and its whole header read."""
+
+    def many(target: Path) -> None:
+        path = target / "transformer" / "diffusion_pytorch_model.safetensors"
+        save_file({**load_file(path), **{f"norm_added_q{i}": torch.zeros(0) for i in range(1000)}}, path)
+
+    folder = changed(folders["t2v"], tmp_path / "many", many)
+    with pytest.raises(ValueError, match="expected fewer weights norm_added_q than others, got 1000"):
+        SoraPipeline.from_pretrained(folder)
+
+
 def test_folders_of_other_kinds(folders: dict[str, Path], tmp_path: Path) -> None:
     """What a user may take for a pipeline's folder."""
     (tmp_path / "own").mkdir()

@@ -162,7 +162,6 @@ def test_code_and_places_that_a_config_names_are_left_alone(encoder, tmp_path) -
     change(
         encoder / "config.json",
         auto_map=auto, attn_implementation="evil/kernels", _attn_implementation="evil/kernels", _name_or_path=str(other),
-        quantization_config={"quant_method": "evil"},
     )  # fmt: skip
     change(
         encoder / "tokenizer_config.json", auto_map=auto, _name_or_path=str(other), fast_tokenizer_files=["../other/tokenizer.json"]
@@ -174,6 +173,66 @@ def test_code_and_places_that_a_config_names_are_left_alone(encoder, tmp_path) -
     assert torch.equal(before.tokens, after.tokens)
     assert torch.equal(before.cu_seqlens, after.cu_seqlens)
     assert not marker.exists()
+
+
+def test_quantized_weights_are_refused(encoder) -> None:
+    """They would be taken for numbers."""
+    change(encoder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(ValueError, match=r"config\.json: quantization_config: expected weights that are not quantized"):
+        load_text_encoder(encoder)
+
+
+def test_a_chat_template_of_a_text_encoder_is_left_out(encoder, tmp_path) -> None:
+    """Where it is none, the tokenizer could be read and not be saved."""
+    change(encoder / "tokenizer_config.json", chat_template=[{"name": "../../outside", "template": 5}])
+    load_text_encoder(encoder).save_pretrained(tmp_path / "again")
+    assert torch.equal(load_text_encoder(tmp_path / "again")(["a"]).tokens, load_text_encoder(encoder)(["a"]).tokens)
+
+
+def test_a_text_encoder_marks_the_end_of_a_text(encoder) -> None:
+    """The null text of guidance would have no token, and the mean of none is NaN."""
+    path = encoder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": None}))
+    with pytest.raises(ValueError, match="tokenizer: expected one that marks the end of a text"):
+        load_text_encoder(encoder)
+
+
+def test_names_of_weights_steer_no_terminal(encoder, capfd) -> None:
+    weights = weights_of(encoder / "model.safetensors")
+    save_file({**weights, "\x1b]0;evil\x07\nerror: x": torch.zeros(1)}, encoder / "model.safetensors", {"format": "pt"})
+    load_text_encoder(encoder)
+    shown = capfd.readouterr()
+    assert "\x1b]0;evil" not in shown.out + shown.err
+
+
+def test_a_tensor_of_no_shape_is_named(encoder) -> None:
+    path = encoder / "model.safetensors"
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    end = len(data) - 8 - length
+    text = json.dumps({**header, "left over": {"dtype": "F32", "shape": [2**63, 0], "data_offsets": [end, end]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected safetensors, got "):
+        load_text_encoder(encoder)
+
+
+def test_a_header_that_is_read_for_each_tensor_is_bounded(tmp_path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(1)}, path, {"about": "x" * 2**21})
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected a header of at most 1049600 bytes for 1 tensors, got"):
+        open_tensors([path], "owner")
+
+
+def test_what_float16_does_not_hold_is_not_saved(folder, tmp_path) -> None:
+    """It would become infinity, which no checkpoint is opened with."""
+    path = folder / "dit" / "model.safetensors"
+    weights = weights_of(path)
+    name = min(name for name, value in weights.items() if value.is_floating_point())
+    weights[name].view(-1)[0] = 1e5
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=f"DiT: {name}: expected finite numbers, got infinity"):
+        SoraPipeline.from_pretrained(folder).save_pretrained(tmp_path / "half", dtype=torch.float16)
 
 
 def test_a_tokenizer_is_one_of_a_list(encoder, tmp_path) -> None:

@@ -32,6 +32,7 @@ from ..storage.tokenizer import detokenize, save_tokenizer, tokenize
 from ..storage.weights import open_module, read_json
 from ..text.words import WordEncoder
 
+LONGEST = 4096  # tokens of a caption, which come one by one
 PAD, END, SHORT, DETAILED = "<pad>", "<end>", "<short>", "<detailed>"
 
 
@@ -64,6 +65,8 @@ class CaptionerConfig:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
         if self.num_frames is not None and (type(self.num_frames) is not int or self.num_frames < 1):
             raise ValueError(f"CaptionerConfig: num_frames: expected a number of at least 1 or None, got {self.num_frames!r}")
+        if type(self.longest) is not int or not 2 <= self.longest <= LONGEST:
+            raise ValueError(f"CaptionerConfig: longest: expected a number of tokens from 2 to {LONGEST}, got {self.longest!r}")
         if self.num_frames is not None and self.patch_size[0] != 1:
             raise ValueError(
                 f"CaptionerConfig: num_frames: expected None (tubelets) with patches of several frames {self.patch_size}, "

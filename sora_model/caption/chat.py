@@ -82,22 +82,24 @@ class ChatExpander:
             except TemplateRefused as error:
                 raise ValueError(f"ChatExpander: tokenizer: expected a chat template that takes a prompt, got {error}") from None
         rows = self.model.get_input_embeddings().num_embeddings
-        options = {"add_special_tokens": False, "return_tensors": "pt"}
-        ids = tokenize(self.tokenizer, text, rows, "ChatExpander", **options)["input_ids"].to(self.model.device)
+        ids = tokenize(self.tokenizer, text, rows, "ChatExpander", add_special_tokens=False, return_tensors="pt")["input_ids"].to(
+            self.model.device
+        )
         if not ids.shape[1]:
             raise ValueError("ChatExpander: tokenizer: expected a chat template that takes a prompt, got one that writes nothing")
         most = most_positions(self.model.config, "ChatExpander")
         if most is not None and ids.shape[1] + self.longest > most:
             expected = f"at most {most - self.longest} tokens with its instruction"
             raise ValueError(f"ChatExpander: prompts: expected {expected}, got {ids.shape[1]}: {prompt!r}")
-        made = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=self.longest,
-            do_sample=False,
-            eos_token_id=self.end,
-            pad_token_id=self.end[0],
-        )[0, ids.shape[1] :]
+        options = {"max_new_tokens": self.longest, "do_sample": False, "eos_token_id": self.end, "pad_token_id": self.end[0]}
+        try:
+            made = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of any kind, as a config may say what its model cannot do
+            raise ValueError(
+                f"ChatExpander: model: expected one that can answer, got {str(error) or type(error).__name__}"
+            ) from None
         if made[-1].item() not in self.end:
             logger.warning("the chat model's answer to %r is cut at %d tokens", prompt, self.longest)
         answer = re.sub(r"(?s)^.*</think>|<think>.*", "", detokenize(self.tokenizer, made, "ChatExpander"))

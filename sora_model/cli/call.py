@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..limits import check_limit
 from .app import Loaded, Precision, check_folder, command, console, known_device, logger, parse_size, read_clip, say
 from .files import NAMES, write_files
 from .terminal import sampled
@@ -134,6 +135,7 @@ class Call(Loaded):
         clip, rate = read_clip(path, max_frames, limit)
         native = tuple(probe(path)[1:])
         if size is not None:
+            check_limit("clip_pixels", clip.shape[1] * size[0] * size[1], f"{path}: with frames of {size[0]}x{size[1]}", "pixels")
             clip = fitted(clip, *size)
         after = tuple(clip.shape[2:])
         if because and native != after:
@@ -216,12 +218,14 @@ class Call(Loaded):
         return {"negative_prompt": self.negative, "seed": self.seed, **self.sampling}
 
     def rate(self, input_fps: float = 0.0) -> float:
-        """Frames per second of a file, by those of its input, 0 for none. Raises ValueError for more than a format has."""
-        from ..data.writing import highest_fps
+        """Frames per second of a file, by those of its input, 0 for none. Raises ValueError for what a format does not have."""
+        from ..data.writing import LOWEST_FPS, highest_fps
 
         rate, highest = self.fps or input_fps or self.outline.defaults.fps, highest_fps(f".{self.format.value}")
         if rate > highest:
             raise ValueError(f"--fps: expected at most {highest} for {self.format.value}, got {rate:g}")
+        if rate < LOWEST_FPS:
+            raise ValueError(f"--fps: expected at least {LOWEST_FPS}, got {rate:g}")
         return rate
 
     def announce(self, outline: Outline, sizes: Sequence[Size], option: str = "--size", *, made: Sequence[Size] = ()) -> None:

@@ -73,6 +73,9 @@ def recaption(
         if long := next((file for file in wanted.values() if len(os.fsencode(file.name)) > NAME_BYTES), None):
             say(f"left out: {path}: {long.name} would be longer than {NAME_BYTES} bytes")
             continue
+        if link := next((file for file in wanted.values() if file.is_symlink()), None):
+            say(f"left out: {path}: {link.name} is a link, and what it leads to would be written")
+            continue
         wanted = {detailed: file for detailed, file in wanted.items() if overwrite or not os.path.exists(file)}
         if not wanted:
             continue

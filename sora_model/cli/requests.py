@@ -139,6 +139,8 @@ def read_requests(path: Path, negative: str, read: Read) -> list[Asked]:
         raise ValueError(f"batch: {path}: expected a list of objects with a task each")
     check_limit("requests", len(wanted), f"batch: {path}", "requests")
     checked = [_checked(one, i) for i, one in enumerate(wanted)]
+    texts = [fields[name] for _, fields in checked for name in ("prompt", "negative_prompt") if fields.get(name)]
+    check_limit("batch_text", sum(map(len, texts)), f"batch: {path}: prompts", "characters")
     read = _once(read)
     return [_read(task, fields, i, path.parent, negative, read) for i, (task, fields) in enumerate(checked)]
 

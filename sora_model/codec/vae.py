@@ -103,10 +103,13 @@ class VideoVAE(nn.Module):
         kind, config = _read_kind(folder, owner)
         model = open_module(lambda: kind.from_config(config), config, folder, owner, WEIGHTS)
         model.eval()
+        where = f"{owner}: {folder / 'config.json'}"
         try:
-            return cls(model, **options)
+            vae = cls(model, **options)
         except (TypeError, RuntimeError, KeyError, ZeroDivisionError, OverflowError) as error:  # of numbers in the config
-            raise ValueError(f"{owner}: {folder / 'config.json'}: {error}") from None
+            raise ValueError(f"{where}: {error}") from None
+        _check_sizes(vae, where)
+        return vae
 
     @staticmethod
     def read_compression(folder: str | Path) -> Size:
@@ -286,6 +289,26 @@ def _compression(model: Any) -> tuple[int, int]:
         if type(value) is not int or not 1 <= value <= COMPRESSION:
             raise ValueError(f"VideoVAE: model: expected a {name} compression from 1 to {COMPRESSION}, got {value!r}")
     return ct, ch  # type: ignore[return-value]
+
+
+def _check_sizes(vae: VideoVAE, where: str) -> None:
+    """Raises ValueError where latents and videos, of an image and of a short clip, have other sizes than the config says."""
+    ct, side, _ = vae.compression
+    for frames, latents in ((1, 1), (1 + ct, 2)):
+        video, latent = (3, frames, side, side), (vae.channels, latents, 1, 1)
+        expected = f"a VAE that codes {list(video)} as {list(latent)}"
+        try:
+            (coded,) = vae.encode([torch.zeros(video)])
+            got = tuple(coded.shape)
+            if got == latent:
+                (decoded,) = vae.decode([coded])
+                expected, got, latent = f"a VAE that decodes {list(latent)} to {list(video)}", tuple(decoded.shape), video
+        except MemoryError:
+            raise
+        except Exception as error:  # of any kind, as numbers in the config are not of the model's
+            raise ValueError(f"{where}: expected {expected}, got {str(error) or type(error).__name__}") from None
+        if got != latent:
+            raise ValueError(f"{where}: expected {expected}, got {list(got)}")
 
 
 def _statistics(model: Any, channels: int) -> tuple[Tensor, Tensor]:

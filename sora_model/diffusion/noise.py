@@ -116,6 +116,8 @@ def _noised(scheduler: Any, prediction: str, x: Tensor, noise: Tensor, timesteps
     if prediction == "epsilon":
         return noised, noise
     if prediction == "v_prediction":
+        if not hasattr(scheduler, "get_velocity"):
+            raise ValueError(f"add_noise: scheduler: expected one that trains with v_prediction, got {type(scheduler).__name__}")
         return noised, scheduler.get_velocity(frames, noises, timesteps).transpose(0, 1)
     if prediction == "sample":
         return noised, x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ FLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm++": ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
 }
 # What a checkpoint may name. A name is never looked up anywhere else: diffusers has classes whose loading runs files of a folder.
+FLOW_PREDICTION = "flow_prediction"
 DDPM = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler")
 MOST_TIMESTEPS = 100_000
 WHOLE = {"num_train_timesteps": MOST_TIMESTEPS, "solver_order": 3}  # entries that take memory, and the most of each
@@ -43,6 +45,17 @@ def load_scheduler(folder: Path, owner: str) -> Any:
     for entry in LISTS:
         if isinstance(value := config.get(entry), list) and len(value) > MOST_TIMESTEPS:
             raise ValueError(f"{owner}: {path}: {entry}: expected at most {MOST_TIMESTEPS} numbers, got {len(value)}")
+    steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
+    if isinstance(betas, list) and len(betas) != steps:
+        raise ValueError(f"{owner}: {path}: trained_betas: expected {steps} numbers, as num_train_timesteps says, got {len(betas)}")
+    for entry in ("shift", "flow_shift"):
+        value = config.get(entry, 1.0)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{owner}: {path}: {entry}: expected a number above 0, got {value!r}")
+    if name.startswith("FlowMatch") and config.get("prediction_type", FLOW_PREDICTION) != FLOW_PREDICTION:
+        raise ValueError(
+            f"{owner}: {path}: prediction_type: expected {FLOW_PREDICTION} for {name}, got {config['prediction_type']!r}"
+        )
     scheduler = built(getattr(diffusers, name).from_config, {"config": config}, owner, path)
     expected = f"{owner}: {path}: expected a scheduler that can make {PROBED} steps"
     try:

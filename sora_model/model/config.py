@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+LONGEST_TEXT = 2**20  # tokens that captions count as, whatever they have
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"depth": 4, "hidden_size": 128, "num_heads": 4, "absolute_positions": True},
     "XS": {"depth": 6, "hidden_size": 192, "num_heads": 6, "absolute_positions": True, "rope_size": 4, "modulation": "shared"},
@@ -147,6 +148,8 @@ class DiTConfig:
             value, optional = getattr(self, name), name in optionals
             if not (optional and value is None) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 self._fail(name, "a number of at least 1" + (" or None" if optional else ""), value)
+        if self.text_length is not None and self.text_length > LONGEST_TEXT:
+            self._fail("text_length", f"at most {LONGEST_TEXT} tokens", self.text_length)
         if type(self.condition_channels) is not int or not 0 <= self.condition_channels < self.in_channels:
             self._fail("condition_channels", f"from 0 to below in_channels {self.in_channels}", self.condition_channels)
         if self.hidden_size % (2 * self.num_heads):

@@ -84,7 +84,7 @@ class Outline(NamedTuple):
 
 def bytes_in(folder: Path, itemsize: int | None = None) -> int:
     """Of the weights in a folder's files, but for those of a variant such as fp16; itemsize: of each, in place of their own."""
-    files = sorted(path for path in folder.rglob("*.safetensors") if "." not in path.stem and path.is_file())
+    files = sorted(path for path in folder.glob("*.safetensors") if "." not in path.stem and path.is_file())
     if itemsize is None:
         return sum(path.stat().st_size for path in files)
     return itemsize * sum(map(math.prod, read_shapes(files, "bytes_in").values()))

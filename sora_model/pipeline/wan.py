@@ -151,7 +151,10 @@ def _transformer(folder: Path, owner: str, dtype: torch.dtype | None, device: to
 
     values, files = _config(folder, owner), weight_files(folder, WEIGHTS, owner)
     config = _dit_config(folder, owner)
-    shapes = {name: shape for name, shape in read_shapes(files, owner).items() if LEFT_OVER not in name}
+    every = read_shapes(files, owner)
+    shapes = {name: shape for name, shape in every.items() if LEFT_OVER not in name}
+    if len(every) > 2 * len(shapes):  # there is one in a layer
+        raise ValueError(f"{owner}: {files[0]}: expected fewer weights {LEFT_OVER} than others, got {len(every) - len(shapes)}")
     check_depth(values, shapes, f"{owner}: {folder / 'config.json'}")
     model = built_without_memory(WanTransformer3DModel.from_config, {"config": values}, shapes, owner, folder / "config.json")
     check_shapes(model, shapes, f"{owner}: {files[0]}")

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from .weights import distinct_state
+from .weights import check_finite, distinct_state
 
 CONFIGS = ("model_index.json", "config.json")
 # What files of a checkpoint are called, those of tokenizers included.
@@ -269,5 +269,7 @@ def save_module(module: nn.Module, config: dict[str, Any], folder: Path, dtype: 
     """Writes config.json and model.safetensors; floating-point weights in `dtype`, if one is given."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.to(dtype if value.is_floating_point() else None) for name, value in distinct_state(module).items()}
+    for name, value in weights.items():  # float16 ends at 65504
+        check_finite(value, f"{type(module).__name__}: {name}")
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -69,7 +69,9 @@ def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str,
     files = weight_files(folder, "model", owner)
     shapes = read_shapes(files, owner)
     check_depth(values, shapes, f"{owner}: {folder / 'config.json'}")
-    values = _own(values)
+    if values.get("quantization_config"):
+        raise ValueError(f"{owner}: {folder / 'config.json'}: quantization_config: expected weights that are not quantized")
+    values = _without_foreign(values)
     config = built(kind.config_class.from_dict, {"config_dict": values}, owner, folder / "config.json")
     outline = built_without_memory(kind, {"config": config}, shapes, owner, folder / "config.json")
     asked = sum(parameter.numel() for parameter in outline.parameters())
@@ -82,7 +84,7 @@ def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str,
     own = dtypes.most_common(1)[0][0] if dtypes else torch.float32
     options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": own if dtype is None else dtype}
     try:
-        with _without_bar():
+        with _quiet():
             model, loading = kind.from_pretrained(None, output_loading_info=True, **options)
     except RuntimeError as error:  # weights of another shape
         raise ValueError(f"{owner}: {files[0]}: {error}") from None
@@ -102,21 +104,25 @@ def _without_numbers(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def _own(values: dict[str, Any]) -> dict[str, Any]:
+def _without_foreign(values: dict[str, Any]) -> dict[str, Any]:
     """A config without the entries of FOREIGN, those of its parts included."""
-    return {key: _own(value) if isinstance(value, dict) else value for key, value in values.items() if key not in FOREIGN}
+    return {
+        key: _without_foreign(value) if isinstance(value, dict) else value for key, value in values.items() if key not in FOREIGN
+    }
 
 
 @contextlib.contextmanager
-def _without_bar() -> Iterator[None]:
-    """Within it, transformers shows no bar of weights that are in memory already."""
+def _quiet() -> Iterator[None]:
+    """Within it, transformers shows no bar of weights that are in memory already, and no names of a file as they are."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 
@@ -148,6 +154,8 @@ def load_tokenizer(folder: Path, owner: str, kind: str | None = None, *, any_cla
     if name not in TOKENIZERS:
         raise ValueError(f"{owner}: {path}: expected tokenizer_class out of {', '.join(TOKENIZERS)}, got {name}")
     config = known_entries(config, f"{owner}: {path}")
+    if not any_class:  # of a text encoder, which has no chats; a template that is none would fail when it is saved
+        config.pop("chat_template", None)
     plain = name in ("PreTrainedTokenizerFast", "TokenizersBackend")
     with tempfile.TemporaryDirectory() as shown:
         for file in TOKENIZER_FILES:

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
@@ -34,6 +33,7 @@ PARTS_EACH, PARTS_MORE, PARTS = 8, 1000, 2**15
 # What a checkpoint may recommend for a call whose user says nothing: an option may be any number.
 DEFAULTS = {"num_inference_steps": (1, 1000), "guidance_scale": (0, 1000), "guidance_from": (0, 1), "fps": (0.01, 1000)}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+HEADER, HEADER_EACH = 2**20, 2**10  # bytes of a header that is read for each tensor: what it says of the whole, and of a tensor
 BUFFER_BYTES = 2**28  # of buffers, which no file need have; masks of GPT-Neo's layers take 2**27
 
 
@@ -175,18 +175,19 @@ def weight_files(folder: Path, stem: str, owner: str) -> list[Path]:
     return [folder / name for name in sorted(set(places.values()))]
 
 
-def check_header(path: Path, owner: str) -> None:
-    """Raises ValueError for a safetensors file whose header, with its tensors' names, is over the limit or the file's size."""
+def check_header(path: Path, owner: str) -> int:
+    """Bytes of a safetensors file's header, which has its tensors' names. Raises ValueError where they are over limit or file."""
     if not path.is_file():
         raise ValueError(f"{owner}: {path}: expected a file of safetensors, got something else")  # a pipe would be waited for
     with path.open("rb") as file:
         first, size = file.read(8), os.fstat(file.fileno()).st_size
     if len(first) < 8:
-        return  # safetensors says so
+        return 0  # safetensors says so
     (header,) = struct.unpack("<Q", first)
     if header > size:  # of something else; to raise the limit would not help
         raise ValueError(f"{owner}: {path}: expected safetensors, got {size} bytes that begin as a header of {header} would")
     check_limit("header_bytes", header, f"{owner}: {path}: header of safetensors", "bytes")
+    return int(header)
 
 
 def read_shapes(files: Sequence[Path], owner: str) -> Shapes:
@@ -208,7 +209,7 @@ def opened(path: Path, owner: str) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, TypeError) as error:  # torch's, of a shape that no tensor has
         raise ValueError(f"{owner}: {path}: expected safetensors, got {error}") from None
     except RuntimeError as error:
         raise ValueError(f"{owner}: {path}: expected a file that this machine can map, got {error}") from None
@@ -218,11 +219,8 @@ def read_tensors(files: Sequence[Path], owner: str) -> dict[str, Tensor]:
     """All tensors in safetensors files; one that is not finite is an error, which costs 0.05 s per GB."""
     tensors: dict[str, Tensor] = {}
     for path in files:
-        check_header(path, owner)
-        try:
-            read = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{owner}: {path}: expected safetensors, got {error}") from None
+        with opened(path, owner) as file:
+            read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         for name, value in read.items():
             check_finite(value, f"{owner}: {path}: {name}")
         tensors |= read
@@ -237,7 +235,11 @@ def open_tensors(files: Sequence[Path], owner: str) -> Callable[[str], Tensor]:
     homes: dict[str, Path] = {}
     for path in files:
         with opened(path, owner) as file:
-            homes |= dict.fromkeys(file.keys(), path)
+            names = list(file.keys())
+        if (header := check_header(path, owner)) > HEADER + HEADER_EACH * len(names):
+            expected = f"a header of at most {HEADER + HEADER_EACH * len(names)} bytes for {len(names)} tensors"
+            raise ValueError(f"{owner}: {path}: expected {expected}, got {header}")  # it is read for each
+        homes |= dict.fromkeys(names, path)
 
     def read(name: str) -> Tensor:
         with opened(homes[name], owner) as file:

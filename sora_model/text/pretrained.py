@@ -67,6 +67,10 @@ class PretrainedEncoder(nn.Module):
                 raise ValueError(f"PretrainedEncoder: longest: expected 1 to {MOST_TOKENS} tokens, got {longest}")
             tokenizer.model_max_length = longest  # which is saved with it
         positions = most_positions(model.config, "PretrainedEncoder") or MOST_TOKENS
+        if not len(self._tokens([""])["input_ids"][0]):  # the null text of guidance
+            raise ValueError(
+                "PretrainedEncoder: tokenizer: expected one that marks the end of a text, got no token for an empty one"
+            )
         self.longest = min(tokenizer.model_max_length, positions, MOST_TOKENS)
         self.warnings = 0
 

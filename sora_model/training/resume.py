@@ -18,11 +18,11 @@ from torch import Tensor
 from ..limits import OverLimit
 from ..storage.documents import read_json_text
 from ..storage.files import check_replaceable, locked, make_folder, settle, whole_file, writing
-from ..storage.weights import check_header
+from ..storage.weights import check_header, opened
 from .config import SettingError, TrainConfig
 
 STATE, CHECKPOINT = "training.safetensors", "checkpoint"
-MOST_STEPS = 2**48
+MOST_STEPS = 1000  # of a second; no step is so short
 
 
 def all_settings(settings: Mapping[str, str | int | None], config: TrainConfig, processes: int) -> dict[str, str | int | None]:
@@ -39,6 +39,11 @@ def check_run(folder: Path, *, resume: bool, settings: Mapping[str, str | int | 
         ValueError: files of others in checkpoint/.
     """
     path, checkpoint = folder / STATE, folder / CHECKPOINT
+    for name in (CHECKPOINT, STATE, "loss.csv", "tensorboard") if resume else ():
+        if (folder / name).is_symlink():  # a run of others would have files elsewhere written
+            raise SettingError(
+                "Trainer", "resume", f"expected what the run has written in its folder, got the link {folder / name}"
+            )
     for name in (CHECKPOINT, STATE, "loss.csv"):
         settle(folder / name)
     check_replaceable(checkpoint)
@@ -107,10 +112,11 @@ def read_state(path: Path) -> dict[str, Any]:
         state = read_json_text(text, f"Trainer: {path}", constants=True)
         found = {name: state[name] for name in ("step", "seconds", "config", "settings")}
         step, seconds = found["step"], found["seconds"]
-        if type(step) is not int or not 0 <= step < MOST_STEPS:
-            raise ValueError(f"step {step!r}")
         if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
             raise ValueError(f"seconds {seconds!r}")
+        # Batches up to this step are drawn again.
+        if type(step) is not int or not 0 <= step <= MOST_STEPS * (60 + seconds):
+            raise ValueError(f"step {step!r} after {seconds:g} s")
         if not isinstance(found["config"], dict) or not isinstance(found["settings"], dict):
             raise TypeError("a config or settings that are no objects")
         return found
@@ -131,7 +137,7 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, A
 
 def read_state_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a run's file. Raises ValueError if a bit of it is not as it was written."""
-    with safe_open(path, "pt") as file:
+    with opened(path, "Trainer") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     got = _checksum(metadata["state"], tensors)
     expected = metadata.get("checksum", got)  # files of earlier versions have none

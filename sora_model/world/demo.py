@@ -20,6 +20,7 @@ from sora_kernels.rope import rope_3d
 
 from ..cli.files import write_files
 from ..cli.terminal import sampled
+from ..cli.text import one_line
 from ..data import contact_sheet
 from ..pipeline.pipeline import SoraPipeline
 from ..pipeline.request import Request, extend, image_to_video, join, text_to_video, video_to_video
@@ -68,7 +69,7 @@ def run(pipeline: SoraPipeline, out: Path, seed: int, console: Console, *, overw
     files.append(contact_sheet(out / "tasks.png", made, [f"{name}: {tasks[name].prompt}" for name in tasks], columns=12, cell=80))
     if pipeline.captioner is not None:
         for text, caption in zip(prompts, pipeline.caption(videos), strict=True):
-            console.print(f"asked for: {text}\n  captioned: {caption}", highlight=False, soft_wrap=True)
+            console.print(f"asked for: {text}\n  captioned: {one_line(caption)}", highlight=False, soft_wrap=True, markup=False)
 
     console.rule("4. the kernels against torch")
     console.print(kernel_table())

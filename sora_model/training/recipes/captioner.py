@@ -15,6 +15,7 @@ from ...storage.files import check_replaceable, settle
 from ...storage.weights import read_index
 from ..captioner import CaptionObjective
 from ..config import SettingError, of_setting
+from ..resume import STATE, check_idle
 from ..sources import Clips, Wanted
 from ..trainer import Trainer
 from .common import Preparation, Run, RunSettings, quiet
@@ -58,6 +59,7 @@ def train_captioner(out: str | Path, recipe: CaptionerRecipe, run: RunSettings, 
     settle(recipe.checkpoint)
     check_replaceable(recipe.checkpoint)
     prepared = Preparation(out, run, "captioner", vars(recipe))
+    _check_run_ended(Path(recipe.checkpoint).parent)
     with of_setting(OWNER, "checkpoint"):
         # The captioner goes in there, and another library's pipeline has no place for it.
         read_index(Path(recipe.checkpoint), OWNER)
@@ -79,3 +81,13 @@ def train_captioner(out: str | Path, recipe: CaptionerRecipe, run: RunSettings, 
         latest = SoraPipeline.from_pretrained(recipe.checkpoint)  # it may have been trained further meanwhile
         latest.replaced(captioner=Captioner.from_pretrained(prepared.out / "checkpoint")).save_pretrained(recipe.checkpoint)
     return trainer
+
+
+def _check_run_ended(folder: Path) -> None:
+    """A run that goes on would save the parts that it began with over the captioner."""
+    if not (folder / STATE).is_file():
+        return
+    try:
+        check_idle(folder)
+    except SettingError:
+        raise SettingError(OWNER, "checkpoint", f"expected the checkpoint of a run that has ended, got that of {folder}") from None
