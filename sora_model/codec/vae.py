@@ -101,15 +101,13 @@ class VideoVAE(nn.Module):
         folder, owner = Path(folder), "VideoVAE.from_pretrained"
         settle(folder)
         kind, config = _read_kind(folder, owner)
+        cls.read_compression(folder)
         model = open_module(lambda: kind.from_config(config), config, folder, owner, WEIGHTS)
         model.eval()
-        where = f"{owner}: {folder / 'config.json'}"
         try:
-            vae = cls(model, **options)
+            return cls(model, **options)
         except (TypeError, RuntimeError, KeyError, ZeroDivisionError, OverflowError) as error:  # of numbers in the config
-            raise ValueError(f"{where}: {error}") from None
-        _check_sizes(vae, where)
-        return vae
+            raise ValueError(f"{owner}: {folder / 'config.json'}: {error}") from None
 
     @staticmethod
     def read_compression(folder: str | Path) -> Size:
@@ -119,8 +117,9 @@ class VideoVAE(nn.Module):
         shapes, path = read_shapes(weight_files(folder, WEIGHTS, owner), owner), folder / "config.json"
         check_depth(config, shapes, f"{owner}: {path}")
         model = built_without_memory(kind.from_config, {"config": config}, shapes, owner, path)
-        ct, ch = built(_compression, {"model": model}, owner, path)
-        return ct, ch, ch
+        vae: VideoVAE = built(VideoVAE, {"model": model.eval()}, owner, path)
+        _check_sizes(vae, f"{owner}: {path}")
+        return vae.compression
 
     @classmethod
     def small(
@@ -292,23 +291,21 @@ def _compression(model: Any) -> tuple[int, int]:
 
 
 def _check_sizes(vae: VideoVAE, where: str) -> None:
-    """Raises ValueError where latents and videos, of an image and of a short clip, have other sizes than the config says."""
+    """Raises ValueError where latents and videos have other sizes than the config says, of an image or of a short clip.
+
+    vae: on the device "meta", where nothing is computed.
+    """
     ct, side, _ = vae.compression
     for frames, latents in ((1, 1), (1 + ct, 2)):
-        video, latent = (3, frames, side, side), (vae.channels, latents, 1, 1)
-        expected = f"a VAE that codes {list(video)} as {list(latent)}"
-        try:
-            (coded,) = vae.encode([torch.zeros(video)])
-            got = tuple(coded.shape)
-            if got == latent:
-                (decoded,) = vae.decode([coded])
-                expected, got, latent = f"a VAE that decodes {list(latent)} to {list(video)}", tuple(decoded.shape), video
-        except MemoryError:
-            raise
-        except Exception as error:  # of any kind, as numbers in the config are not of the model's
-            raise ValueError(f"{where}: expected {expected}, got {str(error) or type(error).__name__}") from None
-        if got != latent:
-            raise ValueError(f"{where}: expected {expected}, got {list(got)}")
+        video, latent = (1, 3, frames, side, side), (1, vae.channels, latents, 1, 1)
+        for made, given, code in ((latent, video, vae.raw_latents), (video, latent, vae.from_raw)):
+            expected = f"{where}: expected a VAE that makes {list(made[1:])} of {list(given[1:])}"
+            try:
+                got = code(torch.zeros(given, device="meta")).shape
+            except Exception as error:  # of any kind, as numbers in the config are not the model's
+                raise ValueError(f"{expected}, got {str(error) or type(error).__name__}") from None
+            if got != made:
+                raise ValueError(f"{expected}, got {list(got[1:])}")
 
 
 def _statistics(model: Any, channels: int) -> tuple[Tensor, Tensor]:
