@@ -30,6 +30,18 @@ class BlockLists(NamedTuple):
     indices: Tensor
 
 
+class _Transposed(NamedTuple):
+    """The lists of a mask the other way round, and what they were made from."""
+
+    lists: BlockLists
+    source: BlockLists
+    versions: list[int]
+    """Of the source's tensors: they count changes in place."""
+
+    def is_of(self, lists: BlockLists) -> bool:
+        return self.source is lists and self.versions == [x._version for x in lists]
+
+
 class BlockMask:
     """Which blocks of keys each block of queries sees. Build one with `from_dense`, `from_indices`, `from_flex` or `sliding`.
 
@@ -38,7 +50,7 @@ class BlockMask:
     >>> nearest = BlockMask.sliding(TokenBlocks.tiles(layout, (4, 4, 4)), (1, 3, 3))
 
     On an accelerator nothing is read back, so masks can be made anew in every layer. What is wrong with one, an index that a sample
-    does not have, is an error on the CPU. Elsewhere such an index counts as the nearest possible one.
+    does not have, is an error on the CPU. Elsewhere, and in compiled code, such an index counts as the nearest possible one.
 
     Attributes:
         queries, keys: the blocks.
@@ -48,7 +60,7 @@ class BlockMask:
 
     def __init__(self, queries: TokenBlocks, keys: TokenBlocks, num_heads: int, lists: BlockLists) -> None:
         self.queries, self.keys, self.num_heads, self.lists = queries, keys, num_heads, lists
-        self._transposed: BlockLists | None = None
+        self._transposed: _Transposed | None = None
 
     @classmethod
     def from_dense(cls, mask: Sequence[Tensor], queries: TokenBlocks, keys: TokenBlocks | None = None) -> BlockMask:
@@ -185,14 +197,17 @@ class BlockMask:
     @property
     def transposed(self) -> BlockLists:
         """For each head and block of keys, the blocks of queries that see it: for the backward. Made when first asked for."""
-        if self._transposed is not None:
-            return self._transposed
+        kept = self._transposed
+        if kept is not None and (torch.compiler.is_compiling() or kept.is_of(self.lists)):
+            return kept.lists
         lists = self._transpose()
         # Numbers are kept, and not what stands for them while a call is traced or transformed.
         if torch.compiler.is_compiling() or transforms_active():
             return lists
-        if type(lists.offsets) is Tensor and not lists.offsets.is_inference():
-            self._transposed = lists
+        # In the capture of a CUDA graph nothing is computed yet.
+        captured = lists.offsets.is_cuda and torch.cuda.is_current_stream_capturing()
+        if type(lists.offsets) is Tensor and not captured and not any(x.is_inference() for x in (*self.lists, *lists)):
+            self._transposed = _Transposed(lists, self.lists, [x._version for x in self.lists])
         return lists
 
     def _transpose(self) -> BlockLists:
@@ -212,7 +227,9 @@ class BlockMask:
         device = check_device("BlockMask.to", "device", device)
         queries = self.queries.to(device)
         keys = queries if self.keys is self.queries else self.keys.to(device)
-        return BlockMask(queries, keys, self.num_heads, BlockLists(*(x.to(device, non_blocking=True) for x in self.lists)))
+        return BlockMask(
+            queries, keys, self.num_heads, BlockLists(*(x.to(device, non_blocking=device.type != "cpu") for x in self.lists))
+        )
 
     def __repr__(self) -> str:
         rows, columns = sum(self.queries.num_blocks), sum(self.keys.num_blocks)
@@ -269,7 +286,7 @@ def _check_indices(op: str, sample: int, table: Tensor, held: Tensor, last: int)
     wrong = table[held & ((table < 0) | (table > last))]
     if wrong.numel():
         fail(op, f"indices[{sample}]", f"blocks 0 to {last} of the sample's keys", str(wrong[0].item()))
-    ordered = torch.where(held, table, -1 - torch.arange(table.shape[-1])).sort(-1).values
+    ordered = torch.where(held, table, -1 - torch.arange(table.shape[-1], device="cpu")).sort(-1).values
     twice = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
     if twice.numel():
         fail(op, f"indices[{sample}]", "each block once in a row", f"{twice[0].item()} twice")

@@ -98,8 +98,7 @@ def flash_attn_with_kvcache(
     if k is not None and v is not None:
         caches = {name: x for name, x in (("k_cache", k_cache), ("v_cache", v_cache)) if _has_memory(x)}
         _check_writable(op, caches)
-        written = [_addresses(cache) for cache in caches.values()]
-        q, k, v = (x.clone() if _has_memory(x) and any(_overlap(_addresses(x), one) for one in written) else x for x in (q, k, v))
+        q, k, v = (x.clone() if _may_share(x, caches) else x for x in (q, k, v))
         samples = torch.arange(batch, device=q.device)[:, None]
         places = lengths[:, None] + torch.arange(new, device=q.device)
         k_cache[samples, places] = k
@@ -125,11 +124,15 @@ def _check_new(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor |
     return k.shape[1]
 
 
-def _has_memory(x: Tensor) -> bool:
-    """Whether it has addresses that can be compared: not where it traces, transforms or stands for others, nor on meta.
+def _may_share(x: Tensor, caches: dict[str, Tensor]) -> bool:
+    """Whether x may be a view of a cache. caches: those that have memory."""
+    if len(caches) < 2 or not _has_memory(x):
+        return not x.is_meta
+    return any(_overlap(_addresses(x), _addresses(cache)) for cache in caches.values())
 
-    A compiled function looks after shared memory itself.
-    """
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether it has addresses that can be compared: not where it traces, transforms or stands for others, nor on meta."""
     return not torch.compiler.is_compiling() and not transforms_active() and type(x) in (Tensor, nn.Parameter) and not x.is_meta
 
 

@@ -124,7 +124,7 @@ class PackedLayout:
         positions = [x for span in flat for x in span.origin], [x for span in flat for x in span.step]
         if torch.compiler.is_compiling():
             tables = torch.ops.sora_kernels.layout_tables.default(seqlens, sizes)
-            self.origin, self.step = (torch.tensor(x, dtype=torch.float32).reshape(-1, 3) for x in positions)
+            self.origin, self.step = (torch.tensor(x, dtype=torch.float32, device="cpu").reshape(-1, 3) for x in positions)
         else:
             tables = _tables(seqlens, sizes)
             self.origin, self.step = (_rows(x, np.float32) for x in positions)
@@ -191,7 +191,7 @@ class PackedLayout:
 
     def _move(self, device: torch.device) -> None:
         for name in self._tensors:
-            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+            setattr(self, name, getattr(self, name).to(device, non_blocking=device.type != "cpu"))
 
     def select(self, samples: Sequence[int]) -> PackedLayout:
         """The layout of some samples, in the order given; an index may be negative or repeated."""
@@ -288,8 +288,8 @@ def _rows(numbers: Sequence[float], dtype: type) -> Tensor:
 def _fake_tables(seqlens: Sequence[int], sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spans = len(sizes) // 3
     frames = sum(t if t * h * w else 0 for t, h, w in zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
-    boundaries = (torch.empty(n + 1, dtype=torch.int32) for n in (len(seqlens), spans, frames))
-    return *boundaries, torch.empty(spans, 3, dtype=torch.int32)  # type: ignore[return-value]
+    boundaries = (torch.empty(n + 1, dtype=torch.int32, device="cpu") for n in (len(seqlens), spans, frames))
+    return *boundaries, torch.empty(spans, 3, dtype=torch.int32, device="cpu")  # type: ignore[return-value]
 
 
 # Opaque to torch.compile, so that sizes that change are numbers of its graph and not of its code.

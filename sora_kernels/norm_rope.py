@@ -138,7 +138,7 @@ def _run_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: b
 
 
 def _pairs(x: Tensor, pairs: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    rotated = x[..., : 2 * pairs]
+    rotated = x if x.shape[-1] == 2 * pairs else x[..., : 2 * pairs]  # a slice of all is a view that vmap does not know
     u, v = rotated.unflatten(-1, (pairs, 2)).unbind(-1) if interleaved else rotated.chunk(2, dim=-1)
     return u, v
 

@@ -48,13 +48,13 @@ class TokenBlocks:
         self.num_blocks = tuple(sum(t * h * w for t, h, w in sample) for sample in self.grids)
         self.sizes = tuple(sizes)
         self.max_size = max(sizes) if sizes else 0  # torch.compile takes no default
-        self.cu_blocks = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
-        self.cu_samples = torch.tensor([0, *itertools.accumulate(self.num_blocks)], dtype=torch.int32)
+        self.cu_blocks = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device="cpu")
+        self.cu_samples = torch.tensor([0, *itertools.accumulate(self.num_blocks)], dtype=torch.int32, device="cpu")
         self.order = self._inverse = None
         if order is not None:
             self.order = torch.from_numpy(order)
             self._inverse = torch.empty_like(self.order)
-            self._inverse[self.order] = torch.arange(len(order))
+            self._inverse[self.order] = torch.arange(len(order), device="cpu")
         self._move(layout.device)
 
     @classmethod
@@ -115,7 +115,7 @@ class TokenBlocks:
     def _move(self, device: torch.device) -> None:
         for name in ("cu_blocks", "cu_samples", "order", "_inverse"):
             tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else tensor.to(device, non_blocking=True))
+            setattr(self, name, None if tensor is None else tensor.to(device, non_blocking=device.type != "cpu"))
 
     def arrange(self, tokens: Tensor) -> Tensor:
         """[N, ...] in the layout's order -> in the order of the blocks; what comes behind the last token stays there."""

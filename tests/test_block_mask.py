@@ -266,3 +266,33 @@ BAD = [
 def test_bad_input(call: object, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_lists_that_change_change_the_gradient(replaced: bool) -> None:
+    """What was made of the old ones for the backward is made anew."""
+    blocks = TokenBlocks.runs(PackedLayout.from_grids([(1, 2, 4)]), 2)
+    below = torch.ones(4, 4, dtype=torch.bool).tril()
+    mask, other = (BlockMask.from_dense([table], blocks) for table in (below, below.T.clone()))
+    q, k = torch.randn(8, 2, 8), torch.randn(8, 2, 8, requires_grad=True)
+
+    def gradient(mask: BlockMask) -> Tensor:
+        return torch.autograd.grad(block_sparse_attention(q, k, q, mask).square().sum(), k)[0]
+
+    assert not torch.equal(gradient(mask), gradient(other))
+    if replaced:
+        mask.lists = other.lists
+    else:
+        for ours, theirs in zip(mask.lists, other.lists, strict=True):
+            ours.copy_(theirs)
+    assert torch.equal(gradient(mask), gradient(other))
+
+
+def test_masks_are_made_where_the_layout_is() -> None:
+    """Whatever torch's default device is."""
+    layout = PackedLayout.from_grids([(1, 2, 4)])
+    indices = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2]])
+    with torch.device("meta"):
+        blocks = TokenBlocks.tiles(layout, (1, 1, 2))
+        masks = BlockMask.from_indices([indices], blocks), BlockMask.from_indices([indices], TokenBlocks.runs(layout, 2))
+    assert {x.device.type for mask in masks for x in (*mask.lists, mask.queries.cu_blocks)} == {"cpu"}

@@ -233,3 +233,21 @@ def test_nothing_is_written_where_an_option_is_wrong() -> None:
         with pytest.raises((TypeError, ValueError), match=f"flash_attn_with_kvcache: {next(iter(wrong))}: expected"):
             flash_attn_with_kvcache(Q, k_cache, CACHE, NEW + 1, NEW, cache_seqlens=TWO, **wrong)
     assert not k_cache.any()
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_views_of_the_caches_count_as_they_were(backend: str | None) -> None:
+    """Compiled, too, where no addresses can be compared."""
+
+    def decode(k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        new = v_cache[:, 2:4], k_cache[:, 2:4]
+        return flash_attn_with_kvcache(k_cache[:, 3:4], k_cache, v_cache, *new, cache_seqlens=3)
+
+    torch.manual_seed(0)
+    k_cache, v_cache = torch.randn(2, *CACHE.shape)
+    q, k, v = k_cache[:, 3:4].clone(), v_cache[:, 2:4].clone(), k_cache[:, 2:4].clone()
+    expected = flash_attn_with_kvcache(q, k_cache.clone(), v_cache.clone(), k, v, cache_seqlens=3)
+    call = decode if backend is None else torch.compile(decode, backend=backend)
+    assert torch.equal(call(k_cache, v_cache), expected)
+    assert torch.equal(k_cache[:, 3:5], k)
+    assert torch.equal(v_cache[:, 3:5], v)

@@ -28,12 +28,14 @@ def test_once_for_the_same_arguments(counted) -> None:
     assert calls == [2]
 
 
-@pytest.mark.parametrize("change", ["in place", "another tensor", "another place", "another constant"])
+@pytest.mark.parametrize("change", ["in place", "other memory", "another tensor", "another place", "another constant"])
 def test_again_after_a_change(counted, change: str) -> None:
     (scaled, calls), x, y = counted, torch.ones(3), torch.full((3,), 5.0)
     scaled(x, y, 2)
     if change == "in place":
         x += 1
+    elif change == "other memory":
+        x.data = torch.zeros(3)  # which torch does not count
     elif change == "another tensor":
         y = y.clone()
     elif change == "another place":

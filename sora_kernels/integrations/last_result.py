@@ -15,8 +15,8 @@ R = TypeVar("R")
 
 class _Kept(NamedTuple):
     tensors: list[weakref.ref]
-    versions: list[int]
-    """Of the tensors: they count changes in place."""
+    versions: list[tuple[int, int]]
+    """Of the tensors: they count changes in place; and their addresses, as `x.data = y` is not counted."""
     others: tuple[Any, ...]
     """The other arguments, the stream, and whether it was inference mode."""
     result: Any
@@ -44,7 +44,7 @@ class LastResult(Generic[R]):
             return self.compute(*args)
         stream = None if on_cuda is None else torch.cuda.current_stream(on_cuda)
         others = (*(x for x in args if not isinstance(x, Tensor)), stream, torch.is_inference_mode_enabled())
-        versions = [x._version for x in tensors]
+        versions = [(x._version, x.data_ptr()) for x in tensors]
         kept = self.kept
         if (
             kept is None

@@ -33,7 +33,7 @@ def per_token(rows: Tensor, cu_rows: Tensor | None) -> Tensor:
 def moments(x: Tensor, rms: bool) -> tuple[Tensor, Tensor, Tensor]:
     """mean [..,1] (0 for RMSNorm), x - mean [..,D] and its mean square [..,1] of rows x [..,D]."""
     x = widen(x)
-    mean = torch.zeros_like(x[..., :1]) if rms else x.mean(dim=-1, keepdim=True)
+    mean = x.new_zeros(*x.shape[:-1], 1) if rms else x.mean(dim=-1, keepdim=True)
     if not rms:  # exact for a row of one value
         mean = mean + (x - mean).mean(dim=-1, keepdim=True)
     return mean, x - mean, (x - mean).square().mean(dim=-1, keepdim=True)

@@ -46,9 +46,11 @@ def apply_rotary_emb(
         x: [B, S, H, d], or packed [N, H, d] with cu_seqlens. Tokens past the last boundary stay as they are.
         cos, sin: [R, r/2], r <= d, of any float dtype.
         interleaved: pair i is channels (2i, 2i+1); if False (i, i + r/2).
-        inplace: write into x and return it. As in flash_attn, gradients are those of what comes back, so x is not to be used again.
+        inplace: write into x and return it. As in flash_attn, gradients are those of what comes back: x is not to be used again,
+            and no op that has kept x, or the tensor that it is a view of, for its backward may still need it. The tables need no
+            gradient then.
         seqlen_offsets: an int, or int32 or int64 [B]: the position of each sample's first token. On the CPU a position without a
-            row is an error; elsewhere it is not read and counts as the nearest one that has a row.
+            row is an error; elsewhere, and in compiled code, it is not read and counts as the nearest one that has a row.
         cu_seqlens: int32 [B+1].
         max_seqlen: taken for compatibility; the boundaries alone decide.
 
@@ -284,6 +286,8 @@ def _check_rows(op: str, rows: Tensor, available: int, on_host: bool) -> None:
 def _in_place(op: str, x: Tensor, parts: list[Part], interleaved: bool) -> Tensor:
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
         fail(op, "x", "a tensor to write to, whose elements share no memory", f"one expanded to {list(x.shape)}")
+    if torch.is_grad_enabled() and not transforms_active() and any(table.requires_grad for _, *tables in parts for table in tables):
+        fail(op, "cos", "tables that need no gradient where x is written to", "requires_grad=True")
     if torch.compiler.is_compiling() and x.requires_grad and x.is_leaf:
         return _in_place_eagerly(op, x, parts, interleaved)
     if torch.compiler.is_compiling() or transforms_active() or is_dual_level_open():
