@@ -30,6 +30,19 @@ class BlockLists(NamedTuple):
     indices: Tensor
 
 
+def transposed(lists: BlockLists, num_heads: int, rows: int, columns: int) -> BlockLists:
+    """For each head and column, the rows whose lists have it."""
+    offsets, indices = lists
+    entries = torch.arange(indices.shape[0], device=indices.device, dtype=torch.int32)
+    row = torch.searchsorted(offsets, entries, right=True) - 1
+    key = row // max(rows, 1) * columns + indices
+    key = torch.where(entries < offsets[-1], key, num_heads * columns)  # what is behind the last list
+    ordered, order = key.sort(stable=True)
+    wanted = torch.arange(num_heads * columns + 1, device=key.device)
+    starts = torch.searchsorted(ordered, wanted).to(torch.int32)
+    return BlockLists(starts, (row % max(rows, 1))[order].to(torch.int32))
+
+
 class _Transposed(NamedTuple):
     """The lists of a mask the other way round, and what they were made from."""
 
@@ -200,7 +213,7 @@ class BlockMask:
         kept = self._transposed
         if kept is not None and (torch.compiler.is_compiling() or kept.is_of(self.lists)):
             return kept.lists
-        lists = self._transpose()
+        lists = transposed(self.lists, self.num_heads, sum(self.queries.num_blocks), sum(self.keys.num_blocks))
         # Numbers are kept, and not what stands for them while a call is traced or transformed.
         if torch.compiler.is_compiling() or transforms_active():
             return lists
@@ -209,18 +222,6 @@ class BlockMask:
         if type(lists.offsets) is Tensor and not captured and not any(x.is_inference() for x in (*self.lists, *lists)):
             self._transposed = _Transposed(lists, self.lists, [x._version for x in self.lists])
         return lists
-
-    def _transpose(self) -> BlockLists:
-        offsets, indices = self.lists
-        rows, columns = sum(self.queries.num_blocks), sum(self.keys.num_blocks)
-        entries = torch.arange(indices.shape[0], device=indices.device, dtype=torch.int32)
-        row = torch.searchsorted(offsets, entries, right=True) - 1
-        key = row // max(rows, 1) * columns + indices
-        key = torch.where(entries < offsets[-1], key, self.num_heads * columns)  # what is behind the last list
-        ordered, order = key.sort(stable=True)
-        wanted = torch.arange(self.num_heads * columns + 1, device=key.device)
-        starts = torch.searchsorted(ordered, wanted).to(torch.int32)
-        return BlockLists(starts, (row % max(rows, 1))[order].to(torch.int32))
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask with its tensors on `device`."""

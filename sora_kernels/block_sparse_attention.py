@@ -18,7 +18,7 @@ from torch import Tensor
 from . import backends
 from .attention_arguments import first_channels, of_one_head_dim
 from .attention_op import lse_like, statistics_like
-from .block_mask import BlockMask
+from .block_mask import BlockLists, BlockMask, transposed
 from .checks import check_bool, check_qkv, check_tensor, fail
 from .library import Context, Grads, autocast, cotangent, register, rows, want_gradients
 from .memory import empty_like
@@ -191,9 +191,13 @@ def _save(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _grad(ctx: Context, dout: Tensor | None, dlse: Tensor | None, _: None) -> Grads:
     if dout is None and dlse is None:
         return (None,) * 14
-    out, statistics, q, k, v, *lists = ctx.saved_tensors
+    out, statistics, q, k, v, *blocks, offsets, indices, key_offsets, key_indices = ctx.saved_tensors
+    by_query, by_key = BlockLists(offsets, indices), BlockLists(key_offsets, key_indices)
+    if key_offsets is None:  # a program that was exported without gradients
+        rows, columns = (cu_blocks.shape[0] - 1 for cu_blocks in blocks[:2])
+        by_key = transposed(by_query, (offsets.shape[0] - 1) // max(rows, 1), rows, columns)
     return *_backward(
-        cotangent(dout, q), dlse, q, k, v, out, statistics, *lists, ctx.block_q, ctx.block_k, ctx.scale
+        cotangent(dout, q), dlse, q, k, v, out, statistics, *blocks, *by_query, *by_key, ctx.block_q, ctx.block_k, ctx.scale
     ), *(None,) * 11  # fmt: skip
 
 

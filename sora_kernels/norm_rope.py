@@ -138,8 +138,9 @@ def _run_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: b
 
 
 def _pairs(x: Tensor, pairs: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    rotated = x if x.shape[-1] == 2 * pairs else x[..., : 2 * pairs]  # a slice of all is a view that vmap does not know
-    u, v = rotated.unflatten(-1, (pairs, 2)).unbind(-1) if interleaved else rotated.chunk(2, dim=-1)
+    # What the vmap of is_grads_batched knows: a slice of all channels and unflatten are no such views.
+    rotated = x if x.shape[-1] == 2 * pairs else x[..., : 2 * pairs]
+    u, v = rotated.reshape(*rotated.shape[:-1], pairs, 2).unbind(-1) if interleaved else rotated.chunk(2, dim=-1)
     return u, v
 
 
@@ -155,8 +156,8 @@ def _table_gradients(dout: Tensor, x: Tensor, cos: Tensor, interleaved: bool, in
         found = found[0].sum(1), found[1].sum(1)
     if x.shape[0] == cos.shape[0]:
         return found
-    samples = x.shape[0] // cos.shape[0], cos.shape[0]
-    return found[0].unflatten(0, samples).sum(0), found[1].unflatten(0, samples).sum(0)
+    dcos, dsin = (part.reshape(-1, *cos.shape).sum(0) for part in found)
+    return dcos, dsin
 
 
 def _save_rope(ctx: Context, inputs: tuple, output: Tensor) -> None:

@@ -146,3 +146,9 @@ x = torch.zeros(B, S, D)
 def test_rejected(function, arguments, message):
     with pytest.raises(ValueError, match=f"{function.__name__}: {message}"):
         function(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_rows_of_no_channels(norm, dtype):
+    assert layer_norm_modulate(torch.zeros(3, 0, dtype=dtype), norm=norm).shape == (3, 0)

@@ -296,3 +296,18 @@ def test_masks_are_made_where_the_layout_is() -> None:
         blocks = TokenBlocks.tiles(layout, (1, 1, 2))
         masks = BlockMask.from_indices([indices], blocks), BlockMask.from_indices([indices], TokenBlocks.runs(layout, 2))
     assert {x.device.type for mask in masks for x in (*mask.lists, mask.queries.cu_blocks)} == {"cpu"}
+
+
+def test_a_program_that_was_exported_without_gradients_has_them() -> None:
+    blocks = TokenBlocks.runs(PackedLayout.from_grids([(1, 2, 4)]), 2)
+    mask = BlockMask.from_dense([torch.ones(2, 4, 4, dtype=torch.bool).tril()], blocks)
+
+    class Attend(torch.nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return block_sparse_attention(q, q, q, mask)
+
+    program = torch.export.export(Attend(), (torch.randn(8, 2, 8),)).module()
+    q = torch.randn(8, 2, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad(block_sparse_attention(q, q, q, mask).square().sum(), q)
+    (actual,) = torch.autograd.grad(program(q).square().sum(), q)
+    assert torch.equal(actual, expected)

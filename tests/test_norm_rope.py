@@ -386,3 +386,16 @@ def test_bad_input(name: str, wrong: dict, message: str) -> None:
 
 class TestContract(PackedContract):
     """What every op is held to, for each of OPS."""
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("op", [apply_rope, norm_rope])
+def test_gradients_of_tables_in_batches(op: Callable, interleaved: bool) -> None:
+    """A Jacobian in one pass is that of many."""
+    x, (cos, sin) = torch.randn(2, 3, 2, 8), torch.randn(2, 3, 4)
+
+    def rotated(cos: Tensor) -> Tensor:
+        return op(x, cos, sin, interleaved=interleaved)
+
+    one_by_one, together = (torch.autograd.functional.jacobian(rotated, cos, vectorize=batched) for batched in (False, True))
+    torch.testing.assert_close(together, one_by_one)
