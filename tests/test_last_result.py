@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sora_kernels.integrations.last_result import LastResult
 
@@ -84,3 +85,12 @@ def test_compiled(counted) -> None:
     for _ in range(2):
         torch.testing.assert_close(compiled(x, y), (x + y) * 3)
         x += 1
+
+
+def test_fake_tensors_have_no_address(counted) -> None:
+    scaled, calls = counted
+    with FakeTensorMode():
+        x = torch.ones(3)
+        assert scaled(x, x, 2).shape == (3,)
+    torch.func.vmap(lambda x: scaled(x, x, 3))(torch.ones(2, 3))
+    assert calls == [2, 3]

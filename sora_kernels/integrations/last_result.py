@@ -8,8 +8,11 @@ from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .._torch_private import transforms_active
+
+PLAIN = (Tensor, nn.Parameter)  # others may stand for a tensor, without an address
 R = TypeVar("R")
 
 
@@ -40,7 +43,9 @@ class LastResult(Generic[R]):
             return self.compute(*args)
         tensors = [x for x in args if isinstance(x, Tensor)]
         on_cuda = next((x.device for x in tensors if x.is_cuda), None)
-        if any(x.requires_grad or x.is_inference() for x in tensors) or (on_cuda and torch.cuda.is_current_stream_capturing()):
+        if transforms_active() or any(x.requires_grad or x.is_inference() or type(x) not in PLAIN for x in tensors):
+            return self.compute(*args)
+        if on_cuda and torch.cuda.is_current_stream_capturing():
             return self.compute(*args)
         stream = None if on_cuda is None else torch.cuda.current_stream(on_cuda)
         others = (*(x for x in args if not isinstance(x, Tensor)), stream, torch.is_inference_mode_enabled())

@@ -82,9 +82,8 @@ class ChatExpander:
             except TemplateRefused as error:
                 raise ValueError(f"ChatExpander: tokenizer: expected a chat template that takes a prompt, got {error}") from None
         rows = self.model.get_input_embeddings().num_embeddings
-        ids = tokenize(self.tokenizer, text, rows, "ChatExpander", add_special_tokens=False, return_tensors="pt")["input_ids"].to(
-            self.model.device
-        )
+        batch = tokenize(self.tokenizer, text, rows, "ChatExpander", add_special_tokens=False, return_tensors="pt")
+        ids = batch["input_ids"].to(self.model.device)
         if not ids.shape[1]:
             raise ValueError("ChatExpander: tokenizer: expected a chat template that takes a prompt, got one that writes nothing")
         most = most_positions(self.model.config, "ChatExpander")
