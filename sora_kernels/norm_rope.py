@@ -156,7 +156,7 @@ def _table_gradients(dout: Tensor, x: Tensor, cos: Tensor, interleaved: bool, in
         found = found[0].sum(1), found[1].sum(1)
     if x.shape[0] == cos.shape[0]:
         return found
-    dcos, dsin = (part.reshape(-1, *cos.shape).sum(0) for part in found)
+    dcos, dsin = (part.reshape(x.shape[0] // cos.shape[0], *cos.shape).sum(0) for part in found)
     return dcos, dsin
 
 

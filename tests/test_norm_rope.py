@@ -284,13 +284,15 @@ def test_nothing(target: Target, shape: tuple[int, ...]) -> None:
     assert not weight.grad.any()
 
 
-def test_tables_of_an_empty_batch(target: Target) -> None:
-    """They have rows, and gradients of 0."""
-    x, weight = target.randn(0, 5, 3, 8).requires_grad_(), target.randn(8)
-    cos, sin = (t.detach().requires_grad_() for t in make_tables(target, 5, 4))
+@pytest.mark.parametrize(("batch", "pairs"), [(0, 4), (2, 0)])
+def test_tables_of_nothing(target: Target, batch: int, pairs: int) -> None:
+    """Without samples or without pairs, they have gradients of 0."""
+    x, weight = target.randn(batch, 5, 3, 8).requires_grad_(), target.randn(8)
+    cos, sin = (t.detach().requires_grad_() for t in make_tables(target, 5, pairs))
     (apply_rope(x, cos, sin).sum() + norm_rope(x, cos, sin, weight=weight).sum()).backward()
-    assert not cos.grad.any()
-    assert not sin.grad.any()
+    for table in (cos, sin):
+        assert table.grad.shape == (5, pairs)
+        assert not table.grad.any()
 
 
 class Tables:
