@@ -1,7 +1,9 @@
 """Causal video VAEs of diffusers behind one interface: sizes, causality, tiles, normalisation, and training a small one."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -55,14 +57,14 @@ def hunyuan15():
     return diffusers.AutoencoderKLHunyuanVideo15(block_out_channels=(32,) * 5, latent_channels=4, layers_per_block=1)
 
 
-def ltx2():
+def ltx2(padding="zeros"):  # the published one reflects, which takes two latent positions a side
     return diffusers.AutoencoderKLLTX2Video(
         latent_channels=8,
         block_out_channels=(8, 16, 32, 32),
         decoder_block_out_channels=(8, 16, 32),
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1),
-        decoder_spatial_padding_mode="zeros",  # the published one reflects, which takes two latent positions a side
+        decoder_spatial_padding_mode=padding,
         spatial_compression_ratio=32,
         temporal_compression_ratio=8,
     )
@@ -93,6 +95,10 @@ MODELS = {
     "AutoencoderKLMochi": (mochi, (6, 8, 8)),
     "AutoencoderKLCosmos": (cosmos, (4, 8, 8)),
 }
+
+
+def cosmos_of_wavelets():
+    return diffusers.AutoencoderKLCosmos.from_config({**cosmos().config, "patch_type": "haar"})
 
 
 def made(name: str) -> VideoVAE:
@@ -395,6 +401,24 @@ def test_sizes_are_those_that_the_config_says(name: str, value: int, tmp_path: P
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     with pytest.raises(ValueError, match=r"config\.json: expected a VAE that makes .*, got "):
         VideoVAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "compression"),
+    [
+        (cosmos_of_wavelets, {}, (4, 8, 8)),
+        (lambda: ltx2("reflect"), {}, (8, 32, 32)),
+        (lambda: ltx(patch_size=3), {"tile": 384}, (8, 24, 24)),
+    ],
+    ids=["haar", "reflect", "a tile"],
+)
+def test_a_look_passes_what_can_be_coded(make: Callable[[], Any], options: dict, compression: tuple, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    vae = VideoVAE.from_pretrained(tmp_path, **options)
+    assert vae.compression == VideoVAE.read_compression(tmp_path) == compression
+    side = 2 * compression[1]
+    video = torch.zeros(3, 1 + compression[0], side, side)
+    assert vae.decode(vae.encode([video]))[0].shape == video.shape
 
 
 def test_samples_of_a_batch_are_weighed_by_their_pixels() -> None:

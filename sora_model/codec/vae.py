@@ -101,7 +101,7 @@ class VideoVAE(nn.Module):
         folder, owner = Path(folder), "VideoVAE.from_pretrained"
         settle(folder)
         kind, config = _read_kind(folder, owner)
-        cls.read_compression(folder)
+        cls.read_compression(folder, owner)
         model = open_module(lambda: kind.from_config(config), config, folder, owner, WEIGHTS)
         model.eval()
         try:
@@ -110,14 +110,15 @@ class VideoVAE(nn.Module):
             raise ValueError(f"{owner}: {folder / 'config.json'}: {error}") from None
 
     @staticmethod
-    def read_compression(folder: str | Path) -> Size:
-        """`compression` of a checkpoint, for which no weights are read; raises as `from_pretrained` does."""
-        folder, owner = Path(folder), "VideoVAE.read_compression"
+    def read_compression(folder: str | Path, owner: str = "VideoVAE.read_compression") -> Size:
+        """`compression` of a checkpoint, for which no weights are read; raises as `from_pretrained` does. owner: for errors."""
+        folder = Path(folder)
         kind, config = _read_kind(folder, owner)
         shapes, path = read_shapes(weight_files(folder, WEIGHTS, owner), owner), folder / "config.json"
         check_depth(config, shapes, f"{owner}: {path}")
         model = built_without_memory(kind.from_config, {"config": config}, shapes, owner, path)
-        vae: VideoVAE = built(VideoVAE, {"model": model.eval()}, owner, path)
+        # Of a tile that fits: which one it will have is not known.
+        vae: VideoVAE = built(lambda: VideoVAE(model.eval(), tile=2 * OVERLAP * _compression(model)[1]), {}, owner, path)
         _check_sizes(vae, f"{owner}: {path}")
         return vae.compression
 
@@ -293,11 +294,11 @@ def _compression(model: Any) -> tuple[int, int]:
 def _check_sizes(vae: VideoVAE, where: str) -> None:
     """Raises ValueError where latents and videos have other sizes than the config says, of an image or of a short clip.
 
-    vae: on the device "meta", where nothing is computed.
+    vae: on the device "meta", where nothing is computed. Two latent positions a side, as padding by reflection takes them.
     """
     ct, side, _ = vae.compression
     for frames, latents in ((1, 1), (1 + ct, 2)):
-        video, latent = (1, 3, frames, side, side), (1, vae.channels, latents, 1, 1)
+        video, latent = (1, 3, frames, 2 * side, 2 * side), (1, vae.channels, latents, 2, 2)
         for made, given, code in ((latent, video, vae.raw_latents), (video, latent, vae.from_raw)):
             expected = f"{where}: expected a VAE that makes {list(made[1:])} of {list(given[1:])}"
             try:

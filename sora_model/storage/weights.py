@@ -105,6 +105,8 @@ def built_without_memory(kind: Callable[..., Any], config: dict[str, Any], shape
     most = min(PARTS_EACH * len(shapes) + PARTS_MORE, PARTS)
     with torch.device("meta"), _counting(most, f"{where}: expected a model for the {len(shapes)} tensors beside it"):
         module = built(kind, config, owner, file)
+    # Not by a model's own `to`, which may warn. Copies of tensors that were made before, as of wavelets, lie where these do.
+    nn.Module.to(module, "meta")
     # Some keep tables without registering them.
     plain = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
     size = sum(value.numel() * value.element_size() for value in (*module.buffers(), *plain))
