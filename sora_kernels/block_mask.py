@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._torch_private import transforms_active
 from .checks import check_device, check_list, check_tensor, fail, triple
+from .last_result import LastResult
 from .layout import Grid
 from .token_blocks import TokenBlocks, run_sizes
 
@@ -30,9 +30,8 @@ class BlockLists(NamedTuple):
     indices: Tensor
 
 
-def transposed(lists: BlockLists, num_heads: int, rows: int, columns: int) -> BlockLists:
+def transposed(offsets: Tensor, indices: Tensor, num_heads: int, rows: int, columns: int) -> BlockLists:
     """For each head and column, the rows whose lists have it."""
-    offsets, indices = lists
     entries = torch.arange(indices.shape[0], device=indices.device, dtype=torch.int32)
     row = torch.searchsorted(offsets, entries, right=True) - 1
     key = row // max(rows, 1) * columns + indices
@@ -41,18 +40,6 @@ def transposed(lists: BlockLists, num_heads: int, rows: int, columns: int) -> Bl
     wanted = torch.arange(num_heads * columns + 1, device=key.device)
     starts = torch.searchsorted(ordered, wanted).to(torch.int32)
     return BlockLists(starts, (row % max(rows, 1))[order].to(torch.int32))
-
-
-class _Transposed(NamedTuple):
-    """The lists of a mask the other way round, and what they were made from."""
-
-    lists: BlockLists
-    source: BlockLists
-    versions: list[int]
-    """Of the source's tensors: they count changes in place."""
-
-    def is_of(self, lists: BlockLists) -> bool:
-        return self.source is lists and self.versions == [x._version for x in lists]
 
 
 class BlockMask:
@@ -73,7 +60,7 @@ class BlockMask:
 
     def __init__(self, queries: TokenBlocks, keys: TokenBlocks, num_heads: int, lists: BlockLists) -> None:
         self.queries, self.keys, self.num_heads, self.lists = queries, keys, num_heads, lists
-        self._transposed: _Transposed | None = None
+        self._transposed = LastResult(transposed)
 
     @classmethod
     def from_dense(cls, mask: Sequence[Tensor], queries: TokenBlocks, keys: TokenBlocks | None = None) -> BlockMask:
@@ -91,7 +78,8 @@ class BlockMask:
             _check_shape(op, f"mask[{i}]", table, (num_heads, rows, columns))
         widths = [columns for rows, columns in zip(queries.num_blocks, keys.num_blocks, strict=True) for _ in range(rows)]
         firsts = [first for first, rows in zip(_firsts(keys), queries.num_blocks, strict=True) for _ in range(rows)]
-        seen = torch.cat([table.flatten(1) for table in tables], 1) if tables else torch.zeros(1, 0, dtype=torch.bool)
+        nothing = torch.zeros(num_heads, 0, dtype=torch.bool, device=queries.device)
+        seen = torch.cat([nothing, *(table.flatten(1) for table in tables)], 1)
         column = _on(queries.device, _columns(firsts, widths)).expand(num_heads, -1)
         ends = _on(queries.device, np.cumsum([0, *widths], dtype=np.int64))
         first_row = torch.arange(num_heads, device=queries.device)[:, None] * seen.shape[1]
@@ -209,19 +197,8 @@ class BlockMask:
 
     @property
     def transposed(self) -> BlockLists:
-        """For each head and block of keys, the blocks of queries that see it: for the backward. Made when first asked for."""
-        kept = self._transposed
-        if kept is not None and (torch.compiler.is_compiling() or kept.is_of(self.lists)):
-            return kept.lists
-        lists = transposed(self.lists, self.num_heads, sum(self.queries.num_blocks), sum(self.keys.num_blocks))
-        # Numbers are kept, and not what stands for them while a call is traced or transformed.
-        if torch.compiler.is_compiling() or transforms_active():
-            return lists
-        # In the capture of a CUDA graph nothing is computed yet.
-        captured = lists.offsets.is_cuda and torch.cuda.is_current_stream_capturing()
-        if type(lists.offsets) is Tensor and not captured and not any(x.is_inference() for x in (*self.lists, *lists)):
-            self._transposed = _Transposed(lists, self.lists, [x._version for x in self.lists])
-        return lists
+        """For each head and block of keys, the blocks of queries that see it: for the backward. Kept while nothing changes."""
+        return self._transposed(*self.lists, self.num_heads, sum(self.queries.num_blocks), sum(self.keys.num_blocks))
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask with its tensors on `device`."""

@@ -195,7 +195,8 @@ def _grad(ctx: Context, dout: Tensor | None, dlse: Tensor | None, _: None) -> Gr
     by_query, by_key = BlockLists(offsets, indices), BlockLists(key_offsets, key_indices)
     if key_offsets is None:  # a program that was exported without gradients
         rows, columns = (cu_blocks.shape[0] - 1 for cu_blocks in blocks[:2])
-        by_key = transposed(by_query, (offsets.shape[0] - 1) // max(rows, 1), rows, columns)
+        num_heads = (offsets.shape[0] - 1) // rows if rows else 1
+        by_key = transposed(*by_query, num_heads, rows, columns)
     return *_backward(
         cotangent(dout, q), dlse, q, k, v, out, statistics, *blocks, *by_query, *by_key, ctx.block_q, ctx.block_k, ctx.scale
     ), *(None,) * 11  # fmt: skip

@@ -54,7 +54,7 @@ class TokenBlocks:
         if order is not None:
             self.order = torch.from_numpy(order)
             self._inverse = torch.empty_like(self.order)
-            self._inverse[self.order] = torch.arange(len(order), device="cpu")
+            self._inverse[self.order] = torch.arange(len(order), device=self.order.device)
         self._move(layout.device)
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -268,46 +269,68 @@ def test_bad_input(call: object, message: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("replaced", [True, False])
-def test_lists_that_change_change_the_gradient(replaced: bool) -> None:
+@pytest.mark.parametrize("change", ["other lists", "in place", "other memory"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_lists_that_change_change_the_gradient(change: str, compiled: bool) -> None:
     """What was made of the old ones for the backward is made anew."""
+    attend = torch.compile(block_sparse_attention, backend="aot_eager") if compiled else block_sparse_attention
     blocks = TokenBlocks.runs(PackedLayout.from_grids([(1, 2, 4)]), 2)
     below = torch.ones(4, 4, dtype=torch.bool).tril()
     mask, other = (BlockMask.from_dense([table], blocks) for table in (below, below.T.clone()))
     q, k = torch.randn(8, 2, 8), torch.randn(8, 2, 8, requires_grad=True)
 
-    def gradient(mask: BlockMask) -> Tensor:
-        return torch.autograd.grad(block_sparse_attention(q, k, q, mask).square().sum(), k)[0]
+    def gradient(mask: BlockMask, attend: Callable[..., Tensor] = block_sparse_attention) -> Tensor:
+        return torch.autograd.grad(attend(q, k, q, mask).square().sum(), k)[0]
 
     assert not torch.equal(gradient(mask), gradient(other))
-    if replaced:
+    assert torch.equal(gradient(mask, attend), gradient(mask))
+    if change == "other lists":
         mask.lists = other.lists
     else:
         for ours, theirs in zip(mask.lists, other.lists, strict=True):
-            ours.copy_(theirs)
-    assert torch.equal(gradient(mask), gradient(other))
+            if change == "in place":
+                ours.copy_(theirs)
+            else:
+                ours.data = theirs.clone()
+    assert torch.equal(gradient(mask, attend), gradient(other))
 
 
 def test_masks_are_made_where_the_layout_is() -> None:
     """Whatever torch's default device is."""
     layout = PackedLayout.from_grids([(1, 2, 4)])
     indices = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2]])
+    none = PackedLayout.from_grids([])
     with torch.device("meta"):
         blocks = TokenBlocks.tiles(layout, (1, 1, 2))
-        masks = BlockMask.from_indices([indices], blocks), BlockMask.from_indices([indices], TokenBlocks.runs(layout, 2))
+        masks = [BlockMask.from_indices([indices], some) for some in (blocks, TokenBlocks.runs(layout, 2))]
+        masks.append(BlockMask.from_dense([], TokenBlocks.runs(none)))
     assert {x.device.type for mask in masks for x in (*mask.lists, mask.queries.cu_blocks)} == {"cpu"}
+    x = torch.arange(8)
+    assert torch.equal(blocks.restore(blocks.arrange(x)), x)
+    on_meta = BlockMask.from_dense([], TokenBlocks.runs(none.to("meta")))
+    assert {x.device.type for x in on_meta.lists} == {"meta"}
 
 
-def test_a_program_that_was_exported_without_gradients_has_them() -> None:
-    blocks = TokenBlocks.runs(PackedLayout.from_grids([(1, 2, 4)]), 2)
-    mask = BlockMask.from_dense([torch.ones(2, 4, 4, dtype=torch.bool).tril()], blocks)
+def test_tiles_in_compiled_code_are_where_torch_makes_tensors() -> None:
+    layout = PackedLayout.from_grids([(1, 2, 4)], "meta")
+    with torch.device("meta"):
+        order = torch.compile(lambda: TokenBlocks.tiles(layout, (1, 1, 2)).order, backend="eager")()
+        origin = torch.compile(lambda: PackedLayout.from_grids([(1, 2, 4)]).origin, backend="eager")()
+    assert order.shape == (8,)
+    assert origin.device.type == "cpu"
+
+
+@pytest.mark.parametrize("num_queries", [8, 0])
+def test_a_program_that_was_exported_without_gradients_has_them(num_queries: int) -> None:
+    queries, keys = (TokenBlocks.runs(PackedLayout.from_spans([[Span.text(n)]]), 2) for n in (num_queries, 8))
+    mask = BlockMask.from_dense([torch.ones(2, num_queries // 2, 4, dtype=torch.bool).tril()], queries, keys)
 
     class Attend(torch.nn.Module):
-        def forward(self, q: Tensor) -> Tensor:
-            return block_sparse_attention(q, q, q, mask)
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return block_sparse_attention(q, k, k, mask)
 
-    program = torch.export.export(Attend(), (torch.randn(8, 2, 8),)).module()
-    q = torch.randn(8, 2, 8, requires_grad=True)
-    (expected,) = torch.autograd.grad(block_sparse_attention(q, q, q, mask).square().sum(), q)
-    (actual,) = torch.autograd.grad(program(q).square().sum(), q)
-    assert torch.equal(actual, expected)
+    inputs = torch.randn(num_queries, 2, 8), torch.randn(8, 2, 8)
+    program = torch.export.export(Attend(), inputs).module()
+    inputs = [x.requires_grad_() for x in inputs]
+    expected, actual = (torch.autograd.grad(attend(*inputs).square().sum(), inputs) for attend in (Attend(), program))
+    assert all(map(torch.equal, actual, expected))

@@ -386,5 +386,5 @@ def test_tables_need_no_gradient_where_x_is_written_to(needs: bool) -> None:
     """It would be lost."""
     cos, sin = torch.randn(2, 8, 4)
     x = torch.randn(2, 8, 3, 8, requires_grad=needs)
-    with pytest.raises(ValueError, match="apply_rotary_emb: cos: expected tables that need no gradient where x is written to"):
+    with pytest.raises(ValueError, match="apply_rotary_emb: cos, sin: expected tables that need no gradient where x is written to"):
         rotary.apply_rotary_emb(x * 1, cos.requires_grad_(), sin, inplace=True)

@@ -1,14 +1,18 @@
 """A kept result is the one that a new computation would give, and nothing outlives its tensors."""
 
+import copy
 import gc
 import weakref
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from sora_kernels.integrations.last_result import LastResult
+from sora_kernels.last_result import LastResult
 
 
 @pytest.fixture
@@ -91,6 +95,30 @@ def test_fake_tensors_have_no_address(counted) -> None:
     scaled, calls = counted
     with FakeTensorMode():
         x = torch.ones(3)
-        assert scaled(x, x, 2).shape == (3,)
+        for _ in range(2):
+            assert scaled(x, x, 2).shape == (3,)
     torch.func.vmap(lambda x: scaled(x, x, 3))(torch.ones(2, 3))
-    assert calls == [2, 3]
+    assert calls == [2, 2, 3]
+
+
+def test_sparse_tensors_have_no_address(counted) -> None:
+    (scaled, calls), x = counted, torch.ones(3).to_sparse()
+    for _ in range(2):
+        scaled(x, x)
+    assert calls == [1, 1]
+
+
+@pytest.mark.parametrize("record", [make_fx, partial(torch.jit.trace, check_trace=False)], ids=["make_fx", "jit"])
+def test_a_graph_has_no_kept_result(counted, record: Callable) -> None:
+    (scaled, _), x, y = counted, torch.ones(3), torch.ones(3)
+    scaled(x, y, 2)
+    recorded = record(lambda x, y: scaled(x, y, 2))(x, y) if record is make_fx else record(lambda x, y: scaled(x, y, 2), (x, y))
+    torch.testing.assert_close(recorded(y, 4 * y), 10 * y)
+
+
+def test_copies(counted) -> None:
+    """Of what has a kept result, which belongs to the original's tensors."""
+    (scaled, calls), x = counted, torch.ones(3)
+    scaled(x, x)
+    torch.testing.assert_close(copy.deepcopy(scaled)(x, x), 2 * x)
+    assert calls == [1, 1]

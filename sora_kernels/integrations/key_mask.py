@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_tensor, fail
-from .last_result import LastResult
+from ..last_result import LastResult
 
 
 class PackedKeys(NamedTuple):

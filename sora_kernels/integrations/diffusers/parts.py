@@ -18,8 +18,8 @@ from ...adaln import gate_residual, gate_residual_layer_norm_modulate, layer_nor
 from ...attention import flash_attn_varlen_func
 from ...bias_gelu import bias_gelu
 from ...checks import fail
+from ...last_result import LastResult
 from ...norm_rope import apply_rope, norm_rope
-from ..last_result import LastResult
 from .attention_backend import BACKENDS
 
 _LAYER_NORMS = nn.LayerNorm, FP32LayerNorm

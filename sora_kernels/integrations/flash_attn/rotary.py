@@ -286,14 +286,14 @@ def _check_rows(op: str, rows: Tensor, available: int, on_host: bool) -> None:
 def _in_place(op: str, x: Tensor, parts: list[Part], interleaved: bool) -> Tensor:
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
         fail(op, "x", "a tensor to write to, whose elements share no memory", f"one expanded to {list(x.shape)}")
-    if torch.is_grad_enabled() and not transforms_active() and any(table.requires_grad for _, *tables in parts for table in tables):
-        fail(op, "cos", "tables that need no gradient where x is written to", "requires_grad=True")
+    tables = [table for _, *tables in parts for table in tables]
+    if torch.is_grad_enabled() and not transforms_active() and any(table.requires_grad for table in tables):
+        fail(op, "cos, sin", "tables that need no gradient where x is written to", "requires_grad=True")
     if torch.compiler.is_compiling() and x.requires_grad and x.is_leaf:
         return _in_place_eagerly(op, x, parts, interleaved)
     if torch.compiler.is_compiling() or transforms_active() or is_dual_level_open():
         _write(x, x.clone(), parts, interleaved)  # torch's own gradient of writing in place, which refuses some views
     elif torch.is_grad_enabled() and x.requires_grad:
-        tables = [table for _, *tables in parts for table in tables]
         # Of a tensor by itself autograd counts the write, and so finds an op that has kept it for its backward.
         counted = not (x.is_leaf or x._is_view())
         return _InPlace.apply(x, counted, interleaved, [index for index, *_ in parts], *tables)

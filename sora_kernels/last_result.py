@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._torch_private import transforms_active
+from ._torch_private import transforms_active
 
 PLAIN = (Tensor, nn.Parameter)  # others may stand for a tensor, without an address
 R = TypeVar("R")
@@ -29,8 +30,9 @@ class LastResult(Generic[R]):
     """A function of tensors and constants, given by position, whose last result is kept while its tensors live unchanged.
 
     It computes each time where a kept result could be wrong or cannot be used: for tensors that require a gradient, for those of
-    inference mode, whose changes are not counted, in torch.compile, and in the capture of a CUDA graph, whose replays have other
-    values. A result belongs to the stream that has computed it.
+    inference mode, whose changes are not counted, in torch.compile and where else a graph is recorded for other values: by make_fx,
+    torch.jit.trace, or the capture of a CUDA graph. A result belongs to the stream that has computed it. Not seen is what torch
+    does not count, as autograd does not see it either: what is written through `x.data` or through an array of the same memory.
     """
 
     def __init__(self, compute: Callable[..., R]) -> None:
@@ -43,7 +45,7 @@ class LastResult(Generic[R]):
             return self.compute(*args)
         tensors = [x for x in args if isinstance(x, Tensor)]
         on_cuda = next((x.device for x in tensors if x.is_cuda), None)
-        if transforms_active() or any(x.requires_grad or x.is_inference() or type(x) not in PLAIN for x in tensors):
+        if transforms_active() or _is_recorded() or not all(map(_can_be_known, tensors)):
             return self.compute(*args)
         if on_cuda and torch.cuda.is_current_stream_capturing():
             return self.compute(*args)
@@ -60,8 +62,22 @@ class LastResult(Generic[R]):
             kept = self.kept = _Kept([weakref.ref(x, self._forget) for x in tensors], versions, others, result)
         return kept.result
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}  # weak references cannot be copied
+
     def _forget(self, gone: weakref.ref) -> None:
         """Frees the result of a tensor that is gone."""
         kept = self.kept
         if kept is not None and any(reference is gone for reference in kept.tensors):
             self.kept = None
+
+
+def _can_be_known(x: Tensor) -> bool:
+    """Whether a change of it shows, in its count of changes or its address."""
+    return type(x) in PLAIN and x.layout == torch.strided and not x.requires_grad and not x.is_inference()
+
+
+def _is_recorded() -> bool:
+    """Whether what is called becomes a graph of make_fx or torch.jit.trace."""
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")  # which takes long to import
+    return torch.jit.is_tracing() or (tracer is not None and tracer.get_proxy_mode() is not None)
