@@ -19,7 +19,6 @@ from sora_model.cli.run import errors_by_option
 from sora_model.data import probe, read_comment, read_video, write_video
 from sora_model.pipeline import clips
 from sora_model.pipeline.checkpoint import read_outline
-from sora_model.pipeline.clips import resized
 from sora_model.pipeline.parts import EMBEDDED, Outline, Weights
 from sora_model.sizes import Timing
 
@@ -385,16 +384,28 @@ def test_a_request_that_joins_other_speeds_is_named(media, unloaded, tmp_path) -
     assert "error: batch: request 1: last: expected the frames per second of first, got 8 and 60; --fps sets one for both" in said
 
 
-def test_a_strip_is_scaled_without_what_is_cut_off(monkeypatch) -> None:
-    """Of a wide frame brought to a tall strip, no more than the strip is enlarged; what is shown is the middle."""
-    enlarged = []
-    monkeypatch.setattr(clips, "resized", lambda video, h, w: enlarged.append((h, w)) or resized(video, h, w))
-    video = torch.linspace(-1, 1, 64).expand(3, 1, 64, 64)
-    made = clips.fitted(video, 512, 4)
-    assert made.shape == (3, 1, 512, 4)
-    assert enlarged[0][1] <= 32
-    assert made.mean().abs() < 0.02
-    assert made[..., 0].mean() < made[..., -1].mean()
+def test_a_strip_is_scaled_without_what_is_cut_off() -> None:
+    """Of a square frame brought to a strip, its middle is shown; whole it would have 16384 x 16384 pixels."""
+    video = torch.linspace(-1, 1, 64).expand(3, 8, 64, 64)
+    made = clips.fitted(video.mT, 1, 16384)
+    assert made.shape == (3, 8, 1, 16384)
+    torch.testing.assert_close(made, torch.zeros_like(made), rtol=0, atol=1e-6)
+    made = clips.fitted(video, 16384, 4096)
+    torch.testing.assert_close(made[:, 0, 5, ::256], video[:, 0, 0, 24:40], rtol=0, atol=0.02)
+    assert torch.equal(clips.fitted(video, 64, 64), video)
+
+
+def test_frames_of_one_row_are_scaled_within_max_pixels(tmp_path) -> None:
+    """A file of a few hundred bytes, whose longer side is nearly all pixels that it has."""
+    Image.new("RGB", (65535, 1)).save(tmp_path / "row.png")
+    assert read_video(tmp_path / "row.png", max_pixels=2304)[0].shape == (3, 1, 1, 2304)
+    Image.new("RGB", (1, 9)).save(tmp_path / "column.png")
+    assert read_video(tmp_path / "column.png", max_pixels=5)[0].shape == (3, 1, 5, 1)
+
+
+def test_a_side_that_no_file_can_have(media, unloaded, tmp_path) -> None:
+    said = sora("animate", media / "a.mp4", "a", "--size", "99999999x1", "--out", tmp_path / "out", code=2)
+    assert "a.mp4: with frames of 99999999x1: expected at most 16384 pixels along a side" in said
 
 
 def test_windows_and_step_cache(tmp_path: Path) -> None:

@@ -404,6 +404,27 @@ def test_sizes_are_those_that_the_config_says(name: str, value: int, tmp_path: P
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("latents_mean", [], r"latents_mean or shift_factor: expected 4 numbers, or as many for each frame, got shape \[0\]"),
+        ("latents_std", [], r"latents_std or scaling_factor: expected 4 numbers, .*, got shape \[0\]"),
+        ("latents_std", [1.0] * 5, r"latents_std or scaling_factor: expected 4 numbers, .*, got shape \[5\]"),
+        ("latents_std", [[1.0] * 4], r"latents_std or scaling_factor: expected 4 numbers, .*, got shape \[1, 4\]"),
+        ("latents_std", [1.0, 1.0, 0.0, 1.0], "latents_std or scaling_factor: expected finite numbers above 0, got 0"),
+        ("latents_std", [1e-320] * 4, "latents_std or scaling_factor: expected finite numbers above 0, got 0"),
+        ("latents_std", [-1.0] * 4, "latents_std or scaling_factor: expected finite numbers above 0, got -1"),
+        ("latents_mean", [1e300] * 4, "latents_mean or shift_factor: expected finite numbers, got inf"),
+    ],
+)
+def test_statistics_that_latents_cannot_have(name: str, value: list, message: str, tmp_path: Path) -> None:
+    cosmos().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(ValueError, match=rf"config\.json: VideoVAE: model: {message}"):
+        VideoVAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("make", "options", "compression"),
     [
         (cosmos_of_wavelets, {}, (4, 8, 8)),

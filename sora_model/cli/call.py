@@ -135,7 +135,10 @@ class Call(Loaded):
         clip, rate = read_clip(path, max_frames, limit)
         native = tuple(probe(path)[1:])
         if size is not None:
-            check_limit("clip_pixels", clip.shape[1] * size[0] * size[1], f"{path}: with frames of {size[0]}x{size[1]}", "pixels")
+            what = f"{path}: with frames of {size[0]}x{size[1]}"
+            if max(size) > SIDE:
+                raise ValueError(f"{what}: expected at most {SIDE} pixels along a side")
+            check_limit("clip_pixels", clip.shape[1] * size[0] * size[1], what, "pixels")
             clip = fitted(clip, *size)
         after = tuple(clip.shape[2:])
         if because and native != after:

@@ -311,9 +311,23 @@ def _check_sizes(vae: VideoVAE, where: str) -> None:
 
 def _statistics(model: Any, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents [C], or [C * F] where frames have their own, as the checkpoint has them."""
+    mean, std = _told_statistics(model, channels)
+    for name, x in (("latents_mean or shift_factor", mean), ("latents_std or scaling_factor", std)):
+        if x.ndim != 1 or not x.numel() or x.numel() % channels:
+            got = f"shape {list(x.shape)}"
+            raise ValueError(f"VideoVAE: model: {name}: expected {channels} numbers, or as many for each frame, got {got}")
+        wrong = x[~x.isfinite() | ((x <= 0) & (x is std))] if not x.is_meta else x[:0]
+        if wrong.numel():
+            expected = "finite numbers above 0" if x is std else "finite numbers"
+            raise ValueError(f"VideoVAE: model: {name}: expected {expected}, got {wrong[0].item():.3g}")
+    return mean, std
+
+
+def _told_statistics(model: Any, channels: int) -> tuple[Tensor, Tensor]:
+    """By the config, or else by buffers, or by one number for all channels."""
     config = model.config
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        return torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+        return torch.tensor(config["latents_mean"]).float(), torch.tensor(config["latents_std"]).float()
     buffers = dict(model.named_buffers())
     if "latents_mean" in buffers:  # LTX
         return buffers["latents_mean"].float().clone(), buffers["latents_std"].float().clone() / config["scaling_factor"]

@@ -124,7 +124,8 @@ def scaled_size(height: int, width: int, max_pixels: int | None) -> tuple[int, i
     if max_pixels is None or height * width <= max_pixels:
         return height, width
     scale = (max_pixels / (height * width)) ** 0.5
-    return max(int(height * scale), 1), max(int(width * scale), 1)
+    # Of a strip one side is 1, and the other then all that is left.
+    return min(max(int(height * scale), 1), max_pixels), min(max(int(width * scale), 1), max_pixels)
 
 
 def on_white(image: Image.Image) -> Image.Image:

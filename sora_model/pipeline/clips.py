@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,10 +71,10 @@ def fitted(video: Tensor, height: int, width: int) -> Tensor:
     """A video [3, T, h, w] scaled until it covers height x width, and cut to that evenly around; it keeps its shape."""
     h, w = video.shape[2:]
     scale = max(height / h, width / w)
-    if h * w * scale**2 > 4 * height * width:  # of a strip nearly all would be scaled for nothing: the rest is cut off first
-        rows, columns = min(math.ceil(height / scale) + 2, h), min(math.ceil(width / scale) + 2, w)
-        top, left = (h - rows) // 2, (w - columns) // 2
-        video, (h, w) = video[:, :, top : top + rows, left : left + columns], (rows, columns)
-    video = resized(video, max(round(h * scale), height), max(round(w * scale), width))
-    top, left = (video.shape[2] - height) // 2, (video.shape[3] - width) // 2
-    return video[:, :, top : top + height, left : left + width]
+    top, left = max((h - height / scale) / 2, 0.0), max((w - width / scale) / 2, 0.0)
+    made = torch.empty(*video.shape[:2], height, width)
+    # Pillow computes what is shown alone. All of it, scaled, may be many times as large: of a frame brought to a strip, say.
+    for plane, out in zip(video.flatten(0, 1).float().numpy(), made.flatten(0, 1), strict=True):
+        shown = Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC, box=(left, top, w - left, h - top))
+        out.copy_(torch.from_numpy(np.asarray(shown).copy()))
+    return made.clamp_(-1, 1)
