@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 MOST = 2**62  # of any limit
+MOST_DENOISING_STEPS = 1000
 
 
 class Limits(NamedTuple):

@@ -179,6 +179,14 @@ NO_CAPTIONER = "captioner: expected a checkpoint with a captioner, got one witho
         (["animate", "{media}/pipe.mp4", "x"], "cannot read {media}/pipe.mp4: expected a file, got a pipe or a device"),
         (["generate", "x", "--seed", "99999999999999999999"], "9223372036854775808"),
         (["generate", "x", "--negative", "y", "--guidance", "1"], "--negative: expected none with --guidance 1, which has no use"),
+        (
+            ["generate", "x", "--guidance-from", "0.5", "--guidance", "1"],
+            "--guidance-from: expected none with --guidance 1, got 0.5",
+        ),
+        (["generate", "x", "--max-pixels", "99"], "--max-pixels: expected none where no file is read, got 99"),
+        (["generate", "x", "--steps", "99999999999999999999"], "should be less than or equal to 1000"),
+        (["generate", "x", "--size", "60x24x24", "--scale", "600"], "--scale: expected files that the memory of"),
+        (["long", "a", "b", "c", "--seconds", "0.7"], "PROMPTS: expected at most 1, one for each chunk of --seconds 0.7, got 3"),
         (["animate", "{media}/none.png", "x"], "none.png: it does not exist"),
         (["restyle", "{media}/a.mp4", "x", "--strength", "0"], "strength: expected a number above 0 and up to 1, got 0"),
         (["loop", "x", "--size", "6x16"], "--size: expected TxHxW"),
@@ -226,6 +234,14 @@ NO_CAPTIONER = "captioner: expected a checkpoint with a captioner, got one witho
         (
             ["train-captioner", "{media}/new", "--checkpoint", "{media}"],
             "expected an empty folder or one with a checkpoint to replace",
+        ),
+        (
+            ["train-captioner", "{media}/words/new", "--checkpoint", "{media}/words", "--data", "world:simple"],
+            "OUT: expected a folder that is neither --checkpoint nor in or around it, got {media}/words/new",
+        ),
+        (
+            ["train-captioner", "{media}", "--checkpoint", "{media}/words", "--data", "world:simple"],
+            "OUT: expected a folder that is neither --checkpoint nor in or around it, got {media}",
         ),
         (["export", "{media}/words", "{media}"], "expected an empty folder or one with a checkpoint to replace, got {media}"),
         (

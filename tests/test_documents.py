@@ -228,7 +228,7 @@ def test_a_state_that_cannot_be_is_refused(change, message, tmp_path) -> None:
         read_state(tmp_path / "training.safetensors")
 
 
-def test_moments_that_cannot_be_are_refused(small, tmp_path) -> None:
+def test_states_that_no_run_has_are_refused(small, tmp_path) -> None:
     run, options = tmp_path / "run", ["--start", str(small), "--size", "1x16x16", "--tokens", "32", "--steps"]
     said = CliRunner().invoke(app, ["train", str(run), *options, "1"])
     assert said.exit_code == 0, said.output
@@ -239,14 +239,17 @@ def test_moments_that_cannot_be_are_refused(small, tmp_path) -> None:
     with safe_open(path, "pt") as file:
         metadata = {"state": file.metadata()["state"]}  # without a checksum, which would say so first
     name = next(name for name in weights if name.startswith("optimizer.") and weights[name].ndim > 1)
-    for value, message in (
-        (weights[name].flatten()[:3], "expected float32 ["),
-        (weights[name].new_zeros(()), "expected float32 ["),
-        (weights[name] * float("nan"), "expected finite numbers"),
+    trained = next(name for name in weights if name.startswith("model."))
+    for name, value, message in (
+        (name, weights[name].flatten()[:3], "expected float32 ["),
+        (name, weights[name].new_zeros(()), "expected float32 ["),
+        (name, weights[name] * float("nan"), "expected finite numbers"),
+        ("average.n_averaged", torch.tensor(-5), "expected the step 1, got -5"),
+        (trained, weights[trained].to(torch.int8), ""),
     ):
         save_file({**weights, name: value.contiguous()}, path, metadata)
         line = refused("train", run, *options, "2", "--resume")
-        assert f"{path}: {name}: {message}" in line
+        assert f"{path}: {name.removeprefix('model.')}: {message}" in line
 
 
 def test_a_checkpoint_that_cannot_be_resumed_names_resume(small, tmp_path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import struct
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from sora_model import SoraPipeline
 from sora_model.caption.captioner import Captioner, CaptionerConfig, train_tokenizer
 from sora_model.cli import app
-from sora_model.codec.vae import VideoVAE
+from sora_model.codec.vae import WEIGHTS, VideoVAE
 from sora_model.diffusion import schedulers
 from sora_model.storage.files import save_whole
 from sora_model.storage.weights import check_finite, open_tensors, read_tensors
@@ -180,6 +181,27 @@ def test_quantized_weights_are_refused(encoder) -> None:
     change(encoder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     with pytest.raises(ValueError, match=r"config\.json: quantization_config: expected weights that are not quantized"):
         load_text_encoder(encoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.uint16])
+def test_whole_numbers_are_no_weights(dtype: torch.dtype, encoder, folder) -> None:
+    """Of any part: quantized weights whose scales are elsewhere would be taken as they are."""
+    places = {
+        encoder / "model.safetensors": lambda: load_text_encoder(encoder),
+        **{
+            folder / part: lambda: SoraPipeline.from_pretrained(folder)
+            for part in ("dit/model.safetensors", f"vae/{WEIGHTS}.safetensors")
+        },
+    }
+    for path, load in places.items():
+        before, tensors = path.read_bytes(), load_file(path)
+        name = max(tensors, key=lambda name: tensors[name].numel())
+        save_file({**tensors, name: tensors[name].to(dtype)}, path)
+        expected = rf"{re.escape(name)}: expected float32, or numbers of that kind, got {str(dtype).removeprefix('torch.')}"
+        with pytest.raises(ValueError, match=expected):
+            load()
+        path.write_bytes(before)
+        load()
 
 
 def test_a_chat_template_of_a_text_encoder_is_left_out(encoder, tmp_path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..limits import check_limit
+from ..limits import MOST_DENOISING_STEPS, check_limit
 from .app import Loaded, Precision, check_folder, command, console, known_device, logger, parse_size, read_clip, say
 from .files import NAMES, write_files
 from .terminal import sampled
@@ -46,7 +46,9 @@ class Call(Loaded):
         bool, typer.Option("--overwrite", help="Number files from 00 again and replace those there, but never an input.")
     ] = False
     negative: Annotated[str, typer.Option(help="What not to show.")] = ""
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the checkpoint's.")] = None
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MOST_DENOISING_STEPS, help="Denoising steps. Default: the checkpoint's.")
+    ] = None
     scheduler: Annotated[
         str | None, typer.Option(help="euler, heun, unipc or dpm++, for a flow-matching model. Default: the checkpoint's.")
     ] = None
@@ -111,6 +113,8 @@ class Call(Loaded):
                 raise ValueError(f"{option}: expected at most 1000, got {value:g}")
         if self.negative and self.is_unguided:
             raise ValueError(f"--negative: expected none with --guidance 1, which has no use for it, got {self.negative!r}")
+        if self.guidance_from is not None and self.is_unguided:
+            raise ValueError(f"--guidance-from: expected none with --guidance 1, got {self.guidance_from:g}")
         self.rate(1.0)  # --fps, before the checkpoint is looked at
         device, _ = known_device(self.device), self.tokens_seen
         if self.offload and device == "cpu":
@@ -236,8 +240,10 @@ class Call(Loaded):
 
         sizes: of what is packed into one pass. made: of the files, where those are larger. option: what the sizes come from.
         """
-        from .estimate import How, check_memory, check_pixels, memory, tokens
+        from .estimate import How, check_memory, check_pixels, check_written, memory, tokens, written
 
+        if self.max_pixels is not None and not self.inputs:
+            raise ValueError(f"--max-pixels: expected none where no file is read, got {self.max_pixels}")
         check_pixels(option, [*(made or sizes)], self.device)
         side = max(max(size[1:]) for size in sizes)
         if self.scale * side > SIDE:
@@ -245,7 +251,10 @@ class Call(Loaded):
             raise ValueError(f"{which}: expected frames of at most {SIDE} pixels along a side, got {self.scale * side}")
         how = How(self.precision is Precision.bf16, self.offload)
         check_memory(option, outline, sizes, made, how, self.device)
-        needed = memory(outline, sizes, made, how)
+        needed, for_files = memory(outline, sizes, made, how), written(outline, made or sizes, how, self.scale)
+        check_written(for_files)
+        if self.device == "cpu":
+            needed = max(needed, for_files)
         count = f"{len(sizes)} videos" if len(sizes) > 1 else "1 video"
         shapes = ", ".join(dict.fromkeys("x".join(map(str, size)) for size in made or sizes))
         say(

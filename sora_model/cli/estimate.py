@@ -1,9 +1,10 @@
-"""How much memory a call takes, from what its checkpoint's configs say: `memory`, `check_memory`, `check_pixels`.
+"""How much memory a call takes, from what its checkpoint's configs say: `memory`, `written`, and what is refused.
 
 Measured on a CPU, within 50% above:
     transformer   52 float32 of width D for each token, both halves of guidance among them; in bfloat16 90 bytes
     VAE           200 bytes for each pixel that it decodes at once, as measured with the checkpoint that comes with the package;
                   Wan's, which goes on from frame to frame, 27 kB for each pixel of a tile, however long
+    H.264         30 bytes for each pixel of a frame of a file, and 4.5 more for each frame that it looks ahead
 Other VAEs may take several times as much.
 """
 
@@ -21,6 +22,7 @@ PROCESS = 5e8  # bytes of the libraries
 TOKEN, TOKEN_BF16 = 52 * 4, 90  # bytes for D = 1
 DECODED, DECODED_FRAME = 200, {"AutoencoderKLWan": 27e3}  # bytes of a pixel in the decoder; of one of a frame
 HELD = 24  # bytes of a pixel that is decoded, then copied
+FILE, FILE_FRAME, AHEAD = 30, 4.5, 40  # bytes of a pixel in the encoder, of one of each frame that waits, and such frames
 PIXEL = 12  # bytes of a pixel of a video, which is held whatever else is
 
 
@@ -88,6 +90,12 @@ def memory(
     return PROCESS + max(encoding, denoising + share * work.transformer, decoding + share * work.vae) + held
 
 
+def written(outline: Outline, made: Sequence[Size], how: How, scale: int) -> float:
+    """Bytes of the host, about, while videos of these sizes are written one after the other, each pixel `scale` x `scale`."""
+    encoding = max((FILE + FILE_FRAME * min(frames, AHEAD)) * scale**2 * height * width for frames, height, width in made)
+    return PROCESS + _all(how.weights(outline)) + PIXEL * sum(map(math.prod, made)) + encoding
+
+
 def _all(weights: Weights) -> float:
     return weights.encoders + sum(weights.transformers) + weights.others
 
@@ -119,6 +127,15 @@ def check_memory(option: str, outline: Outline, sizes: Sequence[Size], made: Seq
         )
     enough = [(text, amount) for text, amount in others(outline, sizes, made, how, device) if amount <= there]
     raise ValueError("; ".join([line, *(f"{text} takes about {amount / 1e9:.3g} GB" for text, amount in enough[:2])]))
+
+
+def check_written(needed: float) -> None:
+    """Raises ValueError for files that the host cannot write; needed: see `written`."""
+    if needed > installed("cpu"):
+        there = f"{installed('cpu') / 1e9:.3g} GB"
+        raise ValueError(
+            f"--scale: expected files that the memory of {there} can hold, got ones that take about {needed / 1e9:.3g} GB"
+        )
 
 
 def others(outline: Outline, sizes: Sequence[Size], made: Sequence[Size], how: How, device: str) -> Iterator[tuple[str, float]]:

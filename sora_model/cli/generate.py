@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -238,6 +239,9 @@ def long(
     shape = _chunk(outline, size, overlap)
     if frames < 1:
         raise ValueError(f"--seconds: expected at least one frame, which is {1 / call.rate():g}, got {seconds:g}")
+    chunks = 1 + max(math.ceil((frames - shape[0]) / (shape[0] - _seen(outline, overlap))), 0)
+    if len(prompts) > chunks:
+        raise ValueError(f"PROMPTS: expected at most {chunks}, one for each chunk of --seconds {seconds:g}, got {len(prompts)}")
     call.announce(outline, [shape], "--seconds", made=[(frames, *shape[1:])])
     pipeline = call.pipeline()
     call.check_words(pipeline, prompts)
@@ -340,11 +344,15 @@ def _frame_size(call: Call, text: str | None) -> tuple[int, int] | None:
 def _chunk(outline: Outline, text: str | None, overlap: int) -> Size:
     """The size of a chunk, which must be longer than what it sees of the one before."""
     size = parse_size(text) if text else outline.size
-    seen = outline.timing.first + outline.timing.stride * overlap
-    if size[0] <= seen:
+    if size[0] <= _seen(outline, overlap):
         option = "--size" if text else "--overlap"
-        raise ValueError(f"{option}: expected more than the {seen} frames that a chunk sees, got {size[0]}")
+        raise ValueError(f"{option}: expected more than the {_seen(outline, overlap)} frames that a chunk sees, got {size[0]}")
     return size
+
+
+def _seen(outline: Outline, overlap: int) -> int:
+    """Frames that a chunk sees of the one before."""
+    return outline.timing.first + outline.timing.stride * overlap
 
 
 def _common_rate(call: Call, rates: Sequence[float], where: str) -> float:

@@ -94,7 +94,7 @@ def train_captioner(
     out: OutFolder,
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint of a pipeline, which gets the captioner.")],
     frames: Annotated[int, typer.Option(min=0, help="Latent frames seen of a clip, evenly spread; 0 sees tubelets of all.")] = 4,
-    vocabulary: Annotated[int, typer.Option(min=1, help="Tokens that captions are written in, learned from them.")] = 512,
+    vocabulary: Annotated[int, typer.Option(min=260, help="Tokens that captions are written in, learned from them.")] = 512,
     longest: Annotated[int, typer.Option(min=2, help="Tokens of the longest caption.")] = 128,
     *,
     run: Run,
@@ -107,8 +107,10 @@ def train_captioner(
     with naming("--checkpoint"):
         check_replaceable(checkpoint)
     with training(out) as it:
-        recipe = CaptionerRecipe(checkpoint, frames, vocabulary, longest)
-        it.end(train_captioner(out, recipe, run.settings(out), it.show), checkpoint)
+        recipe, settings = CaptionerRecipe(checkpoint, frames, vocabulary, longest), run.settings(out)
+        # What is written to OUT would be foreign to a checkpoint around it, and the captioner would replace one in it.
+        _check_apart(out, checkpoint, "--checkpoint")
+        it.end(train_captioner(out, recipe, settings, it.show), checkpoint)
 
 
 @app.command()
@@ -124,9 +126,7 @@ def export(
         with naming("OUT"):
             check_replaceable(out)
         # The weights that are read would lose their precision for good, or go with the folder that is replaced.
-        inner, outer = (Path(os.path.realpath(path)) for path in (out, checkpoint))  # resolve() raises for loops of links
-        if same_file(out, checkpoint) or inner.is_relative_to(outer) or outer.is_relative_to(inner):
-            raise ValueError(f"OUT: expected a folder that is neither CHECKPOINT nor in or around it, got {out}")
+        _check_apart(out, checkpoint, "CHECKPOINT")
         if not out.is_dir() or any(out.iterdir()):
             check_new(out, overwrite, "OUT")
         check_folder(out.absolute().parent, "OUT")
@@ -139,3 +139,10 @@ def export(
         pipeline.save_pretrained(out, dtype=torch.float16)
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         say(f"{out}: {size / 1e6:.1f} MB")
+
+
+def _check_apart(out: Path, checkpoint: Path, option: str) -> None:
+    """Raises ValueError for OUT in, at or around a checkpoint, which `option` names."""
+    inner, outer = (Path(os.path.realpath(path)) for path in (out, checkpoint))  # resolve() raises for loops of links
+    if same_file(out, checkpoint) or inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise ValueError(f"OUT: expected a folder that is neither {option} nor in or around it, got {out}")

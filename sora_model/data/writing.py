@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -67,16 +67,18 @@ def write_video(
         raise ValueError(f"write_video: fps of a {suffix} must be from {LOWEST_FPS} to {highest_fps(suffix)}, got {fps}")
     if suffix == ".png" and len(frames) != 1:
         raise ValueError(f"write_video: a .png holds 1 frame, video has {len(frames)}; use .mp4, .gif or contact_sheet")
-    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    # One by one, as all of them may not fit into memory.
+    enlarged = (frame.repeat(scale, axis=0).repeat(scale, axis=1) for frame in frames)
+    height, width = (scale * side for side in frames.shape[1:3])
     with whole_file(path) as temporary:
         if suffix == ".mp4":
-            _encode_mp4(temporary, frames, fps, comment)
+            _encode_mp4(temporary, enlarged, height, width, fps, comment)
         elif suffix == ".gif":
-            _encode_gif(temporary, frames, fps, loop)
+            _encode_gif(temporary, enlarged, height, width, fps, len(frames), loop)
             if comment is not None:
                 add_gif_comment(temporary, comment)
         else:
-            Image.fromarray(frames[0]).save(temporary, pnginfo=None if comment is None else png_comment(comment))
+            Image.fromarray(next(enlarged)).save(temporary, pnginfo=None if comment is None else png_comment(comment))
     return path
 
 
@@ -163,33 +165,32 @@ def _container(path: Path, format: str, options: dict[str, str] | None = None) -
         yield container
 
 
-def _encode_mp4(path: Path, frames: np.ndarray, fps: float, comment: str | None) -> None:
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+def _encode_mp4(path: Path, frames: Iterable[np.ndarray], height: int, width: int, fps: float, comment: str | None) -> None:
+    odd = (0, height % 2), (0, width % 2), (0, 0)
     with _container(path, "mp4") as container:
         if comment is not None:
             container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         tags = stream.codec_context
         tags.color_primaries = tags.color_trc = tags.colorspace = BT709
         tags.color_range = ColorRange.MPEG
         for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.pad(pixels, odd, mode="edge"), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
-def _encode_gif(path: Path, frames: np.ndarray, fps: float, loop: bool) -> None:
+def _encode_gif(path: Path, frames: Iterable[np.ndarray], height: int, width: int, fps: float, count: int, loop: bool) -> None:
     """With a palette per frame. Pillow would leave out frames that are equal to the one before."""
     tick = Fraction(1, 100)
-    starts = [math.floor(i / (fps * tick) + 0.5) for i in range(len(frames) + 1)]
+    starts = [math.floor(i / (fps * tick) + 0.5) for i in range(count + 1)]
     options = {"loop": "0" if loop else "-1", "final_delay": str(starts[-1] - starts[-2])}
     with _container(path, "gif", options) as container:
         stream = container.add_stream("gif", rate=100)
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = height, width
         stream.pix_fmt = "pal8"
         for pixels, start in zip(frames, starts, strict=False):
             image = Image.fromarray(pixels).quantize(256)

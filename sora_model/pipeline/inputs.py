@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..limits import MOST_DENOISING_STEPS
 from ..model.block import Window
 from ..model.step_cache import StepCache
 from ..sizes import Size
@@ -33,8 +34,8 @@ def check_options(
         raise TypeError(f"SoraPipeline: step_cache: expected a StepCache, a number or None, got {step_cache!r}")
     if precision not in ("no", "bf16"):
         raise ValueError(f"SoraPipeline: precision: expected 'no' or 'bf16', got {precision!r}")
-    if num_inference_steps < 1:
-        raise ValueError(f"SoraPipeline: num_inference_steps: expected at least 1, got {num_inference_steps}")
+    if not 1 <= num_inference_steps <= MOST_DENOISING_STEPS:
+        raise ValueError(f"SoraPipeline: num_inference_steps: expected 1 to {MOST_DENOISING_STEPS}, got {num_inference_steps}")
     if not 0 <= guidance_from <= 1:
         raise ValueError(f"SoraPipeline: guidance_from: expected a number from 0 to 1, got {guidance_from}")
     if output_type not in OUTPUTS:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .tokenizer import check_tokenizer_file, is_librarys, known_entries
-from .weights import built, built_without_memory, check_depth, read_json, read_shapes, read_tensors, weight_files
+from .weights import built, built_without_memory, check_depth, check_kind, read_json, read_shapes, read_tensors, weight_files
 
 # What a checkpoint's tokenizer may be; "TokenizersBackend" is what PreTrainedTokenizerFast is called since transformers 5.
 TOKENIZERS = (
@@ -79,7 +79,10 @@ def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str,
     if asked > held:
         expected = f"a model of at most {held:,} weights, as many as lie beside it"
         raise ValueError(f"{owner}: {folder / 'config.json'}: expected {expected}, got one of {asked:,}")
-    weights = read_tensors(files, owner)
+    weights, base = read_tensors(files, owner), f"{kind.base_model_prefix}."
+    for name, parameter in outline.named_parameters():
+        for known in {name, base + name, name.removeprefix(base)} & weights.keys():
+            check_kind(weights[known], parameter.dtype, f"{owner}: {folder}: {known}")
     dtypes = Counter(value.dtype for value in weights.values() if value.is_floating_point())
     own = dtypes.most_common(1)[0][0] if dtypes else torch.float32
     options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": own if dtype is None else dtype}

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
-from ..limits import check_limit
+from ..limits import MOST_DENOISING_STEPS, check_limit
 from .documents import read_json_for
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -31,7 +31,12 @@ DEEP = re.compile("depth|layer|blocks|attention_types")  # in the names of a con
 # config, and PARTS_MORE, but never more than PARTS. Models of diffusers and transformers have up to 5 for each.
 PARTS_EACH, PARTS_MORE, PARTS = 8, 1000, 2**15
 # What a checkpoint may recommend for a call whose user says nothing: an option may be any number.
-DEFAULTS = {"num_inference_steps": (1, 1000), "guidance_scale": (0, 1000), "guidance_from": (0, 1), "fps": (0.01, 1000)}
+DEFAULTS = {
+    "num_inference_steps": (1, MOST_DENOISING_STEPS),
+    "guidance_scale": (0, 1000),
+    "guidance_from": (0, 1),
+    "fps": (0.01, 1000),
+}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 HEADER, HEADER_EACH = 2**20, 2**10  # bytes of a header that is read for each tensor: what it says of the whole, and of a tensor
 BUFFER_BYTES = 2**28  # of buffers, which no file need have; masks of GPT-Neo's layers take 2**27
@@ -230,7 +235,7 @@ def read_tensors(files: Sequence[Path], owner: str) -> dict[str, Tensor]:
 
 
 def open_tensors(files: Sequence[Path], owner: str) -> Callable[[str], Tensor]:
-    """Opens tensors of safetensors files one at a time, by name, for the caller to copy; one that is not finite is an error.
+    """Opens weights of safetensors files one at a time, by name, for the caller to copy; numbers that are not finite are an error.
 
     They lie in the file's pages. A file is opened for each tensor, as what was read of an open one stays in memory.
     """
@@ -247,9 +252,17 @@ def open_tensors(files: Sequence[Path], owner: str) -> Callable[[str], Tensor]:
         with opened(homes[name], owner) as file:
             value = file.get_tensor(name)
         check_finite(value, f"{owner}: {homes[name]}: {name}")
+        check_kind(value, torch.float32, f"{owner}: {homes[name]}: {name}")
         return value
 
     return read
+
+
+def check_kind(value: Tensor, dtype: torch.dtype, where: str) -> None:
+    """Raises ValueError for whole numbers where floats of `dtype` belong, such as quantized weights without their scales."""
+    if value.is_floating_point() != dtype.is_floating_point:
+        expected, got = (str(one).removeprefix("torch.") for one in (dtype, value.dtype))
+        raise ValueError(f"{where}: expected {expected}, or numbers of that kind, got {got}")
 
 
 def check_finite(value: Tensor, where: str) -> None:
@@ -288,8 +301,13 @@ def check_shapes(module: nn.Module, shapes: Shapes, where: str) -> None:
 
 
 def load_distinct(module: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Takes what `distinct_state` gave into a module; raises ValueError for weights missing, left over or of another shape."""
+    """Takes what `distinct_state` gave into a module.
+
+    Raises ValueError for weights that are missing, left over, of another shape, or whole numbers instead of floats.
+    """
     check_shapes(module, {name: tuple(value.shape) for name, value in weights.items()}, where)
+    for name, own in distinct_state(module).items():
+        check_kind(weights[name], own.dtype, f"{where}: {name}")
     module.load_state_dict(weights, strict=False)
 
 

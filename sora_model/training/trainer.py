@@ -236,6 +236,8 @@ class Trainer:
             check_finite(value, f"Trainer: resume: {path}: {name}")
         load_distinct(self.model, part("model."), f"Trainer: resume: {path}")
         load_distinct(self.average, part("average."), f"Trainer: resume: {path}")
+        if (count := int(self.average.n_averaged)) != state["step"]:
+            raise ValueError(f"Trainer: resume: {path}: average.n_averaged: expected the step {state['step']}, got {count}")
         for name, optimizer, parameter in self._moments:
             moments = {key: value.to(parameter.device) for key, value in part(f"optimizer.{name}.").items()}
             if moments:  # there are none of what had no gradient yet
