@@ -101,7 +101,7 @@ def errors_by_option() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         asked = re.search(r"tried to allocate [\d.]+ \w+|$", str(error))[0]  # type: ignore[index]
-        expected = "expected a smaller model or batch (--model, --channels, --vocabulary, --longest; --tokens, --size)"
+        expected = "expected a smaller model or batch (--model, --channels, --patch, --vocabulary, --longest; --tokens, --size)"
         raise ValueError(f"out of memory: {expected}, got one that does not fit; {asked}".rstrip("; ")) from error
 
 
