@@ -25,7 +25,8 @@ def build(tmp_path, release="11.8", gpus="", command=("setup.py", "--name"), **e
     for name, script in tools.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    env = {**os.environ, "CUDA_HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", **environment}
+    env = {name: value for name, value in os.environ.items() if name != "SORA_KERNELS_CUDA"}
+    env |= {"CUDA_HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:{env['PATH']}", **environment}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
