@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from .attention_op import Longest, attention_forward
 from .checks import (
+    BOOLS,
     FLOATS,
     UNBOUNDED,
     AttentionNames,
@@ -187,12 +188,14 @@ def decode_window(op: str, window_size: object, causal: object) -> tuple[int, in
 def _side(op: str, size: Any, window_size: object) -> int:
     if isinstance(size, Tensor):
         size = None if _cannot_be_read(size) or size.ndim else size.item()
+    if isinstance(size, BOOLS):
+        _no_window(op, window_size)
     if not isinstance(size, int):  # one stays what it is, as it may stand for one while torch.compile traces
         try:
             size = operator.index(size)
         except TypeError:
             _no_window(op, window_size)
-    if isinstance(size, bool) or size < -1:
+    if size < -1:
         _no_window(op, window_size)
     return UNBOUNDED if size == -1 else side(size)
 

@@ -174,10 +174,13 @@ def check_choice(op: str, argument: str, value: object, choices: tuple[str, ...]
         fail(op, argument, "one of " + ", ".join(map(repr, choices)), repr(value))
 
 
+BOOLS = bool, np.bool_  # numbers of these are a mistake; NumPy's before 2 may stand for a whole number
+
+
 def check_int(op: str, argument: str, value: object, at_least: int | None = None, at_most: int | None = None) -> int:
     """`value`, a whole number of any kind (Python's, NumPy's, an integer tensor's item), as an int."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, BOOLS):
             raise TypeError
         # An int stays what it is, as it may stand for one while torch.compile traces.
         number = value if isinstance(value, int) else operator.index(value)  # type: ignore[arg-type]
@@ -231,7 +234,7 @@ def check_float32(op: str, argument: str, value: object, beside: Tensor, at_leas
 
 def check_bool(op: str, argument: str, value: object) -> bool:
     """`value`, Python's or NumPy's, or a 0 or 1, as a bool: "no" and 2 are none."""
-    if not isinstance(value, bool | np.bool_) and not (isinstance(value, int) and value in (0, 1)):
+    if not isinstance(value, BOOLS) and not (isinstance(value, int) and value in (0, 1)):
         fail(op, argument, "a bool", repr(value), TypeError)
     return bool(value)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
 from collections.abc import Callable
@@ -36,7 +35,7 @@ class LastResult(Generic[R]):
     """
 
     def __init__(self, compute: Callable[..., R]) -> None:
-        functools.update_wrapper(self, compute)
+        self.__doc__, self.__module__, self.__wrapped__ = compute.__doc__, compute.__module__, compute
         self.compute = compute
         self.kept: _Kept | None = None
 

@@ -109,6 +109,7 @@ class PackedLayout:
     grid: Tensor
     origin: Tensor
     step: Tensor
+    _constants = ("spans", "seqlens", "num_tokens", "max_seqlen")
     _tensors = ("cu_seqlens", "cu_spans", "cu_frames", "grid", "origin", "step")
 
     def __init__(self, spans: Iterable[Iterable[Span]], device: torch.device | str | None = None) -> None:
@@ -185,7 +186,8 @@ class PackedLayout:
     def to(self, device: torch.device | str) -> PackedLayout:
         """The same layout with its tensors on `device`."""
         moved = object.__new__(PackedLayout)
-        moved.__dict__.update(self.__dict__)
+        for name in (*self._constants, *self._tensors):  # not of __dict__, which torch.compile of torch 2.11 cannot read
+            setattr(moved, name, getattr(self, name))
         moved._move(check_device("PackedLayout.to", "device", device))
         return moved
 

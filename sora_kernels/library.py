@@ -252,4 +252,4 @@ def want_gradients(*inputs: Tensor | None) -> bool:
     Below a transform of torch.func a tensor does not say whether it wants one, so that all of them get theirs.
     """
     present = [x for x in inputs if x is not None]
-    return bool(present) and (transforms_active() or any(x.requires_grad for x in present))
+    return len(present) > 0 and (transforms_active() or any(x.requires_grad for x in present))

@@ -39,6 +39,8 @@ class TokenBlocks:
     cu_samples: Tensor
     order: Tensor | None
     _inverse: Tensor | None
+    _constants = ("layout", "grids", "num_blocks", "sizes", "max_size")
+    _tensors = ("cu_blocks", "cu_samples", "order", "_inverse")
 
     def __init__(
         self, layout: PackedLayout, grids: Iterable[Iterable[Grid]], sizes: Sequence[int], order: np.ndarray | None = None
@@ -54,7 +56,7 @@ class TokenBlocks:
         if order is not None:
             self.order = torch.from_numpy(order)
             self._inverse = torch.empty_like(self.order)
-            self._inverse[self.order] = torch.arange(len(order), device=self.order.device)
+            self._inverse[self.order] = torch.arange(self.order.shape[0], device=self.order.device)
         self._move(layout.device)
 
     @classmethod
@@ -107,13 +109,14 @@ class TokenBlocks:
         """The same blocks with their tensors, and the layout's, on `device`."""
         device = check_device("TokenBlocks.to", "device", device)
         moved = object.__new__(TokenBlocks)
-        moved.__dict__.update(self.__dict__)
+        for name in (*self._constants, *self._tensors):
+            setattr(moved, name, getattr(self, name))
         moved.layout = self.layout.to(device)
         moved._move(device)
         return moved
 
     def _move(self, device: torch.device) -> None:
-        for name in ("cu_blocks", "cu_samples", "order", "_inverse"):
+        for name in self._tensors:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device, non_blocking=device.type != "cpu"))
 

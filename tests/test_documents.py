@@ -238,12 +238,12 @@ def test_states_that_no_run_has_are_refused(small, tmp_path) -> None:
 
     with safe_open(path, "pt") as file:
         metadata = {"state": file.metadata()["state"]}  # without a checksum, which would say so first
-    name = next(name for name in weights if name.startswith("optimizer.") and weights[name].ndim > 1)
+    moment = next(name for name in weights if name.startswith("optimizer.") and weights[name].ndim > 1)
     trained = next(name for name in weights if name.startswith("model."))
     for name, value, message in (
-        (name, weights[name].flatten()[:3], "expected float32 ["),
-        (name, weights[name].new_zeros(()), "expected float32 ["),
-        (name, weights[name] * float("nan"), "expected finite numbers"),
+        (moment, weights[moment].flatten()[:3], "expected float32 ["),
+        (moment, weights[moment].new_zeros(()), "expected float32 ["),
+        (moment, weights[moment] * float("nan"), "expected finite numbers"),
         ("average.n_averaged", torch.tensor(-5), "expected the step 1, got -5"),
         (trained, weights[trained].to(torch.int8), ""),
     ):

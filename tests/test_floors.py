@@ -23,7 +23,7 @@ def test_every_package_has_a_lowest_version() -> None:
     extras = DECLARED["project"]["optional-dependencies"]
     assert set(floors.EXTRAS) < set(extras)
     versions = floors.floors(DECLARED, extras)
-    assert versions["torch"] >= Version("2.10")
+    assert versions["torch"] >= Version("2.11")
     assert versions["diffusers"] == Version("0.42"), "the highest of what several extras ask for"
     assert floors.floors(DECLARED, floors.EXTRAS)["diffusers"] < Version("0.42")
     assert "sora-kernels" not in versions
@@ -54,7 +54,7 @@ def test_constraints_are_what_pip_reads() -> None:
     lines = floors.constraints(floors.floors(DECLARED, floors.EXTRAS)).splitlines()
     for requirement in map(Requirement, lines):
         assert [part.operator for part in requirement.specifier] == ["=="], requirement
-    assert "torch==2.10" in lines
+    assert "torch==2.11" in lines
     assert floors.lowest_python(DECLARED) == "python3.10"
 
 
@@ -69,7 +69,7 @@ def test_versions_of_continuous_integration_are_allowed() -> None:
 
 def test_the_integration_of_diffusers_asks_for_what_it_takes() -> None:
     attention_backend = pytest.importorskip("sora_kernels.integrations.diffusers.attention_backend", exc_type=ValueError)
-    (line,) = DECLARED["project"]["optional-dependencies"]["diffusers"]
+    line, *_ = DECLARED["project"]["optional-dependencies"]["diffusers"]
     for version in attention_backend.TESTED:
         assert Requirement(line).specifier.contains(f"{version}.0")
     lowest, *_, highest = sorted(map(Version, [*attention_backend.TESTED, *attention_backend.TESTED]))

@@ -67,6 +67,7 @@ def test_no_samples():
 
 
 def test_to_moves_every_tensor_and_nothing_is_read_back(layout):
+    assert vars(layout.to("cpu")).keys() == vars(layout).keys()
     moved = layout.to("meta")  # reading a value of a meta tensor raises
     assert all(
         getattr(moved, name).device.type == "meta" for name in ("cu_seqlens", "cu_spans", "cu_frames", "grid", "origin", "step")

@@ -108,6 +108,8 @@ def test_the_kernel_says_so_too(limit, small, tmp_path) -> None:
 @pytest.mark.parametrize(("call", "at"), [("rename", 2), ("replace", 1), ("fsync", 5)])
 def test_a_process_that_is_really_killed(call, at, small, whole, tmp_path) -> None:
     """By SIGKILL, just before its call number `at` in the save of step 2."""
+    if sys.version_info < (3, 11) and call != "fsync":
+        pytest.skip("pathlib keeps the functions of os that it found when it was imported")
     run = tmp_path / "run"
     assert train(run, small, 1).exit_code == 0
     code = f"""

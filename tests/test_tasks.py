@@ -261,8 +261,8 @@ def test_a_terminal_shows_two_pixels_a_letter() -> None:
     [
         (["animate", "{tmp}/none.png", "x"], "none.png: it does not exist"),
         (["restyle", "{video}", "x", "--strength", "1.5"], "strength: expected a number above 0 and up to 1, got 1.5"),
-        (["extend", "{video}", "x", "--frames", "-1"], "greater than or equal to 1"),
-        (["extend", "{video}", "x", "--overlap", "-1"], "greater than or equal to 0"),
+        (["extend", "{video}", "x", "--frames", "-1"], "--frames.*1"),
+        (["extend", "{video}", "x", "--overlap", "-1"], "--overlap.*0"),
         (["generate", "x", "--device", "gpu"], "--device: expected cpu, cuda or cuda:N, got 'gpu'"),
         (["generate", "x", "--device", "cuda:9"], "--device: expected one of the 0 GPUs that this torch sees or cpu, got 'cuda:9'"),
         (["generate", "x", "--out", "{video}"], "--out: expected a folder, got the file {video}"),

@@ -32,6 +32,7 @@ from .right_arguments import FUNCTIONS, RIGHT, call, right
 
 LARGE = 1 << 24  # elements, from which on memory may run out
 # What torch says where there is no memory for a result.
+NO_DEVICE = re.compile("Found no NVIDIA driver")  # of a torch that is built for GPUs
 NO_MEMORY = re.compile(r"can't allocate memory|Storage size calculation overflowed|integer multiplication overflow|out of memory")
 
 COUNTED = re.compile(r"^sora_kernels\._cpu: \w+: \w+: expected ")  # what kernels count in 32 bits, they say
@@ -208,6 +209,8 @@ def _complaint(made: Call, error: Exception) -> str | None:
     if large and (isinstance(error, MemoryError | OverflowError) or NO_MEMORY.search(text) or COUNTED.search(text)):
         return None
     if invalid and isinstance(error, RuntimeError | ValueError | TypeError):
+        return None
+    if made.name.endswith(".to") and NO_DEVICE.search(text):
         return None
     return f"{type(error).__name__}: {text[:500]}"
 
