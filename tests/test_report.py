@@ -26,6 +26,8 @@ SPILLED: dict[str, dict[tuple[str, int, str], int]] = {
     "3.6": {
         ("sm80", 64, "attention.dkdv_kernel"): 8,
         ("sm80", 64, "block_sparse_attention.dkdv_kernel"): 8,
+        ("sm90", 96, "block_sparse_attention.dq_kernel"): 16,
+        ("sm90", 96, "block_sparse_attention.dkdv_kernel"): 16,
         ("sm90", 96, "spatiotemporal_attention.dkdv_kernel"): 40,
         ("sm90", 128, "block_sparse_attention.dq_kernel"): 16,
         ("sm90", 128, "block_sparse_attention.dkdv_kernel"): 16,
