@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable
@@ -18,8 +19,8 @@ R = TypeVar("R")
 
 class _Kept(NamedTuple):
     tensors: list[weakref.ref]
-    versions: list[tuple[int, int]]
-    """Of the tensors: they count changes in place; and their addresses, as `x.data = y` is not counted."""
+    versions: list[tuple[Any, ...]]
+    """Of the tensors: they count changes in place; and what shows `x.data = y`, which is not counted."""
     others: tuple[Any, ...]
     """The other arguments, the stream, and whether it was inference mode."""
     result: Any
@@ -50,7 +51,7 @@ class LastResult(Generic[R]):
             return self.compute(*args)
         stream = None if on_cuda is None else torch.cuda.current_stream(on_cuda)
         others = (*(x for x in args if not isinstance(x, Tensor)), stream, torch.is_inference_mode_enabled())
-        versions = [(x._version, x.data_ptr()) for x in tensors]
+        versions = [(x._version, x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
         kept = self.kept
         if (
             kept is None
@@ -58,17 +59,19 @@ class LastResult(Generic[R]):
             or not all(reference() is x for reference, x in zip(kept.tensors, tensors, strict=True))
         ):
             result = self.compute(*args)
-            kept = self.kept = _Kept([weakref.ref(x, self._forget) for x in tensors], versions, others, result)
+            forget = functools.partial(_forget, weakref.ref(self))
+            kept = self.kept = _Kept([weakref.ref(x, forget) for x in tensors], versions, others, result)
         return kept.result
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": None}  # weak references cannot be copied
 
-    def _forget(self, gone: weakref.ref) -> None:
-        """Frees the result of a tensor that is gone."""
-        kept = self.kept
-        if kept is not None and any(reference is gone for reference in kept.tensors):
-            self.kept = None
+
+def _forget(owner: weakref.ref[LastResult], gone: weakref.ref) -> None:
+    """Frees the result of a tensor that is gone; the tensors of a LastResult do not keep it alive."""
+    last = owner()
+    if last is not None and last.kept is not None and any(reference is gone for reference in last.kept.tensors):
+        last.kept = None
 
 
 def _can_be_known(x: Tensor) -> bool:

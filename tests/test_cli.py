@@ -185,7 +185,6 @@ NO_CAPTIONER = "captioner: expected a checkpoint with a captioner, got one witho
         ),
         (["generate", "x", "--max-pixels", "99"], "--max-pixels: expected none where no file is read, got 99"),
         (["generate", "x", "--steps", "99999999999999999999"], "'--steps': "),
-        (["generate", "x", "--size", "60x24x24", "--scale", "600"], "--scale: expected files that the memory of"),
         (["long", "a", "b", "c", "--seconds", "0.7"], "PROMPTS: expected at most 1, one for each chunk of --seconds 0.7, got 3"),
         (["animate", "{media}/none.png", "x"], "none.png: it does not exist"),
         (["restyle", "{media}/a.mp4", "x", "--strength", "0"], "strength: expected a number above 0 and up to 1, got 0"),

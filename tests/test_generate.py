@@ -188,6 +188,21 @@ LARGE = Outline(  # as of Wan 2.1 14B
 )  # fmt: skip
 
 
+def test_memory_of_files(monkeypatch, unloaded, tmp_path) -> None:
+    """Enlarged frames wait for H.264 alone; weights that go to a GPU are not in the host's memory."""
+    made, plain = [(61, 100, 200)], estimate.How()
+    one, large = (estimate.written(LARGE, made, plain, scale, "mp4", "cuda") for scale in (1, 100))
+    assert large - one == pytest.approx((30 + 4.5 * 40) * (100**2 - 1) * 100 * 200)
+    assert estimate.written(LARGE, made, plain, 100, "gif", "cuda") < large / 5
+    assert estimate.written(LARGE, made, plain, 1, "mp4", "cpu") - one == 68.5 * GB
+    assert estimate.written(LARGE, made, plain._replace(offload=True), 1, "mp4", "cuda") - one == 68.5 * GB
+    monkeypatch.setattr(estimate, "installed", lambda _: 24 * GB)
+    said = sora("generate", "x", "--size", "60x24x24", "--scale", 600, "--out", tmp_path / "out", code=2)
+    assert (
+        "error: --scale: expected files that the memory of 24 GB can hold while they are written, got ones that take about" in said
+    )
+
+
 def test_memory_of_large_checkpoints(monkeypatch) -> None:
     """bfloat16 halves weights and more than halves the work; offloading leaves the largest part."""
     size, plain, bf16 = [LARGE.size], estimate.How(), estimate.How(bf16=True)

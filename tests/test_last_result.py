@@ -33,7 +33,9 @@ def test_once_for_the_same_arguments(counted) -> None:
     assert calls == [2]
 
 
-@pytest.mark.parametrize("change", ["in place", "other memory", "another tensor", "another place", "another constant"])
+@pytest.mark.parametrize(
+    "change", ["in place", "other memory", "another shape", "another tensor", "another place", "another constant"]
+)
 def test_again_after_a_change(counted, change: str) -> None:
     (scaled, calls), x, y = counted, torch.ones(3), torch.full((3,), 5.0)
     scaled(x, y, 2)
@@ -41,6 +43,8 @@ def test_again_after_a_change(counted, change: str) -> None:
         x += 1
     elif change == "other memory":
         x.data = torch.zeros(3)  # which torch does not count
+    elif change == "another shape":
+        x.data = x.data[:1]
     elif change == "another tensor":
         y = y.clone()
     elif change == "another place":
@@ -114,6 +118,18 @@ def test_a_graph_has_no_kept_result(counted, record: Callable) -> None:
     scaled(x, y, 2)
     recorded = record(lambda x, y: scaled(x, y, 2))(x, y) if record is make_fx else record(lambda x, y: scaled(x, y, 2), (x, y))
     torch.testing.assert_close(recorded(y, 4 * y), 10 * y)
+
+
+def test_freed_before_its_tensors() -> None:
+    """Python may not look for cycles while a GPU's memory runs out."""
+    scaled, x = LastResult(lambda x: 2 * x), torch.ones(3)
+    result = weakref.ref(scaled(x))
+    gc.disable()
+    try:
+        del scaled
+        assert result() is None
+    finally:
+        gc.enable()
 
 
 def test_copies(counted) -> None:

@@ -204,6 +204,24 @@ def test_whole_numbers_are_no_weights(dtype: torch.dtype, encoder, folder) -> No
         load()
 
 
+@pytest.mark.parametrize("encoder", ["clip", "t5"], indirect=True)
+def test_whole_numbers_are_no_weights_under_published_names(encoder) -> None:
+    """transformers changes them when it reads a file. Positions may be whole numbers: those of CLIP lie in published files."""
+    path, tensors = encoder / "model.safetensors", load_file(encoder / "model.safetensors")
+    if "shared.weight" in tensors:
+        tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+    else:
+        tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in tensors.items()}
+        tensors["text_model.embeddings.position_ids"] = torch.arange(6)[None]
+    save_file(tensors, path, {"format": "pt"})
+    load_text_encoder(encoder)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, path, {"format": "pt"})
+    expected = rf"model\.safetensors: {re.escape(name)}: expected float32, or numbers of that kind, got int8"
+    with pytest.raises(ValueError, match=expected):
+        load_text_encoder(encoder)
+
+
 def test_a_chat_template_of_a_text_encoder_is_left_out(encoder, tmp_path) -> None:
     """Where it is none, the tokenizer could be read and not be saved."""
     change(encoder / "tokenizer_config.json", chat_template=[{"name": "../../outside", "template": 5}])

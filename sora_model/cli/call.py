@@ -251,8 +251,9 @@ class Call(Loaded):
             raise ValueError(f"{which}: expected frames of at most {SIDE} pixels along a side, got {self.scale * side}")
         how = How(self.precision is Precision.bf16, self.offload)
         check_memory(option, outline, sizes, made, how, self.device)
-        needed, for_files = memory(outline, sizes, made, how), written(outline, made or sizes, how, self.scale)
-        check_written(for_files)
+        needed = memory(outline, sizes, made, how)
+        for_files = written(outline, made or sizes, how, self.scale, self.format.value, self.device)
+        check_written("--scale" if self.scale > 1 else option, for_files)
         if self.device == "cpu":
             needed = max(needed, for_files)
         count = f"{len(sizes)} videos" if len(sizes) > 1 else "1 video"

@@ -4,7 +4,7 @@ Measured on a CPU, within 50% above:
     transformer   52 float32 of width D for each token, both halves of guidance among them; in bfloat16 90 bytes
     VAE           200 bytes for each pixel that it decodes at once, as measured with the checkpoint that comes with the package;
                   Wan's, which goes on from frame to frame, 27 kB for each pixel of a tile, however long
-    H.264         30 bytes for each pixel of a frame of a file, and 4.5 more for each frame that it looks ahead
+    files         30 bytes for each pixel of a frame, and of H.264 4.5 more for each frame that it looks ahead
 Other VAEs may take several times as much.
 """
 
@@ -90,10 +90,12 @@ def memory(
     return PROCESS + max(encoding, denoising + share * work.transformer, decoding + share * work.vae) + held
 
 
-def written(outline: Outline, made: Sequence[Size], how: How, scale: int) -> float:
+def written(outline: Outline, made: Sequence[Size], how: How, scale: int, suffix: str, device: str) -> float:
     """Bytes of the host, about, while videos of these sizes are written one after the other, each pixel `scale` x `scale`."""
-    encoding = max((FILE + FILE_FRAME * min(frames, AHEAD)) * scale**2 * height * width for frames, height, width in made)
-    return PROCESS + _all(how.weights(outline)) + PIXEL * sum(map(math.prod, made)) + encoding
+    ahead = AHEAD if suffix == "mp4" else 0
+    pixels = ((FILE + FILE_FRAME * min(size[0] - 1, ahead)) * scale**2 * size[1] * size[2] for size in made)
+    weights = _all(how.weights(outline)) if device == "cpu" or how.offload else 0.0
+    return PROCESS + weights + PIXEL * sum(map(math.prod, made)) + max(pixels)
 
 
 def _all(weights: Weights) -> float:
@@ -129,13 +131,12 @@ def check_memory(option: str, outline: Outline, sizes: Sequence[Size], made: Seq
     raise ValueError("; ".join([line, *(f"{text} takes about {amount / 1e9:.3g} GB" for text, amount in enough[:2])]))
 
 
-def check_written(needed: float) -> None:
+def check_written(option: str, needed: float) -> None:
     """Raises ValueError for files that the host cannot write; needed: see `written`."""
-    if needed > installed("cpu"):
-        there = f"{installed('cpu') / 1e9:.3g} GB"
-        raise ValueError(
-            f"--scale: expected files that the memory of {there} can hold, got ones that take about {needed / 1e9:.3g} GB"
-        )
+    there = installed("cpu")
+    if needed > there:
+        expected = f"files that the memory of {there / 1e9:.3g} GB can hold while they are written"
+        raise ValueError(f"{option}: expected {expected}, got ones that take about {needed / 1e9:.3g} GB")
 
 
 def others(outline: Outline, sizes: Sequence[Size], made: Sequence[Size], how: How, device: str) -> Iterator[tuple[str, float]]:

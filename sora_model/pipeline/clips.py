@@ -68,11 +68,14 @@ def resized(video: Tensor, height: int, width: int) -> Tensor:
 
 
 def fitted(video: Tensor, height: int, width: int) -> Tensor:
-    """A video [3, T, h, w] scaled until it covers height x width, and cut to that evenly around; it keeps its shape."""
+    """A video [3, T, h, w] scaled until it covers height x width, and cut to that evenly around; it keeps its shape.
+
+    video: on the CPU, without a gradient; comes back in float32.
+    """
     h, w = video.shape[2:]
     scale = max(height / h, width / w)
     top, left = max((h - height / scale) / 2, 0.0), max((w - width / scale) / 2, 0.0)
-    made = torch.empty(*video.shape[:2], height, width)
+    made = torch.empty(*video.shape[:2], height, width, device="cpu")
     # Pillow computes what is shown alone. All of it, scaled, may be many times as large: of a frame brought to a strip, say.
     for plane, out in zip(video.flatten(0, 1).float().numpy(), made.flatten(0, 1), strict=True):
         shown = Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC, box=(left, top, w - left, h - top))

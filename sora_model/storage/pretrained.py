@@ -79,21 +79,23 @@ def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str,
     if asked > held:
         expected = f"a model of at most {held:,} weights, as many as lie beside it"
         raise ValueError(f"{owner}: {folder / 'config.json'}: expected {expected}, got one of {asked:,}")
-    weights, base = read_tensors(files, owner), f"{kind.base_model_prefix}."
-    for name, parameter in outline.named_parameters():
-        for known in {name, base + name, name.removeprefix(base)} & weights.keys():
-            check_kind(weights[known], parameter.dtype, f"{owner}: {folder}: {known}")
+    weights = read_tensors(files, owner)
     dtypes = Counter(value.dtype for value in weights.values() if value.is_floating_point())
     own = dtypes.most_common(1)[0][0] if dtypes else torch.float32
     options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": own if dtype is None else dtype}
     try:
         with _quiet():
             model, loading = kind.from_pretrained(None, output_loading_info=True, **options)
-    except RuntimeError as error:  # weights of another shape
+    except (RuntimeError, TypeError) as error:  # weights of another shape, or all of 8 bits
         raise ValueError(f"{owner}: {files[0]}: {error}") from None
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"]))
         raise ValueError(f"{owner}: {files[0]}: expected the weights {missing}, which are not there")
+    # A file may call its tensors by names that transformers changes. Of those that it took, only buffers are whole numbers.
+    whole = {name.rpartition(".")[2] for name, buffer in outline.named_buffers() if not buffer.is_floating_point()}
+    for name, value in weights.items():
+        if name.rpartition(".")[2] not in whole and name not in loading["unexpected_keys"]:
+            check_kind(value, own, f"{owner}: {files[0]}: {name}")
     # Other parts of a larger model may be left over, but no layers of this one.
     kinds = {_without_numbers(name) for name in model.state_dict()}
     left = sorted(name for name in loading["unexpected_keys"] if _without_numbers(name) in kinds)
