@@ -16,7 +16,8 @@ import sora_kernels
 
 # Modules of the package that users do not call: how ops are run, and `python -m sora_kernels.info`.
 INTERNAL = {
-    "adaln_op", "attention_arguments", "attention_op", "checks", "derivatives", "info", "library", "reference", "signatures",
+    "adaln_op", "attention_arguments", "attention_op", "checks", "derivatives", "info", "last_result", "library", "reference",
+    "signatures",
     "triton", "used_keys",
 }  # fmt: skip
 MODULES = sorted(module.name for module in pkgutil.iter_modules(sora_kernels.__path__) if not module.name.startswith("_"))
