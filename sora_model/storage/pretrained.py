@@ -82,6 +82,11 @@ def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str,
     weights = read_tensors(files, owner)
     dtypes = Counter(value.dtype for value in weights.values() if value.is_floating_point())
     own = dtypes.most_common(1)[0][0] if dtypes else torch.float32
+    # Of names that transformers changes, as of published files, the last part stays: weight, bias, class_embedding.
+    trained = {name.rpartition(".")[2] for name, _ in outline.named_parameters()}
+    for name, value in weights.items():
+        if name.rpartition(".")[2] in trained:
+            check_kind(value, own, f"{owner}: {files[0]}: {name}")
     options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": own if dtype is None else dtype}
     try:
         with _quiet():
@@ -91,11 +96,6 @@ def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str,
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"]))
         raise ValueError(f"{owner}: {files[0]}: expected the weights {missing}, which are not there")
-    # A file may call its tensors by names that transformers changes. Of those that it took, only buffers are whole numbers.
-    whole = {name.rpartition(".")[2] for name, buffer in outline.named_buffers() if not buffer.is_floating_point()}
-    for name, value in weights.items():
-        if name.rpartition(".")[2] not in whole and name not in loading["unexpected_keys"]:
-            check_kind(value, own, f"{owner}: {files[0]}: {name}")
     # Other parts of a larger model may be left over, but no layers of this one.
     kinds = {_without_numbers(name) for name in model.state_dict()}
     left = sorted(name for name in loading["unexpected_keys"] if _without_numbers(name) in kinds)
