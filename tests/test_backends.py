@@ -83,8 +83,8 @@ def test_a_call_that_is_refused_goes_to_the_next_backend(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="the CUDA kernels are built where there is an nvcc")
+@pytest.mark.skipif(os.environ.get("SORA_KERNELS_CUDA") == "0", reason="SORA_KERNELS_CUDA=0 leaves the CUDA kernels out")
 def test_cuda_module_loads_without_a_gpu_and_says_why_it_cannot_run():
-    pytest.importorskip("sora_kernels._cuda", exc_type=ImportError)
     module = backends.BACKENDS["cuda"].load()
     assert module.archs()
     assert all(arch.startswith("sm_") for arch in module.archs())

@@ -97,6 +97,13 @@ MODELS = {
 }
 
 
+def saved_as(model: Any, folder: Path, **values: object) -> None:
+    """Its checkpoint, whose config says other values."""
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 def cosmos_of_wavelets():
     return diffusers.AutoencoderKLCosmos.from_config({**cosmos().config, "patch_type": "haar"})
 
@@ -396,9 +403,7 @@ def test_sizes_are_those_that_the_config_says(name: str, value: int, tmp_path: P
     model = wan()
     if name.endswith("channels"):
         model = diffusers.AutoencoderKLWan(**{**WAN, name: value})
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    saved_as(model, tmp_path, **{name: value})
     with pytest.raises(ValueError, match=r"config\.json: expected a VAE that makes .*, got "):
         VideoVAE.from_pretrained(tmp_path)
 
@@ -417,9 +422,7 @@ def test_sizes_are_those_that_the_config_says(name: str, value: int, tmp_path: P
     ],
 )
 def test_statistics_that_latents_cannot_have(name: str, value: list, message: str, tmp_path: Path) -> None:
-    cosmos().save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    saved_as(cosmos(), tmp_path, **{name: value})
     with pytest.raises(ValueError, match=rf"config\.json: VideoVAE: model: {message}"):
         VideoVAE.from_pretrained(tmp_path)
 

@@ -30,7 +30,7 @@ DEEP = re.compile("depth|layer|blocks|attention_types")  # in the names of a con
 # Modules, parameters and buffers of a model, which take 0.1 ms each even without memory: at most so many for each tensor beside the
 # config, and PARTS_MORE, but never more than PARTS. Models of diffusers and transformers have up to 5 for each.
 PARTS_EACH, PARTS_MORE, PARTS = 8, 1000, 2**15
-# What a checkpoint may recommend for a call whose user says nothing: an option may be any number.
+# What a checkpoint may recommend for a call whose user says nothing.
 DEFAULTS = {
     "num_inference_steps": (1, MOST_DENOISING_STEPS),
     "guidance_scale": (0, 1000),
