@@ -94,7 +94,9 @@ def train_captioner(
     out: OutFolder,
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint of a pipeline, which gets the captioner.")],
     frames: Annotated[int, typer.Option(min=0, help="Latent frames seen of a clip, evenly spread; 0 sees tubelets of all.")] = 4,
-    vocabulary: Annotated[int, typer.Option(min=260, help="Tokens that captions are written in, learned from them.")] = 512,
+    vocabulary: Annotated[
+        int, typer.Option(min=260, help="Tokens that captions are written in, learned from them: 256 bytes, 4 marks and more.")
+    ] = 512,
     longest: Annotated[int, typer.Option(min=2, help="Tokens of the longest caption.")] = 128,
     *,
     run: Run,
