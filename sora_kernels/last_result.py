@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -31,8 +31,9 @@ class LastResult(Generic[R]):
 
     It computes each time where a kept result could be wrong or cannot be used: for tensors that require a gradient, for those of
     inference mode, whose changes are not counted, in torch.compile and where else a graph is recorded for other values: by make_fx,
-    torch.jit.trace, or the capture of a CUDA graph. A result belongs to the stream that has computed it. Not seen is what torch
-    does not count, as autograd does not see it either: what is written through `x.data` or through an array of the same memory.
+    torch.jit.trace, or the capture of a CUDA graph; and what a mode such as FakeTensorMode makes of real tensors is not kept. A
+    result belongs to the stream that has computed it. Not seen is what torch does not count, as autograd does not see it either:
+    what is written through `x.data` or through an array of the same memory.
     """
 
     def __init__(self, compute: Callable[..., R]) -> None:
@@ -59,6 +60,8 @@ class LastResult(Generic[R]):
             or not all(reference() is x for reference, x in zip(kept.tensors, tensors, strict=True))
         ):
             result = self.compute(*args)
+            if not all(type(x) in PLAIN for x in _tensors_in(result)):
+                return result
             forget = functools.partial(_forget, weakref.ref(self))
             kept = self.kept = _Kept([weakref.ref(x, forget) for x in tensors], versions, others, result)
         return kept.result
@@ -72,6 +75,14 @@ def _forget(owner: weakref.ref[LastResult], gone: weakref.ref) -> None:
     last = owner()
     if last is not None and last.kept is not None and any(reference is gone for reference in last.kept.tensors):
         last.kept = None
+
+
+def _tensors_in(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, list | tuple):
+        for part in result:
+            yield from _tensors_in(part)
 
 
 def _can_be_known(x: Tensor) -> bool:

@@ -224,6 +224,10 @@ def test_a_tokenizer_on_a_full_disk_is_a_file_that_cannot_be_written(tmp_path: P
         (["caption", "{tmp}/none.mp4"], "none.mp4: it does not exist"),
         (["recaption", "{tmp}/none"], "(there is no such folder)"),
         (["train-captioner", "{tmp}/run", "--checkpoint", "{tmp}/none"], "expected a folder with model_index.json"),
+        (
+            ["train-captioner", "{tmp}/run", "--checkpoint", "{tmp}/none", "--vocabulary", "259"],
+            "--vocabulary: expected at least 260",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path: Path) -> None:

@@ -2,17 +2,31 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_generate import sora
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from sora_model.caption.chat import INSTRUCTION, ChatExpander
 from sora_model.data import read_comment
+from sora_model.storage.pretrained import open_pretrained
 
 PROMPT = "a red circle"
 ANSWER = "a large red circle moves right , slowly"
@@ -136,6 +150,39 @@ def edited(folder: Path, target: Path, **changes: object) -> Path:
     path = target / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return target
+
+
+SIZE = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+GPT2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2)), "transformer.h.0.attn.bias"
+GPT_J = GPTJForCausalLM(GPTJConfig(vocab_size=8, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)), "transformer.h.0.attn.bias"
+GPT_NEOX = GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE, intermediate_size=32)), "gpt_neox.layers.0.attention.bias"
+
+
+def config(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("model", "name"), [GPT2, GPT_J, GPT_NEOX], ids=["GPT-2", "GPT-J", "GPT-NeoX"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_older_files_have_causal_masks(model: PreTrainedModel, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(path) | {name: torch.ones(1, 1, 32, 32).tril().to(dtype)}, path, {"format": "pt"})
+    opened = open_pretrained(type(model), config(tmp_path), tmp_path, "test")
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(opened(ids).logits, model.eval()(ids).logits)
+
+
+def test_whole_numbers_in_one_of_several_files(tmp_path: Path) -> None:
+    model, name = GPT2[0], "transformer.h.0.mlp.c_fc.weight"
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    path = tmp_path / json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"][name]
+    weights = load_file(path)
+    save_file(weights | {name: weights[name].to(torch.int8)}, path, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=f"^test: {re.escape(str(tmp_path))}: {name}: expected float32, or numbers of that kind, got int8"
+    ):
+        open_pretrained(GPT2LMHeadModel, config(tmp_path), tmp_path, "test")
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -105,6 +105,16 @@ def test_fake_tensors_have_no_address(counted) -> None:
     assert calls == [2, 2, 3]
 
 
+@pytest.mark.parametrize("parts", [lambda x: x, lambda x: [(x, 1)]], ids=["tensor", "list of tuples"])
+def test_a_fake_result_is_not_kept(parts: Callable) -> None:
+    """A mode may make one of tensors that are none."""
+    doubled, x = LastResult(lambda x: parts(2 * x)), torch.ones(3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        doubled(x)
+    torch.testing.assert_close(doubled(x), parts(2 * x), rtol=0, atol=0)
+    assert doubled(x) is doubled(x)
+
+
 def test_sparse_tensors_have_no_address(counted) -> None:
     (scaled, calls), x = counted, torch.ones(3).to_sparse()
     for _ in range(2):

@@ -63,6 +63,14 @@ def test_statistics_that_latents_cannot_have(name: str, value: list, message: st
         VideoVAE.from_pretrained(tmp_path)
 
 
+def test_a_tile_is_refused_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ltx(patch_size=3).save_pretrained(tmp_path)
+    monkeypatch.setattr("sora_model.codec.vae.open_module", lambda *_: pytest.fail("read"))
+    for read in (VideoVAE.from_pretrained, VideoVAE.read_compression):
+        with pytest.raises(ValueError, match=r"config\.json: VideoVAE: tile: expected a multiple of 24 from 128 on, got 512"):
+            read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("make", "options", "compression"),
     [
@@ -75,7 +83,7 @@ def test_statistics_that_latents_cannot_have(name: str, value: list, message: st
 def test_a_look_passes_what_can_be_coded(make: Callable[[], Any], options: dict, compression: tuple, tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     vae = VideoVAE.from_pretrained(tmp_path, **options)
-    assert vae.compression == VideoVAE.read_compression(tmp_path) == compression
+    assert vae.compression == VideoVAE.read_compression(tmp_path, **options) == compression
     side = 2 * compression[1]
     video = torch.zeros(3, 1 + compression[0], side, side)
     assert vae.decode(vae.encode([video]))[0].shape == video.shape

@@ -33,7 +33,8 @@ from ..storage.weights import open_module, read_json
 from ..text.words import WordEncoder
 
 LONGEST = 4096  # tokens of a caption, which come one by one
-PAD, END, SHORT, DETAILED = "<pad>", "<end>", "<short>", "<detailed>"
+MARKS = PAD, END, SHORT, DETAILED = "<pad>", "<end>", "<short>", "<detailed>"
+LEAST_VOCABULARY = 256 + len(MARKS)  # bytes and marks, which every tokenizer has
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ class Captioner(nn.Module):
         self.layers = nn.ModuleList(VideoLayer(encoder) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim)
         self.words = WordEncoder(dim, depth=1, num_heads=config.num_heads, buckets=1024)
-        special = tokenizer.convert_tokens_to_ids([PAD, END, SHORT, DETAILED])
+        special = tokenizer.convert_tokens_to_ids([*MARKS])
         if not all(type(one) is int and 0 <= one < config.vocabulary for one in special):
-            expected = f"ids from 0 to {config.vocabulary - 1} for {PAD} {END} {SHORT} {DETAILED}"
+            expected = f"ids from 0 to {config.vocabulary - 1} for {' '.join(MARKS)}"
             raise ValueError(f"Captioner: tokenizer: expected {expected}, got {special}")
         self.pad, self.end, self.short, self.detailed = special
         self.decoder: Any = GPT2LMHeadModel(
@@ -203,7 +204,10 @@ class VideoLayer(nn.Module):
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int = 512) -> Any:
-    """A byte-pair tokenizer of some captions; it can write any other text too, in more tokens."""
+    """A byte-pair tokenizer of some captions; it can write any other text too, in more tokens.
+
+    vocabulary: its tokens, LEAST_VOCABULARY or more.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -212,7 +216,7 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int = 512) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[PAD, END, SHORT, DETAILED],
+        special_tokens=[*MARKS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -1,6 +1,6 @@
 """How much memory a call takes, from what its checkpoint's configs say: `memory`, `written`, and what is refused.
 
-Measured on a CPU, within 50% above:
+Measured on a CPU; estimates are up to 50% above, those of files within 10%:
     transformer   52 float32 of width D for each token, both halves of guidance among them; in bfloat16 90 bytes
     VAE           200 bytes for each pixel that it decodes at once, as measured with the checkpoint that comes with the package;
                   Wan's, which goes on from frame to frame, 27 kB for each pixel of a tile, however long

@@ -95,7 +95,7 @@ def train_captioner(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint of a pipeline, which gets the captioner.")],
     frames: Annotated[int, typer.Option(min=0, help="Latent frames seen of a clip, evenly spread; 0 sees tubelets of all.")] = 4,
     vocabulary: Annotated[
-        int, typer.Option(min=260, help="Tokens that captions are written in, learned from them: 256 bytes, 4 marks and more.")
+        int, typer.Option(help="Tokens that captions are written in: 256 bytes, 4 marks, and those learned from captions.")
     ] = 512,
     longest: Annotated[int, typer.Option(min=2, help="Tokens of the longest caption.")] = 128,
     *,

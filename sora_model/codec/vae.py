@@ -101,7 +101,7 @@ class VideoVAE(nn.Module):
         folder, owner = Path(folder), "VideoVAE.from_pretrained"
         settle(folder)
         kind, config = _read_kind(folder, owner)
-        cls.read_compression(folder, owner)
+        cls.read_compression(folder, owner, options.get("tile", TILE))
         model = open_module(lambda: kind.from_config(config), config, folder, owner, WEIGHTS)
         model.eval()
         try:
@@ -110,15 +110,17 @@ class VideoVAE(nn.Module):
             raise ValueError(f"{owner}: {folder / 'config.json'}: {error}") from None
 
     @staticmethod
-    def read_compression(folder: str | Path, owner: str = "VideoVAE.read_compression") -> Size:
-        """`compression` of a checkpoint, for which no weights are read; raises as `from_pretrained` does. owner: for errors."""
+    def read_compression(folder: str | Path, owner: str = "VideoVAE.read_compression", tile: int = TILE) -> Size:
+        """`compression` of a checkpoint, for which no weights are read.
+
+        Raises as `from_pretrained` does with this `tile`. owner: for errors.
+        """
         folder = Path(folder)
         kind, config = _read_kind(folder, owner)
         shapes, path = read_shapes(weight_files(folder, WEIGHTS, owner), owner), folder / "config.json"
         check_depth(config, shapes, f"{owner}: {path}")
         model = built_without_memory(kind.from_config, {"config": config}, shapes, owner, path)
-        # Of a tile that fits: which one it will have is not known.
-        vae: VideoVAE = built(lambda: VideoVAE(model.eval(), tile=2 * OVERLAP * _compression(model)[1]), {}, owner, path)
+        vae: VideoVAE = built(lambda: VideoVAE(model.eval(), tile=tile), {}, owner, path)
         _check_sizes(vae, f"{owner}: {path}")
         return vae.compression
 

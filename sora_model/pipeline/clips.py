@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -76,8 +77,12 @@ def fitted(video: Tensor, height: int, width: int) -> Tensor:
     scale = max(height / h, width / w)
     top, left = max((h - height / scale) / 2, 0.0), max((w - width / scale) / 2, 0.0)
     made = torch.empty(*video.shape[:2], height, width, device="cpu")
+
     # Pillow computes what is shown alone. All of it, scaled, may be many times as large: of a frame brought to a strip, say.
-    for plane, out in zip(video.flatten(0, 1).float().numpy(), made.flatten(0, 1), strict=True):
+    def fit(plane: np.ndarray, out: np.ndarray) -> None:
         shown = Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC, box=(left, top, w - left, h - top))
-        out.copy_(torch.from_numpy(np.asarray(shown).copy()))
+        out[:] = np.asarray(shown)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow works without Python's lock
+        list(pool.map(fit, video.flatten(0, 1).float().numpy(), made.flatten(0, 1).numpy()))
     return made.clamp_(-1, 1)

@@ -21,6 +21,7 @@ from ..storage.weights import (
     check_depth,
     check_shapes,
     open_tensors,
+    place,
     read_json,
     read_shapes,
     weight_files,
@@ -154,14 +155,14 @@ def _transformer(folder: Path, owner: str, dtype: torch.dtype | None, device: to
     every = read_shapes(files, owner)
     shapes = {name: shape for name, shape in every.items() if LEFT_OVER not in name}
     if len(every) > 2 * len(shapes):  # there is one in a layer
-        raise ValueError(f"{owner}: {files[0]}: expected fewer weights {LEFT_OVER} than others, got {len(every) - len(shapes)}")
+        raise ValueError(f"{place(files, owner)}: expected fewer weights {LEFT_OVER} than others, got {len(every) - len(shapes)}")
     check_depth(values, shapes, f"{owner}: {folder / 'config.json'}")
     model = built_without_memory(WanTransformer3DModel.from_config, {"config": values}, shapes, owner, folder / "config.json")
-    check_shapes(model, shapes, f"{owner}: {files[0]}")
+    check_shapes(model, shapes, place(files, owner))
     read = open_tensors(files, owner)
     if dtype is None:
         dtype = read("proj_out.weight").dtype
-        _check_dtype(dtype, f"{owner}: {files[0]}")
+        _check_dtype(dtype, place(files, owner))
     return load_wan(config, read, dtype, device)
 
 

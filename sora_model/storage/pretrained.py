@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .tokenizer import check_tokenizer_file, is_librarys, known_entries
-from .weights import built, built_without_memory, check_depth, check_kind, read_json, read_shapes, read_tensors, weight_files
+from .weights import built, built_without_memory, check_depth, check_kind, place, read_json, read_shapes, read_tensors, weight_files
 
 # What a checkpoint's tokenizer may be; "TokenizersBackend" is what PreTrainedTokenizerFast is called since transformers 5.
 TOKENIZERS = (
@@ -79,23 +80,23 @@ def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str,
     if asked > held:
         expected = f"a model of at most {held:,} weights, as many as lie beside it"
         raise ValueError(f"{owner}: {folder / 'config.json'}: expected {expected}, got one of {asked:,}")
-    weights = read_tensors(files, owner)
+    weights, where = read_tensors(files, owner), place(files, owner)
     dtypes = Counter(value.dtype for value in weights.values() if value.is_floating_point())
     own = dtypes.most_common(1)[0][0] if dtypes else torch.float32
     # Of names that transformers changes, as of published files, the last part stays: weight, bias, class_embedding.
     trained = {name.rpartition(".")[2] for name, _ in outline.named_parameters()}
     for name, value in weights.items():
-        if name.rpartition(".")[2] in trained:
-            check_kind(value, own, f"{owner}: {files[0]}: {name}")
+        if name.rpartition(".")[2] in trained and not _is_mask(name, value):
+            check_kind(value, own, f"{where}: {name}")
     options: dict[str, Any] = {"config": config, "state_dict": weights, "dtype": own if dtype is None else dtype}
     try:
         with _quiet():
             model, loading = kind.from_pretrained(None, output_loading_info=True, **options)
     except (RuntimeError, TypeError) as error:  # weights of another shape, or all of 8 bits
-        raise ValueError(f"{owner}: {files[0]}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"]))
-        raise ValueError(f"{owner}: {files[0]}: expected the weights {missing}, which are not there")
+        raise ValueError(f"{where}: expected the weights {missing}, which are not there")
     # Other parts of a larger model may be left over, but no layers of this one.
     kinds = {_without_numbers(name) for name in model.state_dict()}
     left = sorted(name for name in loading["unexpected_keys"] if _without_numbers(name) in kinds)
@@ -103,6 +104,11 @@ def open_pretrained(kind: Any, values: dict[str, Any], folder: Path, owner: str,
         expected = f"all layers that there are weights for, got none for {left[0]}"
         raise ValueError(f"{owner}: {folder / 'config.json'}: expected {expected}")
     return model
+
+
+def _is_mask(name: str, value: Tensor) -> bool:
+    """Whether it is a causal mask [1, 1, n, n], which older files of GPT-2 and its kin have, and transformers drops."""
+    return name.endswith(".bias") and value.dim() == 4 and value.shape[:2] == (1, 1)
 
 
 def _without_numbers(name: str) -> str:

@@ -154,7 +154,7 @@ def open_module(build: Callable[[], Module], config: Mapping[str, Any], folder: 
         ValueError: a broken file; weights that are missing, left over, of another shape or not finite; a config that asks for more.
     """
     files = weight_files(folder, stem, owner)
-    shapes, where, path = read_shapes(files, owner), f"{owner}: {files[0]}", folder / "config.json"
+    shapes, where, path = read_shapes(files, owner), place(files, owner), folder / "config.json"
     check_depth(config, shapes, f"{owner}: {path}")
     check_shapes(built_without_memory(build, {}, shapes, owner, path), shapes, where)
     module = build()
@@ -180,6 +180,11 @@ def weight_files(folder: Path, stem: str, owner: str) -> list[Path]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{owner}: {index}: weight_map: expected {folder / name}, which is not there")
     return [folder / name for name in sorted(set(places.values()))]
+
+
+def place(files: Sequence[Path], owner: str) -> str:
+    """How an error about weights of these files begins: with the file, or with the folder of several."""
+    return f"{owner}: {files[0] if len(files) == 1 else files[0].parent}"
 
 
 def check_header(path: Path, owner: str) -> int:

@@ -31,8 +31,8 @@ from .mutations import DTYPES, Mutation, copied, described, has_memory, tensors_
 from .right_arguments import FUNCTIONS, RIGHT, call, right
 
 LARGE = 1 << 24  # elements, from which on memory may run out
-# What torch says where there is no memory for a result.
 NO_DEVICE = re.compile("Found no NVIDIA driver")  # of a torch that is built for GPUs
+# What torch says where there is no memory for a result.
 NO_MEMORY = re.compile(r"can't allocate memory|Storage size calculation overflowed|integer multiplication overflow|out of memory")
 
 COUNTED = re.compile(r"^sora_kernels\._cpu: \w+: \w+: expected ")  # what kernels count in 32 bits, they say

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ...caption.captioner import Captioner, CaptionerConfig, train_tokenizer
+from ...caption.captioner import LEAST_VOCABULARY, Captioner, CaptionerConfig, train_tokenizer
 from ...pipeline.pipeline import SoraPipeline
 from ...storage.files import check_replaceable, settle
 from ...storage.weights import read_index
@@ -28,7 +28,8 @@ class CaptionerRecipe:
     """What captioner to train.
 
     checkpoint: of a pipeline, which gets the captioner. frames: latent frames seen of a clip, evenly spread; 0 sees tubelets of
-    all. vocabulary: tokens that captions are written in, learned from them. longest: tokens of the longest caption.
+    all. vocabulary: tokens that captions are written in: each byte, 4 marks, and those learned from captions. longest: tokens of
+    the longest caption.
     """
 
     checkpoint: Path
@@ -37,7 +38,7 @@ class CaptionerRecipe:
     longest: int = 128
 
     def __post_init__(self) -> None:
-        for name, least in (("frames", 0), ("vocabulary", 1), ("longest", 2)):
+        for name, least in (("frames", 0), ("vocabulary", LEAST_VOCABULARY), ("longest", 2)):
             if getattr(self, name) < least:
                 raise SettingError(OWNER, name, f"expected at least {least}, got {getattr(self, name)}")
 
