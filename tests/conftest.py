@@ -110,3 +110,29 @@ def small(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small") / "pipeline"
     small_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> Path:
+    """Files of several sizes, and one of more frames per second."""
+    from sora_model.data import write_video
+
+    folder = tmp_path_factory.mktemp("media")
+    torch.manual_seed(0)
+    for name, size in {"a.mp4": (4, 16, 16), "b.mp4": (4, 16, 24), "large.png": (1, 120, 90), "fast.mp4": (4, 16, 16)}.items():
+        write_video(folder / name, torch.rand(3, *size), fps=60 if name == "fast.mp4" else 8)
+    return folder
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Nothing is loaded, nothing is made."""
+
+    def loaded(*_, **__):
+        raise AssertionError("a model was loaded before everything was checked")
+
+    monkeypatch.setattr("sora_model.SoraPipeline.from_pretrained", loaded)
+    monkeypatch.setattr("sora_model.SoraPipeline.from_preset", loaded)
+    monkeypatch.setattr("sora_model.codec.vae.VideoVAE.from_pretrained", loaded)
+    monkeypatch.setattr("sora_model.codec.vae.VideoVAE.small", loaded)
+    monkeypatch.setattr("sora_model.caption.captioner.Captioner.from_pretrained", loaded)

@@ -8,12 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from command_line import invoke
 from reliability.interposed import in_child
-from typer.testing import CliRunner
 
 from sora_model import SoraPipeline
 from sora_model.caption.captioner import DETAILED, END, PAD, SHORT, Captioner, CaptionerConfig, train_tokenizer
-from sora_model.cli import app
 from sora_model.cli.files import write_files
 from sora_model.codec.codec import PixelCodec
 from sora_model.data import Batch, Sample, write_video
@@ -125,16 +124,12 @@ def test_it_learns_to_tell_colours_apart(tmp_path: Path) -> None:
     assert Captioner.from_pretrained(tmp_path).caption(clips) == ["a red circle moves up", "a blue circle moves up"]
 
 
-def sora(*args):
-    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
-
-
 def check_names_of_captions(image: Path, folder: Path, checkpoint: Path) -> None:
     """No file's caption becomes another's, and one name that leaves no room for `.detailed.txt` ends nothing."""
     folder.mkdir()
     for name in ("a.jpg", "a.png", "a.detailed.png", "b.png", f"{'x' * 248}.png"):
         shutil.copy(image, folder / name)
-    result = sora("recaption", folder, "--checkpoint", checkpoint)
+    result = invoke("recaption", folder, "--checkpoint", checkpoint)
     assert result.exit_code == 0, result.output
     assert "4 captions written for 5 files" in result.output
     output = result.output.replace("\n", "")
@@ -149,22 +144,22 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, clips = tmp_path / "model", tmp_path / "clips"
     SoraPipeline.from_preset("tiny", patch=(1, 8, 8)).save_pretrained(checkpoint)
     world = ["--data", "world:simple", "--size", "6x24x24", "--tokens", 128, "--steps", 2]
-    result = sora("train-captioner", tmp_path / "run", "--checkpoint", checkpoint, *world)
+    result = invoke("train-captioner", tmp_path / "run", "--checkpoint", checkpoint, *world)
     assert result.exit_code == 0, result.output
     assert SoraPipeline.from_pretrained(checkpoint).captioner is not None
     files = [write_video(clips / "deep" / f"{i}.mp4", SOURCE.load(i).video) for i in range(2)]
     files.append(write_video(clips / "image.png", SOURCE.load(0).video[:, :1]))
     (clips / "image.txt").write_text("my own words")
     (clips / "broken.mp4").write_bytes(b"no video")
-    result = sora("caption", *files, "--checkpoint", checkpoint)
+    result = invoke("caption", *files, "--checkpoint", checkpoint)
     assert result.exit_code == 0, result.output
     assert all(f"{file}: " in result.output for file in files)
     monkeypatch.setattr(SoraPipeline, "caption", lambda *_, **__: [""])
-    result = sora("recaption", clips, "--checkpoint", checkpoint)
+    result = invoke("recaption", clips, "--checkpoint", checkpoint)
     assert "0 captions written for 3 files" in result.output
     assert "the captioner found nothing to say" in result.output
     monkeypatch.setattr(SoraPipeline, "caption", lambda *_, detailed: ["A long caption." if detailed else "a caption"])
-    result = sora("recaption", clips, "--checkpoint", checkpoint)
+    result = invoke("recaption", clips, "--checkpoint", checkpoint)
     assert result.exit_code == 0, result.output
     assert "5 captions written for 3 files" in result.output
     assert "broken.mp4" in result.output
@@ -172,27 +167,27 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (clips / "deep" / "0.detailed.txt").read_text() == "A long caption.\n"
     assert (clips / "deep" / "0.txt").read_text() == "a caption\n"
     assert not list(clips.rglob(".*")), "nothing half-written"
-    assert "0 captions written" in sora("recaption", clips, "--checkpoint", checkpoint).output
+    assert "0 captions written" in invoke("recaption", clips, "--checkpoint", checkpoint).output
     (tmp_path / "mine").write_text("something else")
     write_video(clips / "linked.png", SOURCE.load(0).video[:, :1])
     (clips / "linked.txt").symlink_to(tmp_path / "mine")
-    linked = sora("recaption", clips, "--checkpoint", checkpoint, "--overwrite").output
+    linked = invoke("recaption", clips, "--checkpoint", checkpoint, "--overwrite").output
     assert "linked.txt is a link, and what it leads to would be written" in linked.replace("\n", " ")
     assert (tmp_path / "mine").read_text() == "something else"
     for path in clips.glob("linked.*"):
         path.unlink()
-    assert "6 captions written" in sora("recaption", clips, "--checkpoint", checkpoint, "--overwrite").output
+    assert "6 captions written" in invoke("recaption", clips, "--checkpoint", checkpoint, "--overwrite").output
     *_, sheet = write_files([SOURCE.load(0).video], ["a circle"], clips / "made", [8.0], 1, "mp4")
-    result = sora("recaption", clips, "--checkpoint", checkpoint)
+    result = invoke("recaption", clips, "--checkpoint", checkpoint)
     assert f"left out: {sheet}: a contact sheet" in result.output
     assert "2 captions written for 4 files" in result.output, "the video is a file like others"
     assert not list(clips.rglob("contact_sheet*.txt"))
     check_names_of_captions(files[-1], tmp_path / "names", checkpoint)
     out = ["--size", "2x16x16", "--steps", 1, "--out", tmp_path / "out"]
-    result = sora("generate", "a red circle", "--expand", "--checkpoint", checkpoint, *out)
+    result = invoke("generate", "a red circle", "--expand", "--checkpoint", checkpoint, *out)
     assert result.exit_code == 0, result.output
     assert "a red circle -> " in result.output
-    assert sora("expand", "a red circle", "--checkpoint", checkpoint).exit_code == 0
+    assert invoke("expand", "a red circle", "--checkpoint", checkpoint).exit_code == 0
 
 
 def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path: Path) -> None:
@@ -208,7 +203,7 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path: Path) -> Non
     assert in_child(killed, tmp_path / "log").status == -signal.SIGKILL
     assert not checkpoint.exists()
     world = ["--data", "world:simple", "--size", "6x24x24", "--tokens", 128, "--steps", 1]
-    result = sora("train-captioner", tmp_path / "run", "--checkpoint", checkpoint, *world)
+    result = invoke("train-captioner", tmp_path / "run", "--checkpoint", checkpoint, *world)
     assert result.exit_code == 0, result.output
 
 
@@ -233,7 +228,7 @@ def test_a_tokenizer_on_a_full_disk_is_a_file_that_cannot_be_written(tmp_path: P
 def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path: Path) -> None:
     SoraPipeline.from_preset("tiny", patch=(1, 8, 8)).save_pretrained(tmp_path / "model")
     options = [] if args[0] == "train-captioner" else ["--checkpoint", tmp_path / "model"]
-    result = sora(*(arg.format(tmp=tmp_path) for arg in args), *options)
+    result = invoke(*(arg.format(tmp=tmp_path) for arg in args), *options)
     assert result.exit_code == 2
     assert message in result.output.replace("\n", "")
     assert not (tmp_path / "run").exists()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import sora
 from safetensors.torch import load_file, save_file
-from test_generate import sora
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,

@@ -3,24 +3,18 @@
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import invoke, refused
 
 from sora_model import SoraPipeline
-from sora_model.cli import app
 from sora_model.cli.app import check_folder, main, say
 from sora_model.data import read_video, write_video
 
 ROOT = Path(__file__).parent.parent
-
-
-def sora(*args):
-    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -32,28 +26,6 @@ def media(tmp_path_factory) -> Path:
     (folder / "a.txt").write_text("a red circle")
     (folder / "file").write_text("mine")
     return folder
-
-
-@pytest.fixture
-def unloaded(monkeypatch):
-    """Nothing is loaded, nothing is made."""
-
-    def loaded(*_, **__):
-        raise AssertionError("a model was loaded before everything was checked")
-
-    monkeypatch.setattr(SoraPipeline, "from_pretrained", loaded)
-    monkeypatch.setattr(SoraPipeline, "from_preset", loaded)
-    monkeypatch.setattr("sora_model.codec.vae.VideoVAE.from_pretrained", loaded)
-    monkeypatch.setattr("sora_model.codec.vae.VideoVAE.small", loaded)
-    monkeypatch.setattr("sora_model.caption.captioner.Captioner.from_pretrained", loaded)
-
-
-def refused(*args) -> str:
-    """The one line that a command ends with."""
-    result = sora(*args)
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    return " ".join(result.output.replace("│", " ").split())
 
 
 def test_letters_that_a_terminal_lacks(monkeypatch) -> None:
@@ -279,7 +251,7 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(args, message, 
 def test_a_run_with_another_seed_is_not_gone_on_with(small, tmp_path, monkeypatch) -> None:
     """Which is found before a model is loaded."""
     options = [tmp_path / "run", "--size", "2x16x16", "--tokens", 32]
-    assert sora("train", *options, "--start", small, "--steps", 1).exit_code == 0
+    assert invoke("train", *options, "--start", small, "--steps", 1).exit_code == 0
 
     def loaded(*_, **__):
         raise AssertionError("a model was loaded before everything was checked")
@@ -296,7 +268,7 @@ def test_a_run_goes_on_with_what_it_learns_from(small, media, tmp_path) -> None:
         ("files", ["--data", media], ["--size", "2x16x16"], f"--data: expected {media}, as the run began with, got world:simple"),
         ("world", ["--size", "2x16x16"], ["--data", media], f"--data: expected world:simple, as the run began with, got {media}"),
     ):
-        assert sora("train", tmp_path / name, *common, *began, "--steps", 1).exit_code == 0
+        assert invoke("train", tmp_path / name, *common, *began, "--steps", 1).exit_code == 0
         assert message in refused("train", tmp_path / name, *common, *other, "--steps", 2, "--resume")
 
 
@@ -310,103 +282,14 @@ def test_a_clip_that_is_too_long_to_be_held_is_refused(media, unloaded) -> None:
 def test_names_with_a_colon(small, media, tmp_path) -> None:
     """Which libraries of videos take for a protocol."""
     out = tmp_path / "run:1"
-    result = sora("generate", "clip: 1", "--checkpoint", small, "--out", out, "--steps", 1)
+    result = invoke("generate", "clip: 1", "--checkpoint", small, "--out", out, "--steps", 1)
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in out.iterdir()) == ["00-clip-1-seed0.mp4", "contact_sheet.png"]
     assert read_video(out / "00-clip-1-seed0.mp4")[0].shape[1] == 2
     run = tmp_path / "train:1"
-    assert sora("train", run, "--start", small, "--size", "2x16x16", "--tokens", 32, "--steps", 1).exit_code == 0
-    again = sora("generate", "x", "--checkpoint", run / "checkpoint", "--out", out, "--steps", 1)
+    assert invoke("train", run, "--start", small, "--size", "2x16x16", "--tokens", 32, "--steps", 1).exit_code == 0
+    again = invoke("generate", "x", "--checkpoint", run / "checkpoint", "--out", out, "--steps", 1)
     assert again.exit_code == 0, again.output
-
-
-def extend(more: str) -> str:
-    return f'[{{"task": "extend", "prompt": "x", "video": "a.mp4", {more}}}]'
-
-
-def restyle(strength: str) -> str:
-    return f'[{{"task": "video_to_video", "prompt": "x", "video": "a.mp4", "strength": {strength}}}]'
-
-
-COUNT = "a whole number of at least 1"
-SIZE = "TxHxW, such as 8x32x48, or [T, H, W], each at least 1"
-SHARE = "a number above 0 and up to 1"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (extend('"frames": 2, "backward": "false"'), 'request 0: backward: expected true or false, got "false"'),
-        (extend('"frames": 2, "backward": 0'), "request 0: backward: expected true or false, got 0"),
-        ('[{"prompt": "x"}, {"task": ["extend"], "prompt": "x"}]', "request 1: task: expected one of text_to_video, "),
-        ('[{"task": null, "prompt": "x"}]', "request 0: task: expected one of text_to_video, "),
-        (extend('"frames": "8"'), f'request 0: frames: expected {COUNT}, got "8"'),
-        (extend('"frames": true'), f"request 0: frames: expected {COUNT}, got true"),
-        (extend('"frames": 2.0'), f"request 0: frames: expected {COUNT}, got 2.0"),
-        (extend('"frames": 1099511627776'), "request 0: expected videos that the memory of "),
-        (extend('"frames": 0'), f"request 0: frames: expected {COUNT}, got 0"),
-        (extend('"frames": 2, "overlap": -1'), "request 0: overlap: expected a whole number of at least 0, got -1"),
-        (extend('"overlap": 1'), f"request 0: frames: expected {COUNT} for extend, got none"),
-        (extend('"frames": 2, "video": "none.mp4"'), "expected JSON, got video twice in one object"),
-        (extend('"frames": 2').replace("a.mp4", "none.mp4"), "request 0: video: "),
-        (extend('"frames": 2').replace("a.mp4", r"a\u0000.mp4"), "request 0: video: cannot read "),
-        (extend('"frames": 2').replace('"a.mp4"', '["a.mp4"]'), 'request 0: video: expected the name of a file, got ["a.mp4"]'),
-        (restyle('"0.5"'), f'request 0: strength: expected {SHARE}, got "0.5"'),
-        (restyle("1.5"), f"request 0: strength: expected {SHARE}, got 1.5"),
-        (restyle("true"), f"request 0: strength: expected {SHARE}, got true"),
-        (restyle("NaN"), "expected JSON, got NaN, which is no number of JSON"),
-        (restyle("-Infinity"), "expected JSON, got -Infinity, which is no number of JSON"),
-        ('[{"prompt": 5}]', "request 0: prompt: expected text, got 5"),
-        ("[{}]", "request 0: prompt: expected text for text_to_video, got none"),
-        ('[{"prompt": "x", "sise": 1}]', "request 0: expected negative_prompt, prompt, seed, size for text_to_video, got sise"),
-        ('[{"prompt": "x", "size": [1, 8, 8.0]}]', f"request 0: size: expected {SIZE}, got [1, 8, 8.0]"),
-        ('[{"prompt": "x", "size": "1x8"}]', "request 0: size: expected TxHxW, such as 8x32x48, got '1x8'"),
-        ('[{"prompt": "x", "seed": 1e999}]', "expected JSON, got 1e999, which is too large a number"),
-        ('[{"prompt": "x", "seed": 99999999999999999999}]', "request 0: seed: expected a whole number from 0 to "),
-        ('[{"prompt": "x", "negative_prompt": null}]', "request 0: negative_prompt: expected text, got null"),
-        ("[]", "expected a list of objects with a task each"),
-        ("5", "expected a list of objects with a task each"),
-        ("[5]", "expected a list of objects with a task each"),
-        (json.dumps([{"prompt": "x"}] * 1025), "expected at most 1024 requests, got 1025; 'sora --limit requests=1025 COMMAND"),
-        ("[" * 100_000, "expected JSON, got"),
-        ("", "expected JSON, got"),
-    ],
-)
-def test_requests_are_checked_field_by_field(text, message, media, unloaded) -> None:
-    path = media / "requests.json"
-    path.write_text(text)
-    assert f"error: batch: {message if message.startswith('request') else f'{path}: {message}'}" in refused(
-        "batch", path, "--out", media / "new"
-    )
-
-
-def test_requests_are_read_as_utf_8(media, tmp_path) -> None:
-    """With or without a mark of it, whatever the locale says."""
-    path = tmp_path / "requests.json"
-    code = "import sys, pathlib\nfrom sora_model.cli.requests import read_requests\n"
-    code += "print(ascii(read_requests(pathlib.Path(sys.argv[1]), '', print)[0].fields['prompt']))"
-    for encoding in ("utf-8", "utf-8-sig"):
-        path.write_text('[{"prompt": "ein Kätzchen"}]', encoding=encoding)
-        environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-        command = [sys.executable, "-c", code, str(path)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.stdout == ascii("ein Kätzchen") + "\n", done.stderr
-    path.write_bytes('[{"prompt": "ein Kätzchen"}]'.encode("latin-1"))
-    assert "expected JSON, got 'utf-8' codec can't decode" in refused("batch", path, "--out", media / "new")
-
-
-def test_a_negative_prompt_needs_guidance(small, media, tmp_path) -> None:
-    path = media / "requests.json"
-    path.write_text('[{"prompt": "x"}, {"prompt": "x", "negative_prompt": "y"}]')
-    text = refused("batch", path, "--guidance", 1, "--out", tmp_path / "out", "--checkpoint", small)
-    assert "batch: request 1: negative_prompt: expected none with --guidance 1, which has no use for it" in text
-    pipeline = SoraPipeline.from_pretrained(small)
-    from sora_model.pipeline.request import text_to_video
-
-    request = text_to_video("x", (2, 16, 16), negative_prompt="y")
-    with pytest.raises(ValueError, match="negative_prompt: expected none with guidance_scale 1, which has no use for it, got 'y'"):
-        pipeline([request], guidance_scale=1, num_inference_steps=1)
-    pipeline([request], guidance_scale=2, num_inference_steps=1)
 
 
 @pytest.mark.parametrize(
@@ -426,7 +309,7 @@ def test_figures_and_sheets_are_not_replaced_unasked(args, there, tmp_path, unlo
     expected = f"{option}: expected a place for new files, got one with {tmp_path / there}; --overwrite replaces it"
     assert expected in refused(*args)
     with pytest.raises(AssertionError, match="a model was loaded"):
-        sora(*args, "--overwrite")
+        invoke(*args, "--overwrite")
     assert (tmp_path / there).read_text() == "mine"
 
 
@@ -434,13 +317,13 @@ def test_a_checkpoint_is_not_exported_over_another_unasked(small, tmp_path) -> N
     """An empty folder is nothing to lose."""
     out = tmp_path / "half"
     out.mkdir()
-    assert sora("export", small, out).exit_code == 0
+    assert invoke("export", small, out).exit_code == 0
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert f"error: OUT: expected a place for new files, got one with {out}; --overwrite replaces it" in refused(
         "export", small, out
     )
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == written
-    assert sora("export", small, out, "--overwrite").exit_code == 0
+    assert invoke("export", small, out, "--overwrite").exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} != written
 
 

@@ -8,14 +8,13 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from command_line import refused, sora
 from reliability.guarded import in_a_process
 from reliability.templates import TEMPLATES
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from sora_model import Request, SoraPipeline
 from sora_model.caption.template import TemplateRefused, render
-from sora_model.cli import app
 from sora_model.cli.text import one_line, visible
 from sora_model.limits import Limits, limits, raised_limits, set_limits
 from sora_model.storage.documents import read_json_file
@@ -29,13 +28,6 @@ def _limits_as_they_are():
     before = limits()
     yield
     set_limits(before)
-
-
-def refused(*words: object) -> str:
-    said = CliRunner().invoke(app, [str(word) for word in words])
-    assert said.exit_code == 2, said.output
-    assert "Traceback" not in said.output
-    return " ".join(said.output.split())
 
 
 @pytest.mark.parametrize(
@@ -118,10 +110,7 @@ def test_texts_have_a_limit(small, tmp_path) -> None:
         Request(long, (1, 8, 8))
     with raised_limits(text=20_001):
         Request(long, (1, 8, 8))
-    said = CliRunner().invoke(
-        app, ["--limit", "text=3e4", "generate", long, "--checkpoint", str(small), "--out", str(tmp_path), "--steps", "1"]
-    )
-    assert said.exit_code == 0, said.output
+    sora("--limit", "text=3e4", "generate", long, "--checkpoint", small, "--out", tmp_path, "--steps", 1)
 
 
 def test_a_line_takes_time_by_its_length() -> None:
@@ -230,8 +219,7 @@ def test_a_state_that_cannot_be_is_refused(change, message, tmp_path) -> None:
 
 def test_states_that_no_run_has_are_refused(small, tmp_path) -> None:
     run, options = tmp_path / "run", ["--start", str(small), "--size", "1x16x16", "--tokens", "32", "--steps"]
-    said = CliRunner().invoke(app, ["train", str(run), *options, "1"])
-    assert said.exit_code == 0, said.output
+    sora("train", run, *options, 1)
     path = run / "training.safetensors"
     weights = {name: value.clone() for name, value in load_file(path).items()}
     from safetensors import safe_open
@@ -255,7 +243,7 @@ def test_states_that_no_run_has_are_refused(small, tmp_path) -> None:
 def test_a_checkpoint_that_cannot_be_resumed_names_resume(small, tmp_path) -> None:
     """Not the option --start, which nobody gave."""
     run, options = tmp_path / "run", ["--start", str(small), "--size", "1x16x16", "--tokens", "32", "--steps"]
-    assert CliRunner().invoke(app, ["train", str(run), *options, "1"]).exit_code == 0
+    sora("train", run, *options, 1)
     path = run / "checkpoint" / "model_index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "size": [1, 16, "2"]}))
     line = refused("train", run, *options, "2", "--resume")

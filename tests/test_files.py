@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import sora
 from PIL import Image
-from typer.testing import CliRunner
 
 from sora_model import SoraPipeline
-from sora_model.cli import app, call
+from sora_model.cli import call
 from sora_model.cli.app import OneLine, say
 from sora_model.cli.files import free_paths, is_contact_sheet, write_files
 from sora_model.data import contact_sheet, read_comment, read_video, write_video
@@ -23,12 +23,6 @@ from sora_model.training.resume import only_run
 
 ROOT = Path(__file__).parent.parent
 CLIP = torch.zeros(3, 2, 16, 16)
-
-
-def sora(*args) -> str:
-    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 from unittest import mock
 
-from test_documents import refused
+from command_line import refused
 
 import sora_model.storage.documents
 from sora_model.cli import app

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import refused, sora
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from test_dit import awake, small
 from torch import Tensor
-from typer.testing import CliRunner
 
 from sora_model import SoraPipeline, image_to_video
-from sora_model.cli import app
 from sora_model.codec.codec import PixelCodec
 from sora_model.codec.vae import VideoVAE
 from sora_model.diffusion.schedulers import FLOW, flow_scheduler
@@ -338,12 +337,11 @@ def test_saved_in_half_the_bytes_and_read_in_float32(pipeline: SoraPipeline, tmp
 
 def test_exported_in_float16(pipeline: SoraPipeline, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "whole")
-    result = CliRunner().invoke(app, ["export", str(tmp_path / "whole"), str(tmp_path / "half")])
-    assert result.exit_code == 0, result.output
-    assert f"{tmp_path / 'half'}: " in result.output.replace("\n", "")
+    said = sora("export", tmp_path / "whole", tmp_path / "half")
+    assert f"{tmp_path / 'half'}: " in said.replace("\n", "")
     half = load_file(tmp_path / "half" / "dit" / "model.safetensors")
     assert {value.dtype for value in half.values()} == {torch.float16}
-    assert CliRunner().invoke(app, ["export", str(tmp_path / "none"), str(tmp_path / "other")]).exit_code == 2
+    refused("export", tmp_path / "none", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import sora
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
@@ -16,7 +17,6 @@ from diffusers import (
 )
 from PIL import Image
 from test_dit import awake
-from test_generate import sora
 from test_pretrained_text import MODELS, tokenizer
 from torch import Tensor, nn
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import sora
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline
 from PIL import Image
 from test_dit import awake
-from test_generate import sora
 from test_pipeline_wan import GUIDANCE, NEGATIVE, PROMPTS, SHOWN, STEPS, picture, theirs, transformer, vae
 from test_pretrained_text import MODELS, tokenizer
 from test_wan_folders import changed, edit

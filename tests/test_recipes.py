@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import invoke, refused
 
 from sora_model import SoraPipeline
-from sora_model.cli import app
 from sora_model.data import FolderSource, PackedSampler, write_video
 from sora_model.data.budget import Fit, TokenBudget
 from sora_model.rooms import rooms_with
@@ -24,18 +23,6 @@ from sora_model.training.recipes.dit import DiTRecipe, train_dit
 from sora_model.training.sources import common_size, training_data
 
 ROOT = Path(__file__).parent.parent
-
-
-def sora(*args):
-    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
-
-
-def refused(*args) -> str:
-    """The one line of a command that is refused."""
-    result = sora(*args)
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    return result.output.replace("\n", "")
 
 
 def clip(folder: Path, name: str, frames: int, height: int, width: int) -> None:
@@ -59,7 +46,7 @@ def ordinary(tmp_path_factory) -> Path:
 def test_a_room_brings_its_commands_and_data():
     assert rooms_with("commands") == ["world"]
     assert rooms_with("training_data") == ["world"]
-    listed = sora("--help").output
+    listed = invoke("--help").output
     assert all(f"│ {name} " in listed for name in ("generate", "train", "eval", "gallery", "demo", "scaling"))
 
 
@@ -104,7 +91,7 @@ def test_ordinary_clips_are_cut_and_scaled_to_fit(command, ordinary, small, tmp_
     shutil.copytree(small, tmp_path / "pipeline")
     args = [arg.format(small=tmp_path / "pipeline") for arg in command]
     with caplog.at_level(logging.WARNING, "sora_model"):
-        result = sora(args[0], tmp_path / "run", *args[1:], "--data", ordinary, "--steps", 1, "--tokens", 512)
+        result = invoke(args[0], tmp_path / "run", *args[1:], "--data", ordinary, "--steps", 1, "--tokens", 512)
     assert result.exit_code == 0, result.output
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("sora_model")]
     expected = (
@@ -148,7 +135,7 @@ def test_a_clip_that_is_cut_is_drawn_anew_in_every_epoch(ordinary):
 @pytest.mark.parametrize(("given", "kept"), [("--max-frames", 32), ("--max-pixels", 10**6)])
 def test_a_limit_that_was_told_is_kept(given, kept, ordinary, tmp_path):
     """The other one gives way."""
-    result = sora("train", tmp_path / "run", "--data", ordinary, "--steps", 1, given, kept)
+    result = invoke("train", tmp_path / "run", "--data", ordinary, "--steps", 1, given, kept)
     assert result.exit_code == 0, result.output
 
 
@@ -167,7 +154,7 @@ def test_a_folder_of_videos_and_some_photos_makes_videos(tmp_path):
         clip(tmp_path, f"{i}.mp4", 4 + i, 16 + 8 * i, 32)
     for i in range(2):
         clip(tmp_path, f"photo{i}.png", 1, 32, 32)
-    result = sora("train", tmp_path / "run", "--data", tmp_path, "--steps", 1)
+    result = invoke("train", tmp_path / "run", "--data", tmp_path, "--steps", 1)
     assert result.exit_code == 0, result.output
     assert SoraPipeline.from_pretrained(tmp_path / "run" / "checkpoint").size == (7, 40, 32)
 
@@ -222,7 +209,7 @@ def test_two_runs_in_one_folder(small, tmp_path):
         first.kill()
         first.wait()
         first.stdout.close()
-    result = sora(*small_run(out, "--start", small, "--steps", 1))
+    result = invoke(*small_run(out, "--start", small, "--steps", 1))
     assert result.exit_code == 0, result.output
 
 
@@ -266,9 +253,9 @@ def test_one_process_shows_what_several_do(ordinary, tmp_path):
 def test_weights_have_the_modes_of_ordinary_files(mask, small, tmp_path):
     before = os.umask(mask)
     try:
-        result = sora(*small_run(tmp_path / "run", "--start", small, "--steps", 1))
+        result = invoke(*small_run(tmp_path / "run", "--start", small, "--steps", 1))
         assert result.exit_code == 0, result.output
-        assert sora("export", tmp_path / "run" / "checkpoint", tmp_path / "exported").exit_code == 0
+        assert invoke("export", tmp_path / "run" / "checkpoint", tmp_path / "exported").exit_code == 0
     finally:
         os.umask(before)
     found = [path for folder in ("run", "exported") for path in [tmp_path / folder, *(tmp_path / folder).rglob("*")]]

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import invoke
 from rich.console import Console
 from torch import Tensor
-from typer.testing import CliRunner
 
 from sora_model import SoraPipeline
-from sora_model.cli import app
 from sora_model.cli.terminal import show_video
 from sora_model.data import read_video, write_video
 from sora_model.pipeline.request import Request
@@ -159,10 +158,6 @@ def files(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-def sora(*args: object):
-    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
-
-
 COMMANDS = {
     "generate": (["a cat", "--size", "4x16x16"], (4, 16, 16)),
     "generate large": (["a cat", "--size", "4x40x24", "--draft", 16], (4, 40, 24)),
@@ -188,7 +183,7 @@ def test_a_file_keeps_its_frames_per_second(checkpoint, files, tmp_path) -> None
         (["join", files["image"], files["fast"], "--frames", 2], 24),
     ):
         out = tmp_path / f"{args[0]}-{rate}"
-        result = sora(*args, *common, "--out", out)
+        result = invoke(*args, *common, "--out", out)
         assert result.exit_code == 0, result.output
         (video,) = out.glob("*.mp4")
         assert read_video(video)[1] == rate
@@ -199,7 +194,7 @@ def test_an_interrupted_world_is_kept(checkpoint, tmp_path, monkeypatch) -> None
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Simulation, "act", interrupted)
-    result = sora("simulate", "a cat", "--action", "it jumps", "--checkpoint", checkpoint, "--out", tmp_path, "--steps", 1)
+    result = invoke("simulate", "a cat", "--action", "it jumps", "--checkpoint", checkpoint, "--out", tmp_path, "--steps", 1)
     assert result.exit_code == 0, result.output
     assert "interrupted: what was made until then is kept" in result.output
     assert tuple(read_video(next(tmp_path.glob("*.mp4")))[0].shape[1:]) == (6, 16, 16)
@@ -209,7 +204,7 @@ def test_an_interrupted_world_is_kept(checkpoint, tmp_path, monkeypatch) -> None
 def test_every_task_has_a_command(name, checkpoint, files, tmp_path) -> None:
     args, size = COMMANDS[name]
     args = [files[arg[1:-1]] if str(arg).startswith("{") else arg for arg in args]
-    result = sora(name.split()[0], *args, "--checkpoint", checkpoint, "--out", tmp_path, "--steps", 2)
+    result = invoke(name.split()[0], *args, "--checkpoint", checkpoint, "--out", tmp_path, "--steps", 2)
     assert result.exit_code == 0, result.output
     made = sorted(tmp_path.iterdir())
     assert [path.suffix for path in made] == [".mp4", ".png"]
@@ -228,7 +223,7 @@ def test_tasks_and_sizes_are_mixed_in_one_batch(checkpoint, files, tmp_path) -> 
     ]
     path = files["image"].parent / "requests.json"
     path.write_text(json.dumps(wanted))
-    result = sora("batch", path, "--checkpoint", checkpoint, "--out", tmp_path, "--steps", 2)
+    result = invoke("batch", path, "--checkpoint", checkpoint, "--out", tmp_path, "--steps", 2)
     assert result.exit_code == 0, result.output
     made = sorted(tmp_path.iterdir())[:-1]
     sizes = [tuple(read_video(file)[0].shape[1:]) for file in made]
@@ -237,7 +232,7 @@ def test_tasks_and_sizes_are_mixed_in_one_batch(checkpoint, files, tmp_path) -> 
 
 def test_a_simulation_asks_for_actions(checkpoint, tmp_path) -> None:
     args = ["simulate", "a cat", "--checkpoint", str(checkpoint), "--out", str(tmp_path), "--steps", "1"]
-    result = CliRunner().invoke(app, args, input="it jumps\n\n")
+    result = invoke(*args, typed="it jumps\n\n")
     assert result.exit_code == 0, result.output
     assert "action (empty ends)" in result.output
     assert read_video(tmp_path / "00-a-cat-seed0.mp4")[0].shape[1] == 10
@@ -297,7 +292,7 @@ def test_bad_input_is_one_line_and_exit_code_2(args, message, checkpoint, files,
     before = sorted(tmp_path.iterdir())
     args = [arg.format(tmp=tmp_path, **files) for arg in args]
     options = [] if args[0] in ("caption", "expand") else ["--out", tmp_path / "out", "--steps", 1]
-    result = sora(args[0], "--checkpoint", checkpoint, *options, *args[1:])
+    result = invoke(args[0], "--checkpoint", checkpoint, *options, *args[1:])
     assert result.exit_code == 2, result.output
     text = result.output.replace("\n", "")
     message = message.format(tmp=tmp_path, **files)

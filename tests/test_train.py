@@ -15,19 +15,14 @@ import av
 import numpy as np
 import pytest
 import torch
+from command_line import invoke
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from sora_model.cli import app
 from sora_model.cli.app import parse_size
 from sora_model.data import read_video
 
 SIZES = [(6, 32, 32), (4, 24, 40), (9, 48, 24)]
 TINY = ["--patch", "1x8x8", "--tokens", "256"]
-
-
-def sora(*args):
-    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +50,7 @@ def clips(tmp_path_factory):
 def run(clips, tmp_path_factory):
     """A run of 3 steps on those files."""
     folder = tmp_path_factory.mktemp("runs") / "files"
-    result = sora("train", folder, "--data", clips, "--steps", 3, *TINY)
+    result = invoke("train", folder, "--data", clips, "--steps", 3, *TINY)
     assert result.exit_code == 0, result.output
     return folder, result
 
@@ -76,11 +71,11 @@ def test_trains_on_real_files_and_names_the_broken_one(run):
 
 def test_resumed_run_equals_one_that_was_not_stopped(run, clips, tmp_path):
     folder, _ = run
-    first = sora("train", tmp_path / "half", "--data", clips, "--steps", 3, *TINY)
+    first = invoke("train", tmp_path / "half", "--data", clips, "--steps", 3, *TINY)
     assert first.exit_code == 0, first.output
     assert losses(tmp_path / "half") == losses(folder), "the same seed must give the same run"
     for path in (folder, tmp_path / "half"):
-        result = sora("train", path, "--data", clips, "--steps", 5, *TINY, "--resume")
+        result = invoke("train", path, "--data", clips, "--steps", 5, *TINY, "--resume")
         assert result.exit_code == 0, result.output
     a, b = losses(folder), losses(tmp_path / "half")
     assert list(a) == [1, 2, 3, 4, 5]
@@ -93,7 +88,7 @@ def test_resumed_run_equals_one_that_was_not_stopped(run, clips, tmp_path):
 def test_a_run_is_not_resumed_as_another(option, value, run, clips):
     folder, _ = run
     before = (folder / "training.safetensors").read_bytes()
-    result = sora("train", folder, "--data", clips, "--steps", 9, *TINY, "--resume", option, value)
+    result = invoke("train", folder, "--data", clips, "--steps", 9, *TINY, "--resume", option, value)
     assert result.exit_code == 2
     assert re.search(
         f"resume: .*{option.strip('-')}[a-z ]*: expected .*, as the run began with, got {value}", result.output.replace("\n", " ")
@@ -102,7 +97,7 @@ def test_a_run_is_not_resumed_as_another(option, value, run, clips):
 
 
 def test_all_that_differs_is_named_at_once(run):
-    result = sora("train", run[0], "--steps", 9, "--resume")
+    result = invoke("train", run[0], "--steps", 9, "--resume")
     assert result.exit_code == 2
     text = result.output.replace("\n", "")
     assert all(f"{name}: expected" in text for name in ("--tokens", "--patch"))
@@ -146,21 +141,23 @@ def test_an_interrupted_run_is_saved_and_goes_on(clips, tmp_path, monkeypatch, r
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it puts into the background
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, ignored))
     monkeypatch.setattr("sora_model.training.trainer.schedule", lambda *_: 1.0)  # it follows the number of steps
-    whole = sora("train", tmp_path / "whole", "--data", clips, "--steps", 4, *TINY)
+    whole = invoke("train", tmp_path / "whole", "--data", clips, "--steps", 4, *TINY)
     assert whole.exit_code == 0, whole.output
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
-    result = sora("train", tmp_path / "parts", "--data", clips, "--steps", 4, *TINY)
+    result = invoke("train", tmp_path / "parts", "--data", clips, "--steps", 4, *TINY)
     assert result.exit_code == 130, result.output
     assert "stopped at step 2; --resume goes on from there" in result.output
     assert (tmp_path / "parts" / "checkpoint" / "dit" / "model.safetensors").is_file()
     monkeypatch.setattr(Trainer, "_train_step", take)
-    result = sora("train", tmp_path / "parts", "--data", clips, "--steps", 4, *TINY, "--resume")
+    result = invoke("train", tmp_path / "parts", "--data", clips, "--steps", 4, *TINY, "--resume")
     assert result.exit_code == 0, result.output
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def test_a_checkpoint_is_where_another_run_starts(run, tmp_path):
-    result = sora("train", tmp_path / "more", "--start", run[0] / "checkpoint", "--steps", 1, "--tokens", 256, "--size", "2x16x16")
+    result = invoke(
+        "train", tmp_path / "more", "--start", run[0] / "checkpoint", "--steps", 1, "--tokens", 256, "--size", "2x16x16"
+    )
     assert result.exit_code == 0, result.output
     configs = [json.loads((path / "checkpoint" / "model_index.json").read_text()) for path in (run[0], tmp_path / "more")]
     assert configs[0]["size"] == configs[1]["size"], "a finer run keeps the size that is made by default"
@@ -185,7 +182,7 @@ def test_default_sizes_fit_default_batches(command, more, world, tmp_path, monke
     monkeypatch.setattr(Trainer, "_train_step", lambda self, batches: (float(len(batches)), 0.0))
     monkeypatch.setattr("sora_model.training.recipes.vae.reconstruction_psnr", lambda *_: [30.0])
     monkeypatch.setattr("sora_model.training.recipes.vae.finish", lambda *_: None)
-    result = sora(command, tmp_path / "run", "--data", f"world:{world}", "--steps", 30, *more)
+    result = invoke(command, tmp_path / "run", "--data", f"world:{world}", "--steps", 30, *more)
     assert result.exit_code == 0, result.output
 
 
@@ -228,7 +225,7 @@ def test_generates_mixed_sizes_in_one_batch(run, tmp_path):
     folder, _ = run
     prompts = ["a box of colour 1 moves right", "a box", "two boxes"]
     sizes = ["--size", "4x24x40", "--size", "1x32x32", "--size", "6x40x24"]
-    result = sora("generate", *prompts, "--checkpoint", folder / "checkpoint", *sizes, "--steps", 2, "--out", tmp_path)
+    result = invoke("generate", *prompts, "--checkpoint", folder / "checkpoint", *sizes, "--steps", 2, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     names = ["00-a-box-of-colour-1-moves-right-seed0.mp4", "01-a-box-seed1.png", "02-two-boxes-seed2.mp4", "contact_sheet.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -239,12 +236,12 @@ def test_generates_mixed_sizes_in_one_batch(run, tmp_path):
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_ddpm_trains_and_samples(prediction, tmp_path):
     world = ["--size", "2x16x16", "--size", "1x16x24"]
-    result = sora("train", tmp_path / "run", "--steps", 2, *world, "--tokens", 32, "--prediction", prediction)
+    result = invoke("train", tmp_path / "run", "--steps", 2, *world, "--tokens", 32, "--prediction", prediction)
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "run" / "checkpoint" / "scheduler" / "scheduler_config.json").read_text())
     assert config["_class_name"] == "DDIMScheduler"
     out = ["--size", "2x16x16", "--steps", 2, "--out", tmp_path / "out", "--format", "gif"]
-    result = sora("generate", "a red circle", "--checkpoint", tmp_path / "run" / "checkpoint", *out)
+    result = invoke("generate", "a red circle", "--checkpoint", tmp_path / "run" / "checkpoint", *out)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "00-a-red-circle-seed0.gif").is_file()
 
@@ -278,7 +275,7 @@ def test_ddpm_trains_and_samples(prediction, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path):
-    result = sora(*(arg.replace("{tmp}", str(tmp_path)) for arg in args))
+    result = invoke(*(arg.replace("{tmp}", str(tmp_path)) for arg in args))
     assert result.exit_code == 2
     text = result.output.replace("\n", "")
     assert message.replace("{tmp}", str(tmp_path)) in text
@@ -287,7 +284,7 @@ def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path):
 
 
 def test_a_run_is_not_overwritten(run, clips):
-    result = sora("train", run[0], "--data", clips, "--steps", 1, *TINY)
+    result = invoke("train", run[0], "--data", clips, "--steps", 1, *TINY)
     assert result.exit_code == 2
     assert "already holds a run" in result.output
 
@@ -296,10 +293,10 @@ def test_weights_are_not_overwritten(run, clips, tmp_path):
     """Somebody's checkpoint, or what a run saved that had no disk left for its state."""
     shutil.copytree(run[0] / "checkpoint", tmp_path / "run" / "checkpoint")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    result = sora("train", tmp_path / "run", "--data", clips, "--steps", 1, *TINY)
+    result = invoke("train", tmp_path / "run", "--data", clips, "--steps", 1, *TINY)
     assert result.exit_code == 2
     assert "OUT: expected a folder without weights, got " in result.output
-    result = sora("train", tmp_path / "run", "--data", clips, "--steps", 1, *TINY, "--resume")
+    result = invoke("train", tmp_path / "run", "--data", clips, "--steps", 1, *TINY, "--resume")
     assert result.exit_code == 2
     assert f"only the weights in {tmp_path / 'run' / 'checkpoint'} were saved" in result.output.replace("\n", "")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -307,7 +304,7 @@ def test_weights_are_not_overwritten(run, clips, tmp_path):
 
 def test_a_run_that_is_over_says_what_limits_it(clips, tmp_path):
     for more in ([], ["--resume"]):
-        result = sora("train", tmp_path / "run", "--data", clips, "--steps", 1, *TINY, *more)
+        result = invoke("train", tmp_path / "run", "--data", clips, "--steps", 1, *TINY, *more)
         assert result.exit_code == 0, result.output
     assert "nothing left to train: step 1 was the last one; a higher --steps adds some" in result.output
 
@@ -319,7 +316,7 @@ def test_parse_size():
 def test_two_processes_learn_what_one_does_of_twice_the_batches(tmp_path):
     """accelerate's processes take the batches in turn: the losses are those of one process that accumulates two batches."""
     world = ["--size", "2x16x16", "--size", "1x16x24", "--tokens", "64", "--steps", "3", "--seed", "1"]
-    one = sora("train", tmp_path / "one", *world, "--accumulation", 2)
+    one = invoke("train", tmp_path / "one", *world, "--accumulation", 2)
     assert one.exit_code == 0, one.output
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launch += ["-m", "sora_model.cli", "train", str(tmp_path / "two"), *world]
@@ -339,28 +336,28 @@ def test_two_processes_learn_what_one_does_of_twice_the_batches(tmp_path):
     ],
 )
 def test_options_of_training(options, tmp_path):
-    result = sora("train", tmp_path / "run", "--steps", 2, *options)
+    result = invoke("train", tmp_path / "run", "--steps", 2, *options)
     assert result.exit_code == 0, result.output
     assert all(np.isfinite(list(losses(tmp_path / "run").values())))
 
 
 def test_a_vae_is_trained_and_a_model_on_its_latents(clips, tmp_path):
     sizes = ["--size", "5x32x32", "--size", "1x32x48"]
-    result = sora("train-vae", tmp_path / "vae", "--steps", 2, "--channels", 4, "--tokens", 64, *sizes)
+    result = invoke("train-vae", tmp_path / "vae", "--steps", 2, "--channels", 4, "--tokens", 64, *sizes)
     assert result.exit_code == 0, result.output
     assert "PSNR of 64 unseen clips: " in result.output
-    result = sora("train-vae", tmp_path / "vae", "--steps", 3, "--channels", 4, "--tokens", 64, *sizes, "--resume")
+    result = invoke("train-vae", tmp_path / "vae", "--steps", 3, "--channels", 4, "--tokens", 64, *sizes, "--resume")
     assert result.exit_code == 0, result.output
     more = ["--start", tmp_path / "vae" / "checkpoint", "--decoder-only"]
-    result = sora("train-vae", tmp_path / "decoder", "--steps", 1, "--tokens", 64, *sizes, *more)
+    result = invoke("train-vae", tmp_path / "decoder", "--steps", 1, "--tokens", 64, *sizes, *more)
     assert result.exit_code == 0, result.output
-    files = sora("train-vae", tmp_path / "files", "--steps", 1, "--channels", 4, "--data", clips, "--max-frames", 5)
+    files = invoke("train-vae", tmp_path / "files", "--steps", 1, "--channels", 4, "--data", clips, "--max-frames", 5)
     assert files.exit_code == 0, files.output
     vae = tmp_path / "vae" / "checkpoint"
-    result = sora("train", tmp_path / "run", "--vae", vae, "--steps", 2, "--tokens", 64, "--data", clips)
+    result = invoke("train", tmp_path / "run", "--vae", vae, "--steps", 2, "--tokens", 64, "--data", clips)
     assert result.exit_code == 0, result.output
     out = ["--size", "5x32x32", "--steps", 1, "--out", tmp_path / "out"]
-    result = sora("generate", "a box", "--checkpoint", tmp_path / "run" / "checkpoint", *out)
+    result = invoke("generate", "a box", "--checkpoint", tmp_path / "run" / "checkpoint", *out)
     assert result.exit_code == 0, result.output
     assert tuple(read_video(tmp_path / "out" / "00-a-box-seed0.mp4")[0].shape[1:]) == (5, 32, 32)
 
@@ -375,14 +372,14 @@ def test_the_training_commands_of_the_documentation(clips, tmp_path, monkeypatch
     assert [command[1] for command in commands] == ["train-vae", "train", "train-captioner", "recaption", "train"]
     for command in commands:
         words = ["1" if before == "--minutes" else word for before, word in pairwise(command)]
-        result = sora(*("--steps" if word == "--minutes" else word for word in words))
+        result = invoke(*("--steps" if word == "--minutes" else word for word in words))
         assert result.exit_code == 0, (command, result.output)
     assert (tmp_path / "outputs" / "more" / "checkpoint" / "captioner").is_dir()
 
 
 def test_a_scaling_study(tmp_path, monkeypatch):
     monkeypatch.setattr("sora_model.world.scaling.MOST_STEPS", 40)
-    result = sora("scaling", tmp_path, "--compute", "2e10")
+    result = invoke("scaling", tmp_path, "--compute", "2e10")
     assert result.exit_code == 0, result.output
     points = json.loads((tmp_path / "scaling.json").read_text())
     assert {point["model"] for point in points} == {"1 x 32", "2 x 64", "4 x 128", "6 x 256"}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import sora
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from test_generate import sora
 from test_pipeline_wan import SHOWN, save
 
 from sora_model import SoraPipeline
