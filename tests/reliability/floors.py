@@ -37,9 +37,9 @@ ROOT = Path(__file__).parents[2]
 EXTRAS = ("triton", "model", "bench", "test")
 INTEGRATION_PYTHON = "python3.11"  # the lowest that its diffusers takes
 CHOSEN = (
-    "adaln", "attention_arguments", "batch", "checkpoint", "cli", "compile", "dit", "files", "images", "layout", "library", "norm_rope",
-    "pipeline", "pretrained_text", "rope", "sampler", "torch_private", "torch_sdpa", "train", "transformers", "vae", "videos",
-    "weights", "words", "writing",
+    "adaln", "attention_arguments", "batch", "checkpoint", "cli", "compile", "dit", "files", "images", "layout", "library",
+    "norm_rope", "pipeline", "pretrained_text", "rope", "sampler", "torch_private", "torch_sdpa", "train", "transformers", "vae",
+    "videos", "weights", "words", "writing",
 )  # fmt: skip
 CHOSEN_INTEGRATION = ("tests/test_diffusers_backend.py", "tests/test_diffusers_wan.py")
 
